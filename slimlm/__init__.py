@@ -1,0 +1,42 @@
+"""slimlm makes trained language models smaller and hands back a checkpoint that stock transformers loads."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from slimlm.compress import CompressResult, compress
+    from slimlm.errors import RunFailure, SlimlmError, UserError
+    from slimlm.evaluation.evaluate import Evaluation, evaluate
+    from slimlm.recipe import Recipe
+
+_HOME = {
+    "compress": "slimlm.compress",
+    "CompressResult": "slimlm.compress",
+    "evaluate": "slimlm.evaluation.evaluate",
+    "Evaluation": "slimlm.evaluation.evaluate",
+    "Recipe": "slimlm.recipe",
+    "SlimlmError": "slimlm.errors",
+    "UserError": "slimlm.errors",
+    "RunFailure": "slimlm.errors",
+}
+
+__all__ = [
+    "CompressResult",
+    "Evaluation",
+    "Recipe",
+    "RunFailure",
+    "SlimlmError",
+    "UserError",
+    "__version__",
+    "compress",
+    "evaluate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # PyTorch and transformers take seconds to import; `slimlm --help` must not wait for them.
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'slimlm' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: finding, checking, reading and writing them a few tensors at a time."""

@@ -1,0 +1,93 @@
+"""A model without its weights: every module in place, every parameter on the meta device."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from slimlm.checkpoint.hf_internals import module_names
+from slimlm.checkpoint.reader import Checkpoint
+from slimlm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config. Raises UserError for one that transformers cannot read or that describes no model."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # config classes validate with whatever exception their fields raise
+        raise UserError(f"{path / 'config.json'} cannot be read: {_first_line(error)}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{path} is quantised already; give slimlm the original floating-point checkpoint")
+    return config
+
+
+def build_skeleton(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The causal LM of `config` in eval mode, parameters on meta, buffers (RoPE frequencies) real.
+
+    Raises UserError when the config describes a model that cannot be built.
+    """
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # model classes raise anything from KeyError to RuntimeError on absurd sizes
+        raise UserError(f"no {config.model_type!r} model can be built from its config: {_first_line(error)}") from error
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def check_against_skeleton(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Raises UserError when the checkpoint lacks a tensor the model needs or holds one of another shape.
+
+    Tensors the model does not know are logged: transformers ignores them too.
+    """
+    state = model.state_dict()
+    names, converted = module_names(model, checkpoint.shapes)
+    missing = sorted(state.keys() - names.values() - model.all_tied_weights_keys.keys())
+    if missing and not converted:
+        raise UserError(f"{checkpoint.path} lacks {_some(missing)}, which its config calls for")
+    for key, name in names.items():
+        expected = tuple(state[name].shape) if name in state else None
+        if expected is not None and not converted and checkpoint.shapes[key] != expected:
+            raise UserError(
+                f"tensor {key} in {checkpoint.path / checkpoint.file_of[key]} has shape "
+                f"{list(checkpoint.shapes[key])}, its config calls for {list(expected)}"
+            )
+    unknown = sorted(key for key, name in names.items() if name not in state)
+    if unknown:
+        logger.warning("%s holds tensors its architecture does not use: %s", checkpoint.path, _some(unknown))
+    _check_tied(checkpoint, model, {name: key for key, name in names.items()})
+
+
+def _check_tied(checkpoint: Checkpoint, model: PreTrainedModel, keys: dict[str, str]) -> None:
+    for target, source in model.all_tied_weights_keys.items():
+        if target in keys and source in keys and not torch.equal(
+            checkpoint.read(keys[target]), checkpoint.read(keys[source])
+        ):
+            raise UserError(
+                f"{checkpoint.path}: config ties {target} to {source}, but the files hold different values for them; "
+                "set tie_word_embeddings to false in config.json if the untied ones are meant"
+            )
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Parameters of a skeleton, tied tensors counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__

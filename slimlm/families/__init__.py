@@ -1,0 +1,20 @@
+"""Which architectures slimlm knows. A new one is a declaration and a line here."""
+
+from slimlm.errors import UserError, nearest
+from slimlm.families.family import Family, Norm
+from slimlm.families.llama import LLAMA, MISTRAL
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL)}
+
+
+def family_of(model_type: str) -> Family:
+    """The declaration for `config.model_type`. Raises UserError naming the supported ones."""
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"architecture {model_type!r} is not supported{nearest(model_type, FAMILIES)} "
+            f"(supported model_type: {', '.join(sorted(FAMILIES))})"
+        )
+    return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "Family", "Norm", "family_of"]

@@ -1,0 +1,44 @@
+"""What slimlm must know about an architecture: names and axes, no forward passes and no maths."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the residual stream inside a block, and the linears that read its output."""
+
+    name: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture, keyed by `config.model_type`. Module names inside a block are relative to the block.
+
+    blocks: path of the ModuleList of blocks.
+    embeddings: modules whose weight [*, hidden] is added into the residual stream before the first block.
+    norms: the block's RMSNorms on the residual stream, in the order they run.
+    writers: linears whose output is added to the residual stream.
+    inner: modules of a block that touch neither end of the residual stream (head-wise norms, say).
+    final_norm, head: the norm after the last block and the linear that reads it.
+    norm_eps: config attribute with the epsilon of those norms.
+    heads: config attribute whose value must divide `hidden_size`, where the config class checks that.
+    """
+
+    model_type: str
+    blocks: str
+    embeddings: tuple[str, ...]
+    norms: tuple[Norm, ...]
+    writers: tuple[str, ...]
+    final_norm: str
+    head: str
+    norm_eps: str
+    inner: tuple[str, ...] = ()
+    heads: str | None = None
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        return tuple(reader for norm in self.norms for reader in norm.readers)
+
+    def block(self, index: int) -> str:
+        return f"{self.blocks}.{index}"

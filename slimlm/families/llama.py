@@ -1,0 +1,22 @@
+"""Llama and Mistral: sequential pre-norm blocks, RMSNorm, gated MLP, grouped-query attention, `head_dim` honoured."""
+
+from dataclasses import replace
+
+from slimlm.families.family import Family, Norm
+
+LLAMA = Family(
+    model_type="llama",
+    blocks="model.layers",
+    embeddings=("model.embed_tokens",),
+    norms=(
+        Norm("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Norm("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
+    final_norm="model.norm",
+    head="lm_head",
+    norm_eps="rms_norm_eps",
+    heads="num_attention_heads",
+)
+
+MISTRAL = replace(LLAMA, model_type="mistral", heads=None)

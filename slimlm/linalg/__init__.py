@@ -1,0 +1,1 @@
+"""Pure tensor mathematics. Imports torch and nothing else of slimlm."""

@@ -1,0 +1,226 @@
+"""The engine: calibration data through a model one block at a time, from shards on disk.
+
+Nothing here knows a method or an architecture by name. The model's own `forward` says how blocks are called: it runs
+once per batch with every block's `forward` replaced by a recorder, so masks, rotary embeddings and whatever a family
+passes to its layers are exactly what the model would have used. Blocks then run alone, with those arguments, while
+only their own weights are in memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from slimlm.checkpoint.hf_internals import load_tensors, module_names, release
+from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton
+from slimlm.errors import RunFailure, UserError
+from slimlm.families import Family
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What one block gets besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Stream:
+    """The residual stream of a set of windows, on its way through the blocks.
+
+    tokens: per batch, [batch, time]. hidden: per batch, [batch, time, hidden], entering the next block.
+    calls: per batch, per block; batches whose arguments are equal share one object.
+    """
+
+    tokens: list[Tensor]
+    hidden: list[Tensor] = field(default_factory=list)
+    calls: list[list[BlockCall]] = field(default_factory=list)
+
+
+class _Stop(Exception):
+    """Ends the model's forward once the last block was reached."""
+
+
+class StreamedModel:
+    """A checkpoint as a sequence of parts (embeddings, blocks, head), one of them in memory at a time.
+
+    Weights are computed with in `dtype` on `device`, whatever they are stored in.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: PretrainedConfig,
+        family: Family,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.family = family
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.model = build_skeleton(config, dtype, trust_remote_code)
+        check_against_skeleton(checkpoint, self.model)
+        for name, buffer in self.model.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), leaf, buffer.to(self.device))
+        blocks = self.model.get_submodule(family.blocks)
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+            raise UserError(f"{config.model_type!r} model has no blocks at {family.blocks}")
+        self.blocks: list[nn.Module] = list(blocks)
+        self.keys_of = self._assign_keys()
+
+    def _assign_keys(self) -> dict[str, list[str]]:
+        """File names of tensors by the part they belong to: a block's path, or the module's own path outside blocks."""
+        names, _ = module_names(self.model, self.checkpoint.shapes)
+        known = self.model.state_dict().keys()
+        keys_of: dict[str, list[str]] = {}
+        for key, name in names.items():
+            if name not in known:
+                continue
+            inside = name.startswith(self.family.blocks + ".")
+            depth = self.family.blocks.count(".") + 2
+            part = ".".join(name.split(".")[:depth]) if inside else name.rpartition(".")[0]
+            keys_of.setdefault(part, []).append(key)
+        return keys_of
+
+    @property
+    def outside(self) -> list[str]:
+        """Paths of the modules outside the blocks that hold weights."""
+        return [part for part in self.keys_of if not part.startswith(self.family.blocks + ".")]
+
+    @contextmanager
+    def loaded(self, parts: Sequence[str]) -> Iterator[None]:
+        """The named parts' weights in memory inside the context."""
+        keys = [key for part in parts for key in self.keys_of.get(part, [])]
+        try:
+            with self.checkpoint.tensors(keys) as slices:
+                load_tensors(self.model, slices, self.device, self.dtype)
+            self.model.tie_weights(recompute_mapping=False)
+            self._require_weights(parts)
+            yield
+        finally:
+            for part in parts:
+                release(self.model.get_submodule(part))
+            self.model.tie_weights(recompute_mapping=False)
+
+    def _require_weights(self, parts: Sequence[str]) -> None:
+        for part in parts:
+            for name, parameter in self.model.get_submodule(part).named_parameters():
+                parameter.requires_grad_(False)
+                if parameter.is_meta:
+                    raise UserError(f"{self.checkpoint.path} lacks {part}.{name}, which its config calls for")
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory."""
+        with self.loaded([self.family.block(index)]):
+            yield self.blocks[index]
+
+    @torch.no_grad()
+    def embed(self, batches: Sequence[Tensor]) -> Stream:
+        """Start a stream: hidden states entering block 0, and every block's arguments, for batches of tokens [batch, time]."""
+        stream = Stream([batch.to(self.device) for batch in batches])
+        parts = [part for part in self.outside if part not in (self.family.final_norm, self.family.head)]
+        with self.loaded(parts):
+            for tokens in stream.tokens:
+                first, calls = self._record(tokens)
+                stream.hidden.append(first)
+                stream.calls.append([_reuse(call, index, stream.calls) for index, call in enumerate(calls)])
+        return stream
+
+    def _record(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        calls: dict[int, BlockCall] = {}
+        first: list[Tensor] = []
+
+        def recorder(index: int) -> Any:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if index in calls:
+                    raise UserError(f"{self.config.model_type!r} calls block {index} more than once: not supported")
+                calls[index] = BlockCall(args, kwargs)
+                first.append(hidden_states)
+                if len(calls) == len(self.blocks):
+                    raise _Stop
+                return hidden_states
+
+            return forward
+
+        with self._replaced([recorder(index) for index in range(len(self.blocks))]):
+            try:
+                self.model(input_ids=tokens, use_cache=False)
+            except _Stop:
+                return first[0], [calls[index] for index in range(len(self.blocks))]
+        raise UserError(f"{self.config.model_type!r} ran {len(calls)} of its {len(self.blocks)} blocks: not supported")
+
+    @contextmanager
+    def _replaced(self, forwards: Sequence[Any]) -> Iterator[None]:
+        for block, forward in zip(self.blocks, forwards, strict=True):
+            block.forward = forward
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    @torch.no_grad()
+    def advance(self, index: int, stream: Stream) -> None:
+        """Run block `index` (its weights loaded) over the whole stream, in place.
+
+        Raises RunFailure naming the block when activations stop being finite.
+        """
+        block = self.blocks[index]
+        for number, hidden in enumerate(stream.hidden):
+            call = stream.calls[number][index]
+            out = block(hidden, *call.args, **call.kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            if not torch.isfinite(out).all():
+                raise RunFailure(
+                    f"activations leaving {self.family.block(index)} hold NaN or Inf in {self.dtype}: "
+                    "check the weights, or calibrate in float32"
+                )
+            stream.hidden[number] = out
+
+    @torch.no_grad()
+    def logits(self, stream: Stream) -> Iterator[Tensor]:
+        """Per batch, the model's logits [batch, time, vocab] for a stream that went through all blocks.
+
+        The model's own forward runs around the blocks, so scaling and soft-capping of logits are its own.
+        """
+        tied = self.family.head in {name.rpartition(".")[0] for name in self.model.all_tied_weights_keys}
+        with self.loaded([part for part in self.outside if tied or part not in self.family.embeddings]):
+            for hidden in stream.hidden:
+                passing = [_passing(hidden)] * len(self.blocks)
+                with self._replaced(passing):
+                    yield self.model(inputs_embeds=hidden, use_cache=False).logits
+
+
+def _passing(hidden: Tensor) -> Any:
+    return lambda *args, **kwargs: hidden
+
+
+def _reuse(call: BlockCall, index: int, earlier: list[list[BlockCall]]) -> BlockCall:
+    """An equal call recorded before, so that arguments do not pile up with the number of batches."""
+    for calls in reversed(earlier[-2:]):
+        if _equal(call.args, calls[index].args) and _equal(call.kwargs, calls[index].kwargs):
+            return calls[index]
+    return call
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
