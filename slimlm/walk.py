@@ -81,6 +81,7 @@ class StreamedModel:
     def _assign_keys(self) -> dict[str, list[str]]:
         """File names of tensors by the part they belong to: a block's path, or the module's own path outside blocks."""
         names, _ = module_names(self.model, self.checkpoint.shapes)
+        self.key_of = {name: key for key, name in names.items()}
         known = self.model.state_dict().keys()
         keys_of: dict[str, list[str]] = {}
         for key, name in names.items():
@@ -91,6 +92,17 @@ class StreamedModel:
             part = ".".join(name.split(".")[:depth]) if inside else name.rpartition(".")[0]
             keys_of.setdefault(part, []).append(key)
         return keys_of
+
+    def checkpoint_tensor(self, name: str) -> Tensor:
+        """A parameter by its module name, as stored. For those the file holds under one name of their own."""
+        return self.checkpoint.read(self.key_of[name])
+
+    def stored_dtype(self, key: str, requested: str = "auto") -> torch.dtype:
+        """dtype to write a tensor in: the requested one, or what the checkpoint has it (or most of itself) in."""
+        if requested != "auto":
+            dtype: torch.dtype = getattr(torch, requested)
+            return dtype
+        return self.checkpoint.dtypes.get(key) or self.checkpoint.main_dtype
 
     @property
     def outside(self) -> list[str]:

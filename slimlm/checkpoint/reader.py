@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +18,19 @@ from slimlm.errors import UserError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SCAN_ELEMENTS = 1 << 24
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Checkpoint:
@@ -29,6 +44,7 @@ class Checkpoint:
         self.path = path
         self.file_of = self._read_index()
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self.files = sorted(set(self.file_of.values()))
         for file in self.files:
             self._read_header(file)
@@ -58,7 +74,9 @@ class Checkpoint:
             for key in (key for key, home in self.file_of.items() if home == name):
                 if key not in present:
                     raise UserError(f"tensor {key} is not in {path}, though {INDEX_NAME} says so: fetch the model again")
-                self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                header = file.get_slice(key)
+                self.shapes[key] = tuple(header.get_shape())
+                self.dtypes[key] = _DTYPES.get(header.get_dtype(), torch.float32)
 
     @contextmanager
     def tensors(self, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -84,6 +102,14 @@ class Checkpoint:
                     what = "NaN" if torch.isnan(chunk).any() else "Inf"
                     raise UserError(f"tensor {key} in {self.path / self.file_of[key]} holds {what}")
             advance(tensor.numel())
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype most of the weights are stored in."""
+        sizes: Counter[torch.dtype] = Counter()
+        for key, shape in self.shapes.items():
+            sizes[self.dtypes[key]] += math.prod(shape)
+        return sizes.most_common(1)[0][0]
 
     def bytes_on_disk(self) -> int:
         """Size of the weight files."""

@@ -10,6 +10,8 @@ from slimlm.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
+# The model that ships with slimlm, and the number of tokens it was trained to look back on.
+BUNDLED_CONTEXT = 256
 BUNDLED = {"llama": Path(__file__).parent.parent / "bundled" / "llama-6m"}
 
 METADATA_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]

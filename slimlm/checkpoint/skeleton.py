@@ -3,9 +3,10 @@
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from slimlm.checkpoint.hf_internals import module_names
 from slimlm.checkpoint.reader import Checkpoint
@@ -23,6 +24,14 @@ def load_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{path} is quantised already; give slimlm the original floating-point checkpoint")
     return config
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer. Raises UserError where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizer backends raise whatever they please
+        raise UserError(f"{path} has no tokenizer transformers can load: {str(error).splitlines()[0]}") from error
 
 
 def build_skeleton(

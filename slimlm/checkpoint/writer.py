@@ -15,22 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimlm.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from slimlm.checkpoint.reader import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
 from slimlm.errors import RunFailure
 
 MAX_SHARD_BYTES = 5 * 10**9
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)

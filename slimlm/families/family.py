@@ -1,6 +1,9 @@
 """What slimlm must know about an architecture: names and axes, no forward passes and no maths."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["embedding", "norm", "reader", "writer", "inner", "final_norm", "head"]
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,21 @@ class Family:
 
     def block(self, index: int) -> str:
         return f"{self.blocks}.{index}"
+
+    def role(self, parameter: str) -> Role | None:
+        """What a parameter, by its full name, is to the residual stream; None when it is not declared."""
+        module = parameter.rpartition(".")[0]
+        if module.startswith(self.blocks + "."):
+            return self._role_in_block(module.removeprefix(self.blocks + ".").partition(".")[2])
+        if module in self.embeddings:
+            return "embedding"
+        return {self.final_norm: "final_norm", self.head: "head"}.get(module)  # type: ignore[return-value]
+
+    def _role_in_block(self, module: str) -> Role | None:
+        if module in {norm.name for norm in self.norms}:
+            return "norm"
+        if module in self.readers:
+            return "reader"
+        if module in self.writers:
+            return "writer"
+        return "inner" if module in self.inner else None

@@ -1,0 +1,91 @@
+"""The model card, `README.md`, filled from the manifest: nothing in it was not measured."""
+
+from pathlib import Path
+from typing import Any
+
+from slimlm.checkpoint.manifest import Manifest
+
+CARD_NAME = "README.md"
+
+
+def write_card(directory: Path, manifest: Manifest) -> None:
+    (directory / CARD_NAME).write_text(render_card(manifest))
+
+
+def render_card(manifest: Manifest) -> str:
+    """Markdown with the hub's YAML header."""
+    parts = [
+        _header(manifest),
+        f"# {manifest['model']['name']}, compressed by slimlm\n",
+        _summary(manifest),
+        _sizes(manifest),
+        _loss(manifest),
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n\n'
+        "No extra code is needed: the architecture is a stock one with other sizes.\n",
+        _reproduce(manifest),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _header(manifest: Manifest) -> str:
+    model = manifest["model"]
+    lines = ["---"]
+    if model["origin"] == "hub":
+        lines.append(f"base_model: {model['name']}")
+    elif model["origin"] == "bundled":
+        lines.append("base_model: slimlm/llama-6m")
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- slimlm", "- compression"]
+    lines += [f"- {manifest['recipe']['method']}", "---", ""]
+    return "\n".join(lines)
+
+
+def _summary(manifest: Manifest) -> str:
+    sparsity, recipe = manifest["sparsity"], manifest["recipe"]
+    changes = "; ".join(f"`{name}` {before} -> {after}" for name, (before, after) in manifest["changes"].items())
+    return (
+        f"Method `{recipe['method']}`, {manifest['paper']}. Requested sparsity {sparsity['requested']:g} "
+        f"(share of the dense checkpoint's parameters), achieved {sparsity['achieved']:.4f}. {changes}.\n"
+    )
+
+
+def _sizes(manifest: Manifest) -> str:
+    return (
+        "| | dense | compressed | change |\n| --- | ---: | ---: | ---: |\n"
+        + _row("parameters", manifest["parameters"], "{:,}")
+        + _row("bytes of weights", manifest["bytes"], "{:,}")
+    )
+
+
+def _row(label: str, pair: dict[str, Any], form: str) -> str:
+    dense, compressed = pair["dense"], pair["compressed"]
+    change = f"{100 * (compressed / dense - 1):+.1f}%"
+    return f"| {label} | {form.format(dense)} | {form.format(compressed)} | {change} |\n"
+
+
+def _loss(manifest: Manifest) -> str:
+    measured = manifest["measured"]
+    if measured is None:
+        return "## What was lost\n\nNot measured: run `slimlm eval` on this directory.\n"
+    dense, compressed = measured["dense"], measured["compressed"]
+    pair = {"dense": dense["perplexity"], "compressed": compressed["perplexity"]}
+    return (
+        "## What was lost\n\n| | dense | compressed | change |\n| --- | ---: | ---: | ---: |\n"
+        + _row("perplexity", pair, "{:.2f}")
+        + f"\nOn {measured['text']}: {measured['windows']} windows of {measured['window']} tokens, stride "
+        f"{measured['stride']}, BOS {measured['bos']}, weights in {measured['dtype']}. Mean relative error of the "
+        f"residual stream after the last block: {manifest['blocks'][-1]['relative_error']:.3f}.\n"
+    )
+
+
+def _reproduce(manifest: Manifest) -> str:
+    calibration, run = manifest["calibration"], manifest["run"]
+    return (
+        "## How it was made\n\n"
+        f"Calibrated on {calibration['windows']} windows of {calibration['window']} tokens from "
+        f"`{calibration['source']}` (seed {calibration['seed']}, SHA-256 `{calibration['sha256'][:16]}`), in "
+        f"{run['seconds']['total']:.0f} s on {run['machine']}, peak memory {run['peak_memory_bytes']['host'] / 1e9:.2f} GB. "
+        "`slimlm.json` beside this file holds the whole recipe, hashes and versions; "
+        "`slimlm compress --recipe recipe.yaml` with the recipe saved here repeats it.\n"
+    )

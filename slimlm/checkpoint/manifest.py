@@ -1,0 +1,41 @@
+"""`slimlm.json`: what was done to a checkpoint, with what, and what it cost."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from slimlm.errors import UserError
+
+MANIFEST_NAME = "slimlm.json"
+VERSIONED = ("slimlm", "torch", "transformers", "safetensors", "tokenizers", "datasets", "lm_eval")
+
+Manifest = dict[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package whose version can change a figure."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a checkpoint slimlm wrote; None for any other. Raises UserError for one that is not JSON."""
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        manifest: Manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return manifest

@@ -1,0 +1,74 @@
+"""Perplexity on fixed windows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from slimlm.errors import RunFailure
+
+LOSS_CHUNK = 2048
+
+
+@dataclass
+class LogLikelihood:
+    """Summed negative log-likelihood, in nats, over predicted tokens, with the windows' own means for an error bar."""
+
+    nll: float = 0.0
+    tokens: int = 0
+    window_means: list[float] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.window_means = []
+
+    def add(self, logits: Tensor, tokens: Tensor) -> None:
+        """logits: [batch, time, vocab] for tokens: [batch, time]; positions 1.. are predicted from those before."""
+        nll = window_nll(logits, tokens)
+        if not torch.isfinite(nll).all():
+            raise RunFailure("the model's log-likelihood is NaN or Inf: its weights or dtype are broken")
+        self.nll += float(nll.sum())
+        self.tokens += tokens.shape[0] * (tokens.shape[1] - 1)
+        self.window_means += (nll / (tokens.shape[1] - 1)).tolist()
+
+    @property
+    def mean(self) -> float:
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean log-perplexity, from the spread over windows."""
+        count = len(self.window_means)
+        return float(torch.tensor(self.window_means, dtype=torch.float64).std()) / math.sqrt(count) if count > 1 else 0.0
+
+
+def window_nll(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log-likelihood of tokens: [batch, time] under logits: [batch, time, vocab], summed per window, fp64 [batch]."""
+    batch, time = tokens.shape
+    scores = logits[:, :-1].reshape(batch * (time - 1), -1)
+    targets = tokens[:, 1:].reshape(-1)
+    losses = [
+        cross_entropy(part.float(), target, reduction="none").double()
+        for part, target in zip(scores.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+    ]
+    return torch.cat(losses).view(batch, time - 1).sum(1)
+
+
+@torch.no_grad()
+def measure_perplexity(
+    model: Any, windows: Tensor, batch_size: int, advance: Callable[[int], None] = lambda done: None
+) -> LogLikelihood:
+    """Log-likelihood of windows: [n, time] under a transformers causal LM."""
+    likelihood = LogLikelihood()
+    for batch in windows.split(batch_size):
+        tokens = batch.to(model.device)
+        likelihood.add(model(input_ids=tokens, use_cache=False).logits, tokens)
+        advance(batch.shape[0])
+    return likelihood

@@ -1,0 +1,63 @@
+"""Two models side by side, a block of each in memory at a time: what compression did, block by block and at the end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slimlm.errors import UserError
+from slimlm.evaluation.perplexity import LogLikelihood
+from slimlm.progress import Progress
+from slimlm.walk import StreamedModel, Stream
+
+
+@dataclass
+class Comparison:
+    """Log-likelihoods of the same windows, and per block the mean relative error of the compressed stream."""
+
+    dense: LogLikelihood
+    compressed: LogLikelihood
+    block_errors: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def compare_streamed(
+    dense: StreamedModel,
+    compressed: StreamedModel,
+    batches: Sequence[Tensor],
+    basis: Tensor | None,
+    progress: Progress,
+) -> Comparison:
+    """Run both models over batches of tokens [batch, time].
+
+    basis: [hidden, width] says where the compressed stream lives in the dense one's space (None: the same space).
+    """
+    if len(dense.blocks) != len(compressed.blocks):
+        raise UserError(f"models of {len(dense.blocks)} and {len(compressed.blocks)} blocks cannot be compared by block")
+    progress.stage("measuring", len(dense.blocks))
+    streams = dense.embed(batches), compressed.embed(batches)
+    comparison = Comparison(LogLikelihood(), LogLikelihood())
+    for index in range(len(dense.blocks)):
+        for model, stream in zip((dense, compressed), streams, strict=True):
+            with model.block(index):
+                model.advance(index, stream)
+        comparison.block_errors.append(relative_error(*streams, basis))
+        progress.step()
+    for model, stream, likelihood in zip(
+        (dense, compressed), streams, (comparison.dense, comparison.compressed), strict=True
+    ):
+        for logits, tokens in zip(model.logits(stream), stream.tokens, strict=True):
+            likelihood.add(logits, tokens)
+    return comparison
+
+
+def relative_error(dense: Stream, compressed: Stream, basis: Tensor | None) -> float:
+    """Mean over tokens of `||x - S x'|| / ||x||`, with S the basis: 0 is no error, 1 as much error as signal."""
+    total, tokens = 0.0, 0
+    for x, y in zip(dense.hidden, compressed.hidden, strict=True):
+        restored = y.float() if basis is None else y.float() @ basis.T.float()
+        error = (x.float() - restored).norm(dim=-1) / x.float().norm(dim=-1).clamp_min(1e-30)
+        total += float(error.sum())
+        tokens += error.numel()
+    return total / tokens

@@ -1,0 +1,14 @@
+"""The compression methods, by the name `--method` takes. A new one is a file and a line here."""
+
+from slimlm.errors import UserError, nearest
+from slimlm.methods.plan import Method
+from slimlm.methods.slice import SLICE
+
+METHODS: dict[str, Method] = {"slice": SLICE}
+
+
+def method_named(name: str) -> Method:
+    """Raises UserError naming the known methods."""
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)})")
+    return METHODS[name]

@@ -1,0 +1,49 @@
+"""What every method hands to the flow: a plan before any work, an outcome after it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from slimlm.checkpoint.writer import TensorSpec
+from slimlm.progress import Progress
+from slimlm.recipe import Recipe
+from slimlm.walk import StreamedModel
+
+Write = Callable[[Mapping[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result's config and tensors (names as in its files), and what changes, in words and numbers."""
+
+    config: PretrainedConfig
+    tensors: dict[str, TensorSpec]
+    parameters: int
+    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found out.
+
+    notes: figures for the manifest. basis: [hidden, width], where the stream was moved to, if it was.
+    zeros: share of zeros among the weights of the matrices the method pruned.
+    """
+
+    notes: dict[str, Any] = field(default_factory=dict)
+    basis: Tensor | None = None
+    zeros: float = 0.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """plan(model, recipe) does no heavy work and raises UserError for what cannot be done.
+    run(model, plan, batches, write, progress) passes every planned tensor to `write` once."""
+
+    summary: str
+    paper: str
+    plan: Callable[[StreamedModel, Recipe], Plan]
+    run: Callable[[StreamedModel, Plan, list[Tensor], Write, Progress], Outcome]

@@ -1,0 +1,105 @@
+"""Everything that can be checked before a run, checked before the run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from slimlm.calibration import SELF, Windows, load_windows
+from slimlm.checkpoint.output import check_output
+from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
+from slimlm.checkpoint.skeleton import load_config, load_tokenizer, parameter_count
+from slimlm.device import pick_device
+from slimlm.errors import UserError
+from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
+from slimlm.families import family_of
+from slimlm.methods import method_named
+from slimlm.methods.plan import Method, Plan
+from slimlm.progress import Progress
+from slimlm.recipe import Recipe
+from slimlm.walk import StreamedModel
+
+
+@dataclass
+class Job:
+    """Everything a run needs, checked. `windows` is None while calibration text is still to be sampled."""
+
+    recipe: Recipe
+    resolved: ResolvedModel
+    method: Method
+    output: Path
+    model: StreamedModel
+    tokenizer: Any
+    plan: Plan
+    test: TestWindows | None
+    windows: Windows | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
+    """Find every fault that can be found without computing. Raises UserError; writes nothing."""
+    method = method_named(recipe.method)
+
+    def accept(path: Path) -> None:
+        family_of(load_config(path, recipe.trust_remote_code).model_type)
+
+    resolved = resolve_model(recipe.model, recipe.revision, accept)
+    progress.line(f"model: {resolved}")
+    output = Path(recipe.output_dir or default_output(recipe)).expanduser()
+    check_output(output, overwrite, resolved.path)
+    model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
+    plan = method.plan(model, recipe)
+    check_output(output, overwrite, resolved.path, sum(spec.nbytes for spec in plan.tensors.values()))
+    tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
+    recipe = settle(recipe, resolved, model.config, output)
+    assert recipe.dataset is not None
+    assert recipe.max_seq_length is not None
+    windows = None if recipe.dataset == SELF else load_windows(
+        recipe.dataset, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length, recipe.seed, recipe.text_column
+    )
+    test = (
+        load_test_windows(recipe.eval_text, tokenizer, recipe.eval_windows, recipe.max_seq_length)
+        if recipe.measure
+        else None
+    )
+    progress.stage("checking weights", parameter_count(model.model))
+    model.checkpoint.check_finite(progress.step)
+    return Job(recipe, resolved, method, output, model, tokenizer, plan, test, windows)
+
+
+def open_model(
+    path: Path, device: torch.device, precision: Literal["fast", "stored"], trust_remote_code: bool = False
+) -> StreamedModel:
+    """A checkpoint directory, ready to stream.
+
+    precision: what it computes in. "stored" is the weights' own dtype; "fast" is that too on a GPU, and float32 on a
+    CPU, where it costs nothing for calibration and loses nothing.
+    """
+    checkpoint = Checkpoint(path)
+    config = load_config(path, trust_remote_code)
+    full = precision == "fast" and device.type == "cpu"
+    dtype = torch.float32 if full else checkpoint.main_dtype
+    return StreamedModel(checkpoint, config, family_of(config.model_type), device, dtype, trust_remote_code)
+
+
+def settle(recipe: Recipe, resolved: ResolvedModel, config: Any, output: Path) -> Recipe:
+    """The recipe with every default that depends on the model filled in. Raises UserError where there is none."""
+    dataset = recipe.dataset or (SELF if resolved.origin == "bundled" else None)
+    if dataset is None:
+        raise UserError(
+            "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or fineweb-edu, "
+            "or --dataset self to let the model write its own (needs the whole model in memory)"
+        )
+    context: int = getattr(config, "max_position_embeddings", DEFAULT_WINDOW)
+    default = BUNDLED_CONTEXT if resolved.origin == "bundled" else min(DEFAULT_WINDOW, context)
+    length = recipe.max_seq_length or default
+    if length > context:
+        raise UserError(f"--max-seq-length {length} is beyond the model's context of {context} tokens")
+    return recipe.model_copy(update={"dataset": dataset, "max_seq_length": length, "output_dir": str(output)})
+
+
+def default_output(recipe: Recipe) -> str:
+    """`llama-slice-25` for 25% sliced off the model llama, in the working directory."""
+    return f"{Path(recipe.model).name}-{recipe.method}-{recipe.sparsity * 100:g}"

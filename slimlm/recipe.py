@@ -1,0 +1,105 @@
+"""A recipe says everything about a run. YAML files and command-line flags both become one."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from slimlm.errors import UserError, nearest
+
+RECIPE_DIRECTORIES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Recipe(BaseModel):
+    """What to compress, how, and with which data. Field names are the command line's flags."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    model: str = Field(description="hub id, directory, or `llama`, the small model that ships with slimlm")
+    revision: str | None = Field(None, description="hub revision of the model")
+    method: str = Field("slice", description="how to compress")
+    sparsity: float = Field(description="share of the dense checkpoint's parameters to remove, between 0 and 1")
+    round_to: int | None = Field(
+        None, ge=1, description="widths are multiples of this; by default the largest power of two that reaches the sparsity"
+    )
+
+    dataset: str | None = Field(
+        None, description="calibration text: file, hub id, wikitext2, c4, alpaca, fineweb-edu, or self"
+    )
+    text_column: str = Field("text", description="column of the calibration data that holds the text")
+    num_calibration_samples: int = Field(128, ge=1, description="calibration windows")
+    max_seq_length: int | None = Field(None, ge=2, description="tokens in a calibration window")
+    batch_size: int = Field(8, ge=1, description="windows that go through a block together")
+    seed: int = Field(0, ge=0, description="picks calibration windows and samples")
+
+    dtype: DtypeName = Field("auto", description="dtype of the weights written; auto keeps the checkpoint's")
+    device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, ...")
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
+
+    measure: bool = Field(True, description="measure perplexity before and after, block by block")
+    eval_text: str | None = Field(None, description="text for that measurement; by default the Python reference")
+    eval_windows: int = Field(128, ge=1, description="windows of that measurement")
+
+    output_dir: str | None = Field(None, description="where the result goes")
+    expected: dict[str, float] = Field({}, description="figures this recipe gave when it was written")
+
+    @field_validator("sparsity")
+    @classmethod
+    def _in_range(cls, value: float) -> float:
+        if not 0 < value < 1:
+            raise ValueError(f"sparsity is the share of parameters to remove, above 0 and below 1, not {value:g}")
+        return value
+
+
+def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Validate values into a Recipe. Raises UserError naming the key, the nearest known one, and the reason."""
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from error
+
+
+def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe in a YAML file, or one shipped with slimlm by its name; `overrides` win.
+
+    Raises UserError when there is no such recipe or it is not valid.
+    """
+    path = find_recipe(name)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} is not a mapping of keys to values")
+    merged = {**values, **(overrides or {})}
+    if any(merged.get(key) != value for key, value in values.items()):
+        merged.pop("expected", None)  # another run's figures
+    return make_recipe(merged, f"recipe {path}")
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a recipe given as a path or as the name of one that ships with slimlm."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_recipes()
+    key = Path(name).name.removesuffix(".yaml")
+    if key not in shipped:
+        raise UserError(f"there is no recipe {name!r}{nearest(key, shipped)} (shipped: {', '.join(sorted(shipped))})")
+    return shipped[key]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with slimlm, by name."""
+    return {path.stem: path for directory in RECIPE_DIRECTORIES for path in sorted(directory.glob("*.yaml"))}
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{nearest(key, Recipe.model_fields)}"
+    if first["type"] == "missing":
+        return f"{key!r} is not given"
+    return f"{key}: {first['msg'].removeprefix('Value error, ')}"
