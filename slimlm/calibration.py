@@ -137,7 +137,7 @@ def _read_text(path: Path, text_column: str) -> list[str | list[int]]:
 
 
 def split_documents(text: str) -> list[str | list[int]]:
-    """Documents of a plain text, separated by lines that hold only `<|endoftext|>`; one document where there are none."""
+    """Documents of a plain text, separated by lines that hold only `<|endoftext|>`; one where there are none."""
     documents = ("\n" + text + "\n").split(f"\n{DOCUMENT_SEPARATOR}\n")
     return [document.strip("\n") for document in documents if document.strip()]
 
@@ -169,7 +169,7 @@ _FILE_READERS: dict[str, Callable[[Path, str], list[str | list[int]]]] = {
 def _row_content(row: Any, text_column: str, source: str) -> str | list[int]:
     if not isinstance(row, dict) or (text_column not in row and "input_ids" not in row):
         raise _no_column(text_column, row if isinstance(row, dict) else [], source)
-    content: str | list[int] = row.get(text_column, row.get("input_ids"))
+    content: str | list[int] = row[text_column if text_column in row else "input_ids"]
     return content
 
 

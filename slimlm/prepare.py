@@ -56,8 +56,17 @@ def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
     recipe = settle(recipe, resolved, model.config, output)
     assert recipe.dataset is not None
     assert recipe.max_seq_length is not None
-    windows = None if recipe.dataset == SELF else load_windows(
-        recipe.dataset, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length, recipe.seed, recipe.text_column
+    windows = (
+        None
+        if recipe.dataset == SELF
+        else load_windows(
+            recipe.dataset,
+            tokenizer,
+            recipe.num_calibration_samples,
+            recipe.max_seq_length,
+            recipe.seed,
+            recipe.text_column,
+        )
     )
     test = (
         load_test_windows(recipe.eval_text, tokenizer, recipe.eval_windows, recipe.max_seq_length)
@@ -89,8 +98,8 @@ def settle(recipe: Recipe, resolved: ResolvedModel, config: Any, output: Path) -
     dataset = recipe.dataset or (SELF if resolved.origin == "bundled" else None)
     if dataset is None:
         raise UserError(
-            "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or fineweb-edu, "
-            "or --dataset self to let the model write its own (needs the whole model in memory)"
+            "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
+            "fineweb-edu, or --dataset self to let the model write its own (needs the whole model in memory)"
         )
     context: int = getattr(config, "max_position_embeddings", DEFAULT_WINDOW)
     default = BUNDLED_CONTEXT if resolved.origin == "bundled" else min(DEFAULT_WINDOW, context)

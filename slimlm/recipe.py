@@ -22,7 +22,9 @@ class Recipe(BaseModel):
     method: str = Field("slice", description="how to compress")
     sparsity: float = Field(description="share of the dense checkpoint's parameters to remove, between 0 and 1")
     round_to: int | None = Field(
-        None, ge=1, description="widths are multiples of this; by default the largest power of two that reaches the sparsity"
+        None,
+        ge=1,
+        description="widths are multiples of this; by default the largest power of two that reaches the sparsity",
     )
 
     dataset: str | None = Field(

@@ -139,7 +139,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, batches: Sequence[Tensor]) -> Stream:
-        """Start a stream: hidden states entering block 0, and every block's arguments, for batches of tokens [batch, time]."""
+        """Start a stream for batches of tokens [batch, time]: what enters block 0, and every block's arguments."""
         stream = Stream([batch.to(self.device) for batch in batches])
         parts = [part for part in self.outside if part not in (self.family.final_norm, self.family.head)]
         with self.loaded(parts):

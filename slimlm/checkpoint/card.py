@@ -31,11 +31,8 @@ def render_card(manifest: Manifest) -> str:
 
 def _header(manifest: Manifest) -> str:
     model = manifest["model"]
-    lines = ["---"]
-    if model["origin"] == "hub":
-        lines.append(f"base_model: {model['name']}")
-    elif model["origin"] == "bundled":
-        lines.append("base_model: slimlm/llama-6m")
+    base = model["name"] if model["origin"] == "hub" else Path(model["path"]).name
+    lines = ["---", f"base_model: {base}"]
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- slimlm", "- compression"]
     lines += [f"- {manifest['recipe']['method']}", "---", ""]
     return "\n".join(lines)
@@ -85,7 +82,8 @@ def _reproduce(manifest: Manifest) -> str:
         "## How it was made\n\n"
         f"Calibrated on {calibration['windows']} windows of {calibration['window']} tokens from "
         f"`{calibration['source']}` (seed {calibration['seed']}, SHA-256 `{calibration['sha256'][:16]}`), in "
-        f"{run['seconds']['total']:.0f} s on {run['machine']}, peak memory {run['peak_memory_bytes']['host'] / 1e9:.2f} GB. "
+        f"{run['seconds']['total']:.0f} s on {run['machine']}, "
+        f"peak memory {run['peak_memory_bytes']['host'] / 1e9:.2f} GB. "
         "`slimlm.json` beside this file holds the whole recipe, hashes and versions; "
         "`slimlm compress --recipe recipe.yaml` with the recipe saved here repeats it.\n"
     )

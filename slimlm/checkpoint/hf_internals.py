@@ -1,4 +1,4 @@
-"""The only file that imports transformers' semi-private loading code; `tests/checkpoint/test_hf_internals.py` guards it.
+"""The only file that imports transformers' semi-private loading code; a test of the same name guards it.
 
 transformers renames and fuses tensors between file and module (`core_model_loading`). Using the same code for a part
 of a model keeps slimlm right for every checkpoint layout that `from_pretrained` understands.
@@ -47,7 +47,7 @@ def module_names(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str,
 def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
     """Put the tensors behind `slices` (file name -> lazy slice) into the model's modules.
 
-    Raises UserError when a tensor's shape is not the module's, which transformers would answer with fresh random weights.
+    Raises UserError when a tensor's shape is not the module's; transformers would put random weights there.
     """
     config = LoadStateDictConfig(
         device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)

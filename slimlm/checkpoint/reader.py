@@ -60,7 +60,8 @@ class Checkpoint:
                 return dict.fromkeys(file.keys(), SINGLE_NAME)
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pth")):
             raise UserError(
-                f"{self.path} holds pickled weights only; slimlm reads safetensors, which cannot run code: convert with "
+                f"{self.path} holds pickled weights only; slimlm reads safetensors, which cannot run code: "
+                "convert with "
                 "`AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)`"
             )
         raise UserError(f"{self.path} holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}")
@@ -73,7 +74,9 @@ class Checkpoint:
             present = set(file.keys())
             for key in (key for key, home in self.file_of.items() if home == name):
                 if key not in present:
-                    raise UserError(f"tensor {key} is not in {path}, though {INDEX_NAME} says so: fetch the model again")
+                    raise UserError(
+                        f"tensor {key} is not in {path}, though {INDEX_NAME} says so: fetch the model again"
+                    )
                 header = file.get_slice(key)
                 self.shapes[key] = tuple(header.get_shape())
                 self.dtypes[key] = _DTYPES.get(header.get_dtype(), torch.float32)

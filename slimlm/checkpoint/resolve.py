@@ -91,12 +91,10 @@ def _from_hub(model: str, revision: str | None, accept: Callable[[Path], None]) 
     except (OSError, RuntimeError) as error:  # every connection error of httpx and huggingface_hub is one of these
         reason = str(error).strip().splitlines()[0][:120]
         raise UserError(
-            f"model {model!r} could not be fetched from the hub ({type(error).__name__}: {reason}){nearest(model, BUNDLED)}; "
-            f"{_WAYS_OUT}"
+            f"model {model!r} could not be fetched from the hub ({type(error).__name__}: {reason})"
+            f"{nearest(model, BUNDLED)}; {_WAYS_OUT}"
         ) from error
     return resolved
 
 
-_WAYS_OUT = (
-    "log in with `hf auth login` if it is private, give a local directory, or use the bundled `--model llama`"
-)
+_WAYS_OUT = "log in with `hf auth login` if it is private, give a local directory, or use the bundled `--model llama`"

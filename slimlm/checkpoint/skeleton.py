@@ -78,8 +78,10 @@ def check_against_skeleton(checkpoint: Checkpoint, model: PreTrainedModel) -> No
 
 def _check_tied(checkpoint: Checkpoint, model: PreTrainedModel, keys: dict[str, str]) -> None:
     for target, source in model.all_tied_weights_keys.items():
-        if target in keys and source in keys and not torch.equal(
-            checkpoint.read(keys[target]), checkpoint.read(keys[source])
+        if (
+            target in keys
+            and source in keys
+            and not torch.equal(checkpoint.read(keys[target]), checkpoint.read(keys[source]))
         ):
             raise UserError(
                 f"{checkpoint.path}: config ties {target} to {source}, but the files hold different values for them; "

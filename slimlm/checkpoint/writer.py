@@ -80,18 +80,18 @@ class CheckpointWriter:
             self.places[name] = _Place(path, start + header[name]["data_offsets"][0])  # type: ignore[index]
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place, cast to the planned dtype. Raises ValueError when the shape is not the planned one."""
+        """Put one tensor in its place, cast to the planned dtype. Raises ValueError for another shape than planned."""
         spec, place = self.specs[name], self.places[name]
         if tuple(tensor.shape) != spec.shape:
             raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, planned {list(spec.shape)}")
         data = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
         with _disk_errors(place.file), place.file.open("r+b") as file:
             file.seek(place.offset)
-            file.write(memoryview(data))
+            file.write(data.data)
         self.missing.discard(name)
 
     def finish(self) -> None:
-        """Write the index, where there are several shards, and flush everything to disk. Raises ValueError if a tensor is missing."""
+        """Write the index, if there are several shards, and flush all to disk. Raises ValueError for a missing tensor."""
         if self.missing:
             raise ValueError(f"tensors never written: {', '.join(sorted(self.missing)[:5])}")
         files = sorted({place.file for place in self.places.values()})

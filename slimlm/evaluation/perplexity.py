@@ -46,11 +46,13 @@ class LogLikelihood:
     def stderr(self) -> float:
         """Standard error of the mean log-perplexity, from the spread over windows."""
         count = len(self.window_means)
-        return float(torch.tensor(self.window_means, dtype=torch.float64).std()) / math.sqrt(count) if count > 1 else 0.0
+        return (
+            float(torch.tensor(self.window_means, dtype=torch.float64).std()) / math.sqrt(count) if count > 1 else 0.0
+        )
 
 
 def window_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood of tokens: [batch, time] under logits: [batch, time, vocab], summed per window, fp64 [batch]."""
+    """Negative log-likelihood of tokens: [batch, time] under logits: [batch, time, vocab]; fp64 [batch]."""
     batch, time = tokens.shape
     scores = logits[:, :-1].reshape(batch * (time - 1), -1)
     targets = tokens[:, 1:].reshape(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from slimlm.errors import UserError
 from slimlm.evaluation.perplexity import LogLikelihood
 from slimlm.progress import Progress
-from slimlm.walk import StreamedModel, Stream
+from slimlm.walk import Stream, StreamedModel
 
 
 @dataclass
@@ -34,7 +34,9 @@ def compare_streamed(
     basis: [hidden, width] says where the compressed stream lives in the dense one's space (None: the same space).
     """
     if len(dense.blocks) != len(compressed.blocks):
-        raise UserError(f"models of {len(dense.blocks)} and {len(compressed.blocks)} blocks cannot be compared by block")
+        raise UserError(
+            f"models of {len(dense.blocks)} and {len(compressed.blocks)} blocks cannot be compared by block"
+        )
     progress.stage("measuring", len(dense.blocks))
     streams = dense.embed(batches), compressed.embed(batches)
     comparison = Comparison(LogLikelihood(), LogLikelihood())

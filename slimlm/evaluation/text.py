@@ -45,7 +45,7 @@ def python_reference() -> list[str]:
 
 
 def load_test_windows(text: str | None, tokenizer: Any, count: int | None, length: int) -> TestWindows:
-    """`count` windows (all of them for None) of `length` tokens, evenly spaced over a .txt file or the Python reference.
+    """`count` windows (None: all) of `length` tokens, evenly spaced over a .txt file or the Python reference.
 
     Each document is preceded by BOS (EOS where there is none). Raises UserError when the text does not fill a window.
     """

@@ -42,6 +42,7 @@ def nearest_width(
 ) -> WidthChoice | None:
     """The multiple below `full` that comes nearest to `sparsity`; None when there is no such multiple."""
     choices = [
-        WidthChoice(width, multiple, 1 - parameters(width) / dense_parameters) for width in range(multiple, full, multiple)
+        WidthChoice(width, multiple, 1 - parameters(width) / dense_parameters)
+        for width in range(multiple, full, multiple)
     ]
     return min(choices, key=lambda choice: abs(choice.sparsity - sparsity), default=None)

@@ -27,7 +27,7 @@ from slimlm.linalg.rotate import rotate_embedding, rotate_reader, rotate_writer
 from slimlm.methods.plan import Method, Outcome, Plan, Write
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
-from slimlm.walk import StreamedModel, Stream
+from slimlm.walk import Stream, StreamedModel
 
 _RESIDUAL_AXIS = {"embedding": 1, "norm": 0, "reader": 1, "writer": 0, "final_norm": 0, "head": 1}
 
@@ -46,10 +46,13 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
     choice = choose_width(hidden, parameters, dense, recipe.sparsity, divisor, recipe.round_to)
     if choice is None:
         near = nearest_width(hidden, parameters, dense, recipe.sparsity, divisor)
-        hint = f"the nearest that can be is {near.sparsity:.4f} (hidden_size {near.width})" if near else "nothing can be"
+        hint = (
+            f"the nearest that can be is {near.sparsity:.4f} (hidden_size {near.width})" if near else "nothing can be"
+        )
         rounding = f"multiples of {recipe.round_to}" if recipe.round_to else f"multiples of {divisor}"
         raise UserError(
-            f"sparsity {recipe.sparsity:g} cannot be reached within 0.01: hidden_size {hidden} shrinks in {rounding}; {hint}"
+            f"sparsity {recipe.sparsity:g} cannot be reached within 0.01: "
+            f"hidden_size {hidden} shrinks in {rounding}; {hint}"
         )
     return plan_width(model, choice.width, recipe.dtype, keeps_tie)
 

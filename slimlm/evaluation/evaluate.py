@@ -1,0 +1,185 @@
+"""`slimlm eval`: perplexity on fixed windows and lm-eval tasks, for one model or for two on identical input."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from slimlm.checkpoint.manifest import read_manifest, versions
+from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
+from slimlm.checkpoint.skeleton import load_config, load_tokenizer
+from slimlm.device import machine, pick_device
+from slimlm.errors import UserError
+from slimlm.evaluation.harness import load_task_manager, run_tasks, task_scores
+from slimlm.evaluation.perplexity import measure_perplexity
+from slimlm.evaluation.tasks import DEFAULT_TASKS, TASKS_PATH
+from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
+from slimlm.progress import LogProgress, Progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured. `data` is JSON-ready: windows, tasks, settings, versions, and one entry per model."""
+
+    data: dict[str, Any]
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        models: list[dict[str, Any]] = self.data["models"]
+        return models
+
+
+@dataclass(frozen=True)
+class _Settings:
+    tasks: tuple[str, ...]
+    batch_size: int
+    dtype: str
+    device: torch.device
+    device_map: str | None
+    limit: float | None
+    num_fewshot: int | None
+    trust_remote_code: bool
+
+
+def evaluate(
+    model: str,
+    against: str | None = None,
+    tasks: Sequence[str] = DEFAULT_TASKS,
+    text: str | None = None,
+    num_windows: int | None = 128,
+    window: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure `model`, and `against` on the very same windows and questions.
+
+    text: a .txt file, or None for the Python language reference. num_windows None takes all of it. window None takes
+    the length the model was compressed with, else its context up to 2048. device_map: "auto" spreads a model over
+    several GPUs. Raises UserError for models, texts or tasks that cannot be used, before any work.
+    """
+    progress = progress or LogProgress()
+    settings = _Settings(
+        tuple(tasks), batch_size, dtype, pick_device(device), device_map, limit, num_fewshot, trust_remote_code
+    )
+    resolved = [resolve_model(name) for name in (model, against) if name is not None]
+    for entry in resolved:
+        Checkpoint(entry.path)
+    length = window or default_window(resolved[0])
+    windows = _shared_windows(resolved, text, num_windows, length, trust_remote_code)
+    manager = load_task_manager(settings.tasks) if settings.tasks else None
+    entries = [_measure(entry, windows, manager, settings, progress) for entry in resolved]
+    return Evaluation(
+        {
+            "models": entries,
+            "windows": windows.describe(),
+            "tasks": {"names": list(settings.tasks), "limit": limit, "num_fewshot": num_fewshot},
+            "batch_size": batch_size,
+            "machine": machine(settings.device),
+            "versions": versions(),
+        }
+    )
+
+
+def default_window(resolved: ResolvedModel) -> int:
+    """Tokens per window when none are asked for."""
+    manifest = read_manifest(resolved.path)
+    if manifest is not None:
+        length: int = manifest["calibration"]["window"]
+        return length
+    if resolved.origin == "bundled":
+        return BUNDLED_CONTEXT
+    return min(DEFAULT_WINDOW, getattr(load_config(resolved.path), "max_position_embeddings", DEFAULT_WINDOW))
+
+
+def _shared_windows(
+    models: list[ResolvedModel], text: str | None, count: int | None, length: int, trust_remote_code: bool
+) -> TestWindows:
+    """The same windows for all models. Raises UserError when their tokenizers disagree."""
+    found = [load_test_windows(text, load_tokenizer(model.path, trust_remote_code), count, length) for model in models]
+    for model, windows in zip(models[1:], found[1:], strict=True):
+        if not torch.equal(windows.tokens, found[0].tokens):
+            raise UserError(
+                f"{models[0].name} and {model.name} tokenise the test text differently: "
+                "their perplexities cannot be compared"
+            )
+    return found[0]
+
+
+def _measure(
+    resolved: ResolvedModel, windows: TestWindows, manager: Any, settings: _Settings, progress: Progress
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    progress.stage(f"perplexity of {resolved.name}", windows.tokens.shape[0])
+    model = load_model(resolved.path, settings)
+    likelihood = measure_perplexity(model, windows.tokens, settings.batch_size, progress.step)
+    entry: dict[str, Any] = {
+        "name": resolved.name,
+        "path": str(resolved.path),
+        "revision": resolved.revision,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": Checkpoint(resolved.path).bytes_on_disk(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "perplexity": likelihood.perplexity,
+        "log_perplexity": likelihood.mean,
+        "log_perplexity_stderr": likelihood.stderr,
+        "tasks": {},
+    }
+    if settings.tasks:
+        progress.stage(f"tasks of {resolved.name}", 1)
+        tokenizer = load_tokenizer(resolved.path, settings.trust_remote_code)
+        found = run_tasks(
+            model, tokenizer, settings.tasks, manager, settings.batch_size, settings.limit, settings.num_fewshot
+        )
+        entry["tasks"] = task_scores(found["results"])
+        entry["task_versions"] = found["versions"]
+        entry["task_samples"] = {task: counts["effective"] for task, counts in found.get("n-samples", {}).items()}
+        entry["lm_eval_command"] = lm_eval_command(resolved, settings)
+        progress.step()
+    entry["seconds"] = round(time.perf_counter() - start, 3)
+    return entry
+
+
+def load_model(path: Path, settings: Any) -> Any:
+    """The whole model through stock transformers. Raises UserError unless every weight is found in the checkpoint."""
+    placement = {"device_map": settings.device_map} if settings.device_map else {}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+            **placement,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be loaded by transformers: {str(error).strip().splitlines()[0]}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            raise UserError(
+                f"{path}: transformers reports {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:3]}"
+            )
+    return (model if settings.device_map else model.to(settings.device)).eval()
+
+
+def lm_eval_command(resolved: ResolvedModel, settings: Any) -> str:
+    """The lm-eval call that gives the same task scores."""
+    parts = [
+        f"lm_eval --model hf --model_args pretrained={resolved.path},dtype={settings.dtype}",
+        f"--tasks {','.join(settings.tasks)} --include_path {TASKS_PATH}",
+        f"--batch_size {settings.batch_size} --device {settings.device}",
+    ]
+    if settings.limit is not None:
+        parts.append(f"--limit {settings.limit:g}")
+    if settings.num_fewshot is not None:
+        parts.append(f"--num_fewshot {settings.num_fewshot}")
+    return " ".join(parts)

@@ -1,0 +1,111 @@
+"""lm-eval's Python API, quietly."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimlm.errors import UserError, nearest
+from slimlm.evaluation.tasks import TASKS_PATH
+
+
+def load_task_manager(tasks: Sequence[str]) -> Any:
+    """A TaskManager that knows lm-eval's tasks and slimlm's; every task is loaded once here, so faults show early.
+
+    tasks: names, or paths of YAML files. Raises UserError naming the task that is unknown, broken or unreachable.
+    """
+    with _quiet():
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(TASKS_PATH))
+        for task in tasks:
+            _load(manager, task)
+    return manager
+
+
+def _load(manager: Any, task: str) -> None:
+    if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+        raise UserError(f"task file {task} does not exist")
+    try:
+        manager.load([task])
+    except KeyError as error:
+        raise UserError(f"unknown task {task!r}{nearest(task, manager.all_tasks)}: see `lm_eval ls tasks`") from error
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"data of task {task!r} could not be fetched ({_reason(error)}): check the network, or use the tasks that "
+            f"need none: {', '.join(sorted(path.stem for path in TASKS_PATH.glob('*.yaml')))}"
+        ) from error
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"task {task!r} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    manager: Any,
+    batch_size: int,
+    limit: float | None,
+    num_fewshot: int | None,
+) -> dict[str, Any]:
+    """lm-eval on a model in memory; what `lm_eval.simple_evaluate` returns."""
+    with _quiet():
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found: dict[str, Any] = simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the banners, bars and git complaints of lm-eval and datasets off the screen.
+
+    Standard error is redirected as a file descriptor, since lm-eval starts a `git` that writes there itself.
+    """
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def task_scores(results: dict[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """{task: {metric: {"value", "stderr"}}} from lm-eval's flat `metric,filter` keys."""
+    scores: dict[str, dict[str, dict[str, float | None]]] = {}
+    for task, figures in results.items():
+        scores[task] = {}
+        for key, value in figures.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = figures.get(f"{metric}_stderr,{kind}")
+            name = metric if kind == "none" else f"{metric},{kind}"
+            scores[task][name] = {"value": value, "stderr": stderr if isinstance(stderr, (int, float)) else None}
+    return scores

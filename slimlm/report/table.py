@@ -1,0 +1,46 @@
+"""Tables for the terminal."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def comparison_table(models: list[dict[str, Any]], title: str | None = None) -> Table:
+    """Figures down, models across; with two models (compressed, dense), dense first and the change last.
+
+    models: entries as `evaluate` returns them.
+    """
+    columns = models[::-1]
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for label in ["dense", "compressed"] if len(columns) == 2 else [columns[0]["name"]]:
+        table.add_column(label, justify="right")
+    if len(columns) == 2:
+        table.add_column("change", justify="right")
+    for label, cells, change in _rows(columns):
+        table.add_row(label, *cells, *([change] if len(columns) == 2 else []))
+    return table
+
+
+def _rows(columns: list[dict[str, Any]]) -> list[tuple[str, list[str], str]]:
+    rows = [
+        _ratio_row("parameters", [column["parameters"] for column in columns], "{:,}"),
+        _ratio_row("bytes of weights", [column["bytes"] for column in columns], "{:,}"),
+        _ratio_row("perplexity", [column["perplexity"] for column in columns], "{:.2f}"),
+    ]
+    for task, metrics in columns[0].get("tasks", {}).items():
+        for metric in metrics:
+            rows.append(_task_row(task, metric, [column["tasks"][task][metric] for column in columns]))
+    return rows
+
+
+def _ratio_row(label: str, values: list[Any], form: str) -> tuple[str, list[str], str]:
+    return label, [form.format(value) for value in values], f"{100 * (values[-1] / values[0] - 1):+.1f}%"
+
+
+def _task_row(task: str, metric: str, scores: list[dict[str, Any]]) -> tuple[str, list[str], str]:
+    cells = [
+        f"{score['value']:.4f}" + (f" ± {score['stderr']:.4f}" if score["stderr"] is not None else "")
+        for score in scores
+    ]
+    return f"{task} {metric}", cells, f"{scores[-1]['value'] - scores[0]['value']:+.4f}"
