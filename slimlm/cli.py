@@ -96,8 +96,8 @@ def compress_command(
         str | None,
         typer.Option(
             rich_help_panel=DATA,
-            help="Text file (.txt, .jsonl, .parquet), tokens (.npy), hub id, `wikitext2`, `c4`, `alpaca`, `fineweb-edu`, "
-            "or `self`: text the model writes itself.  [default: self for the bundled model, else required]",
+            help="Text file (.txt, .jsonl, .parquet), tokens (.npy), hub id, `wikitext2`, `c4`, `alpaca`, "
+            "`fineweb-edu`, or `self`: text the model writes itself.  [default: self for the bundled model, else required]",
         ),
     ] = None,
     text_column: Annotated[

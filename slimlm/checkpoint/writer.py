@@ -91,7 +91,7 @@ class CheckpointWriter:
         self.missing.discard(name)
 
     def finish(self) -> None:
-        """Write the index, if there are several shards, and flush all to disk. Raises ValueError for a missing tensor."""
+        """Write the index, if there are several shards, and flush to disk. Raises ValueError for a missing tensor."""
         if self.missing:
             raise ValueError(f"tensors never written: {', '.join(sorted(self.missing)[:5])}")
         files = sorted({place.file for place in self.places.values()})

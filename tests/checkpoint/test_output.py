@@ -1,0 +1,89 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from slimlm.checkpoint.output import LOCK_NAME, check_output, partial_path, staged_output
+from slimlm.errors import UserError
+
+
+def test_a_whole_output_appears_in_one_step(tmp_path: Path):
+    output = tmp_path / "deep" / "out"
+    with staged_output(output, overwrite=False) as partial:
+        (partial / "file").write_text("new")
+        assert not output.exists()
+    assert [path.name for path in output.iterdir()] == ["file"]
+    assert not partial_path(output).exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, error: type[BaseException]):
+    output = tmp_path / "out"
+    with pytest.raises(error), staged_output(output, overwrite=False) as partial:
+        (partial / "file").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_overwrite_leaves_the_old_output(tmp_path: Path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt), staged_output(output, overwrite=True) as partial:
+        (partial / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert (output / "file").read_text() == "old"
+    with staged_output(output, overwrite=True) as partial:
+        (partial / "file").write_text("new")
+    assert (output / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_second_run_into_the_same_output_is_refused(tmp_path: Path):
+    output = tmp_path / "out"
+    with staged_output(output, overwrite=False) as partial:
+        (partial / "file").write_text("first")
+        with pytest.raises(UserError, match="another slimlm run"), staged_output(output, overwrite=False):
+            pass
+    assert (output / "file").read_text() == "first"
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path):
+    output = tmp_path / "out"
+    partial = partial_path(output)
+    (partial / "sub").mkdir(parents=True)
+    (partial / "sub" / "old").write_text("x")
+    (partial / LOCK_NAME).write_text("")
+    with staged_output(output, overwrite=False) as fresh:
+        assert [path.name for path in fresh.iterdir()] == [LOCK_NAME]
+        (fresh / "file").write_text("new")
+    assert [path.name for path in output.iterdir()] == ["file"]
+
+
+def test_outputs_that_cannot_be_are_refused_beforehand(tmp_path: Path):
+    source = tmp_path / "model"
+    source.mkdir()
+    (tmp_path / "file").write_text("x")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "x").write_text("x")
+    for output, message in [
+        (source, "input model's own"),
+        (tmp_path / "file", "not a directory"),
+        (tmp_path / "file" / "below", "not a writable directory"),
+        (full, "--overwrite"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            check_output(output, overwrite=False, source=source)
+    check_output(full, overwrite=True, source=source)
+    with pytest.raises(UserError, match=r"needs 1000000000\.00 GB"):
+        check_output(tmp_path / "new", overwrite=False, source=source, needed_bytes=10**18)
+
+
+def test_an_unwritable_place_is_one_clear_error(tmp_path: Path):
+    with pytest.raises(UserError, match="cannot be created"), staged_output(Path("/proc/slimlm/out"), overwrite=False):
+        pass
+    if os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+        with pytest.raises(UserError, match="not a writable directory"):
+            check_output(tmp_path / "out", overwrite=False, source=Path("/nonexistent"))

@@ -1,0 +1,81 @@
+"""Tiny real models: real config classes and the bundled tokenizer, random weights, gains and biases."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PretrainedConfig
+
+from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.resolve import BUNDLED
+from slimlm.checkpoint.skeleton import load_config
+from slimlm.families import family_of
+from slimlm.walk import StreamedModel
+
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama-biased": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral-tied": MistralConfig(**SIZES, tie_word_embeddings=True, sliding_window=None),
+    "mistral-sliding": MistralConfig(**SIZES, sliding_window=8),
+}
+
+
+def build_tiny(config: PretrainedConfig, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a random model of `config` whose gains and biases are not the trivial ones."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            else:
+                parameter.normal_(std=0.15)
+    model.to(dtype).save_pretrained(path)
+    AutoTokenizer.from_pretrained(BUNDLED["llama"]).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Each tiny model in turn."""
+    return build_tiny(CONFIGS[request.param], tmp_path / request.param)
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> Path:
+    return build_tiny(CONFIGS["llama"], tmp_path / "llama")
+
+
+def stream(path: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
+    config = load_config(path)
+    return StreamedModel(Checkpoint(path), config, family_of(config.model_type), dtype=dtype)
+
+
+def random_tokens(count: int = 5, length: int = 24, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 4096, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(path: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What stock transformers says."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()(tokens).logits

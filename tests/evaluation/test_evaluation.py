@@ -1,0 +1,143 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slimlm.checkpoint.resolve import BUNDLED
+from slimlm.errors import UserError
+from slimlm.evaluation.evaluate import evaluate
+from slimlm.evaluation.perplexity import LogLikelihood, measure_perplexity, window_nll
+from slimlm.evaluation.streamed import compare_streamed
+from slimlm.evaluation.tasks import TASKS_PATH, continuation
+from slimlm.evaluation.text import load_test_windows
+from slimlm.progress import LogProgress
+from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
+
+
+def straight_loop(path: Path, windows: torch.Tensor, dtype: str = "auto") -> float:
+    """The perplexity anyone would write down: one window at a time, mean over all predicted tokens."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    losses = []
+    with torch.no_grad():
+        for window in windows:
+            log_probabilities = model(window[None]).logits[0].double().log_softmax(-1)
+            losses += [-log_probabilities[t, window[t + 1]].item() for t in range(len(window) - 1)]
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    return load_test_windows(None, AutoTokenizer.from_pretrained(BUNDLED["llama"]), 8, 64).tokens
+
+
+def test_perplexity_is_that_of_a_straight_loop(windows):
+    data = evaluate("llama", tasks=(), num_windows=8, window=64).data
+    assert data["models"][0]["perplexity"] == pytest.approx(straight_loop(BUNDLED["llama"], windows), rel=1e-4)
+    assert data["windows"]["predicted_tokens"] == 8 * 63
+    assert data["windows"]["stride"] == 64
+
+
+def test_streamed_and_whole_model_perplexity_are_the_same_number(windows):
+    model = stream(BUNDLED["llama"], torch.bfloat16)
+    comparison = compare_streamed(model, model, list(windows.split(4)), None, LogProgress())
+    whole = AutoModelForCausalLM.from_pretrained(BUNDLED["llama"], dtype=torch.bfloat16).eval()
+    assert comparison.dense.nll == comparison.compressed.nll == measure_perplexity(whole, windows, 4).nll
+    assert comparison.block_errors == [0.0] * 6
+
+
+def test_chunking_the_loss_does_not_change_it(monkeypatch):
+    logits, tokens = torch.randn(3, 9, 11), torch.randint(0, 11, (3, 9))
+    whole = window_nll(logits, tokens)
+    monkeypatch.setattr("slimlm.evaluation.perplexity.LOSS_CHUNK", 5)
+    assert torch.allclose(window_nll(logits, tokens), whole, atol=1e-12)
+    expected = torch.nn.functional.cross_entropy(logits[1, :-1].double(), tokens[1, 1:], reduction="sum")
+    assert whole[1].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_model_that_says_nan_is_not_given_a_perplexity():
+    from slimlm.errors import RunFailure
+
+    with pytest.raises(RunFailure, match="NaN"):
+        LogLikelihood().add(torch.full((1, 3, 5), float("nan")), torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_windows_are_evenly_spaced_and_the_same_every_time():
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    everything = load_test_windows(None, tokenizer, None, 64).tokens
+    some = load_test_windows(None, tokenizer, 10, 64).tokens
+    assert torch.equal(some, everything[torch.arange(10) * everything.shape[0] // 10])
+    assert load_test_windows(None, tokenizer, 10**9, 64).tokens.shape == everything.shape
+
+
+def test_models_with_different_tokenizers_are_not_compared(tmp_path: Path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = build_tiny(CONFIGS["llama"], tmp_path / "other")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<unk>").save_pretrained(path)
+    with pytest.raises(UserError, match="tokenise the test text differently"):
+        evaluate(str(path), "llama", tasks=(), num_windows=2, window=32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": ("arc_eazy",)}, "unknown task 'arc_eazy'; did you mean 'arc_easy'"),
+        ({"tasks": ("missing.yaml",)}, "does not exist"),
+        ({"text": "/nowhere.txt"}, "cannot be read: No such file"),
+        ({"device": "cuda:9"}, "device 'cuda:9' is not available"),
+        ({"window": 10**7}, "fewer than one window"),
+    ],
+)
+def test_bad_requests_are_one_clear_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        evaluate("llama", num_windows=2, **{"tasks": (), "window": 32, **arguments})
+
+
+def test_a_task_whose_data_is_out_of_reach_says_which():
+    with pytest.raises(UserError, match="data of task 'arc_easy' could not be fetched.*python_reference_continuation"):
+        evaluate("llama", tasks=("arc_easy",), num_windows=2, window=32)
+
+
+def test_questions_have_one_answer_that_really_follows():
+    import pydoc_data.topics
+
+    built = continuation.questions()
+    assert len(built) == continuation.QUESTIONS
+    assert built == continuation.questions()
+    texts = [" ".join(text.split()) for text in pydoc_data.topics.topics.values()]
+    for question in built[:50]:
+        assert len(set(question["continuations"])) == 4
+        follows = [any(question["passage"] + option in text for text in texts) for option in question["continuations"]]
+        assert follows[question["answer"]]
+        assert sum(follows) == 1
+    answers = [question["answer"] for question in built]
+    assert all(80 < answers.count(choice) < 170 for choice in range(4))
+
+
+def test_a_local_task_file_runs_by_path(tmp_path: Path):
+    source = (TASKS_PATH / "python_reference_continuation.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(source.replace("python_reference_continuation\n", "my_own_task\n"))
+    (tmp_path / "continuation.py").write_text((TASKS_PATH / "continuation.py").read_text())
+    data = evaluate("llama", tasks=(str(tmp_path / "mine.yaml"),), num_windows=1, window=32, limit=4).data
+    assert set(data["models"][0]["tasks"]) == {"my_own_task"}
+
+
+def test_random_weights_answer_at_chance_and_the_trained_model_above_it(tmp_path: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "random")
+    data = evaluate(str(path), "llama", num_windows=1, window=32, limit=200).data
+    random, trained = (entry["tasks"]["python_reference_continuation"]["acc"] for entry in data["models"])
+    assert abs(random["value"] - 0.25) < 4 * random["stderr"]
+    assert trained["value"] - random["value"] > 2 * trained["stderr"]
+
+
+def test_tokens_of_the_test_text_are_not_disturbed_by_batching():
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED["llama"]).eval()
+    tokens = random_tokens(5, 16)
+    assert measure_perplexity(model, tokens, 2).mean == pytest.approx(measure_perplexity(model, tokens, 5).mean, rel=1e-3)

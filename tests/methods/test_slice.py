@@ -1,0 +1,164 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from slimlm.checkpoint.skeleton import parameter_count
+from slimlm.checkpoint.writer import CheckpointWriter
+from slimlm.errors import UserError
+from slimlm.methods.slice import collect_gram, plan_slice, plan_width, rewrite, run_slice
+from slimlm.progress import LogProgress
+from slimlm.recipe import Recipe
+from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
+
+
+def written(model, plan, basis, path: Path) -> Path:
+    """Rewrite the model in `basis` to a checkpoint at `path`."""
+    path.mkdir()
+    writer = CheckpointWriter(path, plan.tensors)
+    rewrite(
+        model,
+        basis,
+        bool(plan.config.tie_word_embeddings),
+        lambda tensors: [writer.write(name, tensor) for name, tensor in tensors.items()],
+        LogProgress(),
+    )
+    writer.finish()
+    plan.config.save_pretrained(path)
+    return path
+
+
+def orthogonal(rows: int, columns: int) -> torch.Tensor:
+    basis, _ = torch.linalg.qr(torch.randn(rows, rows, generator=torch.Generator().manual_seed(5)).double())
+    return basis[:, :columns]
+
+
+def test_a_rotation_at_full_width_keeps_the_logits(tiny: Path, tmp_path: Path):
+    model, tokens = stream(tiny), random_tokens()
+    rotated = written(model, plan_width(model, 32), orthogonal(32, 32), tmp_path / "rotated")
+    before, after = logits_of(tiny, tokens), logits_of(rotated, tokens)
+    assert (before - after).abs().max() < 1e-4
+    assert before.abs().max() > 1
+
+
+def confined(path: Path, width: int) -> torch.Tensor:
+    """Rewrite a checkpoint so that its stream lives in the `width` directions returned: [hidden, width]."""
+    directions = orthogonal(32, width)
+    tensors = load_file(path / "model.safetensors")
+    project = (directions @ directions.T).float()
+    for name, tensor in tensors.items():
+        if "embed_tokens" in name:
+            tensors[name] = tensor @ project
+        elif "o_proj" in name or "down_proj" in name:
+            tensors[name] = project @ tensor
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+    return directions
+
+
+def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(tiny: Path, tmp_path: Path):
+    directions = confined(tiny, 20)
+    model, tokens = stream(tiny), random_tokens(8, 32)
+    basis = run_slice(model, plan_width(model, 20), [tokens], lambda tensors: None, LogProgress()).basis
+    assert torch.allclose(basis @ basis.T, directions @ directions.T, atol=1e-5)
+    sliced = written(model, plan_width(model, 20), basis, tmp_path / "sliced")
+    assert (logits_of(tiny, tokens) - logits_of(sliced, tokens)).abs().max() < 1e-4
+
+
+def test_the_gram_is_the_sum_over_every_norms_normalised_input(tiny_llama: Path):
+    tokens = random_tokens(4, 16)
+    gram = collect_gram(stream(tiny_llama), list(tokens.split(3)), LogProgress())
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    expected = torch.zeros(32, 32, dtype=torch.float64)
+
+    def observe(module, args):
+        x = args[0].double().reshape(-1, 32)
+        x = x / (x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+        expected.add_(x.T @ x)
+
+    norms = [module for name, module in model.named_modules() if name.endswith("norm")]
+    for norm in norms:
+        norm.register_forward_pre_hook(observe)
+    with torch.no_grad():
+        model(tokens)
+    assert len(norms) == 2 * 3 + 1
+    assert torch.allclose(gram.matrix, expected, rtol=1e-5, atol=1e-4)
+    assert gram.tokens == 64 * 7
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("width", [8, 12])
+def test_the_sparsity_is_the_share_of_all_parameters_gone(tmp_path: Path, name: str, width: int):
+    path = build_tiny(CONFIGS[name], tmp_path / name)
+    model = stream(path)
+    dense = parameter_count(model.model)
+    sparsity = 1 - plan_width(model, width).parameters / dense
+    plan = plan_slice(model, Recipe(model="x", sparsity=sparsity + 0.003))
+    assert plan.config.hidden_size == width
+    assert 1 - plan.parameters / dense == pytest.approx(sparsity)
+    sliced = written(model, plan, orthogonal(32, plan.config.hidden_size), tmp_path / "out")
+    loaded, report = AutoModelForCausalLM.from_pretrained(sliced, output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"] | report["mismatched_keys"]
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == plan.parameters
+    assert loaded.config.head_dim == 8
+
+
+def test_a_tied_head_stays_tied_when_the_final_gain_is_constant(tmp_path: Path):
+    path = build_tiny(CONFIGS["llama-tied"], tmp_path / "tied")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"].fill_(0.7)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    confined(path, 20)
+    model, tokens = stream(path), random_tokens(8, 32)
+    plan = plan_slice(model, Recipe(model="x", sparsity=0.375))
+    assert plan.config.tie_word_embeddings
+    assert "lm_head.weight" not in plan.tensors
+    basis = run_slice(model, plan, [tokens], lambda tensors: None, LogProgress()).basis
+    sliced = written(model, plan, basis, tmp_path / "sliced")
+    assert plan.config.hidden_size == 20
+    assert (logits_of(path, tokens) - logits_of(sliced, tokens)).abs().max() < 1e-4
+
+
+def test_untying_is_counted_against_the_tied_original_and_never_gives_a_larger_model(tmp_path: Path):
+    path = build_tiny(CONFIGS["llama-tied"], tmp_path / "tied")
+    model = stream(path)
+    dense = parameter_count(model.model)
+    plan = plan_slice(model, Recipe(model="x", sparsity=0.3))
+    assert plan.changes["tie_word_embeddings"] == (True, False)
+    assert plan.parameters < dense
+    assert plan.config.hidden_size < 16  # two vocabularies where there was one
+
+
+@pytest.mark.parametrize(("sparsity", "message"), [(0.001, "cannot be reached"), (0.06, "nearest that can be is 0.125")])
+def test_a_sparsity_that_rounding_cannot_reach_names_the_nearest(tiny_llama: Path, sparsity: float, message: str):
+    with pytest.raises(UserError, match=message):
+        plan_slice(stream(tiny_llama), Recipe(model="x", sparsity=sparsity))
+
+
+def test_a_requested_rounding_is_kept(tiny_llama: Path):
+    with pytest.raises(UserError, match="multiples of 32"):
+        plan_slice(stream(tiny_llama), Recipe(model="x", sparsity=0.25, round_to=32))
+
+
+def test_a_weight_nobody_declared_stops_with_its_name(tiny_llama: Path):
+    model = stream(tiny_llama)
+    model.blocks[1].register_parameter("surprise", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(UserError, match=r"model\.layers\.1\.surprise"):
+        plan_width(model, 16)
+
+
+def test_padding_and_batching_do_not_change_a_sliced_model(tiny_llama: Path, tmp_path: Path):
+    model = stream(tiny_llama)
+    sliced = written(model, plan_width(model, 24), orthogonal(32, 24), tmp_path / "sliced")
+    loaded, tokens = AutoModelForCausalLM.from_pretrained(sliced).eval(), random_tokens(1, 10)
+    padded = torch.cat([torch.zeros(1, 6, dtype=torch.long), tokens], 1)
+    mask = torch.cat([torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 10, dtype=torch.long)], 1)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        alone = loaded(tokens).logits
+        together = loaded(padded, attention_mask=mask, position_ids=positions).logits[:, 6:]
+        cached = loaded.generate(tokens, max_new_tokens=12, do_sample=False, use_cache=True)
+        uncached = loaded.generate(tokens, max_new_tokens=12, do_sample=False, use_cache=False)
+    assert torch.allclose(alone, together, atol=1e-4)
+    assert torch.equal(cached, uncached)

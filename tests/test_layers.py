@@ -1,0 +1,65 @@
+"""Imports go one way: a room may import only rooms below it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import slimlm
+
+ROOT = Path(slimlm.__file__).parent
+ORDER = [
+    {"errors"},
+    {"linalg", "families", "progress", "device"},
+    {"recipe", "checkpoint", "calibration"},
+    {"walk"},
+    {"methods", "evaluation"},
+    {"report"},
+    {"prepare"},
+    {"compress"},
+    {"cli"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__main__.py" and path.parent != ROOT / "recipes")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("slimlm."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_room_imports_a_room_above_it(path: Path):
+    here = room(path)
+    if here == "__init__":
+        return
+    above = {other for other in imports(path) if other != here and LEVEL[other] >= LEVEL[here]}
+    allowed = {"calibration": {"checkpoint"}, "evaluation": {"calibration"}}.get(here, set())
+    assert above - allowed == set()
+
+
+def test_linalg_imports_torch_only():
+    for path in (ROOT / "linalg").glob("*.py"):
+        assert imports(path) <= {"linalg"}, path
+
+
+def test_only_the_command_line_prints():
+    for path in FILES:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        printed = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert path.name == "cli.py" or not printed, path
+
+
+def test_only_one_file_imports_transformers_semi_private_loading_code():
+    for path in FILES:
+        text = path.read_text()
+        if path.name != "hf_internals.py":
+            assert "core_model_loading" not in text, path
+            assert "conversion_mapping" not in text, path

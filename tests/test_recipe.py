@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slimlm.errors import UserError
+from slimlm.recipe import Recipe, load_recipe, make_recipe, shipped_recipes
+
+
+def test_yaml_and_flags_build_the_same_recipe(tmp_path: Path):
+    values = {"model": "llama", "sparsity": 0.3, "seed": 7}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    assert load_recipe(str(tmp_path / "r.yaml")) == make_recipe(values)
+
+
+def test_flags_override_a_recipe_and_drop_the_other_runs_figures(tmp_path: Path):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump({"model": "llama", "sparsity": 0.3, "expected": {"perplexity": 50.0}}))
+    assert load_recipe(str(file)).expected == {"perplexity": 50.0}
+    assert load_recipe(str(file), {"output_dir": "x"}).expected == {"perplexity": 50.0}
+    changed = load_recipe(str(file), {"sparsity": 0.2})
+    assert (changed.sparsity, changed.expected) == (0.2, {})
+
+
+@pytest.mark.parametrize("value", [0, 1, 1.5, -0.1, float("nan")])
+def test_sparsity_out_of_range_is_refused(value: float):
+    with pytest.raises(UserError, match="above 0 and below 1"):
+        make_recipe({"model": "llama", "sparsity": value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sparsty": 0.2}, "unknown key 'sparsty'; did you mean 'sparsity'"),
+        ({"zzz": 1}, "unknown key 'zzz'$"),
+        ({"sparsity": "much"}, "sparsity: .*valid number"),
+        ({"dtype": "float8"}, "dtype: .*bfloat16"),
+        ({"batch_size": 0}, "batch_size: .*greater than or equal to 1"),
+    ],
+)
+def test_a_bad_key_or_value_is_named(values, message):
+    with pytest.raises(UserError, match=message):
+        make_recipe({"model": "llama", "sparsity": 0.2, **values})
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match="'sparsity' is not given"):
+        make_recipe({"model": "llama"})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1", ""])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match="cannot be read|not a mapping"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_an_unknown_recipe_suggests_a_shipped_one():
+    with pytest.raises(UserError, match="did you mean 'llama-slice-25'"):
+        load_recipe("llama-slise-25")
+
+
+def test_every_shipped_recipe_is_valid_and_found_by_name_and_path():
+    assert "llama-slice-25" in shipped_recipes()
+    for name in shipped_recipes():
+        assert isinstance(load_recipe(name), Recipe)
+        assert load_recipe(f"recipes/{name}.yaml") == load_recipe(name)
