@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimlm.errors import SlimlmError
+from slimlm.errors import Interrupted, SlimlmError
 
 app = typer.Typer(
     name="slimlm",
@@ -29,14 +30,12 @@ def main() -> None:
     """Entry point of the console command: exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
     try:
         app()
     except SlimlmError as error:
         print(f"slimlm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("slimlm: interrupted; nothing was left under the output's name", file=sys.stderr)
-        sys.exit(130)
 
 
 def _version(show: bool) -> None:
@@ -406,4 +405,7 @@ def _progress() -> Iterator[_RichProgress]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        yield _RichProgress(bars)
+        try:
+            yield _RichProgress(bars)
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted; nothing was left under the output's name") from error

@@ -20,6 +20,12 @@ class RunFailure(SlimlmError):
     """A run that was asked for correctly went wrong: numbers blew up, the disk filled."""
 
 
+class Interrupted(SlimlmError):
+    """The user stopped the run."""
+
+    exit_code = 130
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known name, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -10,7 +10,9 @@ from slimlm.calibration import load_windows, sample_windows, split_documents
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.errors import UserError
 
-DOCUMENTS = [f"Document number {number}. " + "The quick brown fox jumps over the lazy dog. " * 12 for number in range(20)]
+DOCUMENTS = [
+    f"Document number {number}. " + "The quick brown fox jumps over the lazy dog. " * 12 for number in range(20)
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,8 @@ def write(path: Path, kind: str) -> Path:
 
 def test_every_file_format_of_the_same_documents_gives_the_same_windows(tmp_path: Path, tokenizer):
     hashes = {
-        load_windows(str(write(tmp_path, kind)), tokenizer, 4, 32, seed=3).sha256 for kind in ("txt", "jsonl", "parquet")
+        load_windows(str(write(tmp_path, kind)), tokenizer, 4, 32, seed=3).sha256
+        for kind in ("txt", "jsonl", "parquet")
     }
     assert len(hashes) == 1
 
@@ -57,9 +60,10 @@ def test_seeds_decide_and_windows_do_not_overlap(tmp_path: Path, tokenizer):
 
 def test_all_the_text_is_used_once_when_everything_is_asked_for(tmp_path: Path, tokenizer):
     windows = load_windows(str(write(tmp_path, "txt")), tokenizer, 10_000, 8)
-    expected = sum(1 + len(tokenizer(text, add_special_tokens=False).input_ids) for text in split_documents(
-        "\n<|endoftext|>\n".join(DOCUMENTS)
-    ))
+    expected = sum(
+        1 + len(tokenizer(text, add_special_tokens=False).input_ids)
+        for text in split_documents("\n<|endoftext|>\n".join(DOCUMENTS))
+    )
     assert windows.tokens.shape[0] == expected // 8
     assert (windows.tokens == 0).sum() in (len(DOCUMENTS), len(DOCUMENTS) - 1)
 

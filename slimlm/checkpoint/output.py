@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,18 +40,18 @@ def check_output(output: Path, overwrite: bool, source: Path, needed_bytes: int 
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UserError(f"output directory {output} is not empty: pass --overwrite to replace it, or choose another")
     home = next(parent for parent in output.absolute().parents if parent.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK) or _read_only(home):
-        raise UserError(f"output directory {output} cannot be created: {home} is not a writable directory")
+    try:
+        os.rmdir(
+            tempfile.mkdtemp(prefix=".slimlm-", dir=home)
+        )  # permissions and mount flags do not tell the truth to root
+    except OSError as error:
+        raise UserError(f"output directory {output} cannot be created in {home}: {error.strerror}") from error
     free = shutil.disk_usage(home).free
     if free < needed_bytes:
         raise UserError(
             f"output {output} needs {needed_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
             "free some space or choose another --output-dir"
         )
-
-
-def _read_only(directory: Path) -> bool:
-    return bool(os.statvfs(directory).f_flag & os.ST_RDONLY)
 
 
 @contextmanager

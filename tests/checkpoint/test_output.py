@@ -70,7 +70,7 @@ def test_outputs_that_cannot_be_are_refused_beforehand(tmp_path: Path):
     for output, message in [
         (source, "input model's own"),
         (tmp_path / "file", "not a directory"),
-        (tmp_path / "file" / "below", "not a writable directory"),
+        (tmp_path / "file" / "below", "cannot be created in .*Not a directory"),
         (full, "--overwrite"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -81,9 +81,12 @@ def test_outputs_that_cannot_be_are_refused_beforehand(tmp_path: Path):
 
 
 def test_an_unwritable_place_is_one_clear_error(tmp_path: Path):
-    with pytest.raises(UserError, match="cannot be created"), staged_output(Path("/proc/slimlm/out"), overwrite=False):
-        pass
+    places = [Path("/proc/slimlm/out")]
     if os.geteuid() != 0:
         tmp_path.chmod(0o500)
-        with pytest.raises(UserError, match="not a writable directory"):
-            check_output(tmp_path / "out", overwrite=False, source=Path("/nonexistent"))
+        places.append(tmp_path / "out")
+    for place in places:
+        with pytest.raises(UserError, match="cannot be created"):
+            check_output(place, overwrite=False, source=Path("/nonexistent"))
+        with pytest.raises(UserError, match="cannot be created"), staged_output(place, overwrite=False):
+            pass

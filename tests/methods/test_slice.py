@@ -53,7 +53,9 @@ def confined(path: Path, width: int) -> torch.Tensor:
             tensors[name] = tensor @ project
         elif "o_proj" in name or "down_proj" in name:
             tensors[name] = project @ tensor
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors", {"format": "pt"}
+    )
     return directions
 
 
@@ -130,7 +132,9 @@ def test_untying_is_counted_against_the_tied_original_and_never_gives_a_larger_m
     assert plan.config.hidden_size < 16  # two vocabularies where there was one
 
 
-@pytest.mark.parametrize(("sparsity", "message"), [(0.001, "cannot be reached"), (0.06, "nearest that can be is 0.125")])
+@pytest.mark.parametrize(
+    ("sparsity", "message"), [(0.001, "cannot be reached"), (0.06, "nearest that can be is 0.125")]
+)
 def test_a_sparsity_that_rounding_cannot_reach_names_the_nearest(tiny_llama: Path, sparsity: float, message: str):
     with pytest.raises(UserError, match=message):
         plan_slice(stream(tiny_llama), Recipe(model="x", sparsity=sparsity))
