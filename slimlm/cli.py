@@ -96,7 +96,8 @@ def compress_command(
         typer.Option(
             rich_help_panel=DATA,
             help="Text file (.txt, .jsonl, .parquet), tokens (.npy), hub id, `wikitext2`, `c4`, `alpaca`, "
-            "`fineweb-edu`, or `self`: text the model writes itself.  [default: self for the bundled model, else required]",
+            "`fineweb-edu`, or `self`: text the model writes itself.  "
+            "[default: self for the bundled model, else required]",
         ),
     ] = None,
     text_column: Annotated[
@@ -203,6 +204,7 @@ def _run_compress(recipe_name: str | None, flags: dict[str, Any], overwrite: boo
 def _print_result(result: Any, expected: dict[str, float]) -> None:
     from rich.console import Console
 
+    from slimlm.report.summary import compress_summary
     from slimlm.report.table import comparison_table
 
     manifest = result.manifest
@@ -217,29 +219,11 @@ def _print_result(result: Any, expected: dict[str, float]) -> None:
     ]
     console = Console()
     console.print(comparison_table(sides))
-    print(_summary(manifest))
+    print(compress_summary(manifest))
     for name, figure in expected.items():
         print(f"the recipe gave {name} {figure:g} when it was written")
     print(f"written to {result.output_dir}")
     print(f'load it with AutoModelForCausalLM.from_pretrained("{result.output_dir}")')
-
-
-def _summary(manifest: dict[str, Any]) -> str:
-    sparsity, run = manifest["sparsity"], manifest["run"]
-    lines = [
-        f"sparsity requested {sparsity['requested']:g}, achieved {sparsity['achieved']:.4f} of all parameters; "
-        f"zeros among the remaining weights: {sparsity['zeros_in_matrices']:.1%}",
-        *(f"{name} {before} -> {after}" for name, (before, after) in manifest["changes"].items()),
-    ]
-    if manifest["measured"]:
-        measured = manifest["measured"]
-        lines.append(
-            f"perplexity on {measured['text']}: {measured['windows']} windows of {measured['window']} tokens, stride "
-            f"{measured['stride']}, BOS {measured['bos']}, {measured['dtype']}"
-        )
-    peak = run["peak_memory_bytes"]["host"] / 1e9
-    lines.append(f"{run['seconds']['total']:.0f} s, peak memory {peak:.2f} GB, {run['machine']}")
-    return "\n".join(lines)
 
 
 @app.command("eval")
@@ -318,19 +302,11 @@ def eval_command(
 def _print_evaluation(data: dict[str, Any], json_path: Path | None) -> None:
     from rich.console import Console
 
+    from slimlm.report.summary import evaluation_summary
     from slimlm.report.table import comparison_table
 
     Console().print(comparison_table(data["models"]))
-    windows, versions = data["windows"], data["versions"]
-    dtypes = " and ".join(dict.fromkeys(entry["dtype"] for entry in data["models"]))
-    print(
-        f"perplexity on {windows['text']}: {windows['windows']} windows of {windows['window']} tokens, stride "
-        f"{windows['stride']}, BOS {windows['bos']}, {dtypes}"
-    )
-    print("versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    for entry in data["models"]:
-        if "lm_eval_command" in entry:
-            print(f"same scores by: {entry['lm_eval_command']}")
+    print(evaluation_summary(data))
     if json_path is not None:
         json_path.write_text(json.dumps(data, indent=2) + "\n")
         print(f"written to {json_path}")
@@ -365,47 +341,13 @@ def _set_verbosity(verbose: bool) -> None:
         transformers_logging.disable_progress_bar()
 
 
-class _RichProgress:
-    """A bar with the time left for the stage at hand, and lines that stay above it."""
-
-    def __init__(self, bars: Any) -> None:
-        self.bars = bars
-        self.current: Any = None
-
-    def stage(self, name: str, total: int) -> None:
-        if self.current is not None:
-            self.bars.remove_task(self.current)
-        self.current = self.bars.add_task(name, total=total)
-
-    def step(self, count: int = 1) -> None:
-        self.bars.advance(self.current, count)
-
-    def line(self, text: str) -> None:
-        self.bars.console.print(text, highlight=False, soft_wrap=True)
-
-
 @contextmanager
-def _progress() -> Iterator[_RichProgress]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _progress() -> Iterator[Any]:
+    """Bars while it runs; Ctrl-C as an error of our own, whose exit code the shell understands."""
+    from slimlm.report.progress import progress_bars
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with progress_bars() as progress:
         try:
-            yield _RichProgress(bars)
+            yield progress
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; nothing was left under the output's name") from error

@@ -1,0 +1,50 @@
+"""Progress on the terminal: a bar with the time left, and the lines worth keeping above it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class BarProgress:
+    """A bar with the time left for the stage at hand, and lines that stay above it."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.current: TaskID | None = None
+
+    def stage(self, name: str, total: int) -> None:
+        if self.current is not None:
+            self.bars.remove_task(self.current)
+        self.current = self.bars.add_task(name, total=total)
+
+    def step(self, count: int = 1) -> None:
+        if self.current is not None:
+            self.bars.advance(self.current, count)
+
+    def line(self, text: str) -> None:
+        self.bars.console.print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bars() -> Iterator[BarProgress]:
+    """Bars on standard error, gone when the work is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield BarProgress(bars)

@@ -1,0 +1,39 @@
+"""What the figures of a run mean, in lines of text."""
+
+from typing import Any
+
+
+def compress_summary(manifest: dict[str, Any]) -> str:
+    """What was asked for, what was achieved, on what it was measured, and what it took."""
+    sparsity, run = manifest["sparsity"], manifest["run"]
+    lines = [
+        f"sparsity requested {sparsity['requested']:g}, achieved {sparsity['achieved']:.4f} of all parameters; "
+        f"zeros among the remaining weights: {sparsity['zeros_in_matrices']:.1%}",
+        *(f"{name} {before} -> {after}" for name, (before, after) in manifest["changes"].items()),
+    ]
+    if manifest["measured"]:
+        measured = manifest["measured"]
+        lines.append(_windows_line(measured, measured["dtype"]))
+    peak = run["peak_memory_bytes"]["host"] / 1e9
+    lines.append(f"{run['seconds']['total']:.0f} s, peak memory {peak:.2f} GB, {run['machine']}")
+    return "\n".join(lines)
+
+
+def evaluation_summary(data: dict[str, Any]) -> str:
+    """Windows, versions, and the lm-eval commands that give the same scores."""
+    dtypes = " and ".join(dict.fromkeys(entry["dtype"] for entry in data["models"]))
+    commands = [entry["lm_eval_command"] for entry in data["models"] if "lm_eval_command" in entry]
+    return "\n".join(
+        [
+            _windows_line(data["windows"], dtypes),
+            "versions: " + ", ".join(f"{name} {version}" for name, version in data["versions"].items()),
+            *(f"same scores by: {command}" for command in commands),
+        ]
+    )
+
+
+def _windows_line(windows: dict[str, Any], dtype: str) -> str:
+    return (
+        f"perplexity on {windows['text']}: {windows['windows']} windows of {windows['window']} tokens, "
+        f"stride {windows['stride']}, BOS {windows['bos']}, {dtype}"
+    )
