@@ -204,7 +204,7 @@ def _run_compress(recipe_name: str | None, flags: dict[str, Any], overwrite: boo
 def _print_result(result: Any, expected: dict[str, float]) -> None:
     from rich.console import Console
 
-    from slimlm.report.summary import compress_summary
+    from slimlm.report.summary import compress_summary, expectation_lines
     from slimlm.report.table import comparison_table
 
     manifest = result.manifest
@@ -220,8 +220,8 @@ def _print_result(result: Any, expected: dict[str, float]) -> None:
     console = Console()
     console.print(comparison_table(sides))
     print(compress_summary(manifest))
-    for name, figure in expected.items():
-        print(f"the recipe gave {name} {figure:g} when it was written")
+    for line in expectation_lines(manifest, expected):
+        print(line)
     print(f"written to {result.output_dir}")
     print(f'load it with AutoModelForCausalLM.from_pretrained("{result.output_dir}")')
 
@@ -273,9 +273,12 @@ def eval_command(
 
         slimlm eval DIR --against meta-llama/Llama-3.2-3B --tasks arc_easy,hellaswag --text test.txt --json result.json
     """
+    from slimlm.errors import UserError
     from slimlm.evaluation.tasks import DEFAULT_TASKS
 
     _set_verbosity(verbose)
+    if json_path is not None and (json_path.is_dir() or not json_path.absolute().parent.is_dir()):
+        raise UserError(f"--json {json_path} cannot be written: give a file in a directory that exists")
     names = DEFAULT_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     with _progress() as progress:
         from slimlm.evaluation.evaluate import evaluate

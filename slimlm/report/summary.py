@@ -19,6 +19,19 @@ def compress_summary(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def expectation_lines(manifest: dict[str, Any], expected: dict[str, float]) -> list[str]:
+    """What a recipe says it gave, beside what it gave now: `parameters` and `perplexity` of the result."""
+    found = {
+        "parameters": manifest["parameters"]["compressed"],
+        "perplexity": manifest["measured"]["compressed"]["perplexity"] if manifest["measured"] else None,
+    }
+    return [
+        f"{name}: the recipe's own run gave {figure:,g}, this one {found[name]:,g}"
+        for name, figure in expected.items()
+        if found.get(name) is not None
+    ]
+
+
 def evaluation_summary(data: dict[str, Any]) -> str:
     """Windows, versions, and the lm-eval commands that give the same scores."""
     dtypes = " and ".join(dict.fromkeys(entry["dtype"] for entry in data["models"]))

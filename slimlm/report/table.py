@@ -26,8 +26,9 @@ def _rows(columns: list[dict[str, Any]]) -> list[tuple[str, list[str], str]]:
     rows = [
         _ratio_row("parameters", [column["parameters"] for column in columns], "{:,}"),
         _ratio_row("bytes of weights", [column["bytes"] for column in columns], "{:,}"),
-        _ratio_row("perplexity", [column["perplexity"] for column in columns], "{:.2f}"),
     ]
+    if all("perplexity" in column for column in columns):
+        rows.append(_ratio_row("perplexity", [column["perplexity"] for column in columns], "{:.2f}"))
     for task, metrics in columns[0].get("tasks", {}).items():
         for metric in metrics:
             rows.append(_task_row(task, metric, [column["tasks"][task][metric] for column in columns]))
