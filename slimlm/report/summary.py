@@ -26,7 +26,7 @@ def expectation_lines(manifest: dict[str, Any], expected: dict[str, float]) -> l
         "perplexity": manifest["measured"]["compressed"]["perplexity"] if manifest["measured"] else None,
     }
     return [
-        f"{name}: the recipe's own run gave {figure:,g}, this one {found[name]:,g}"
+        f"{name}: the recipe's own run gave {figure:.10g}, this one {found[name]:.10g}"
         for name, figure in expected.items()
         if found.get(name) is not None
     ]
