@@ -150,6 +150,12 @@ def compress_command(
         bool,
         typer.Option("--overwrite", rich_help_panel=OUT, help="Replace the output directory if it holds something."),
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", rich_help_panel=OUT, help="Go on from what an interrupted run of the same command has finished."
+        ),
+    ] = False,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -177,12 +183,12 @@ def compress_command(
     flags = {
         key: value
         for key, value in locals().items()
-        if key not in ("recipe", "overwrite", "verbose") and value is not None
+        if key not in ("recipe", "overwrite", "resume", "verbose") and value is not None
     }
-    _run_compress(recipe, flags, overwrite, verbose)
+    _run_compress(recipe, flags, overwrite, resume, verbose)
 
 
-def _run_compress(recipe_name: str | None, flags: dict[str, Any], overwrite: bool, verbose: bool) -> None:
+def _run_compress(recipe_name: str | None, flags: dict[str, Any], overwrite: bool, resume: bool, verbose: bool) -> None:
     from slimlm.errors import UserError
     from slimlm.recipe import load_recipe, make_recipe
 
@@ -197,7 +203,7 @@ def _run_compress(recipe_name: str | None, flags: dict[str, Any], overwrite: boo
     with _progress() as progress:
         from slimlm.compress import compress
 
-        result = compress(recipe, overwrite, progress)
+        result = compress(recipe, overwrite, resume, progress)
     _print_result(result, recipe.expected)
 
 
@@ -353,4 +359,4 @@ def _progress() -> Iterator[Any]:
         try:
             yield progress
         except KeyboardInterrupt as error:
-            raise Interrupted("interrupted; nothing was left under the output's name") from error
+            raise Interrupted("interrupted; run the same command with --resume to go on") from error

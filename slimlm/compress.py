@@ -1,28 +1,30 @@
 """The whole flow on one page: check everything, calibrate, rewrite block by block, measure, publish."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from slimlm.calibration import Windows, sample_windows
+from slimlm.activations import Spilled
+from slimlm.calibration import SELF, Windows, sample_windows, start_token
 from slimlm.checkpoint.card import write_card
-from slimlm.checkpoint.manifest import Manifest, versions, write_manifest
-from slimlm.checkpoint.output import copy_companions, staged_output
+from slimlm.checkpoint.journal import Journal
+from slimlm.checkpoint.manifest import Manifest, read_manifest, versions, write_manifest
+from slimlm.checkpoint.output import Staging, copy_companions, discard, staged_output
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.device import machine, peak_memory
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods.plan import Outcome
-from slimlm.prepare import Job, open_model, prepare
+from slimlm.prepare import UNSETTLED, Job, open_model, output_of, prepare
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe
+from slimlm.work import Work
 
 Result = TypeVar("Result")
 
@@ -35,61 +37,103 @@ class CompressResult:
     manifest: Manifest
 
 
-def compress(recipe: Recipe, overwrite: bool = False, progress: Progress | None = None) -> CompressResult:
+def compress(
+    recipe: Recipe, overwrite: bool = False, resume: bool = False, progress: Progress | None = None
+) -> CompressResult:
     """Carry out a recipe; the result is a directory that stock transformers loads.
 
-    Raises UserError for anything wrong with the request, before any work and with nothing written, and RunFailure when
-    the run itself fails; either way nothing is left under the output's name.
+    resume: go on from what an interrupted run with the same recipe, model and versions left, if there is any.
+    Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
+    Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
     """
     progress = progress or LogProgress()
+    finished = _finished(recipe, progress) if resume else None
+    if finished is not None:
+        return finished
     job = prepare(recipe, overwrite, progress)
     started = time.perf_counter()
-    with staged_output(job.output, overwrite) as partial:
-        writer = CheckpointWriter(partial, job.plan.tensors)
-        windows = job.windows or _timed(job, "sampling", lambda: _sample(job, progress))
+    with staged_output(job.output, overwrite, resume) as staging:
+        journal = Journal(staging.work, _fingerprint(job))
+        work = Work(CheckpointWriter(staging.model, job.plan.tensors), journal, progress)
+        windows = job.windows or _timed(job, "sampling", lambda: _sampled(job, work))
         batches = windows.batches(job.recipe.batch_size)
-
-        def write(tensors: Mapping[str, Tensor]) -> None:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
-
-        outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, write, progress))
-        writer.finish()
-        job.plan.config.save_pretrained(partial)
-        copy_companions(job.resolved.path, partial)
-        comparison = _timed(job, "measuring", lambda: _measure(job, partial, outcome, progress))
+        outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, work))
+        work.writer.finish()
+        job.plan.config.save_pretrained(staging.model)
+        copy_companions(job.resolved.path, staging.model)
+        comparison = _timed(job, "measuring", lambda: _measure(job, staging, outcome, progress))
         job.seconds["total"] = time.perf_counter() - started
-        manifest = _manifest(job, partial, windows, outcome, comparison)
-        write_manifest(partial, manifest)
-        write_card(partial, manifest)
+        manifest = _manifest(job, staging.model, windows, outcome, comparison)
+        write_manifest(staging.model, manifest)
+        write_card(staging.model, manifest)
         recipe_text = yaml.safe_dump(job.recipe.model_dump(exclude={"expected"}), sort_keys=False)
-        (partial / "recipe.yaml").write_text(recipe_text)
+        (staging.model / "recipe.yaml").write_text(recipe_text)
+        work.journal.commit("complete")
     return CompressResult(job.output, manifest)
 
 
-def _sample(job: Job, progress: Progress) -> Windows:
+def _finished(recipe: Recipe, progress: Progress) -> CompressResult | None:
+    """The result, if the run to resume had come as far as giving the output its name."""
+    output = output_of(recipe)
+    staging = Staging(output)
+    manifest = read_manifest(output) if output.is_dir() else None
+    if manifest is None or staging.model.is_dir():
+        return None
+    same = all(manifest["recipe"].get(key) == value for key, value in recipe.model_dump(exclude=UNSETTLED).items())
+    if not same:
+        return None
+    discard(output)
+    progress.line(f"{output} is complete already")
+    return CompressResult(output, manifest)
+
+
+def _fingerprint(job: Job) -> dict[str, object]:
+    """Everything that decides the weights to the last bit."""
+    settings = job.recipe.model_dump(exclude={"expected", "output_dir", "measure", "eval_text", "eval_windows"})
+    return {
+        **{f"model {name}": digest for name, digest in job.model.checkpoint.hashes().items()},
+        **{f"recipe {name}": value for name, value in settings.items()},
+        **{f"version {name}": version for name, version in versions().items()},
+        "calibration sha256": job.windows.sha256 if job.windows else None,
+        "device": str(job.model.device),
+    }
+
+
+def _sampled(job: Job, work: Work) -> Windows:
     """Self-calibration: the one source that needs the whole model in memory at once."""
     recipe = job.recipe
     assert recipe.max_seq_length is not None
-    progress.stage("sampling calibration text", recipe.num_calibration_samples)
+    record = work.journal.last("sampled")
+    saved = work.journal.load(record["tensors"]) if record else None
+    if saved:
+        return Windows(saved["tokens"], SELF, start_token(job.tokenizer))
+    work.progress.stage("sampling calibration text", recipe.num_calibration_samples)
     model = AutoModelForCausalLM.from_pretrained(
         job.resolved.path, dtype="auto", trust_remote_code=recipe.trust_remote_code
-    ).to(job.model.device)
-    return sample_windows(
-        model.eval(), job.tokenizer, recipe.num_calibration_samples, recipe.max_seq_length, recipe.seed, progress.step
     )
+    windows = sample_windows(
+        model.to(job.model.device).eval(),
+        job.tokenizer,
+        recipe.num_calibration_samples,
+        recipe.max_seq_length,
+        recipe.seed,
+        work.progress.step,
+    )
+    work.journal.commit("sampled", tensors=work.journal.save("sampled", {"tokens": windows.tokens}))
+    return windows
 
 
-def _measure(job: Job, partial: Path, outcome: Outcome, progress: Progress) -> Comparison | None:
+def _measure(job: Job, staging: Staging, outcome: Outcome, progress: Progress) -> Comparison | None:
     """Both models in the dtype they are stored in, as `from_pretrained` would load them, so that `eval` agrees."""
     if job.test is None:
         return None
     dense, compressed = (
         open_model(path, job.model.device, "stored", job.recipe.trust_remote_code)
-        for path in (job.resolved.path, partial)
+        for path in (job.resolved.path, staging.model)
     )
     batches = list(job.test.tokens.split(job.recipe.batch_size))
-    comparison = compare_streamed(dense, compressed, batches, outcome.basis, progress)
+    hidden = [Spilled(staging.work / name, job.model.device) for name in ("dense", "compressed")]
+    comparison = compare_streamed(dense, compressed, batches, outcome.basis, progress, hidden)
     for index, error in enumerate(comparison.block_errors):
         progress.line(f"{job.model.family.block(index)}  relative error of the stream {error:.3f}")
     return comparison

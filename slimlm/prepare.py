@@ -21,6 +21,9 @@ from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 
+# Settings that `settle` fills in, or that do not decide the weights.
+UNSETTLED = {"dataset", "max_seq_length", "output_dir", "expected", "measure", "eval_text", "eval_windows"}
+
 
 @dataclass
 class Job:
@@ -47,7 +50,7 @@ def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
 
     resolved = resolve_model(recipe.model, recipe.revision, accept)
     progress.line(f"model: {resolved}")
-    output = Path(recipe.output_dir or default_output(recipe)).expanduser()
+    output = output_of(recipe)
     check_output(output, overwrite, resolved.path)
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
     plan = method.plan(model, recipe)
@@ -109,6 +112,7 @@ def settle(recipe: Recipe, resolved: ResolvedModel, config: Any, output: Path) -
     return recipe.model_copy(update={"dataset": dataset, "max_seq_length": length, "output_dir": str(output)})
 
 
-def default_output(recipe: Recipe) -> str:
-    """`llama-slice-25` for 25% sliced off the model llama, in the working directory."""
-    return f"{Path(recipe.model).name}-{recipe.method}-{recipe.sparsity * 100:g}"
+def output_of(recipe: Recipe) -> Path:
+    """Where the result goes; by default `llama-slice-25` (25% sliced off the model llama) in the working directory."""
+    name = f"{Path(recipe.model).name}-{recipe.method}-{recipe.sparsity * 100:g}"
+    return Path(recipe.output_dir or name).expanduser()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from slimlm.activations import HiddenStates, InMemory
 from slimlm.checkpoint.hf_internals import load_tensors, module_names, release
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton
@@ -39,7 +40,7 @@ class Stream:
     """
 
     tokens: list[Tensor]
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: HiddenStates = field(default_factory=InMemory)
     calls: list[list[BlockCall]] = field(default_factory=list)
 
 
@@ -80,7 +81,7 @@ class StreamedModel:
 
     def _assign_keys(self) -> dict[str, list[str]]:
         """File names of tensors by the part they belong to: a block's path, or the module's own path outside blocks."""
-        names, _ = module_names(self.model, self.checkpoint.shapes)
+        names, self.fused = module_names(self.model, self.checkpoint.tensors)
         self.key_of = {name: key for key, name in names.items()}
         known = self.model.state_dict().keys()
         keys_of: dict[str, list[str]] = {}
@@ -102,7 +103,17 @@ class StreamedModel:
         if requested != "auto":
             dtype: torch.dtype = getattr(torch, requested)
             return dtype
-        return self.checkpoint.dtypes.get(key) or self.checkpoint.main_dtype
+        stored = self.checkpoint.tensors.get(key)
+        return stored.dtype if stored else self.checkpoint.main_dtype
+
+    @property
+    def head_is_tied(self) -> bool:
+        return f"{self.family.head}.weight" in self.model.all_tied_weights_keys
+
+    @property
+    def head_parts(self) -> list[str]:
+        """The modules to load for the head's weight to be there."""
+        return [self.family.head, *(self.family.embeddings if self.head_is_tied else ())]
 
     @property
     def outside(self) -> list[str]:
@@ -114,8 +125,8 @@ class StreamedModel:
         """The named parts' weights in memory inside the context."""
         keys = [key for part in parts for key in self.keys_of.get(part, [])]
         try:
-            with self.checkpoint.tensors(keys) as slices:
-                load_tensors(self.model, slices, self.device, self.dtype)
+            slices = {key: self.checkpoint.tensors[key] for key in keys}
+            load_tensors(self.model, slices, self.device, self.dtype)
             self.model.tie_weights(recompute_mapping=False)
             self._require_weights(parts)
             yield
@@ -133,14 +144,18 @@ class StreamedModel:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights in memory."""
+        """Block `index` with its weights in memory; the next one's are asked from the disk meanwhile."""
         with self.loaded([self.family.block(index)]):
+            self.checkpoint.prefetch(self.keys_of.get(self.family.block(index + 1), []))
             yield self.blocks[index]
 
     @torch.no_grad()
-    def embed(self, batches: Sequence[Tensor]) -> Stream:
-        """Start a stream for batches of tokens [batch, time]: what enters block 0, and every block's arguments."""
-        stream = Stream([batch.to(self.device) for batch in batches])
+    def embed(self, batches: Sequence[Tensor], hidden: HiddenStates | None = None) -> Stream:
+        """Start a stream for batches of tokens [batch, time]: what enters block 0, and every block's arguments.
+
+        hidden: where the hidden states are to wait between blocks; in memory by default.
+        """
+        stream = Stream([batch.to(self.device) for batch in batches], InMemory() if hidden is None else hidden)
         parts = [part for part in self.outside if part not in (self.family.final_norm, self.family.head)]
         with self.loaded(parts):
             for tokens in stream.tokens:
@@ -198,7 +213,8 @@ class StreamedModel:
                     f"activations leaving {self.family.block(index)} hold NaN or Inf in {self.dtype}: "
                     "check the weights, or calibrate in float32"
                 )
-            stream.hidden[number] = out
+            stream.hidden.replace(number, out)
+        stream.hidden.turn()
 
     @torch.no_grad()
     def logits(self, stream: Stream) -> Iterator[Tensor]:
@@ -206,8 +222,8 @@ class StreamedModel:
 
         The model's own forward runs around the blocks, so scaling and soft-capping of logits are its own.
         """
-        tied = self.family.head in {name.rpartition(".")[0] for name in self.model.all_tied_weights_keys}
-        with self.loaded([part for part in self.outside if tied or part not in self.family.embeddings]):
+        others = [part for part in self.outside if part not in (*self.family.embeddings, *self.head_parts)]
+        with self.loaded([*others, *self.head_parts]):
             for hidden in stream.hidden:
                 passing = [_passing(hidden)] * len(self.blocks)
                 with self._replaced(passing):

@@ -239,7 +239,7 @@ def test_a_stopped_run_leaves_nothing_under_the_final_name(tmp_path: Path, stop:
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not (tmp_path / "out.partial" / "model.safetensors").exists():
+    while not (tmp_path / "out.partial" / "model" / "model.safetensors").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -248,9 +248,8 @@ def test_a_stopped_run_leaves_nothing_under_the_final_name(tmp_path: Path, stop:
     assert process.returncode != 0
     assert not (tmp_path / "out").exists()
     if stop != signal.SIGKILL:
-        assert "interrupted" in error
+        assert "interrupted; run the same command with --resume" in error
         assert "Traceback" not in error
-        assert list(tmp_path.iterdir()) == []
 
 
 def test_help_teaches_and_imports_nothing_heavy():

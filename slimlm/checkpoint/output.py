@@ -1,4 +1,7 @@
-"""The output directory: built beside its final name, locked while in use, moved there in one step when whole."""
+"""The output directory: built beside its final name, locked while in use, moved there in one step when whole.
+
+`<output>.partial/` holds `model/`, which becomes the output, and `work/`, from which a run can be resumed.
+"""
 
 import fcntl
 import os
@@ -6,11 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from slimlm.checkpoint.disk import sync
 from slimlm.errors import UserError
 
-LOCK_NAME = ".slimlm.lock"
+LOCK_NAME = "lock"
 # Tokenizer, chat template, generation settings and licence travel with the weights, byte for byte.
 COMPANIONS = (
     "tokenizer*",
@@ -27,8 +32,27 @@ COMPANIONS = (
 )
 
 
-def partial_path(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
+@dataclass(frozen=True)
+class Staging:
+    """The place beside `output` where it is built."""
+
+    output: Path
+
+    @property
+    def root(self) -> Path:
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work"
+
+    @property
+    def replaced(self) -> Path:
+        return self.output.with_name(self.output.name + ".replaced")
 
 
 def check_output(output: Path, overwrite: bool, source: Path, needed_bytes: int = 0) -> None:
@@ -41,9 +65,8 @@ def check_output(output: Path, overwrite: bool, source: Path, needed_bytes: int 
         raise UserError(f"output directory {output} is not empty: pass --overwrite to replace it, or choose another")
     home = next(parent for parent in output.absolute().parents if parent.exists())
     try:
-        os.rmdir(
-            tempfile.mkdtemp(prefix=".slimlm-", dir=home)
-        )  # permissions and mount flags do not tell the truth to root
+        # Permissions and mount flags do not tell the truth to root; trying does.
+        os.rmdir(tempfile.mkdtemp(prefix=".slimlm-", dir=home))
     except OSError as error:
         raise UserError(f"output directory {output} cannot be created in {home}: {error.strerror}") from error
     free = shutil.disk_usage(home).free
@@ -55,57 +78,65 @@ def check_output(output: Path, overwrite: bool, source: Path, needed_bytes: int 
 
 
 @contextmanager
-def staged_output(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A fresh `<output>.partial/` to write into; renamed to `output` at the end, removed if anything goes wrong.
+def staged_output(output: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Staging]:
+    """A locked `<output>.partial/` to build in; `model/` is renamed to `output` at the end and the rest removed.
 
-    Raises UserError when another run holds it.
+    Without `resume` it starts empty. Whatever goes wrong, the output's name is untouched, and what was built stays
+    where it is for another run to resume. Raises UserError when another run holds it.
     """
-    partial = partial_path(output)
+    staging = Staging(output)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o644)
+        staging.root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(staging.root / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise UserError(f"output directory {output} cannot be created: {error.strerror}") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another slimlm run is writing {output} (it holds {partial / LOCK_NAME})") from error
-        try:
-            _empty(partial)
-            yield partial
-            _publish(partial, output, overwrite)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            raise UserError(f"another slimlm run is writing {output} (it holds {staging.root / LOCK_NAME})") from error
+        if not _is_current(lock, staging.root / LOCK_NAME):
+            raise UserError(f"another slimlm run has just finished writing {output}")
+        if not resume:
+            shutil.rmtree(staging.model, ignore_errors=True)
+            shutil.rmtree(staging.work, ignore_errors=True)
+        staging.model.mkdir(exist_ok=True)
+        staging.work.mkdir(exist_ok=True)
+        yield staging
+        _publish(staging, overwrite)
     finally:
         os.close(lock)
 
 
-def _empty(partial: Path) -> None:
-    """Clear what a killed run left behind."""
-    for entry in partial.iterdir():
-        if entry.name == LOCK_NAME:
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _publish(partial: Path, output: Path, overwrite: bool) -> None:
-    (partial / LOCK_NAME).unlink()
-    replaced = output.with_name(output.name + ".replaced")
-    if output.exists() and overwrite:
-        shutil.rmtree(replaced, ignore_errors=True)
-        output.rename(replaced)
+def _is_current(lock: int, path: Path) -> bool:
+    """Whether the lock we hold is still the one at `path`; the run that held it before may have removed it."""
     try:
-        partial.rename(output)
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def discard(output: Path) -> None:
+    """Remove what a run left to resume from."""
+    shutil.rmtree(Staging(output).root, ignore_errors=True)
+
+
+def _publish(staging: Staging, overwrite: bool) -> None:
+    output = staging.output
+    for path in (*staging.model.iterdir(), staging.model):
+        sync(path)
+    if output.exists() and overwrite:
+        shutil.rmtree(staging.replaced, ignore_errors=True)
+        output.rename(staging.replaced)
+    try:
+        staging.model.rename(output)
     except OSError as error:
-        if replaced.exists():
-            replaced.rename(output)
+        if staging.replaced.exists():
+            staging.replaced.rename(output)
         raise UserError(f"output directory {output} was filled by something else meanwhile") from error
-    shutil.rmtree(replaced, ignore_errors=True)
+    sync(output.absolute().parent)
+    shutil.rmtree(staging.replaced, ignore_errors=True)
+    shutil.rmtree(staging.root)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -115,4 +146,4 @@ def copy_companions(source: Path, target: Path) -> None:
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
     if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates")
+        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates", dirs_exist_ok=True)

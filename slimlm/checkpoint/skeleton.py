@@ -59,16 +59,16 @@ def check_against_skeleton(checkpoint: Checkpoint, model: PreTrainedModel) -> No
     Tensors the model does not know are logged: transformers ignores them too.
     """
     state = model.state_dict()
-    names, converted = module_names(model, checkpoint.shapes)
+    names, converted = module_names(model, checkpoint.tensors)
     missing = sorted(state.keys() - names.values() - model.all_tied_weights_keys.keys())
     if missing and not converted:
         raise UserError(f"{checkpoint.path} lacks {_some(missing)}, which its config calls for")
     for key, name in names.items():
         expected = tuple(state[name].shape) if name in state else None
-        if expected is not None and not converted and checkpoint.shapes[key] != expected:
+        stored = checkpoint.tensors[key]
+        if expected is not None and not converted and stored.shape != expected:
             raise UserError(
-                f"tensor {key} in {checkpoint.path / checkpoint.file_of[key]} has shape "
-                f"{list(checkpoint.shapes[key])}, its config calls for {list(expected)}"
+                f"tensor {key} in {stored.path} has shape {list(stored.shape)}, its config calls for {list(expected)}"
             )
     unknown = sorted(key for key, name in names.items() if name not in state)
     if unknown:

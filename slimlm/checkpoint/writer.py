@@ -5,18 +5,19 @@ tensor goes straight to its place. The result is what `save_pretrained` would wr
 numbered shards with an index.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from slimlm.checkpoint.reader import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
-from slimlm.errors import RunFailure
+from slimlm.checkpoint.disk import disk_errors, sync
+from slimlm.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from slimlm.checkpoint.shard import DTYPE_NAMES, StoredTensor
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -33,16 +34,11 @@ class TensorSpec:
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class _Place:
-    file: Path
-    offset: int
-
-
 class CheckpointWriter:
     """Writes the tensors of `specs`, each once and in any order, into `directory`.
 
-    Disk space is taken on construction; RunFailure names the file when there is too little, then or later.
+    Disk space is taken on construction; RunFailure names the file when there is too little, then or later. Files that
+    an earlier process laid out for the same specs are taken over as they are; `holds` tells what is in them.
     """
 
     def __init__(
@@ -50,7 +46,7 @@ class CheckpointWriter:
     ) -> None:
         self.directory = directory
         self.specs = dict(specs)
-        self.places: dict[str, _Place] = {}
+        self.places: dict[str, StoredTensor] = {}
         self.missing = set(specs)
         shards = _group(self.specs, max_shard_bytes)
         for number, names in enumerate(shards, start=1):
@@ -59,53 +55,80 @@ class CheckpointWriter:
 
     def _lay_out(self, path: Path, names: list[str]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
+        offsets = {}
+        end = 0
         for name in names:
             spec = self.specs[name]
+            offsets[name], end = end, end + spec.nbytes
             header[name] = {
                 "dtype": DTYPE_NAMES[spec.dtype],
                 "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.nbytes],
+                "data_offsets": [offsets[name], end],
             }
-            offset += spec.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        with _disk_errors(path), path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.flush()
-            if offset:
-                os.posix_fallocate(file.fileno(), start, offset)
+        front = len(text).to_bytes(8, "little") + text
+        if not _starts_with(path, front, len(front) + end):
+            with disk_errors(path), path.open("wb") as file:
+                file.write(front)
+                file.flush()
+                if end:
+                    os.posix_fallocate(file.fileno(), len(front), end)
         for name in names:
-            self.places[name] = _Place(path, start + header[name]["data_offsets"][0])  # type: ignore[index]
+            spec = self.specs[name]
+            self.places[name] = StoredTensor(path, len(front) + offsets[name], spec.shape, spec.dtype)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place, cast to the planned dtype. Raises ValueError for another shape than planned."""
-        spec, place = self.specs[name], self.places[name]
-        if tuple(tensor.shape) != spec.shape:
-            raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, planned {list(spec.shape)}")
-        data = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
-        with _disk_errors(place.file), place.file.open("r+b") as file:
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Put one tensor in its place, cast to the planned dtype; its SHA-256. Raises ValueError for another shape."""
+        place = self.places[name]
+        if tuple(tensor.shape) != place.shape:
+            raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, planned {list(place.shape)}")
+        data = _bytes_of(tensor.detach().to(device="cpu", dtype=place.dtype))
+        with disk_errors(place.path), place.path.open("r+b") as file:
             file.seek(place.offset)
-            file.write(data.data)
+            file.write(data)
         self.missing.discard(name)
+        return hashlib.sha256(data).hexdigest()
+
+    def holds(self, hashes: Mapping[str, str]) -> bool:
+        """Whether tensors an earlier process wrote are in place, by their SHA-256; if so they count as written."""
+        if not all(hashlib.sha256(_bytes_of(self.places[name].read())).hexdigest() == hashes[name] for name in hashes):
+            return False
+        self.missing -= hashes.keys()
+        return True
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Wait until the named tensors are on the disk."""
+        for path in {self.places[name].path for name in names}:
+            with disk_errors(path):
+                sync(path)
 
     def finish(self) -> None:
         """Write the index, if there are several shards, and flush to disk. Raises ValueError for a missing tensor."""
         if self.missing:
             raise ValueError(f"tensors never written: {', '.join(sorted(self.missing)[:5])}")
-        files = sorted({place.file for place in self.places.values()})
+        files = sorted({place.path for place in self.places.values()})
         if len(files) > 1:
             index = {
                 "metadata": {"total_size": sum(spec.nbytes for spec in self.specs.values())},
-                "weight_map": {name: place.file.name for name, place in sorted(self.places.items())},
+                "weight_map": {name: place.path.name for name, place in sorted(self.places.items())},
             }
             path = self.directory / INDEX_NAME
-            with _disk_errors(path):
+            with disk_errors(path):
                 path.write_text(json.dumps(index, indent=2) + "\n")
-        for path in files:
-            with _disk_errors(path), path.open("rb") as file:
-                os.fsync(file.fileno())
+        self.sync(self.places)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _starts_with(path: Path, front: bytes, size: int) -> bool:
+    """Whether a file of that size with that header is there already."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(front)) == front
 
 
 def _group(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
@@ -119,12 +142,3 @@ def _group(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         size += spec.nbytes
     return shards
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turns the system's word for a full or failing disk into one line that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise RunFailure(f"cannot write {path}: {error.strerror or error}") from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from slimlm.activations import HiddenStates, InMemory
 from slimlm.errors import UserError
 from slimlm.evaluation.perplexity import LogLikelihood
 from slimlm.progress import Progress
@@ -28,17 +29,20 @@ def compare_streamed(
     batches: Sequence[Tensor],
     basis: Tensor | None,
     progress: Progress,
+    hidden: Sequence[HiddenStates] | None = None,
 ) -> Comparison:
     """Run both models over batches of tokens [batch, time].
 
     basis: [hidden, width] says where the compressed stream lives in the dense one's space (None: the same space).
+    hidden: where the two streams wait between blocks; in memory by default.
     """
     if len(dense.blocks) != len(compressed.blocks):
         raise UserError(
             f"models of {len(dense.blocks)} and {len(compressed.blocks)} blocks cannot be compared by block"
         )
     progress.stage("measuring", len(dense.blocks))
-    streams = dense.embed(batches), compressed.embed(batches)
+    places = hidden or (InMemory(), InMemory())
+    streams = dense.embed(batches, places[0]), compressed.embed(batches, places[1])
     comparison = Comparison(LogLikelihood(), LogLikelihood())
     for index in range(len(dense.blocks)):
         for model, stream in zip((dense, compressed), streams, strict=True):

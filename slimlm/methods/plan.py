@@ -1,6 +1,6 @@
 """What every method hands to the flow: a plan before any work, an outcome after it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,11 +8,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from slimlm.checkpoint.writer import TensorSpec
-from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
-
-Write = Callable[[Mapping[str, Tensor]], None]
+from slimlm.work import Work
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,9 @@ class Outcome:
 @dataclass(frozen=True)
 class Method:
     """plan(model, recipe) does no heavy work and raises UserError for what cannot be done.
-    run(model, plan, batches, write, progress) passes every planned tensor to `write` once."""
+    run(model, plan, batches, work) writes every planned tensor once; it may find some of its work done already."""
 
     summary: str
     paper: str
     plan: Callable[[StreamedModel, Recipe], Plan]
-    run: Callable[[StreamedModel, Plan, list[Tensor], Write, Progress], Outcome]
+    run: Callable[[StreamedModel, Plan, list[Tensor], Work], Outcome]

@@ -7,6 +7,7 @@ Gram matrix of what the readers see, the RMS-normalised stream.
 """
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +25,10 @@ from slimlm.linalg.budget import choose_width, nearest_width
 from slimlm.linalg.gram import Gram, rms_normalise
 from slimlm.linalg.pca import principal_basis
 from slimlm.linalg.rotate import rotate_embedding, rotate_reader, rotate_writer
-from slimlm.methods.plan import Method, Outcome, Plan, Write
-from slimlm.progress import Progress
+from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.recipe import Recipe
-from slimlm.walk import Stream, StreamedModel
+from slimlm.walk import StreamedModel
+from slimlm.work import Work
 
 _RESIDUAL_AXIS = {"embedding": 1, "norm": 0, "reader": 1, "writer": 0, "final_norm": 0, "head": 1}
 
@@ -36,7 +37,7 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
     """Choose hidden_size for the requested share of all parameters. Raises UserError when rounding cannot reach it."""
     hidden = model.config.hidden_size
     dense = parameter_count(model.model)
-    tied = _head_is_tied(model)
+    tied = model.head_is_tied
     keeps_tie = tied and _constant(model.checkpoint_tensor(f"{model.family.final_norm}.weight"))
     divisor = getattr(model.config, model.family.heads) if model.family.heads else 1
 
@@ -68,14 +69,10 @@ def plan_width(model: StreamedModel, width: int, dtype: str = "auto", keeps_tie:
         for name, tensor in checkpoint_tensors(model.model, empty).items()
     }
     changes = {"hidden_size": (model.config.hidden_size, width)}
-    if _head_is_tied(model) and not keeps_tie:
+    if model.head_is_tied and not keeps_tie:
         changes["tie_word_embeddings"] = (True, False)
     config.dtype = next(iter(tensors.values())).dtype
     return Plan(config, tensors, sum(torch.Size(spec.shape).numel() for spec in tensors.values()), changes)
-
-
-def _head_is_tied(model: StreamedModel) -> bool:
-    return f"{model.family.head}.weight" in model.model.all_tied_weights_keys
 
 
 def _constant(gain: Tensor) -> bool:
@@ -125,40 +122,50 @@ def _check_carrier(config: PretrainedConfig, shapes: dict[str, tuple[int, ...]])
 
 
 @torch.no_grad()
-def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], write: Write, progress: Progress) -> Outcome:
+def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
     """Collect the Gram in one pass over the blocks, then rewrite them in a second."""
-    gram = collect_gram(model, batches, progress)
-    basis, eigenvalues = principal_basis(gram.matrix)
-    width: int = plan.config.hidden_size
-    basis = basis[:, :width].contiguous()
-    rewrite(model, basis, bool(plan.config.tie_word_embeddings), write, progress)
-    kept = float(eigenvalues[:width].sum() / eigenvalues.sum())
-    return Outcome({"calibration_tokens_per_norm": gram.tokens // _norm_count(model), "energy_kept": kept}, basis)
+    basis, notes = find_basis(model, plan.config.hidden_size, batches, work)
+    rewrite(model, basis, bool(plan.config.tie_word_embeddings), work)
+    return Outcome(notes, basis)
 
 
-def _norm_count(model: StreamedModel) -> int:
-    return len(model.blocks) * len(model.family.norms) + 1
+def find_basis(model: StreamedModel, width: int, batches: list[Tensor], work: Work) -> tuple[Tensor, dict[str, float]]:
+    """The leading eigenvectors of the model's Gram, [hidden, width], and figures about them."""
+    record = work.journal.last("basis")
+    saved = work.journal.load(record["tensors"]) if record else None
+    if record and saved:
+        return saved["basis"].to(model.device), record["notes"]
+    gram = collect_gram(model, batches, work)
+    work.progress.stage("finding the basis", 1)
+    full, eigenvalues = principal_basis(gram.matrix)
+    basis = full[:, :width].contiguous()
+    notes = {
+        "calibration_tokens_per_norm": gram.tokens / (len(model.blocks) * len(model.family.norms) + 1),
+        "energy_kept": float(eigenvalues[:width].sum() / eigenvalues.sum()),
+    }
+    work.journal.commit("basis", tensors=work.journal.save("basis", {"basis": basis}), notes=notes)
+    return basis, notes
 
 
-def collect_gram(model: StreamedModel, batches: list[Tensor], progress: Progress) -> Gram:
+def collect_gram(model: StreamedModel, batches: list[Tensor], work: Work) -> Gram:
     """Sum over all norms of the Gram of the RMS-normalised stream that enters them."""
     eps: float = getattr(model.config, model.family.norm_eps)
     gram = Gram(model.config.hidden_size, model.device)
-    progress.stage("calibrating", len(model.blocks))
-    stream = model.embed(batches)
-    for index in range(len(model.blocks)):
+    work.progress.stage("calibrating", len(model.blocks))
+    stream, state, first = work.start_stream(model, "calibration", batches)
+    if state:
+        gram.matrix, gram.tokens = state["gram"].to(model.device), int(state["tokens"])
+        work.progress.step(first)
+    for index in range(first, len(model.blocks)):
         start = time.perf_counter()
         with model.block(index) as block, _observed(block, model.family, gram, eps):
             model.advance(index, stream)
-        progress.step()
-        progress.line(f"{model.family.block(index)}  calibrated in {time.perf_counter() - start:.1f} s")
-    _add_final(stream, gram, eps)
-    return gram
-
-
-def _add_final(stream: Stream, gram: Gram, eps: float) -> None:
+        work.save_stream("calibration", index, stream, {"gram": gram.matrix, "tokens": torch.tensor(gram.tokens)})
+        work.progress.step()
+        work.progress.line(f"{model.family.block(index)}  calibrated in {time.perf_counter() - start:.1f} s")
     for hidden in stream.hidden:
         gram.add(rms_normalise(hidden, eps))
+    return gram
 
 
 @contextmanager
@@ -175,55 +182,70 @@ def _observed(block: nn.Module, family: Family, gram: Gram, eps: float) -> Itera
 
 
 @torch.no_grad()
-def rewrite(model: StreamedModel, basis: Tensor, keeps_tie: bool, write: Write, progress: Progress) -> None:
+def rewrite(model: StreamedModel, basis: Tensor, keeps_tie: bool, work: Work) -> None:
     """Write every tensor of the model in the basis: [hidden, width], one part at a time."""
-    progress.stage("slicing", len(model.blocks) + 1)
-    with model.loaded(model.outside):
-        write(checkpoint_tensors(model.model, _slice_outside(model, basis, keeps_tie)))
-    progress.step()
+    family = model.family
+    work.progress.stage("slicing", len(model.blocks) + len(family.embeddings) + 1)
+    for name in family.embeddings:
+        _rewrite_part(model, work, name, [name], _slice_embedding(model, name, basis))
+    head_parts = [family.final_norm, *([] if keeps_tie else model.head_parts)]
+    _rewrite_part(model, work, family.head, head_parts, _slice_head(model, basis, keeps_tie))
     for index in range(len(model.blocks)):
-        with model.block(index) as block:
-            sliced = slice_block(dict(block.named_parameters()), model.family, basis)
-            prefix = model.family.block(index)
-            write(checkpoint_tensors(model.model, {f"{prefix}.{name}": value for name, value in sliced.items()}))
-        progress.step()
+        part = family.block(index)
+        _rewrite_part(model, work, part, [part], _slice_block_of(model, part, basis))
 
 
-def slice_block(weights: dict[str, Tensor], family: Family, basis: Tensor) -> dict[str, Tensor]:
-    """One block's parameters, by name within the block, in the basis: [hidden, width]; fp32."""
-    sliced = {name: weight for name, weight in weights.items() if name.rpartition(".")[0] in family.inner}
+def _rewrite_part(
+    model: StreamedModel, work: Work, name: str, parts: list[str], tensors: Iterator[tuple[str, Tensor]]
+) -> None:
+    """tensors: a generator that looks at the weights only once they are loaded."""
+    if not work.written(name):
+        with model.loaded(parts):
+            work.write(model, name, tensors)
+    work.progress.step()
+
+
+def _slice_block_of(model: StreamedModel, part: str, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
+    weights = dict(model.model.get_submodule(part).named_parameters())
+    for name, tensor in slice_block(weights, model.family, basis):
+        yield f"{part}.{name}", tensor
+
+
+def slice_block(weights: dict[str, Tensor], family: Family, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """One block's parameters, (name within the block, fp32 tensor) each, in the basis: [hidden, width]."""
+    for name, weight in weights.items():
+        if name.rpartition(".")[0] in family.inner:
+            yield name, weight
     for norm in family.norms:
         gain = weights[f"{norm.name}.weight"].float()
-        sliced[f"{norm.name}.weight"] = gain.new_ones(basis.shape[1])
+        yield f"{norm.name}.weight", gain.new_ones(basis.shape[1])
         for reader in norm.readers:
-            sliced[f"{reader}.weight"] = rotate_reader(weights[f"{reader}.weight"].float(), gain, basis)
+            yield f"{reader}.weight", rotate_reader(weights[f"{reader}.weight"].float(), gain, basis)
             if f"{reader}.bias" in weights:
-                sliced[f"{reader}.bias"] = weights[f"{reader}.bias"]
+                yield f"{reader}.bias", weights[f"{reader}.bias"]
     for writer in family.writers:
-        for kind in ("weight", "bias"):
-            if f"{writer}.{kind}" in weights:
-                sliced[f"{writer}.{kind}"] = rotate_writer(weights[f"{writer}.{kind}"].float(), basis)
-    return sliced
+        for name in (f"{writer}.weight", f"{writer}.bias"):
+            if name in weights:
+                yield name, rotate_writer(weights[name].float(), basis)
 
 
-def _slice_outside(model: StreamedModel, basis: Tensor, keeps_tie: bool) -> dict[str, Tensor]:
-    """Embeddings, final norm and head. A head that stays tied leaves the constant gain in the norm."""
+def _slice_embedding(model: StreamedModel, name: str, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield f"{name}.weight", rotate_embedding(model.model.get_submodule(name).weight.float(), basis)
+
+
+def _slice_head(model: StreamedModel, basis: Tensor, keeps_tie: bool) -> Iterator[tuple[str, Tensor]]:
+    """Final norm and head. A head that stays tied leaves the constant gain in the norm."""
     family, network = model.family, model.model
     hidden, width = basis.shape
-    sliced = {
-        f"{name}.weight": rotate_embedding(network.get_submodule(name).weight.float(), basis)
-        for name in family.embeddings
-    }
     gain = network.get_submodule(family.final_norm).weight.float()
     if keeps_tie:
-        sliced[f"{family.final_norm}.weight"] = gain[:1].expand(width) * (hidden / width) ** 0.5
-        return sliced
+        yield f"{family.final_norm}.weight", gain[:1].expand(width) * math.sqrt(hidden / width)
+        return
     head = network.get_submodule(family.head)
-    sliced[f"{family.final_norm}.weight"] = gain.new_ones(width)
-    sliced[f"{family.head}.weight"] = rotate_reader(head.weight.float(), gain, basis)
+    yield f"{family.final_norm}.weight", gain.new_ones(width)
+    yield f"{family.head}.weight", rotate_reader(head.weight.float(), gain, basis)
     if head.bias is not None:
-        sliced[f"{family.head}.bias"] = head.bias
-    return sliced
+        yield f"{family.head}.bias", head.bias
 
 
 SLICE = Method(

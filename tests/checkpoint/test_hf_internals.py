@@ -13,7 +13,7 @@ from slimlm.checkpoint.skeleton import build_skeleton, load_config, parameter_co
 
 def test_names_of_a_plain_checkpoint_are_its_own(tiny_llama: Path):
     model = build_skeleton(load_config(tiny_llama))
-    names, converted = module_names(model, Checkpoint(tiny_llama).shapes)
+    names, converted = module_names(model, Checkpoint(tiny_llama).tensors)
     assert all(key == name for key, name in names.items())
     assert not converted
 
@@ -31,8 +31,7 @@ def test_part_of_a_model_loads_and_is_released(tiny_llama: Path):
     checkpoint = Checkpoint(tiny_llama)
     model = build_skeleton(load_config(tiny_llama))
     key = "model.layers.1.mlp.up_proj.weight"
-    with checkpoint.tensors([key]) as slices:
-        load_tensors(model, slices, torch.device("cpu"), torch.float32)
+    load_tensors(model, {key: checkpoint.tensors[key]}, torch.device("cpu"), torch.float32)
     assert torch.equal(model.get_parameter(key), checkpoint.read(key))
     assert model.get_parameter("model.layers.0.mlp.up_proj.weight").is_meta
     release(model.model.layers[1])
@@ -54,9 +53,8 @@ def test_fused_experts_round_trip_through_the_same_conversion_as_from_pretrained
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     checkpoint, model = Checkpoint(tmp_path), build_skeleton(config)
-    assert module_names(model, checkpoint.shapes)[1]
-    with checkpoint.tensors(checkpoint.shapes) as slices:
-        load_tensors(model, slices, torch.device("cpu"), torch.float32)
+    assert module_names(model, checkpoint.tensors)[1]
+    load_tensors(model, checkpoint.tensors, torch.device("cpu"), torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, reference[name]), name

@@ -3,61 +3,64 @@ from pathlib import Path
 
 import pytest
 
-from slimlm.checkpoint.output import LOCK_NAME, check_output, partial_path, staged_output
+from slimlm.checkpoint.output import LOCK_NAME, Staging, check_output, staged_output
 from slimlm.errors import UserError
 
 
 def test_a_whole_output_appears_in_one_step(tmp_path: Path):
     output = tmp_path / "deep" / "out"
-    with staged_output(output, overwrite=False) as partial:
-        (partial / "file").write_text("new")
+    with staged_output(output) as staging:
+        (staging.model / "file").write_text("new")
+        (staging.work / "journal").write_text("x")
         assert not output.exists()
     assert [path.name for path in output.iterdir()] == ["file"]
-    assert not partial_path(output).exists()
+    assert not staging.root.exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path, error: type[BaseException]):
+def test_an_interrupted_run_leaves_nothing_under_the_name_and_can_be_resumed(tmp_path: Path, error):
     output = tmp_path / "out"
-    with pytest.raises(error), staged_output(output, overwrite=False) as partial:
-        (partial / "file").write_text("half")
+    with pytest.raises(error), staged_output(output) as staging:
+        (staging.model / "file").write_text("half")
         raise error
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    with staged_output(output, resume=True) as staging:
+        assert (staging.model / "file").read_text() == "half"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_interrupted_overwrite_leaves_the_old_output(tmp_path: Path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "file").write_text("old")
-    with pytest.raises(KeyboardInterrupt), staged_output(output, overwrite=True) as partial:
-        (partial / "file").write_text("half")
+    with pytest.raises(KeyboardInterrupt), staged_output(output, overwrite=True) as staging:
+        (staging.model / "file").write_text("half")
         raise KeyboardInterrupt
     assert (output / "file").read_text() == "old"
-    with staged_output(output, overwrite=True) as partial:
-        (partial / "file").write_text("new")
+    with staged_output(output, overwrite=True) as staging:
+        (staging.model / "file").write_text("new")
     assert (output / "file").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_a_second_run_into_the_same_output_is_refused(tmp_path: Path):
     output = tmp_path / "out"
-    with staged_output(output, overwrite=False) as partial:
-        (partial / "file").write_text("first")
-        with pytest.raises(UserError, match="another slimlm run"), staged_output(output, overwrite=False):
+    with staged_output(output) as staging:
+        (staging.model / "file").write_text("first")
+        with pytest.raises(UserError, match="another slimlm run"), staged_output(output):
             pass
     assert (output / "file").read_text() == "first"
 
 
-def test_what_a_killed_run_left_is_cleared(tmp_path: Path):
-    output = tmp_path / "out"
-    partial = partial_path(output)
-    (partial / "sub").mkdir(parents=True)
-    (partial / "sub" / "old").write_text("x")
-    (partial / LOCK_NAME).write_text("")
-    with staged_output(output, overwrite=False) as fresh:
-        assert [path.name for path in fresh.iterdir()] == [LOCK_NAME]
-        (fresh / "file").write_text("new")
-    assert [path.name for path in output.iterdir()] == ["file"]
+def test_without_resume_what_a_killed_run_left_is_cleared(tmp_path: Path):
+    staging = Staging(tmp_path / "out")
+    (staging.model / "sub").mkdir(parents=True)
+    (staging.model / "sub" / "old").write_text("x")
+    (staging.root / LOCK_NAME).write_text("")
+    with staged_output(staging.output) as fresh:
+        assert list(fresh.model.iterdir()) == list(fresh.work.iterdir()) == []
+        (fresh.model / "file").write_text("new")
+    assert [path.name for path in staging.output.iterdir()] == ["file"]
 
 
 def test_outputs_that_cannot_be_are_refused_beforehand(tmp_path: Path):

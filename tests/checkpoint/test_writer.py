@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from slimlm.checkpoint.reader import DTYPE_NAMES, INDEX_NAME, Checkpoint
+from slimlm.checkpoint.reader import INDEX_NAME, Checkpoint
+from slimlm.checkpoint.shard import DTYPE_NAMES
 from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
 from slimlm.errors import RunFailure
 
@@ -33,7 +34,7 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path_factory, data, names
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name].nan_to_num(), tensor.nan_to_num())
-    assert set(Checkpoint(directory).shapes) == set(names)
+    assert set(Checkpoint(directory).tensors) == set(names)
 
 
 def test_one_shard_is_byte_for_byte_what_save_file_writes(tmp_path: Path):

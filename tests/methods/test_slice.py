@@ -5,29 +5,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.errors import UserError
 from slimlm.methods.slice import collect_gram, plan_slice, plan_width, rewrite, run_slice
 from slimlm.progress import LogProgress
 from slimlm.recipe import Recipe
+from slimlm.work import Work
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
+
+
+def work_at(plan, path: Path) -> Work:
+    (path / "work").mkdir(parents=True)
+    (path / "model").mkdir()
+    return Work(CheckpointWriter(path / "model", plan.tensors), Journal(path / "work", {}), LogProgress())
 
 
 def written(model, plan, basis, path: Path) -> Path:
     """Rewrite the model in `basis` to a checkpoint at `path`."""
-    path.mkdir()
-    writer = CheckpointWriter(path, plan.tensors)
-    rewrite(
-        model,
-        basis,
-        bool(plan.config.tie_word_embeddings),
-        lambda tensors: [writer.write(name, tensor) for name, tensor in tensors.items()],
-        LogProgress(),
-    )
-    writer.finish()
-    plan.config.save_pretrained(path)
-    return path
+    work = work_at(plan, path)
+    rewrite(model, basis, bool(plan.config.tie_word_embeddings), work)
+    work.writer.finish()
+    plan.config.save_pretrained(path / "model")
+    return path / "model"
 
 
 def orthogonal(rows: int, columns: int) -> torch.Tensor:
@@ -62,15 +63,17 @@ def confined(path: Path, width: int) -> torch.Tensor:
 def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(tiny: Path, tmp_path: Path):
     directions = confined(tiny, 20)
     model, tokens = stream(tiny), random_tokens(8, 32)
-    basis = run_slice(model, plan_width(model, 20), [tokens], lambda tensors: None, LogProgress()).basis
+    plan = plan_width(model, 20)
+    basis = run_slice(model, plan, [tokens], work_at(plan, tmp_path / "run")).basis
     assert torch.allclose(basis @ basis.T, directions @ directions.T, atol=1e-5)
     sliced = written(model, plan_width(model, 20), basis, tmp_path / "sliced")
     assert (logits_of(tiny, tokens) - logits_of(sliced, tokens)).abs().max() < 1e-4
 
 
-def test_the_gram_is_the_sum_over_every_norms_normalised_input(tiny_llama: Path):
-    tokens = random_tokens(4, 16)
-    gram = collect_gram(stream(tiny_llama), list(tokens.split(3)), LogProgress())
+def test_the_gram_is_the_sum_over_every_norms_normalised_input(tiny_llama: Path, tmp_path: Path):
+    tokens, streamed = random_tokens(4, 16), stream(tiny_llama)
+    work = work_at(plan_width(streamed, 16), tmp_path / "run")
+    gram = collect_gram(streamed, list(tokens.split(3)), work)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     expected = torch.zeros(32, 32, dtype=torch.float64)
 
@@ -116,7 +119,7 @@ def test_a_tied_head_stays_tied_when_the_final_gain_is_constant(tmp_path: Path):
     plan = plan_slice(model, Recipe(model="x", sparsity=0.375))
     assert plan.config.tie_word_embeddings
     assert "lm_head.weight" not in plan.tensors
-    basis = run_slice(model, plan, [tokens], lambda tensors: None, LogProgress()).basis
+    basis = run_slice(model, plan, [tokens], work_at(plan, tmp_path / "run")).basis
     sliced = written(model, plan, basis, tmp_path / "sliced")
     assert plan.config.hidden_size == 20
     assert (logits_of(path, tokens) - logits_of(sliced, tokens)).abs().max() < 1e-4

@@ -1,0 +1,111 @@
+"""Where a stream's hidden states wait between blocks: in memory, or in files.
+
+A block reads one batch after another and leaves its output in their place. The files come in pairs, one being read
+while the other is written, so that what the last finished block left is whole at any instant.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from slimlm.checkpoint.disk import disk_errors
+
+
+class HiddenStates(Protocol):
+    """Batches of hidden states, [batch, time, hidden] each, entering the next block."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def append(self, tensor: Tensor) -> None:
+        """Add a batch while the stream is being started."""
+
+    def replace(self, index: int, tensor: Tensor) -> None:
+        """Put a block's output in its input's place; every batch once, in order, then `turn`."""
+
+    def turn(self) -> None:
+        """All batches are replaced: the next block reads them."""
+
+
+class InMemory(list[Tensor]):
+    """Hidden states on the device."""
+
+    def replace(self, index: int, tensor: Tensor) -> None:
+        self[index] = tensor
+
+    def turn(self) -> None:
+        pass
+
+
+class Spilled:
+    """Hidden states in a pair of files `<stem>.0` and `<stem>.1`; one batch at a time is in memory.
+
+    `digest` is the SHA-256 of the file now being read, kept up while it was written.
+    """
+
+    def __init__(self, stem: Path, device: torch.device | str = "cpu") -> None:
+        self.files = [stem.with_name(f"{stem.name}.{side}") for side in (0, 1)]
+        self.device = torch.device(device)
+        self.side = 0
+        self.shapes: list[tuple[int, ...]] = []
+        self.dtype = torch.float32
+        self.digest = ""
+        self._hash = hashlib.sha256()
+        for file in self.files:
+            file.touch()
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def _offset(self, index: int) -> int:
+        return sum(int(torch.Size(shape).numel()) for shape in self.shapes[:index]) * self.dtype.itemsize
+
+    def __getitem__(self, index: int) -> Tensor:
+        tensor = torch.empty(self.shapes[index], dtype=self.dtype)
+        with self.files[self.side].open("rb") as file:
+            file.seek(self._offset(index))
+            file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return tensor.to(self.device)
+
+    def append(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        self.shapes.append(tuple(tensor.shape))
+        self._write(self.files[self.side], len(self.shapes) - 1, tensor)
+        self.digest = self._hash.hexdigest()
+
+    def replace(self, index: int, tensor: Tensor) -> None:
+        if index == 0:
+            self._hash = hashlib.sha256()
+        self._write(self.files[1 - self.side], index, tensor)
+
+    def _write(self, path: Path, index: int, tensor: Tensor) -> None:
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._hash.update(data)
+        with disk_errors(path), path.open("r+b") as file:
+            file.seek(self._offset(index))
+            file.write(data)
+
+    def turn(self) -> None:
+        self.side = 1 - self.side
+        self.digest = self._hash.hexdigest()
+
+    @property
+    def file(self) -> Path:
+        """The file that holds what the next block reads."""
+        return self.files[self.side]
+
+    def adopt(self, side: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, digest: str) -> bool:
+        """Take over what another process left in file `side`; False when it is not what `digest` says."""
+        self.side, self.shapes, self.dtype, self.digest = side, shapes, dtype, digest
+        with self.file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest

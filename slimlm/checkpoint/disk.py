@@ -1,0 +1,26 @@
+"""What can go wrong with a disk, and making sure that what was written is on it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slimlm.errors import RunFailure
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the system's word for a full or failing disk into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailure(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's entries, are on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,111 @@
+"""What a run has finished, on disk before the run goes on, so that another process can take over.
+
+`journal.jsonl` holds one line per finished step. A line is written only when everything it speaks of is safely on disk,
+and names it by SHA-256; whoever resumes believes nothing that does not match. A line torn by a power loss is dropped.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from slimlm.checkpoint.disk import disk_errors, sync
+from slimlm.checkpoint.reader import file_hash
+from slimlm.errors import UserError
+
+JOURNAL_NAME = "journal.jsonl"
+Record = dict[str, Any]
+
+
+class Journal:
+    """The steps finished in `directory` by runs with this fingerprint.
+
+    A fresh journal starts with the fingerprint. An existing one is continued only if its fingerprint is the same; else
+    UserError names what differs.
+    """
+
+    def __init__(self, directory: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.path = directory / JOURNAL_NAME
+        self.records = _read(self.path)
+        if self.records:
+            _compare(self.records[0]["fingerprint"], json.loads(json.dumps(fingerprint)))
+        else:
+            self.commit("start", fingerprint=dict(fingerprint))
+
+    def commit(self, step: str, **facts: Any) -> None:
+        """Record that a step is finished."""
+        record = {"step": step, **facts}
+        with disk_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+
+    def last(self, step: str) -> Record | None:
+        """The newest record of a step."""
+        return next((record for record in reversed(self.records) if record["step"] == step), None)
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> Record:
+        """Put tensors on disk under a name of their own; what is returned goes into a record."""
+        path = self.directory / f"{name}.safetensors"
+        data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        temporary = path.with_suffix(".tmp")
+        with disk_errors(path):
+            temporary.write_bytes(data)
+            sync(temporary)
+            temporary.replace(path)
+        return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest()}
+
+    def load(self, saved: Record) -> dict[str, Tensor] | None:
+        """What `save` put there, or None when it is not what it was."""
+        path = self.directory / saved["file"]
+        if not path.is_file() or file_hash(path) != saved["sha256"]:
+            return None
+        return dict(load_file(path))
+
+
+def read_fingerprint(directory: Path) -> Record | None:
+    """The fingerprint of the run that left its journal in `directory`, if one did."""
+    records = _read(directory / JOURNAL_NAME)
+    fingerprint: Record | None = records[0]["fingerprint"] if records else None
+    return fingerprint
+
+
+def _read(path: Path) -> list[Record]:
+    """Every whole record; whatever follows the first that is not whole is cut off."""
+    if not path.is_file():
+        return []
+    records: list[Record] = []
+    kept = 0
+    content = path.read_bytes()
+    for line in content.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
+        kept += len(line)
+    if kept < len(content):
+        with path.open("r+b") as file:
+            file.truncate(kept)
+    return records if records and records[0]["step"] == "start" else []
+
+
+def _compare(before: Record, now: Record) -> None:
+    keys = sorted(before.keys() | now.keys(), key=lambda key: (key.startswith("calibration"), key))  # causes first
+    differing = [key for key in keys if before.get(key) != now.get(key)]
+    if differing:
+        key = differing[0]
+        more = f" (and {len(differing) - 1} more: {', '.join(differing[1:4])})" if len(differing) > 1 else ""
+        raise UserError(
+            f"cannot resume: {key} was {before.get(key)!r}, is now {now.get(key)!r}{more}; "
+            "repeat what was run, or start over without --resume"
+        )

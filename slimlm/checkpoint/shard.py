@@ -1,0 +1,102 @@
+"""One safetensors file, read by offset.
+
+Mapping a file into memory counts its pages as this process's own and keeps them while anything refers to them. Plain
+reads cost the tensor and nothing else, and leave the operating system to cache the file.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from slimlm.errors import UserError
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies. Indexing it reads it whole, which is all that transformers' loader asks of a lazy slice."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+    def __getitem__(self, everything: Any) -> Tensor:
+        if everything is not Ellipsis:
+            raise IndexError("a stored tensor is read whole")
+        return self.read()
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return DTYPE_NAMES[self.dtype]
+
+    def read(self) -> Tensor:
+        """The tensor. Raises UserError when the file has become shorter than its header says."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        target = tensor.reshape(-1).view(torch.uint8).numpy().data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            done = 0
+            while done < self.nbytes:
+                count = file.readinto(target[done:])
+                if not count:
+                    raise UserError(f"{self.path} ends inside a tensor: fetch it again")
+                done += count
+        return tensor
+
+    def prefetch(self) -> None:
+        """Ask the operating system to have the bytes in its cache soon."""
+        if hasattr(os, "posix_fadvise") and self.nbytes:
+            with self.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def read_shard(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name, none of them read.
+
+    safetensors itself checks the header (sizes, offsets, overlaps, length of the file). Raises UserError for a file
+    that fails that, or whose tensors are in a dtype slimlm cannot compute with.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}): fetch it again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
+    tensors = {}
+    for name in names:
+        entry = header[name]
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"tensor {name} in {path} is stored as {entry['dtype']}, which slimlm cannot compress")
+        start = 8 + length + entry["data_offsets"][0]
+        tensors[name] = StoredTensor(path, start, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+    return tensors

@@ -1,0 +1,107 @@
+"""A run's work in progress: results go to their shard as they come, and finished steps into the journal."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slimlm.activations import Spilled
+from slimlm.checkpoint.disk import sync
+from slimlm.checkpoint.hf_internals import checkpoint_tensors
+from slimlm.checkpoint.journal import Journal
+from slimlm.checkpoint.writer import CheckpointWriter
+from slimlm.progress import Progress
+from slimlm.walk import Stream, StreamedModel
+
+logger = logging.getLogger(__name__)
+
+
+class Forgotten:
+    """Hidden states nobody will read: for running the embedding only for the blocks' arguments."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Tensor:
+        raise IndexError(index)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(())
+
+    def append(self, tensor: Tensor) -> None:
+        pass
+
+    def replace(self, index: int, tensor: Tensor) -> None:
+        raise IndexError(index)
+
+    def turn(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a method gets besides the model: a place for results, for finished steps, and for hidden states."""
+
+    writer: CheckpointWriter
+    journal: Journal
+    progress: Progress
+
+    @property
+    def directory(self) -> Path:
+        return self.journal.directory
+
+    def written(self, part: str) -> bool:
+        """Whether an earlier process wrote this part of the model, and it is still what it was."""
+        record = self.journal.last(f"written {part}")
+        return record is not None and self.writer.holds(record["sha256"])
+
+    def write(self, model: StreamedModel, part: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write all tensors of a part, (module name, tensor) each, and record that it is finished.
+
+        Each goes to disk as it comes, except in models whose file layout fuses several into one.
+        """
+        groups = [dict(tensors)] if model.fused else ({name: tensor} for name, tensor in tensors)
+        hashes = {}
+        for group in groups:
+            for key, tensor in checkpoint_tensors(model.model, group).items():
+                hashes[key] = self.writer.write(key, tensor)
+        self.writer.sync(hashes)
+        self.journal.commit(f"written {part}", sha256=hashes)
+
+    def start_stream(
+        self, model: StreamedModel, name: str, batches: list[Tensor]
+    ) -> tuple[Stream, dict[str, Tensor], int]:
+        """A stream for `batches`, the state saved with it, and the block to go on with.
+
+        That is the first block and an empty state, or where an earlier process's `save_stream` left off.
+        """
+        record = self.journal.last(f"stream {name}")
+        if record is not None:
+            hidden = Spilled(self.directory / name, model.device)
+            shapes = [tuple(shape) for shape in record["shapes"]]
+            state = self.journal.load(record["state"])
+            dtype: torch.dtype = getattr(torch, record["dtype"])
+            if state is not None and hidden.adopt(record["side"], shapes, dtype, record["sha256"]):
+                stream = model.embed(batches, Forgotten())
+                stream.hidden = hidden
+                return stream, state, record["block"] + 1
+            logger.warning("what was saved of %s is damaged: it is computed again", name)
+        return model.embed(batches, Spilled(self.directory / name, model.device)), {}, 0
+
+    def save_stream(self, name: str, block: int, stream: Stream, state: dict[str, Tensor]) -> None:
+        """Record that `block` is done: the hidden states leaving it, and the state that goes with them."""
+        hidden = stream.hidden
+        assert isinstance(hidden, Spilled)
+        sync(hidden.file)
+        self.journal.commit(
+            f"stream {name}",
+            block=block,
+            side=hidden.side,
+            shapes=hidden.shapes,
+            dtype=str(hidden.dtype).removeprefix("torch."),
+            sha256=hidden.digest,
+            state=self.journal.save(f"{name}-state.{block % 2}", state),
+        )

@@ -1,0 +1,253 @@
+"""Whatever instant a run dies at, resuming it gives the bytes of an undisturbed run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import slimlm.checkpoint.output as output_module
+from slimlm.checkpoint.journal import JOURNAL_NAME, Journal
+from slimlm.checkpoint.output import Staging
+from slimlm.checkpoint.writer import CheckpointWriter
+from slimlm.compress import compress
+from slimlm.errors import RunFailure, UserError
+from slimlm.recipe import Recipe
+from tests.conftest import CONFIGS, build_tiny
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("The old house stood at the end of the lane, and nobody had lived there. " * 40)
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, text: Path) -> Recipe:
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    return Recipe(
+        model=str(path), sparsity=0.25, dataset=str(text), num_calibration_samples=6, max_seq_length=32, batch_size=4,
+        eval_windows=2, output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+
+
+def result(directory: Path) -> dict[str, bytes]:
+    """Everything that must be the same: all files but those that hold times."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(directory.iterdir())
+        if path.name not in ("slimlm.json", "README.md", "recipe.yaml")
+    }
+
+
+@pytest.fixture
+def undisturbed(recipe: Recipe, tmp_path: Path) -> dict[str, bytes]:
+    return result(compress(recipe.model_copy(update={"output_dir": str(tmp_path / "undisturbed")})).output_dir)
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int, after: bool) -> None:
+    """Let the number-th call of a function be the run's last, before or after it did its work."""
+    original = getattr(owner, name)
+    calls = iter(range(1, 10**6))
+
+    def dying(*args, **kwargs):
+        last = next(calls) == number
+        if last and not after:
+            raise Killed
+        answer = original(*args, **kwargs)
+        if last:
+            raise Killed
+        return answer
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+def test_death_around_every_journal_record(recipe: Recipe, undisturbed, monkeypatch, tmp_path: Path):
+    deaths = 0
+    for number in range(1, 100):
+        for after in (False, True):
+            with monkeypatch.context() as patch:
+                die_at(patch, Journal, "commit", number, after)
+                try:
+                    compress(recipe)
+                except Killed:
+                    deaths += 1
+                else:
+                    assert deaths == 2 * (
+                        1 + 3 + 1 + 2 + 3 + 1
+                    )  # start, blocks, basis, embedding and head, blocks, end
+                    return
+            assert not (tmp_path / "out").exists()
+            assert result(compress(recipe, resume=True).output_dir) == undisturbed
+            assert not Staging(tmp_path / "out").root.exists()
+            for path in (tmp_path / "out").iterdir():
+                path.unlink()
+            (tmp_path / "out").rmdir()
+    pytest.fail("the run never ended")
+
+
+@pytest.mark.parametrize("number", [1, 7, 20, 28])
+def test_death_inside_a_tensors_write(recipe: Recipe, undisturbed, monkeypatch, tmp_path: Path, number: int):
+    with monkeypatch.context() as patch:
+        original, calls = CheckpointWriter.write, iter(range(1, 10**6))
+
+        def torn(self, name, tensor):
+            if next(calls) == number:
+                original(self, name, torch.full_like(tensor, 7.0))  # garbage where half a tensor would be
+                raise Killed
+            return original(self, name, tensor)
+
+        patch.setattr(CheckpointWriter, "write", torn)
+        with pytest.raises(Killed):
+            compress(recipe)
+    assert not (tmp_path / "out").exists()
+    assert result(compress(recipe, resume=True).output_dir) == undisturbed
+
+
+@pytest.mark.parametrize("step", ["before", "after"])
+def test_death_around_the_final_rename(recipe: Recipe, undisturbed, monkeypatch, tmp_path: Path, step: str):
+    with monkeypatch.context() as patch:
+        if step == "before":
+            patch.setattr(output_module, "_publish", lambda *args: (_ for _ in ()).throw(Killed()))
+        else:
+            original = output_module.shutil.rmtree
+
+            def rmtree(path, **kwargs):
+                if path == Staging(tmp_path / "out").root:
+                    raise Killed
+                original(path, **kwargs)
+
+            patch.setattr(output_module.shutil, "rmtree", rmtree)
+        with pytest.raises(Killed):
+            compress(recipe)
+    assert (tmp_path / "out").exists() == (step == "after")
+    assert result(compress(recipe, resume=True).output_dir) == undisturbed
+    assert not Staging(tmp_path / "out").root.exists()
+
+
+def killed_halfway(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, number: int = 7) -> Staging:
+    with monkeypatch.context() as patch:
+        die_at(patch, Journal, "commit", number, after=True)
+        with pytest.raises(Killed):
+            compress(recipe)
+    return Staging(Path(recipe.output_dir or ""))
+
+
+def test_what_is_damaged_meanwhile_is_noticed_and_computed_again(recipe: Recipe, undisturbed, monkeypatch):
+    staging = killed_halfway(recipe, monkeypatch, 8)
+    steps = [json.loads(line)["step"] for line in (staging.work / JOURNAL_NAME).read_text().splitlines()]
+    assert steps[-1] == "written model.layers.0"
+    shard = staging.model / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    shard.write_bytes(bytes(content))
+    for name in ("basis.safetensors", "calibration-state.0.safetensors", "calibration.1"):
+        (staging.work / name).write_bytes(b"damaged")
+    assert result(compress(recipe, resume=True).output_dir) == undisturbed
+
+
+def test_a_torn_last_line_of_the_journal_is_dropped(recipe: Recipe, undisturbed, monkeypatch):
+    staging = killed_halfway(recipe, monkeypatch)
+    with (staging.work / JOURNAL_NAME).open("a") as file:
+        file.write('{"step": "written model.layers.2", "sha2')
+    assert result(compress(recipe, resume=True).output_dir) == undisturbed
+
+
+def test_finished_blocks_are_not_computed_again(recipe: Recipe, monkeypatch):
+    killed_halfway(recipe, monkeypatch, 9)
+    written: list[str] = []
+    original = CheckpointWriter.write
+    monkeypatch.setattr(
+        CheckpointWriter, "write", lambda self, name, tensor: written.append(name) or original(self, name, tensor)
+    )
+    compress(recipe, resume=True)
+    assert {name.split(".")[2] for name in written} == {"2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"sparsity": 0.5}, "recipe sparsity was 0.25, is now 0.5"),
+        ({"seed": 3}, "recipe seed was 0, is now 3"),
+        ({"num_calibration_samples": 4}, "recipe num_calibration_samples was 6, is now 4 .*calibration sha256"),
+        ({"dtype": "float16"}, "recipe dtype was 'auto', is now 'float16'"),
+    ],
+)
+def test_another_recipe_is_refused_with_the_difference_named(recipe: Recipe, monkeypatch, change, named: str):
+    staging = killed_halfway(recipe, monkeypatch)
+    before = (staging.work / JOURNAL_NAME).read_bytes()
+    with pytest.raises(UserError, match=named):
+        compress(recipe.model_copy(update=change), resume=True)
+    assert (staging.work / JOURNAL_NAME).read_bytes() == before
+    compress(recipe, resume=True)
+
+
+def test_another_model_or_version_is_refused_with_the_difference_named(recipe: Recipe, monkeypatch, tmp_path: Path):
+    killed_halfway(recipe, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("slimlm.compress.versions", lambda: {"torch": "0.1"})
+        with pytest.raises(UserError, match=r"version torch was '.*', is now '0\.1'|version"):
+            compress(recipe, resume=True)
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"model model\.safetensors was"):
+        compress(recipe, resume=True)
+
+
+def test_resume_with_nothing_to_resume_starts_and_with_everything_done_ends(
+    recipe: Recipe, undisturbed, tmp_path: Path
+):
+    assert result(compress(recipe, resume=True).output_dir) == undisturbed
+    stamp = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    compress(recipe, resume=True)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="--overwrite"):
+        compress(recipe)
+
+
+def test_without_resume_a_run_starts_over(recipe: Recipe, undisturbed, monkeypatch):
+    killed_halfway(recipe, monkeypatch)
+    assert result(compress(recipe.model_copy(update={"seed": 0})).output_dir) == undisturbed
+
+
+def test_a_full_disk_is_a_clear_error_and_resume_works(recipe: Recipe, undisturbed, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def refuse(original, name: str, number: int = 1):
+        calls = iter(range(1, 10**6))
+
+        def opened(path, mode="r", *args, **kwargs):
+            if path.name.startswith(name) and mode != "r" and mode != "rb" and next(calls) >= number:
+                full()
+            return original(path, mode, *args, **kwargs)
+
+        return opened
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slimlm.checkpoint.writer.os.posix_fallocate", full)
+        with pytest.raises(RunFailure, match=r"cannot write .*model\.safetensors: No space left on device"):
+            compress(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.open", refuse(Path.open, "calibration."))
+        with pytest.raises(RunFailure, match=r"cannot write .*calibration\.0: No space left on device"):
+            compress(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.open", refuse(Path.open, "journal", 9))
+        with pytest.raises(RunFailure, match=r"cannot write .*journal\.jsonl: No space left on device"):
+            compress(recipe, resume=True)
+    assert result(compress(recipe, resume=True).output_dir) == undisturbed
+
+
+def test_sampled_calibration_text_is_not_sampled_twice(recipe: Recipe, monkeypatch):
+    recipe = recipe.model_copy(update={"dataset": "self"})
+    whole = result(compress(recipe.model_copy(update={"output_dir": str(recipe.output_dir) + "2"})).output_dir)
+    killed_halfway(recipe, monkeypatch, 4)
+    monkeypatch.setattr("slimlm.compress.sample_windows", lambda *args: pytest.fail("sampled again"))
+    assert result(compress(recipe, resume=True).output_dir) == whole
