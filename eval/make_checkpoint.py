@@ -61,9 +61,8 @@ def write(config: LlamaConfig, output: Path, shard_bytes: int) -> None:
             tensor.normal_(std=scale, generator=generator)
         writer.write(name, tensor)
     writer.finish()
-    print(
-        f"{output}: {sum(spec.nbytes for spec in specs.values()) / 1e9:.2f} GB in {len(list(output.glob('*.safetensors')))} shards"
-    )
+    size = sum(spec.nbytes for spec in specs.values())
+    print(f"{output}: {size / 1e9:.2f} GB in {len(list(output.glob('*.safetensors')))} shards")
 
 
 if __name__ == "__main__":

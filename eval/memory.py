@@ -17,7 +17,7 @@ import numpy
 
 RUN = """
 import json, resource, sys
-from slimlm.compress import compress
+from slimlm.compression import compress
 from slimlm.recipe import Recipe
 import transformers.models.llama.modeling_llama
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

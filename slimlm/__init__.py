@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from slimlm.compress import CompressResult, compress
+    from slimlm.compression import CompressResult, compress
     from slimlm.errors import RunFailure, SlimlmError, UserError
     from slimlm.evaluation.evaluate import Evaluation, evaluate
     from slimlm.recipe import Recipe
 
 _HOME = {
-    "compress": "slimlm.compress",
-    "CompressResult": "slimlm.compress",
+    "compress": "slimlm.compression",
+    "CompressResult": "slimlm.compression",
     "evaluate": "slimlm.evaluation.evaluate",
     "Evaluation": "slimlm.evaluation.evaluate",
     "Recipe": "slimlm.recipe",
@@ -33,6 +33,10 @@ __all__ = [
     "compress",
     "evaluate",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimlm.errors import UserError, nearest
+from slimlm.errors import UserError, nearest, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +26,12 @@ POOL_FACTOR = 16  # windows are picked from this many times as many, where the s
 SAMPLING_BATCH = 32
 
 HUB_SHORT_NAMES: dict[str, dict[str, Any]] = {
-    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
+    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},  # one row a line
     "c4": {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"},
     "alpaca": {"path": "tatsu-lab/alpaca", "split": "train"},
     "fineweb-edu": {"path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT", "split": "train"},
 }
+JOINED = ("wikitext2",)  # the rows, in order and with blank lines between them, are one document, as everyone has it
 SELF = "self"
 
 
@@ -73,7 +74,9 @@ def load_windows(
     pool: list[int] = []
     wanted = POOL_FACTOR * num_windows * length
     for tokens in _tokenised(_documents(dataset, path, text_column, seed), tokenizer):
-        if bos is not None and (not tokens or tokens[0] != bos):
+        if not tokens:
+            continue
+        if bos is not None and tokens[0] != bos:
             pool.append(bos)
         pool.extend(tokens)
         if len(pool) >= wanted:
@@ -112,14 +115,15 @@ def _tokenised(documents: Iterable[str | list[int]], tokenizer: Any) -> Iterator
 
 def _documents(dataset: str, path: Path, text_column: str, seed: int) -> Iterator[str | list[int]]:
     if path.is_file():
-        documents = _local_documents(path, text_column)
+        documents = [document for document in _local_documents(path, text_column) if document]
         if not documents:
             raise UserError(f"calibration file {path} is empty")
         random.Random(seed).shuffle(documents)
         return iter(documents)
     if path.is_dir() or dataset.startswith(("/", "./", "../", "~")) or path.suffix in _FILE_READERS:
         return _dataset_rows(dataset, _load_saved(path), text_column)
-    return _dataset_rows(dataset, _load_hub(dataset, seed), text_column)
+    rows = _dataset_rows(dataset, _load_hub(dataset, seed), text_column)
+    return iter(["\n\n".join(str(row) for row in rows)]) if dataset in JOINED else rows
 
 
 def _local_documents(path: Path, text_column: str) -> list[str | list[int]]:
@@ -129,7 +133,7 @@ def _local_documents(path: Path, text_column: str) -> list[str | list[int]]:
     try:
         return reader(path, text_column)
     except (OSError, ValueError) as error:
-        raise UserError(f"calibration file {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"calibration file {path} cannot be read: {one_line(error)}") from error
 
 
 def _read_text(path: Path, text_column: str) -> list[str | list[int]]:
@@ -156,7 +160,7 @@ def _read_parquet(path: Path, text_column: str) -> list[str | list[int]]:
     if column not in columns:
         raise _no_column(text_column, columns, str(path))
     table = pyarrow.parquet.read_table(path, columns=[column])
-    return [content for content in table.column(column).to_pylist() if content]
+    return [_checked(content, column, str(path)) for content in table.column(column).to_pylist()]
 
 
 _FILE_READERS: dict[str, Callable[[Path, str], list[str | list[int]]]] = {
@@ -169,8 +173,17 @@ _FILE_READERS: dict[str, Callable[[Path, str], list[str | list[int]]]] = {
 def _row_content(row: Any, text_column: str, source: str) -> str | list[int]:
     if not isinstance(row, dict) or (text_column not in row and "input_ids" not in row):
         raise _no_column(text_column, row if isinstance(row, dict) else [], source)
-    content: str | list[int] = row[text_column if text_column in row else "input_ids"]
-    return content
+    column = text_column if text_column in row else "input_ids"
+    return _checked(row[column], column, source)
+
+
+def _checked(content: Any, column: str, source: str) -> str | list[int]:
+    """A text or a list of tokens; a missing value is an empty text."""
+    if content is None:
+        return ""
+    if isinstance(content, str) or (isinstance(content, list) and all(type(token) is int for token in content)):
+        return content
+    raise UserError(f"calibration data {source}: column {column!r} holds {content!r:.40}, not text or tokens")
 
 
 def _no_column(text_column: str, columns: Iterable[str], source: str) -> UserError:
@@ -188,7 +201,7 @@ def _load_saved(path: Path) -> Any:
     try:
         return load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"calibration directory {path} is not a saved dataset: {str(error).splitlines()[0]}") from error
+        raise UserError(f"calibration directory {path} is not a saved dataset: {one_line(error)}") from error
 
 
 def _load_hub(dataset: str, seed: int) -> Any:
@@ -202,8 +215,9 @@ def _load_hub(dataset: str, seed: int) -> Any:
         )
     where = HUB_SHORT_NAMES.get(dataset, {"path": dataset, "split": "train"})
     try:
-        return load_dataset(**where, streaming=True).shuffle(seed=seed, buffer_size=10_000)
-    except (OSError, RuntimeError, ValueError) as error:
+        rows = load_dataset(**where, streaming=True)
+        return rows if dataset in JOINED else rows.shuffle(seed=seed, buffer_size=10_000)
+    except Exception as error:  # datasets and the hub client raise their HTTP library's own errors too
         raise _unreachable(dataset, error) from error
 
 
@@ -214,14 +228,15 @@ def _dataset_rows(dataset: str, rows: Any, text_column: str) -> Iterator[str | l
     try:
         for row in rows:
             yield _row_content(row, text_column, dataset)
-    except (OSError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a connection lost while streaming
         raise _unreachable(dataset, error) from error
 
 
 def _unreachable(dataset: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
     return UserError(
-        f"calibration dataset {dataset!r} could not be fetched ({reason}): give a local file, "
+        f"calibration dataset {dataset!r} could not be fetched ({one_line(error)}): give a local file, "
         "or use --dataset self, which needs no data"
     )
 
@@ -230,9 +245,14 @@ def _pretokenised_array(path: Path, num_windows: int, length: int, seed: int) ->
     import numpy
 
     try:
-        array = torch.from_numpy(numpy.load(path).astype("int64"))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"calibration file {path} is not a NumPy array of tokens: {error}") from error
+        loaded = numpy.load(path)
+        if not numpy.issubdtype(loaded.dtype, numpy.integer) or loaded.ndim not in (1, 2):
+            raise ValueError(f"{loaded.dtype} of {loaded.ndim} dimensions")
+        array = torch.from_numpy(loaded.astype("int64"))
+    except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"calibration file {path} is not integer tokens, [n, time] or one after another: {one_line(error)}"
+        ) from error
     if array.ndim == 2 and array.shape[1] < length:
         raise UserError(f"calibration file {path} holds windows of {array.shape[1]} tokens: lower --max-seq-length")
     pool = array[:, :length].reshape(-1) if array.ndim == 2 else array.reshape(-1)

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from slimlm.errors import Interrupted, SlimlmError
+from slimlm.errors import Interrupted, SlimlmError, UserError
+from slimlm.recipe import Recipe, load_recipe, make_recipe, shipped_recipes
 
 app = typer.Typer(
     name="slimlm",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Make a trained language model smaller; get back a checkpoint that stock transformers loads.\n\n"
@@ -28,14 +28,26 @@ WHAT, DATA, RUN, OUT = "What to do", "Calibration data", "How to run", "Output"
 
 def main() -> None:
     """Entry point of the console command: exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="slimlm: %(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # a polite kill, or a terminal closed, ends a run like Ctrl-C
+        signal.signal(stop, signal.default_int_handler)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except SlimlmError as error:
-        print(f"slimlm: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # what typer says of a flag or value it does not know
+        if message is None:
+            raise
+        _fail(f"{message()} (see --help)", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"slimlm: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _version(show: bool) -> None:
@@ -46,79 +58,47 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _flag(field: str, panel: str, *short: str, default: str | None = None) -> Any:
+    """The option of a recipe's field: its name, its description, its default."""
+    info = Recipe.model_fields[field]
+    shown = default or (None if info.is_required() or info.default is None else str(info.default))
+    text = f"{(info.description or '')[0].upper()}{(info.description or '')[1:]}." + (
+        f"  [default: {shown}]" if shown else ""
+    )
+    return typer.Option(f"--{field.replace('_', '-')}", *short, rich_help_panel=panel, help=text, show_default=False)
 
 
 @app.command("compress")
 def compress_command(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            rich_help_panel=WHAT,
-            help="Hub id, directory, or `llama`, the small model that ships with slimlm.",
-        ),
-    ] = None,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            "--sparsity",
-            "-s",
-            rich_help_panel=WHAT,
-            help="Share of the model's parameters to remove, above 0 and below 1.",
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=WHAT, help="How: `slice` gives a smaller hidden_size.  [default: slice]"),
-    ] = None,
+    model: Annotated[str | None, _flag("model", WHAT, "-m")] = None,
+    sparsity: Annotated[float | None, _flag("sparsity", WHAT, "-s")] = None,
+    method: Annotated[str | None, _flag("method", WHAT)] = None,
     recipe: Annotated[
         str | None,
         typer.Option(rich_help_panel=WHAT, help="YAML file, or name of a shipped recipe; other flags override it."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(rich_help_panel=WHAT, help="Hub revision of the model.")] = None,
-    round_to: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=WHAT,
-            help="New widths are multiples of this.  [default: largest power of two that reaches the sparsity]",
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=DATA,
-            help="Text file (.txt, .jsonl, .parquet), tokens (.npy), hub id, `wikitext2`, `c4`, `alpaca`, "
-            "`fineweb-edu`, or `self`: text the model writes itself.  "
-            "[default: self for the bundled model, else required]",
-        ),
-    ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(rich_help_panel=DATA, help="Column that holds the text.  [default: text]")
-    ] = None,
-    num_calibration_samples: Annotated[
-        int | None, typer.Option(rich_help_panel=DATA, help="Calibration windows.  [default: 128]")
-    ] = None,
+    revision: Annotated[str | None, _flag("revision", WHAT)] = None,
+    round_to: Annotated[int | None, _flag("round_to", WHAT)] = None,
+    dataset: Annotated[str | None, _flag("dataset", DATA, default="self for the bundled model, else required")] = None,
+    text_column: Annotated[str | None, _flag("text_column", DATA)] = None,
+    num_calibration_samples: Annotated[int | None, _flag("num_calibration_samples", DATA)] = None,
     max_seq_length: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=DATA, help="Tokens in a window.  [default: the model's context, up to 2048]"),
+        int | None, _flag("max_seq_length", DATA, default="the model's context, up to 2048")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(rich_help_panel=DATA, help="Picks windows and samples.  [default: 0]")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(rich_help_panel=RUN, help="Windows that go through a block together.  [default: 8]")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(rich_help_panel=RUN, help="auto, cpu, cuda, cuda:1, ...  [default: auto]")
-    ] = None,
+    seed: Annotated[int | None, _flag("seed", DATA)] = None,
+    batch_size: Annotated[int | None, _flag("batch_size", RUN)] = None,
+    device: Annotated[str | None, _flag("device", RUN)] = None,
     trust_remote_code: Annotated[
         bool | None,
         typer.Option(
@@ -130,25 +110,15 @@ def compress_command(
         typer.Option(
             "--measure/--no-measure",
             rich_help_panel=RUN,
-            help="Measure perplexity before and after.  [default: measure]",
+            help="Measure perplexity before and after.",
+            show_default=False,
         ),
     ] = None,
-    eval_text: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=RUN, help="Text file to measure on.  [default: the Python language reference]"),
-    ] = None,
-    eval_windows: Annotated[
-        int | None, typer.Option(rich_help_panel=RUN, help="Windows to measure on.  [default: 128]")
-    ] = None,
-    output_dir: Annotated[
-        str | None,
-        typer.Option(
-            "--output-dir", "-o", rich_help_panel=OUT, help="Where the result goes.  [default: MODEL-METHOD-PERCENT]"
-        ),
-    ] = None,
+    eval_text: Annotated[str | None, _flag("eval_text", RUN, default="the Python language reference")] = None,
+    eval_windows: Annotated[int | None, _flag("eval_windows", RUN)] = None,
+    output_dir: Annotated[str | None, _flag("output_dir", OUT, "-o", default="MODEL-METHOD-PERCENT")] = None,
     overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", rich_help_panel=OUT, help="Replace the output directory if it holds something."),
+        bool, typer.Option("--overwrite", rich_help_panel=OUT, help="Replace what an earlier run wrote there.")
     ] = False,
     resume: Annotated[
         bool,
@@ -156,12 +126,7 @@ def compress_command(
             "--resume", rich_help_panel=OUT, help="Go on from what an interrupted run of the same command has finished."
         ),
     ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=OUT, help="dtype to write: auto (as it was), float32, bfloat16, float16.  [default: auto]"
-        ),
-    ] = None,
+    dtype: Annotated[str | None, _flag("dtype", OUT)] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", rich_help_panel=OUT, help="Log what happens inside.")
     ] = False,
@@ -189,8 +154,6 @@ def compress_command(
 
 
 def _run_compress(recipe_name: str | None, flags: dict[str, Any], overwrite: bool, resume: bool, verbose: bool) -> None:
-    from slimlm.errors import UserError
-    from slimlm.recipe import load_recipe, make_recipe
 
     _set_verbosity(verbose)
     if recipe_name is None:
@@ -201,7 +164,7 @@ def _run_compress(recipe_name: str | None, flags: dict[str, Any], overwrite: boo
                 )
     recipe = load_recipe(recipe_name, flags) if recipe_name else make_recipe(flags, "command line")
     with _progress() as progress:
-        from slimlm.compress import compress
+        from slimlm.compression import compress
 
         result = compress(recipe, overwrite, resume, progress)
     _print_result(result, recipe.expected)
@@ -238,6 +201,8 @@ def eval_command(
     against: Annotated[
         str | None, typer.Option(help="Dense model to compare with, on identical windows and questions.")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    against_revision: Annotated[str | None, typer.Option(help="Hub revision of the model to compare with.")] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -279,12 +244,11 @@ def eval_command(
 
         slimlm eval DIR --against meta-llama/Llama-3.2-3B --tasks arc_easy,hellaswag --text test.txt --json result.json
     """
-    from slimlm.errors import UserError
     from slimlm.evaluation.tasks import DEFAULT_TASKS
 
     _set_verbosity(verbose)
-    if json_path is not None and (json_path.is_dir() or not json_path.absolute().parent.is_dir()):
-        raise UserError(f"--json {json_path} cannot be written: give a file in a directory that exists")
+    if json_path is not None:
+        _try_writing(json_path)
     names = DEFAULT_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     with _progress() as progress:
         from slimlm.evaluation.evaluate import evaluate
@@ -292,20 +256,30 @@ def eval_command(
         evaluation = evaluate(
             model,
             against,
-            () if names == ("none",) else names,
-            text,
-            num_windows or None,
-            window,
-            batch_size,
-            dtype,
-            device,
-            device_map,
-            limit,
-            num_fewshot,
-            trust_remote_code,
-            progress,
+            tasks=() if names == ("none",) else names,
+            text=text,
+            num_windows=num_windows or None,
+            window=window,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            against_revision=against_revision,
+            progress=progress,
         )
     _print_evaluation(evaluation.data, json_path)
+
+
+def _try_writing(path: Path) -> None:
+    """Find out before hours of work whether their result can be kept."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
 
 
 def _print_evaluation(data: dict[str, Any], json_path: Path | None) -> None:
@@ -334,7 +308,6 @@ def models_command() -> None:
 @app.command("recipes")
 def recipes_command() -> None:
     """List the recipes that ship with slimlm; each reproduces a result."""
-    from slimlm.recipe import shipped_recipes
 
     for name, path in sorted(shipped_recipes().items()):
         print(f"{name}  {path}")
@@ -344,6 +317,7 @@ def _set_verbosity(verbose: bool) -> None:
     if verbose:
         logging.getLogger("slimlm").setLevel(logging.INFO)
     else:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last failure is ours to tell
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()

@@ -7,18 +7,20 @@ import sys
 
 import torch
 
-from slimlm.errors import UserError
+from slimlm.errors import UserError, one_line
 
 
 def pick_device(device: str) -> torch.device:
     """`auto` is the first GPU, or the CPU. Raises UserError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("meta"):
+        raise UserError("device 'meta' holds no numbers: choose cpu or cuda")
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen).add_(1)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device {device!r} is not available: {one_line(error)}") from error
     return chosen
 
 

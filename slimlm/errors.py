@@ -26,6 +26,11 @@ class Interrupted(SlimlmError):
     exit_code = 130
 
 
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """What another library's error says, short enough for a line of ours."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known name, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -10,7 +10,7 @@ from slimlm.calibration import SELF, Windows, load_windows
 from slimlm.checkpoint.output import check_output
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
-from slimlm.checkpoint.skeleton import load_config, load_tokenizer, parameter_count
+from slimlm.checkpoint.skeleton import auto_dtype, load_config, load_tokenizer, parameter_count
 from slimlm.device import pick_device
 from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
@@ -51,18 +51,39 @@ def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
     resolved = resolve_model(recipe.model, recipe.revision, accept)
     progress.line(f"model: {resolved}")
     output = output_of(recipe)
-    check_output(output, overwrite, resolved.path)
+    inputs = [resolved.path, *(Path(name) for name in (recipe.dataset, recipe.eval_text) if name)]
+    check_output(output, overwrite, inputs)
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
     plan = method.plan(model, recipe)
-    check_output(output, overwrite, resolved.path, sum(spec.nbytes for spec in plan.tensors.values()))
+    size = sum(spec.nbytes for spec in plan.tensors.values())
+    check_output(output, overwrite, inputs, size)
+    for line in describe(plan, model, size):
+        progress.line(line)
     tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
     recipe = settle(recipe, resolved, model.config, output)
+    windows, test = _windows(recipe, tokenizer, model.config.vocab_size)
+    progress.stage("checking weights", parameter_count(model.model))
+    model.checkpoint.check_finite(progress.step)
+    return Job(recipe, resolved, method, output, model, tokenizer, plan, test, windows)
+
+
+def describe(plan: Plan, model: StreamedModel, size: int) -> list[str]:
+    """What is going to happen, before it does."""
+    dense = parameter_count(model.model)
+    return [
+        f"parameters: {dense:,} -> {plan.parameters:,} ({plan.parameters / dense - 1:+.1%}); "
+        f"weights: {model.checkpoint.bytes_on_disk() / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
+        *(f"{name}: {before} -> {after}" for name, (before, after) in plan.changes.items()),
+    ]
+
+
+def _windows(recipe: Recipe, tokenizer: Any, vocabulary: int) -> tuple[Windows | None, TestWindows | None]:
+    """Calibration and test windows, as far as they are wanted and do not have to be sampled first."""
     assert recipe.dataset is not None
     assert recipe.max_seq_length is not None
-    windows = (
-        None
-        if recipe.dataset == SELF
-        else load_windows(
+    windows = test = None
+    if recipe.dataset != SELF:
+        windows = load_windows(
             recipe.dataset,
             tokenizer,
             recipe.num_calibration_samples,
@@ -70,29 +91,28 @@ def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
             recipe.seed,
             recipe.text_column,
         )
-    )
-    test = (
-        load_test_windows(recipe.eval_text, tokenizer, recipe.eval_windows, recipe.max_seq_length)
-        if recipe.measure
-        else None
-    )
-    progress.stage("checking weights", parameter_count(model.model))
-    model.checkpoint.check_finite(progress.step)
-    return Job(recipe, resolved, method, output, model, tokenizer, plan, test, windows)
+        low, high = int(windows.tokens.min()), int(windows.tokens.max())
+        if low < 0 or high >= vocabulary:
+            raise UserError(
+                f"calibration data {recipe.dataset!r} holds tokens {low} to {high}; the model has {vocabulary}"
+            )
+    if recipe.measure:
+        test = load_test_windows(recipe.eval_text, tokenizer, recipe.eval_windows, recipe.max_seq_length)
+    return windows, test
 
 
 def open_model(
-    path: Path, device: torch.device, precision: Literal["fast", "stored"], trust_remote_code: bool = False
+    path: Path, device: torch.device, precision: Literal["fast", "stock"], trust_remote_code: bool = False
 ) -> StreamedModel:
     """A checkpoint directory, ready to stream.
 
-    precision: what it computes in. "stored" is the weights' own dtype; "fast" is that too on a GPU, and float32 on a
-    CPU, where it costs nothing for calibration and loses nothing.
+    precision: what it computes in. "stock" is what `from_pretrained(dtype="auto")` would take; "fast" is that too on a
+    GPU, and float32 on a CPU, where it costs nothing for calibration and loses nothing.
     """
     checkpoint = Checkpoint(path)
     config = load_config(path, trust_remote_code)
     full = precision == "fast" and device.type == "cpu"
-    dtype = torch.float32 if full else checkpoint.main_dtype
+    dtype = torch.float32 if full else auto_dtype(config, checkpoint)
     return StreamedModel(checkpoint, config, family_of(config.model_type), device, dtype, trust_remote_code)
 
 
@@ -114,5 +134,6 @@ def settle(recipe: Recipe, resolved: ResolvedModel, config: Any, output: Path) -
 
 def output_of(recipe: Recipe) -> Path:
     """Where the result goes; by default `llama-slice-25` (25% sliced off the model llama) in the working directory."""
-    name = f"{Path(recipe.model).name}-{recipe.method}-{recipe.sparsity * 100:g}"
-    return Path(recipe.output_dir or name).expanduser()
+    model = Path(recipe.model).expanduser()
+    name = f"{model.resolve().name if model.is_dir() else model.name}-{recipe.method}-{recipe.sparsity * 100:g}"
+    return Path(recipe.output_dir or name).expanduser().resolve()

@@ -15,34 +15,38 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 class Recipe(BaseModel):
     """What to compress, how, and with which data. Field names are the command line's flags."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, str_min_length=1)
 
     model: str = Field(description="hub id, directory, or `llama`, the small model that ships with slimlm")
     revision: str | None = Field(None, description="hub revision of the model")
-    method: str = Field("slice", description="how to compress")
+    method: str = Field("slice", description="how to compress; `slice` gives a smaller hidden_size")
     sparsity: float = Field(description="share of the dense checkpoint's parameters to remove, between 0 and 1")
     round_to: int | None = Field(
         None,
         ge=1,
-        description="widths are multiples of this; by default the largest power of two that reaches the sparsity",
+        description="new widths are multiples of this; by default of the largest power of two that gets there",
     )
 
     dataset: str | None = Field(
-        None, description="calibration text: file, hub id, wikitext2, c4, alpaca, fineweb-edu, or self"
+        None,
+        description="text file (.txt, .jsonl, .parquet), tokens (.npy), hub id, wikitext2, c4, alpaca, fineweb-edu, "
+        "or self: text the model writes itself",
     )
     text_column: str = Field("text", description="column of the calibration data that holds the text")
     num_calibration_samples: int = Field(128, ge=1, description="calibration windows")
     max_seq_length: int | None = Field(None, ge=2, description="tokens in a calibration window")
     batch_size: int = Field(8, ge=1, description="windows that go through a block together")
-    seed: int = Field(0, ge=0, description="picks calibration windows and samples")
+    seed: int = Field(0, ge=0, lt=2**63, description="picks calibration windows and samples")
 
-    dtype: DtypeName = Field("auto", description="dtype of the weights written; auto keeps the checkpoint's")
-    device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, ...")
+    dtype: DtypeName = Field(
+        "auto", description="dtype of the weights written, `auto` keeps the checkpoint's; float32, bfloat16, float16"
+    )
+    device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:1")
     trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
 
     measure: bool = Field(True, description="measure perplexity before and after, block by block")
-    eval_text: str | None = Field(None, description="text for that measurement; by default the Python reference")
-    eval_windows: int = Field(128, ge=1, description="windows of that measurement")
+    eval_text: str | None = Field(None, description="text file to measure on")
+    eval_windows: int = Field(128, ge=1, description="windows to measure on")
 
     output_dir: str | None = Field(None, description="where the result goes")
     expected: dict[str, float] = Field({}, description="figures this recipe gave when it was written")
@@ -70,15 +74,15 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"recipe {path} is not a mapping of keys to values")
-    merged = {**values, **(overrides or {})}
-    if any(merged.get(key) != value for key, value in values.items()):
-        merged.pop("expected", None)  # another run's figures
-    return make_recipe(merged, f"recipe {path}")
+    source = f"recipe {path}"
+    recipe, written = make_recipe({**values, **(overrides or {})}, source), make_recipe(values, source)
+    same = recipe.model_copy(update={"output_dir": written.output_dir}) == written
+    return recipe if same else recipe.model_copy(update={"expected": {}})  # another run's figures
 
 
 def find_recipe(name: str) -> Path:
@@ -86,7 +90,7 @@ def find_recipe(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     shipped = shipped_recipes()
-    key = Path(name).name.removesuffix(".yaml")
+    key = name.removesuffix(".yaml")
     if key not in shipped:
         raise UserError(f"there is no recipe {name!r}{nearest(key, shipped)} (shipped: {', '.join(sorted(shipped))})")
     return shipped[key]

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from slimlm.activations import HiddenStates, InMemory
 from slimlm.checkpoint.hf_internals import load_tensors, module_names, release
 from slimlm.checkpoint.reader import Checkpoint
-from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton
+from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, refuse_absurd_sizes
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family
 
@@ -68,6 +68,9 @@ class StreamedModel:
         self.family = family
         self.device = torch.device(device)
         self.dtype = dtype
+        refuse_absurd_sizes(config, checkpoint)
+        if not getattr(config, family.norm_eps, 0) >= 0:
+            raise UserError(f"{checkpoint.path / 'config.json'}: {family.norm_eps} is negative")
         self.model = build_skeleton(config, dtype, trust_remote_code)
         check_against_skeleton(checkpoint, self.model)
         for name, buffer in self.model.named_buffers():
@@ -211,7 +214,7 @@ class StreamedModel:
             if not torch.isfinite(out).all():
                 raise RunFailure(
                     f"activations leaving {self.family.block(index)} hold NaN or Inf in {self.dtype}: "
-                    "check the weights, or calibrate in float32"
+                    "the weights are broken, or this dtype is too narrow for them"
                 )
             stream.hidden.replace(number, out)
         stream.hidden.turn()

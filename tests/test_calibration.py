@@ -89,13 +89,33 @@ def test_pretokenised_data_is_taken_as_it_is(tmp_path: Path, tokenizer):
         ("list.jsonl", "[1, 2]", "no column 'text'"),
         ("bad.parquet", "PAR0", "cannot be read"),
         ("image.png", "x", "is none of"),
-        ("bad.npy", "x", "not a NumPy array"),
+        ("bad.npy", "x", "not integer tokens"),
+        ("empty.npy", "", "not integer tokens"),
+        ("nothing.jsonl", '{"text": null}\n{"text": ""}', "is empty"),
+        ("number.jsonl", '{"text": 5}', "column 'text' holds 5, not text or tokens"),
+        ("strings.jsonl", '{"input_ids": ["a"]}', "not text or tokens"),
     ],
 )
 def test_bad_files_are_one_clear_line(tmp_path: Path, tokenizer, name: str, content: str, message: str):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         load_windows(str(tmp_path / name), tokenizer, 2, 32)
+
+
+def test_an_array_of_anything_but_integers_is_refused(tmp_path: Path, tokenizer):
+    numpy.save(tmp_path / "floats.npy", numpy.random.rand(64))
+    with pytest.raises(UserError, match="float64 of 1 dimensions"):
+        load_windows(str(tmp_path / "floats.npy"), tokenizer, 2, 8)
+
+
+def test_wikitext_is_one_document_as_everyone_measures_it(tokenizer, monkeypatch):
+    rows = [{"text": text} for text in ("", " = Title = \n", "", " First line . \n", " Second line . \n")] * 9
+    monkeypatch.setattr("slimlm.calibration._load_hub", lambda dataset, seed: rows)
+    windows = load_windows("wikitext2", tokenizer, 1000, 16)
+    text = "\n\n".join(row["text"] for row in rows)
+    expected = [0, *tokenizer(text, add_special_tokens=False).input_ids]
+    assert windows.tokens.reshape(-1).tolist() == expected[: windows.tokens.numel()]
+    assert (windows.tokens == 0).sum() == 1
 
 
 def test_text_that_is_not_utf8_is_one_clear_line(tmp_path: Path, tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from slimlm.checkpoint.resolve import BUNDLED
-from tests.conftest import logits_of
+from tests.conftest import CONFIGS, build_tiny, logits_of
 
 QUICK = ["--num-calibration-samples", "8", "--max-seq-length", "64", "--eval-windows", "4"]
 
@@ -76,6 +79,7 @@ def test_the_manifest_and_card_hold_what_was_measured(compressed: Path):
 def test_the_same_command_gives_the_same_bytes_and_the_saved_recipe_repeats_it(compressed: Path, tmp_path: Path):
     again = slimlm("compress", "-m", "llama", "-s", "0.25", *QUICK, "-o", "again", cwd=tmp_path)
     repeat = slimlm("compress", "--recipe", str(compressed / "recipe.yaml"), "-o", "repeat", cwd=tmp_path)
+    assert "output_dir" not in (compressed / "recipe.yaml").read_text()
     assert again.returncode == repeat.returncode == 0, again.stderr + repeat.stderr
     original = (compressed / "model.safetensors").read_bytes()
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == original
@@ -90,7 +94,7 @@ def test_eval_agrees_with_lm_evals_own_command_to_every_digit(compressed: Path, 
     assert ours.returncode == 0, ours.stderr
     assert "python_reference_continuation" in ours.stdout
     for entry in json.loads((tmp_path / "ours.json").read_text())["models"]:
-        arguments = entry["lm_eval_command"].split()[1:]
+        arguments = shlex.split(entry["lm_eval_command"])[1:]
         theirs = subprocess.run(
             [sys.executable, "-m", "lm_eval", *arguments, "--output_path", "theirs.json"],
             cwd=tmp_path, capture_output=True, text=True, check=False,
@@ -135,6 +139,13 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "missing-shard" / "model.safetensors.index.json").write_text(json.dumps(index))
     for file in (place / "no-tokenizer").glob("tokenizer*"):
         file.unlink()
+    shutil.copytree(BUNDLED["llama"], place / "fp8")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].nan_to_num().to(torch.float8_e4m3fn)
+    save_file(tensors, place / "fp8" / "model.safetensors", {"format": "pt"})
+    shutil.copytree(BUNDLED["llama"], place / "integers")
+    tensors["model.norm.weight"] = torch.ones(256, dtype=torch.int8)
+    save_file(tensors, place / "integers" / "model.safetensors", {"format": "pt"})
+    numpy.save(place / "big.npy", numpy.full((2, 300), 10**6))
     (place / "empty.txt").write_text("")
     (place / "short.txt").write_text("Only a few words.")
     (place / "full").mkdir()
@@ -160,7 +171,12 @@ BAD_INPUT = {
     "no sparsity": (["-m", "llama"], "--sparsity is missing"),
     "unknown model": (["-m", "lama", "-s", "0.25"], "did you mean 'llama'"),
     "unknown path": (["-m", "./nowhere", "-s", "0.25"], "does not exist"),
-    "unreachable hub id": (["-m", "someone/model", "-s", "0.25"], "could not be fetched"),
+    "unreachable hub id": (["-m", "someone/model", "-s", "0.25"], "could not be fetched from the hub"),
+    "not a number": (["-m", "llama", "-s", "abc"], "Invalid value for '--sparsity'"),
+    "unknown flag": ([*GOOD, "--foo"], "No such option: --foo"),
+    "seed too large": ([*GOOD, "--seed", "9" * 30], "seed"),
+    "empty dataset": ([*GOOD, "--dataset", ""], "dataset"),
+    "integer weights": (["-m", "./integers", "-s", "0.25", "--dataset", "self"], "model.norm.weight"),
     "unknown method": ([*GOOD, "--method", "slise"], "unknown method 'slise'; did you mean 'slice'"),
     "unknown recipe": (["--recipe", "lama-slice-25"], "did you mean 'llama-slice-25'"),
     "unknown recipe key": (["--recipe", "recipe.yaml"], "unknown key 'sparsty'; did you mean 'sparsity'"),
@@ -180,7 +196,11 @@ BAD_INPUT = {
     "window too long": ([*GOOD, "--max-seq-length", "100000"], "beyond the model's context"),
     "output in use": ([*GOOD, "-o", "full"], "--overwrite"),
     "output unwritable": ([*GOOD, "-o", "/proc/slimlm"], "cannot be created"),
-    "output is the input": (["-m", "./nan", "-s", "0.25", "-o", "nan", "--overwrite"], "input model's own"),
+    "output is the input": (["-m", "./nan", "-s", "0.25", "-o", "nan", "--overwrite"], "is or holds an input"),
+    "output holds the input": (["-m", "./nan", "-s", "0.25", "-o", ".", "--overwrite"], "is or holds an input"),
+    "output is not ours": ([*GOOD, "-o", "full", "--overwrite"], "slimlm did not write"),
+    "tokens beyond the vocabulary": ([*GOOD, "--dataset", "big.npy"], "holds tokens"),
+    "fp8 weights": (["-m", "./fp8", "-s", "0.25", "--dataset", "self"], "F8_E4M3"),
     "eval text not there": ([*GOOD, "--eval-text", "nowhere.txt"], "cannot be read"),
 }
 
@@ -276,3 +296,47 @@ def test_the_python_api_is_the_same_verbs(tmp_path: Path):
     compressed, dense = evaluation.models
     assert compressed["parameters"] == 0.875 * dense["parameters"]
     assert compressed["perplexity"] > dense["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, ("float32", "float16")[n % 2]) for n, name in enumerate(sorted(CONFIGS))]
+)
+def test_every_kind_of_checkpoint_goes_all_the_way(tmp_path: Path, name: str, dtype: str):
+    import slimlm
+
+    path = build_tiny(CONFIGS[name], tmp_path / "whole", torch.bfloat16 if dtype == "float32" else torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    for file in path.glob("tokenizer*"):
+        shutil.copyfile(file, tmp_path / "sharded" / file.name)
+    (tmp_path / "text.txt").write_text("A sentence about nothing in particular, and then one more. " * 60)
+    recipe = slimlm.Recipe(
+        model=str(tmp_path / "sharded"), sparsity=0.54 if "tied" in name else 0.25, round_to=4, dtype=dtype,
+        dataset=str(tmp_path / "text.txt"), num_calibration_samples=4, max_seq_length=24, eval_windows=2,
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    manifest = slimlm.compress(recipe).manifest
+    smaller, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"] | report["mismatched_keys"]
+    assert smaller.dtype == getattr(torch, dtype)
+    assert manifest["measured"]["compressed"]["dtype"] == dtype
+    assert manifest["measured"]["dense"]["dtype"] == str(model.dtype).removeprefix("torch.")
+    assert manifest["parameters"]["compressed"] < manifest["parameters"]["dense"]
+    models = slimlm.evaluate(
+        str(tmp_path / "out"), against=str(tmp_path / "sharded"), tasks=(), num_windows=2, batch_size=8
+    ).models
+    for entry, side in zip(models, ("compressed", "dense"), strict=True):
+        assert entry["perplexity"] == pytest.approx(manifest["measured"][side]["perplexity"], rel=1e-9)
+
+
+def test_the_seed_decides_what_is_sampled(tmp_path: Path):
+    import slimlm
+
+    hashes = []
+    for seed in (0, 0, 1):
+        recipe = slimlm.Recipe(
+            model="llama", sparsity=0.25, seed=seed, num_calibration_samples=2, max_seq_length=16, measure=False,
+            output_dir=str(tmp_path / "out"),
+        )  # fmt: skip
+        hashes.append(slimlm.compress(recipe, overwrite=True).manifest["calibration"]["sha256"])
+    assert hashes[0] == hashes[1] != hashes[2]

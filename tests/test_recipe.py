@@ -18,6 +18,7 @@ def test_flags_override_a_recipe_and_drop_the_other_runs_figures(tmp_path: Path)
     file.write_text(yaml.safe_dump({"model": "llama", "sparsity": 0.3, "expected": {"perplexity": 50.0}}))
     assert load_recipe(str(file)).expected == {"perplexity": 50.0}
     assert load_recipe(str(file), {"output_dir": "x"}).expected == {"perplexity": 50.0}
+    assert load_recipe(str(file), {"eval_windows": 4}).expected == {}
     changed = load_recipe(str(file), {"sparsity": 0.2})
     assert (changed.sparsity, changed.expected) == (0.2, {})
 
@@ -48,9 +49,14 @@ def test_a_missing_key_is_named():
         make_recipe({"model": "llama"})
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1", ""])
+def test_a_path_that_does_not_exist_is_not_taken_for_a_shipped_recipe():
+    with pytest.raises(UserError, match=r"there is no recipe '/nowhere/llama-slice-25\.yaml'"):
+        load_recipe("/nowhere/llama-slice-25.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1", "", "1: x", "\udcff"])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str):
-    (tmp_path / "r.yaml").write_text(text)
+    (tmp_path / "r.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="cannot be read|not a mapping"):
         load_recipe(str(tmp_path / "r.yaml"))
 

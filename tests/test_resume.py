@@ -10,7 +10,7 @@ import slimlm.checkpoint.output as output_module
 from slimlm.checkpoint.journal import JOURNAL_NAME, Journal
 from slimlm.checkpoint.output import Staging
 from slimlm.checkpoint.writer import CheckpointWriter
-from slimlm.compress import compress
+from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
 from slimlm.recipe import Recipe
 from tests.conftest import CONFIGS, build_tiny
@@ -31,7 +31,7 @@ def recipe(tmp_path: Path, text: Path) -> Recipe:
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     return Recipe(
         model=str(path), sparsity=0.25, dataset=str(text), num_calibration_samples=6, max_seq_length=32, batch_size=4,
-        eval_windows=2, output_dir=str(tmp_path / "out"),
+        eval_windows=2, eval_text=str(text), output_dir=str(tmp_path / "out"),
     )  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def test_another_recipe_is_refused_with_the_difference_named(recipe: Recipe, mon
 def test_another_model_or_version_is_refused_with_the_difference_named(recipe: Recipe, monkeypatch, tmp_path: Path):
     killed_halfway(recipe, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr("slimlm.compress.versions", lambda: {"torch": "0.1"})
+        patch.setattr("slimlm.compression.versions", lambda: {"torch": "0.1"})
         with pytest.raises(UserError, match=r"version torch was '.*', is now '0\.1'|version"):
             compress(recipe, resume=True)
     weights = tmp_path / "model" / "model.safetensors"
@@ -249,5 +249,5 @@ def test_sampled_calibration_text_is_not_sampled_twice(recipe: Recipe, monkeypat
     recipe = recipe.model_copy(update={"dataset": "self"})
     whole = result(compress(recipe.model_copy(update={"output_dir": str(recipe.output_dir) + "2"})).output_dir)
     killed_halfway(recipe, monkeypatch, 4)
-    monkeypatch.setattr("slimlm.compress.sample_windows", lambda *args: pytest.fail("sampled again"))
+    monkeypatch.setattr("slimlm.compression.sample_windows", lambda *args: pytest.fail("sampled again"))
     assert result(compress(recipe, resume=True).output_dir) == whole

@@ -1,10 +1,14 @@
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3TextConfig
 
 from slimlm.errors import RunFailure, UserError
+from slimlm.families import FAMILIES
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
 
 
@@ -75,3 +79,37 @@ def test_a_head_that_config_ties_but_file_does_not_is_refused(tmp_path: Path):
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="config ties"):
         stream(path)
+
+
+def test_every_block_gets_its_own_arguments_in_a_model_of_mixed_attention(tmp_path: Path, monkeypatch):
+    """Replaying block 0's arguments on every block would be wrong here: half the blocks look back 8 tokens only."""
+    config = Gemma3TextConfig(
+        vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=8, max_position_embeddings=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    path = build_tiny(config, tmp_path / "gemma3")
+    monkeypatch.setitem(FAMILIES, "gemma3_text", replace(FAMILIES["llama"], model_type="gemma3_text"))
+    batches = list(random_tokens(4, 40).split(2))
+    model = stream(path)
+    flow = model.embed(batches)
+    assert flow.calls[0][0] is not flow.calls[0][1]
+    for got, tokens in zip(walked_logits(model, batches), batches, strict=True):
+        assert torch.equal(got, logits_of(path, tokens))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", 0),
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", 10**15),
+        ("intermediate_size", -4),
+        ("head_dim", 2.5),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(tiny_llama: Path, field: str, value: float):
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tiny_llama / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(UserError, match=field):
+        stream(tiny_llama)

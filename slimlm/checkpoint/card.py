@@ -71,9 +71,15 @@ def _loss(manifest: Manifest) -> str:
         "## What was lost\n\n| | dense | compressed | change |\n| --- | ---: | ---: | ---: |\n"
         + _row("perplexity", pair, "{:.2f}")
         + f"\nOn {measured['text']}: {measured['windows']} windows of {measured['window']} tokens, stride "
-        f"{measured['stride']}, BOS {measured['bos']}, weights in {measured['dtype']}. Mean relative error of the "
+        f"{measured['stride']}, BOS {measured['bos']}, computed in {dtypes_of(measured)}. Mean relative error of the "
         f"residual stream after the last block: {manifest['blocks'][-1]['relative_error']:.3f}.\n"
     )
+
+
+def dtypes_of(measured: dict[str, Any]) -> str:
+    """What both sides were computed in; named for each where they differ."""
+    dense, compressed = measured["dense"]["dtype"], measured["compressed"]["dtype"]
+    return str(dense) if dense == compressed else f"{dense} (dense) and {compressed} (compressed)"
 
 
 def _reproduce(manifest: Manifest) -> str:
@@ -85,5 +91,5 @@ def _reproduce(manifest: Manifest) -> str:
         f"{run['seconds']['total']:.0f} s on {run['machine']}, "
         f"peak memory {run['peak_memory_bytes']['host'] / 1e9:.2f} GB. "
         "`slimlm.json` beside this file holds the whole recipe, hashes and versions; "
-        "`slimlm compress --recipe recipe.yaml` with the recipe saved here repeats it.\n"
+        "`slimlm compress --recipe recipe.yaml --output-dir again` with the recipe beside it repeats it.\n"
     )

@@ -38,4 +38,6 @@ def read_manifest(directory: Path) -> Manifest | None:
         manifest: Manifest = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path} is not a manifest slimlm wrote")
     return manifest

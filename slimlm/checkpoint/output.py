@@ -7,12 +7,13 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from slimlm.checkpoint.disk import sync
+from slimlm.checkpoint.disk import disk_errors, sync
+from slimlm.checkpoint.manifest import MANIFEST_NAME
 from slimlm.errors import UserError
 
 LOCK_NAME = "lock"
@@ -52,17 +53,29 @@ class Staging:
 
     @property
     def replaced(self) -> Path:
-        return self.output.with_name(self.output.name + ".replaced")
+        return self.root / "replaced"
 
 
-def check_output(output: Path, overwrite: bool, source: Path, needed_bytes: int = 0) -> None:
-    """Raises UserError when a checkpoint cannot be put at `output`: taken, not writable, not on a large enough disk."""
+def check_output(output: Path, overwrite: bool, inputs: Iterable[Path], needed_bytes: int = 0) -> None:
+    """Raises UserError when a checkpoint cannot be put at `output`: taken, not writable, not on a large enough disk.
+
+    `inputs` are never overwritten, nor is a directory that slimlm did not write.
+    """
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} exists and is not a directory")
-    if output.resolve() == source.resolve():
-        raise UserError(f"output {output} is the input model's own directory: choose another --output-dir")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UserError(f"output directory {output} is not empty: pass --overwrite to replace it, or choose another")
+    for path in inputs:
+        if path.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"output {output} is or holds an input of this run, {path}: choose another --output-dir")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise UserError(
+                f"output directory {output} is not empty: choose another, or pass --overwrite to replace it"
+            )
+        if not (output / MANIFEST_NAME).is_file():
+            raise UserError(f"output directory {output} holds something slimlm did not write: choose another")
+    root = Staging(output).root
+    if root.exists() and not (root / LOCK_NAME).is_file():
+        raise UserError(f"{root} is in the way and was not made by slimlm: move it, or choose another --output-dir")
     home = next(parent for parent in output.absolute().parents if parent.exists())
     try:
         # Permissions and mount flags do not tell the truth to root; trying does.
@@ -95,6 +108,8 @@ def staged_output(output: Path, overwrite: bool = False, resume: bool = False) -
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another slimlm run is writing {output} (it holds {staging.root / LOCK_NAME})") from error
+        except OSError as error:
+            raise UserError(f"{staging.root / LOCK_NAME} cannot be locked: {error.strerror}") from error
         if not _is_current(lock, staging.root / LOCK_NAME):
             raise UserError(f"another slimlm run has just finished writing {output}")
         if not resume:
@@ -125,22 +140,28 @@ def _publish(staging: Staging, overwrite: bool) -> None:
     output = staging.output
     for path in (*staging.model.iterdir(), staging.model):
         sync(path)
-    if output.exists() and overwrite:
-        shutil.rmtree(staging.replaced, ignore_errors=True)
-        output.rename(staging.replaced)
     try:
+        if overwrite and output.exists():
+            shutil.rmtree(staging.replaced, ignore_errors=True)
+            output.rename(staging.replaced)
         staging.model.rename(output)
-    except OSError as error:
-        if staging.replaced.exists():
+    except BaseException as error:
+        if staging.replaced.exists() and not output.exists():
             staging.replaced.rename(output)
-        raise UserError(f"output directory {output} was filled by something else meanwhile") from error
-    sync(output.absolute().parent)
-    shutil.rmtree(staging.replaced, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"output {output} cannot take its name: {error.strerror}; resume with --resume") from error
+        raise
+    sync(output.parent)
     shutil.rmtree(staging.root)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence files."""
+    """Copy tokenizer, chat template, generation config and licence files. Raises RunFailure when the disk is full."""
+    with disk_errors(target):
+        _copy_companions(source, target)
+
+
+def _copy_companions(source: Path, target: Path) -> None:
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file():

@@ -34,7 +34,7 @@ class Checkpoint:
         index = self.path / INDEX_NAME
         single = self.path / SINGLE_NAME
         if index.is_file():
-            return self._open_shards(_parse_index(index))
+            return self._open_shards(parse_index(index))
         if single.is_file():
             tensors = read_shard(single)
             if not tensors:
@@ -45,7 +45,10 @@ class Checkpoint:
                 f"{self.path} holds pickled weights only; slimlm reads safetensors, which cannot run code: "
                 "convert with `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)`"
             )
-        raise UserError(f"{self.path} holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}")
+        raise UserError(
+            f"{self.path} holds no safetensors weights, neither {SINGLE_NAME} nor {INDEX_NAME} "
+            "(pickled ones are not read)"
+        )
 
     def _open_shards(self, file_of: dict[str, str]) -> dict[str, StoredTensor]:
         shards = {}
@@ -106,7 +109,8 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parse_index(index: Path) -> dict[str, str]:
+def parse_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name. Raises UserError for what is no index, or points outside its directory."""
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         pairs = {str(key): str(file) for key, file in weight_map.items()}

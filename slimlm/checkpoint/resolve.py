@@ -1,21 +1,18 @@
 """From what the user called a model to a directory on this machine."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slimlm.errors import UserError, nearest
-
-logger = logging.getLogger(__name__)
+from slimlm.checkpoint.reader import INDEX_NAME, SINGLE_NAME, parse_index
+from slimlm.errors import UserError, nearest, one_line
 
 # The model that ships with slimlm, and the number of tokens it was trained to look back on.
 BUNDLED_CONTEXT = 256
 BUNDLED = {"llama": Path(__file__).parent.parent / "bundled" / "llama-6m"}
 
 METADATA_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
-WEIGHT_FILES = ["*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -70,15 +67,15 @@ def _from_hub(model: str, revision: str | None, accept: Callable[[Path], None]) 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-
     try:
-        path = fetch(METADATA_FILES)
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=METADATA_FILES))
         resolved = ResolvedModel(model, path, "hub", revision=path.name)
         _require_config(resolved)
         accept(path)
-        fetch(WEIGHT_FILES)
+        # By commit, so that a branch that moves meanwhile does not mix two versions.
+        snapshot_download(model, revision=path.name, allow_patterns=_weight_files(path))
+    except UserError:
+        raise
     except GatedRepoError as error:
         raise UserError(
             f"model {model!r} is gated: accept its licence at https://huggingface.co/{model} "
@@ -88,13 +85,18 @@ def _from_hub(model: str, revision: str | None, accept: Callable[[Path], None]) 
         raise UserError(f"model {model!r} has no revision {revision!r} on the hub") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"model {model!r} is not on the hub{nearest(model, BUNDLED)}; {_WAYS_OUT}") from error
-    except (OSError, RuntimeError) as error:  # every connection error of httpx and huggingface_hub is one of these
-        reason = str(error).strip().splitlines()[0][:120]
+    except Exception as error:  # the hub client lets its HTTP library's own errors through
         raise UserError(
-            f"model {model!r} could not be fetched from the hub ({type(error).__name__}: {reason})"
-            f"{nearest(model, BUNDLED)}; {_WAYS_OUT}"
+            f"model {model!r} is no directory here and could not be fetched from the hub "
+            f"({type(error).__name__}: {one_line(error)}){nearest(model, BUNDLED)}; {_WAYS_OUT}"
         ) from error
     return resolved
 
 
-_WAYS_OUT = "log in with `hf auth login` if it is private, give a local directory, or use the bundled `--model llama`"
+def _weight_files(path: Path) -> list[str]:
+    """The shards the index names, not every safetensors file a repository may also hold."""
+    index = path / INDEX_NAME
+    return sorted(set(parse_index(index).values())) if index.is_file() else [SINGLE_NAME]
+
+
+_WAYS_OUT = "log in with `hf auth login` if it is private, give a local directory, or use `llama`, the bundled model"

@@ -10,9 +10,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from slimlm.checkpoint.hf_internals import module_names
 from slimlm.checkpoint.reader import Checkpoint
-from slimlm.errors import UserError
+from slimlm.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 
 def load_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -20,10 +30,16 @@ def load_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # config classes validate with whatever exception their fields raise
-        raise UserError(f"{path / 'config.json'} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{path / 'config.json'} cannot be read: {one_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{path} is quantised already; give slimlm the original floating-point checkpoint")
     return config
+
+
+def auto_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """What `from_pretrained(dtype="auto")` computes in: the config's dtype, else the one the weights are stored in."""
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else checkpoint.main_dtype
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -31,7 +47,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer backends raise whatever they please
-        raise UserError(f"{path} has no tokenizer transformers can load: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} has no tokenizer transformers can load: {one_line(error)}") from error
 
 
 def build_skeleton(
@@ -47,10 +63,30 @@ def build_skeleton(
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # model classes raise anything from KeyError to RuntimeError on absurd sizes
-        raise UserError(f"no {config.model_type!r} model can be built from its config: {_first_line(error)}") from error
+        raise UserError(f"no {config.model_type!r} model can be built from its config: {one_line(error)}") from error
     model.tie_weights()
     model.requires_grad_(False)
     return model.eval()
+
+
+def refuse_absurd_sizes(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+    """Raises UserError for sizes no checkpoint like this one can have, before a model of that size is built."""
+    for name in SIZES:
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= checkpoint.elements:
+            raise UserError(f"{checkpoint.path / 'config.json'}: {name} is {value!r}, which no model like this has")
+    if config.num_hidden_layers > len(checkpoint.tensors):
+        raise UserError(
+            f"{checkpoint.path / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, "
+            f"but the weights are {len(checkpoint.tensors)} tensors"
+        )
+    if config.vocab_size * config.hidden_size > checkpoint.elements:
+        raise UserError(
+            f"{checkpoint.path / 'config.json'}: a vocabulary of {config.vocab_size} by hidden_size "
+            f"{config.hidden_size} is more than the weights hold ({checkpoint.elements} parameters)"
+        )
 
 
 def check_against_skeleton(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
@@ -70,6 +106,8 @@ def check_against_skeleton(checkpoint: Checkpoint, model: PreTrainedModel) -> No
             raise UserError(
                 f"tensor {key} in {stored.path} has shape {list(stored.shape)}, its config calls for {list(expected)}"
             )
+        if expected is not None and state[name].is_floating_point() and not stored.dtype.is_floating_point:
+            raise UserError(f"tensor {key} in {stored.path} is stored as {stored.dtype}, not as floating-point numbers")
     unknown = sorted(key for key, name in names.items() if name not in state)
     if unknown:
         logger.warning("%s holds tensors its architecture does not use: %s", checkpoint.path, _some(unknown))
@@ -97,8 +135,3 @@ def parameter_count(model: PreTrainedModel) -> int:
 def _some(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__

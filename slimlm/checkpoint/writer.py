@@ -18,6 +18,7 @@ from torch import Tensor
 from slimlm.checkpoint.disk import disk_errors, sync
 from slimlm.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from slimlm.checkpoint.shard import DTYPE_NAMES, StoredTensor
+from slimlm.errors import RunFailure
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -72,8 +73,9 @@ class CheckpointWriter:
             with disk_errors(path), path.open("wb") as file:
                 file.write(front)
                 file.flush()
-                if end:
+                if end and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), len(front), end)
+                file.truncate(len(front) + end)
         for name in names:
             spec = self.specs[name]
             self.places[name] = StoredTensor(path, len(front) + offsets[name], spec.shape, spec.dtype)
@@ -83,7 +85,10 @@ class CheckpointWriter:
         place = self.places[name]
         if tuple(tensor.shape) != place.shape:
             raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, planned {list(place.shape)}")
-        data = _bytes_of(tensor.detach().to(device="cpu", dtype=place.dtype))
+        cast = tensor.detach().to(device="cpu", dtype=place.dtype)
+        if cast.is_floating_point() and not torch.isfinite(cast).all():
+            raise RunFailure(f"tensor {name} is not finite in {place.dtype}: write another --dtype")
+        data = _bytes_of(cast)
         with disk_errors(place.path), place.path.open("r+b") as file:
             file.seek(place.offset)
             file.write(data)

@@ -1,5 +1,6 @@
 """`slimlm eval`: perplexity on fixed windows and lm-eval tasks, for one model or for two on identical input."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
 from slimlm.checkpoint.skeleton import load_config, load_tokenizer
 from slimlm.device import machine, pick_device
-from slimlm.errors import UserError
+from slimlm.errors import UserError, one_line
 from slimlm.evaluation.harness import load_task_manager, run_tasks, task_scores
 from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.tasks import DEFAULT_TASKS, TASKS_PATH
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
 from slimlm.progress import LogProgress, Progress
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def evaluate(
     limit: float | None = None,
     num_fewshot: int | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    against_revision: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure `model`, and `against` on the very same windows and questions.
@@ -72,10 +77,19 @@ def evaluate(
     settings = _Settings(
         tuple(tasks), batch_size, dtype, pick_device(device), device_map, limit, num_fewshot, trust_remote_code
     )
-    resolved = [resolve_model(name) for name in (model, against) if name is not None]
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    wanted = [(model, revision), (against, against_revision)]
+    resolved = [resolve_model(name, version) for name, version in wanted if name is not None]
+    configs = [load_config(entry.path, trust_remote_code) for entry in resolved]
+    length = window or default_window(resolved[0], configs[0])
+    context = min(getattr(config, "max_position_embeddings", length) for config in configs)
+    if length > context:
+        raise UserError(f"--window {length} is beyond the models' context of {context} tokens")
+    if limit is not None and limit <= 0:
+        raise UserError(f"--limit {limit:g}: give a number of questions, or a share of them, above 0")
     for entry in resolved:
         Checkpoint(entry.path)
-    length = window or default_window(resolved[0])
     windows = _shared_windows(resolved, text, num_windows, length, trust_remote_code)
     manager = load_task_manager(settings.tasks) if settings.tasks else None
     entries = [_measure(entry, windows, manager, settings, progress) for entry in resolved]
@@ -91,15 +105,15 @@ def evaluate(
     )
 
 
-def default_window(resolved: ResolvedModel) -> int:
+def default_window(resolved: ResolvedModel, config: Any) -> int:
     """Tokens per window when none are asked for."""
-    manifest = read_manifest(resolved.path)
-    if manifest is not None:
-        length: int = manifest["calibration"]["window"]
+    manifest = read_manifest(resolved.path) or {}
+    length = manifest.get("calibration", {}).get("window")
+    if isinstance(length, int):
         return length
     if resolved.origin == "bundled":
         return BUNDLED_CONTEXT
-    return min(DEFAULT_WINDOW, getattr(load_config(resolved.path), "max_position_embeddings", DEFAULT_WINDOW))
+    return min(DEFAULT_WINDOW, getattr(config, "max_position_embeddings", DEFAULT_WINDOW))
 
 
 def _shared_windows(
@@ -129,10 +143,7 @@ def _measure(
         "revision": resolved.revision,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "bytes": Checkpoint(resolved.path).bytes_on_disk(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "perplexity": likelihood.perplexity,
-        "log_perplexity": likelihood.mean,
-        "log_perplexity_stderr": likelihood.stderr,
+        **likelihood.describe(),
         "tasks": {},
     }
     if settings.tasks:
@@ -150,7 +161,7 @@ def _measure(
     return entry
 
 
-def load_model(path: Path, settings: Any) -> Any:
+def load_model(path: Path, settings: _Settings) -> Any:
     """The whole model through stock transformers. Raises UserError unless every weight is found in the checkpoint."""
     placement = {"device_map": settings.device_map} if settings.device_map else {}
     try:
@@ -162,7 +173,7 @@ def load_model(path: Path, settings: Any) -> Any:
             **placement,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be loaded by transformers: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be loaded by transformers: {one_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             raise UserError(
@@ -171,15 +182,14 @@ def load_model(path: Path, settings: Any) -> Any:
     return (model if settings.device_map else model.to(settings.device)).eval()
 
 
-def lm_eval_command(resolved: ResolvedModel, settings: Any) -> str:
-    """The lm-eval call that gives the same task scores."""
-    parts = [
-        f"lm_eval --model hf --model_args pretrained={resolved.path},dtype={settings.dtype}",
-        f"--tasks {','.join(settings.tasks)} --include_path {TASKS_PATH}",
-        f"--batch_size {settings.batch_size} --device {settings.device}",
-    ]
-    if settings.limit is not None:
-        parts.append(f"--limit {settings.limit:g}")
-    if settings.num_fewshot is not None:
-        parts.append(f"--num_fewshot {settings.num_fewshot}")
-    return " ".join(parts)
+def lm_eval_command(resolved: ResolvedModel, settings: _Settings) -> str:
+    """The lm-eval call that gives the same task scores, ready for a shell."""
+    arguments = [f"pretrained={resolved.path}", f"dtype={settings.dtype}"]
+    arguments += ["parallelize=True"] if settings.device_map else []
+    arguments += ["trust_remote_code=True"] if settings.trust_remote_code else []
+    words = ["lm_eval", "--model", "hf", "--model_args", ",".join(arguments), "--tasks", ",".join(settings.tasks)]
+    words += ["--include_path", str(TASKS_PATH), "--batch_size", str(settings.batch_size)]
+    words += [] if settings.device_map else ["--device", str(settings.device)]
+    words += [] if settings.limit is None else ["--limit", repr(settings.limit)]
+    words += [] if settings.num_fewshot is None else ["--num_fewshot", str(settings.num_fewshot)]
+    return shlex.join(words)

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from slimlm.errors import UserError, nearest
+from yaml import YAMLError
+
+from slimlm.errors import UserError, nearest, one_line
 from slimlm.evaluation.tasks import TASKS_PATH
 
 
@@ -33,17 +35,13 @@ def _load(manager: Any, task: str) -> None:
         manager.load([task])
     except KeyError as error:
         raise UserError(f"unknown task {task!r}{nearest(task, manager.all_tasks)}: see `lm_eval ls tasks`") from error
-    except (OSError, RuntimeError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError, YAMLError) as error:
+        raise UserError(f"task {task!r} cannot be loaded: {one_line(error)}") from error
+    except Exception as error:  # datasets and the hub client raise their HTTP library's own errors too
         raise UserError(
-            f"data of task {task!r} could not be fetched ({_reason(error)}): check the network, or use the tasks that "
+            f"data of task {task!r} could not be fetched ({one_line(error)}): check the network, or use the tasks that "
             f"need none: {', '.join(sorted(path.stem for path in TASKS_PATH.glob('*.yaml')))}"
         ) from error
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"task {task!r} cannot be loaded: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def run_tasks(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,14 +16,15 @@ LOSS_CHUNK = 2048
 
 @dataclass
 class LogLikelihood:
-    """Summed negative log-likelihood, in nats, over predicted tokens, with the windows' own means for an error bar."""
+    """Summed negative log-likelihood, in nats, over predicted tokens, with the windows' own means for an error bar.
 
+    dtype: what the model computed in.
+    """
+
+    dtype: torch.dtype
     nll: float = 0.0
     tokens: int = 0
-    window_means: list[float] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.window_means = []
+    window_means: list[float] = field(default_factory=list)
 
     def add(self, logits: Tensor, tokens: Tensor) -> None:
         """logits: [batch, time, vocab] for tokens: [batch, time]; positions 1.. are predicted from those before."""
@@ -50,17 +51,26 @@ class LogLikelihood:
             float(torch.tensor(self.window_means, dtype=torch.float64).std()) / math.sqrt(count) if count > 1 else 0.0
         )
 
+    def describe(self) -> dict[str, Any]:
+        return {
+            "perplexity": self.perplexity,
+            "log_perplexity": self.mean,
+            "log_perplexity_stderr": self.stderr,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
 
 def window_nll(logits: Tensor, tokens: Tensor) -> Tensor:
     """Negative log-likelihood of tokens: [batch, time] under logits: [batch, time, vocab]; fp64 [batch]."""
-    batch, time = tokens.shape
-    scores = logits[:, :-1].reshape(batch * (time - 1), -1)
-    targets = tokens[:, 1:].reshape(-1)
-    losses = [
-        cross_entropy(part.float(), target, reduction="none").double()
-        for part, target in zip(scores.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-    ]
-    return torch.cat(losses).view(batch, time - 1).sum(1)
+    windows = []
+    for scores, targets in zip(
+        logits, tokens, strict=True
+    ):  # a window at a time: logits are the largest tensor there is
+        parts = zip(scores[:-1].split(LOSS_CHUNK), targets[1:].split(LOSS_CHUNK), strict=True)
+        windows.append(
+            sum(cross_entropy(part.float(), target, reduction="none").double().sum() for part, target in parts)
+        )
+    return torch.stack([torch.as_tensor(window) for window in windows])
 
 
 @torch.no_grad()
@@ -68,7 +78,7 @@ def measure_perplexity(
     model: Any, windows: Tensor, batch_size: int, advance: Callable[[int], None] = lambda done: None
 ) -> LogLikelihood:
     """Log-likelihood of windows: [n, time] under a transformers causal LM."""
-    likelihood = LogLikelihood()
+    likelihood = LogLikelihood(model.dtype)
     for batch in windows.split(batch_size):
         tokens = batch.to(model.device)
         likelihood.add(model(input_ids=tokens, use_cache=False).logits, tokens)

@@ -43,7 +43,7 @@ def compare_streamed(
     progress.stage("measuring", len(dense.blocks))
     places = hidden or (InMemory(), InMemory())
     streams = dense.embed(batches, places[0]), compressed.embed(batches, places[1])
-    comparison = Comparison(LogLikelihood(), LogLikelihood())
+    comparison = Comparison(LogLikelihood(dense.dtype), LogLikelihood(compressed.dtype))
     for index in range(len(dense.blocks)):
         for model, stream in zip((dense, compressed), streams, strict=True):
             with model.block(index):

@@ -27,12 +27,13 @@ def choose_width(
 ) -> WidthChoice | None:
     """The width below `full` whose parameter count comes nearest to removing `sparsity` of the dense count.
 
-    Widths are multiples of `divisor` and of `round_to`; without `round_to`, of the largest power of two up to 128 that
-    gets within TOLERANCE (kernels like round sizes). None when nothing gets within TOLERANCE.
+    parameters(width) is linear in width. Widths are multiples of `divisor` and of `round_to`; without `round_to`, of
+    the largest power of two up to 128 that gets near enough (kernels like round sizes): within TOLERANCE, and within
+    half of what was asked, so that something is removed. None when nothing gets near enough.
     """
     for granule in (round_to,) if round_to else GRANULES:
         choice = nearest_width(full, parameters, dense_parameters, sparsity, math.lcm(granule, divisor))
-        if choice is not None and abs(choice.sparsity - sparsity) <= TOLERANCE:
+        if choice is not None and abs(choice.sparsity - sparsity) <= min(TOLERANCE, sparsity / 2):
             return choice
     return None
 
@@ -41,8 +42,13 @@ def nearest_width(
     full: int, parameters: Callable[[int], int], dense_parameters: int, sparsity: float, multiple: int
 ) -> WidthChoice | None:
     """The multiple below `full` that comes nearest to `sparsity`; None when there is no such multiple."""
+    base = parameters(0)
+    exact = ((1 - sparsity) * dense_parameters - base) / ((parameters(full) - base) / full)
+    below = math.floor(exact / multiple) * multiple
+    last = (full - 1) // multiple * multiple
     choices = [
         WidthChoice(width, multiple, 1 - parameters(width) / dense_parameters)
-        for width in range(multiple, full, multiple)
+        for width in {min(max(width, multiple), last) for width in (below, below + multiple)}
+        if 0 < width < full
     ]
     return min(choices, key=lambda choice: abs(choice.sparsity - sparsity), default=None)

@@ -28,12 +28,10 @@ class Outcome:
     """What a run found out.
 
     notes: figures for the manifest. basis: [hidden, width], where the stream was moved to, if it was.
-    zeros: share of zeros among the weights of the matrices the method pruned.
     """
 
     notes: dict[str, Any] = field(default_factory=dict)
     basis: Tensor | None = None
-    zeros: float = 0.0
 
 
 @dataclass(frozen=True)

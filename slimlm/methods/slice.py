@@ -46,14 +46,12 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
 
     choice = choose_width(hidden, parameters, dense, recipe.sparsity, divisor, recipe.round_to)
     if choice is None:
-        near = nearest_width(hidden, parameters, dense, recipe.sparsity, divisor)
-        hint = (
-            f"the nearest that can be is {near.sparsity:.4f} (hidden_size {near.width})" if near else "nothing can be"
-        )
-        rounding = f"multiples of {recipe.round_to}" if recipe.round_to else f"multiples of {divisor}"
+        multiple = math.lcm(divisor, recipe.round_to or 1)
+        near = nearest_width(hidden, parameters, dense, recipe.sparsity, multiple)
+        hint = f"the nearest is {near.sparsity:.4f} (hidden_size {near.width})" if near else "no smaller one is left"
         raise UserError(
-            f"sparsity {recipe.sparsity:g} cannot be reached within 0.01: "
-            f"hidden_size {hidden} shrinks in {rounding}; {hint}"
+            f"sparsity {recipe.sparsity:g} cannot be reached: "
+            f"hidden_size {hidden} shrinks in multiples of {multiple}; {hint}"
         )
     return plan_width(model, choice.width, recipe.dtype, keeps_tie)
 
@@ -106,6 +104,8 @@ def _sliced_config(model: StreamedModel, width: int, keeps_tie: bool) -> Pretrai
     # The norm's mean runs over fewer components; with the readers' sqrt(hidden / width) this keeps it exact.
     setattr(config, model.family.norm_eps, getattr(config, model.family.norm_eps) * hidden / width)
     config.tie_word_embeddings = keeps_tie
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # the result is stock: no code travels with it
     return config
 
 

@@ -2,18 +2,19 @@
 
 from typing import Any
 
+from slimlm.checkpoint.card import dtypes_of
+
 
 def compress_summary(manifest: dict[str, Any]) -> str:
     """What was asked for, what was achieved, on what it was measured, and what it took."""
     sparsity, run = manifest["sparsity"], manifest["run"]
     lines = [
-        f"sparsity requested {sparsity['requested']:g}, achieved {sparsity['achieved']:.4f} of all parameters; "
-        f"zeros among the remaining weights: {sparsity['zeros_in_matrices']:.1%}",
+        f"sparsity requested {sparsity['requested']:g}, achieved {sparsity['achieved']:.4f} of all parameters",
         *(f"{name} {before} -> {after}" for name, (before, after) in manifest["changes"].items()),
     ]
     if manifest["measured"]:
         measured = manifest["measured"]
-        lines.append(_windows_line(measured, measured["dtype"]))
+        lines.append(_windows_line(measured, dtypes_of(measured)))
     peak = run["peak_memory_bytes"]["host"] / 1e9
     lines.append(f"{run['seconds']['total']:.0f} s, peak memory {peak:.2f} GB, {run['machine']}")
     return "\n".join(lines)

@@ -1,3 +1,4 @@
+import fcntl
 import os
 from pathlib import Path
 
@@ -43,6 +44,40 @@ def test_an_interrupted_overwrite_leaves_the_old_output(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_an_interruption_between_the_two_renames_puts_the_old_output_back(tmp_path: Path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "file").write_text("old")
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == "model":
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt), staged_output(output, overwrite=True) as staging:
+            (staging.model / "file").write_text("new")
+    assert (output / "file").read_text() == "old"
+    with staged_output(output, overwrite=True, resume=True):
+        pass
+    assert (output / "file").read_text() == "new"
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_not_taken_for_ours(tmp_path: Path, monkeypatch):
+    output = tmp_path / "out"
+    flock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        flock(descriptor, how)
+        (tmp_path / "out.partial" / LOCK_NAME).unlink()
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="just finished"), staged_output(output):
+        pass
+
+
 def test_a_second_run_into_the_same_output_is_refused(tmp_path: Path):
     output = tmp_path / "out"
     with staged_output(output) as staging:
@@ -70,17 +105,22 @@ def test_outputs_that_cannot_be_are_refused_beforehand(tmp_path: Path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "x").write_text("x")
-    for output, message in [
-        (source, "input model's own"),
-        (tmp_path / "file", "not a directory"),
-        (tmp_path / "file" / "below", "cannot be created in .*Not a directory"),
-        (full, "--overwrite"),
+    (tmp_path / "theirs.partial").mkdir()
+    for output, overwrite, message in [
+        (source, True, "is or holds an input"),
+        (tmp_path, True, "is or holds an input"),
+        (tmp_path / "file", True, "not a directory"),
+        (tmp_path / "file" / "below", False, "cannot be created in .*Not a directory"),
+        (full, False, "--overwrite"),
+        (full, True, "slimlm did not write"),
+        (tmp_path / "theirs", False, "was not made by slimlm"),
     ]:
         with pytest.raises(UserError, match=message):
-            check_output(output, overwrite=False, source=source)
-    check_output(full, overwrite=True, source=source)
+            check_output(output, overwrite, inputs=[source])
+    (full / "slimlm.json").write_text("{}")
+    check_output(full, overwrite=True, inputs=[source])
     with pytest.raises(UserError, match=r"needs 1000000000\.00 GB"):
-        check_output(tmp_path / "new", overwrite=False, source=source, needed_bytes=10**18)
+        check_output(tmp_path / "new", overwrite=False, inputs=[source], needed_bytes=10**18)
 
 
 def test_an_unwritable_place_is_one_clear_error(tmp_path: Path):
@@ -90,6 +130,6 @@ def test_an_unwritable_place_is_one_clear_error(tmp_path: Path):
         places.append(tmp_path / "out")
     for place in places:
         with pytest.raises(UserError, match="cannot be created"):
-            check_output(place, overwrite=False, source=Path("/nonexistent"))
+            check_output(place, overwrite=False, inputs=[])
         with pytest.raises(UserError, match="cannot be created"), staged_output(place, overwrite=False):
             pass

@@ -1,9 +1,18 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
 from slimlm.checkpoint.resolve import BUNDLED, resolve_model
 from slimlm.errors import UserError
+
+
+def http_error() -> Exception:
+    """An error of the HTTP library the hub client uses: neither an OSError nor a RuntimeError."""
+    from huggingface_hub.utils import _http
+
+    library = next(value for value in vars(_http).values() if hasattr(value, "ProxyError"))
+    return library.ProxyError("no way through")
 
 
 def test_the_alias_is_the_bundled_model():
@@ -21,7 +30,7 @@ def test_a_directory_of_the_aliass_name_wins(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_hub_id_that_cannot_be_reached_names_the_ways_out():
-    with pytest.raises(UserError, match=r"could not be fetched.*hf auth login.*local directory.*--model llama"):
+    with pytest.raises(UserError, match=r"could not be fetched.*hf auth login.*local directory.*bundled model"):
         resolve_model("meta-llama/Llama-3.2-1B")
 
 
@@ -33,6 +42,36 @@ def test_a_misspelt_alias_is_suggested():
 def test_a_directory_without_config_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"no config\.json"):
         resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("error", [OSError(), RuntimeError("proxy said no\nmore"), ValueError("x"), http_error()])
+def test_whatever_the_hub_client_raises_is_one_line(monkeypatch, error: Exception):
+    import huggingface_hub
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match="could not be fetched") as caught:
+        resolve_model("someone/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_shards_the_index_names_are_fetched_and_by_commit(tiny_llama: Path, tmp_path: Path, monkeypatch):
+    import huggingface_hub
+
+    snapshot = tmp_path / "0123456789abcdef"
+    shutil.copytree(tiny_llama, snapshot)
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    fetched = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda model, revision, allow_patterns: fetched.append((revision, allow_patterns)) or str(snapshot),
+    )
+    assert resolve_model("someone/tiny", "main").revision == snapshot.name
+    assert fetched[0][0] == "main"
+    assert fetched[1] == (snapshot.name, ["model-00001-of-00001.safetensors"])
 
 
 @pytest.mark.parametrize("name", ["./missing", "/nowhere/model", "~/nope-slimlm", "a/b/c"])
@@ -47,8 +86,6 @@ def test_a_revision_of_something_local_is_refused(tiny_llama: Path):
 
 
 def test_a_hub_model_in_the_cache_is_found_with_its_revision(tiny_llama: Path, tmp_path: Path, monkeypatch):
-    import shutil
-
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--someone--tiny"
     shutil.copytree(tiny_llama, repository / "snapshots" / commit)

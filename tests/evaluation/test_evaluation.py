@@ -5,14 +5,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slimlm.activations import InMemory
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.errors import UserError
 from slimlm.evaluation.evaluate import evaluate
 from slimlm.evaluation.perplexity import LogLikelihood, measure_perplexity, window_nll
-from slimlm.evaluation.streamed import compare_streamed
+from slimlm.evaluation.streamed import compare_streamed, relative_error
 from slimlm.evaluation.tasks import TASKS_PATH, continuation
 from slimlm.evaluation.text import load_test_windows
 from slimlm.progress import LogProgress
+from slimlm.walk import Stream
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 
 
@@ -56,11 +58,37 @@ def test_chunking_the_loss_does_not_change_it(monkeypatch):
     assert whole[1].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_the_standard_error_is_that_of_the_mean_over_windows():
+    likelihood, logits, tokens = LogLikelihood(torch.float32), torch.randn(6, 9, 11), torch.randint(0, 11, (6, 9))
+    likelihood.add(logits, tokens)
+    means = torch.stack([torch.nn.functional.cross_entropy(logits[n, :-1].double(), tokens[n, 1:]) for n in range(6)])
+    assert likelihood.mean == pytest.approx(means.mean().item(), rel=1e-6)
+    assert likelihood.stderr == pytest.approx((means.var(unbiased=True) / 6).sqrt().item(), rel=1e-6)
+
+
+def test_the_relative_error_is_the_mean_over_tokens_of_what_the_basis_does_not_give_back():
+    basis, _ = torch.linalg.qr(torch.randn(8, 5))
+    x, small = torch.randn(2, 3, 8), torch.randn(2, 3, 5)
+    errors = [(a - basis @ b).norm() / a.norm() for a, b in zip(x.reshape(-1, 8), small.reshape(-1, 5), strict=True)]
+    dense, compressed = Stream([], InMemory([x])), Stream([], InMemory([small]))
+    assert relative_error(dense, compressed, basis) == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+    assert relative_error(dense, dense, None) == 0
+
+
+def test_a_broken_manifest_does_not_break_the_evaluation(tmp_path: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    (path / "slimlm.json").write_text("{}")
+    assert evaluate(str(path), tasks=(), num_windows=1).data["windows"]["window"] == 128
+    (path / "slimlm.json").write_text("[1]")
+    with pytest.raises(UserError, match="not a manifest"):
+        evaluate(str(path), tasks=(), num_windows=1)
+
+
 def test_a_model_that_says_nan_is_not_given_a_perplexity():
     from slimlm.errors import RunFailure
 
     with pytest.raises(RunFailure, match="NaN"):
-        LogLikelihood().add(torch.full((1, 3, 5), float("nan")), torch.zeros(1, 3, dtype=torch.long))
+        LogLikelihood(torch.float32).add(torch.full((1, 3, 5), float("nan")), torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_windows_are_evenly_spaced_and_the_same_every_time():
@@ -92,7 +120,8 @@ def test_models_with_different_tokenizers_are_not_compared(tmp_path: Path):
         ({"tasks": ("missing.yaml",)}, "does not exist"),
         ({"text": "/nowhere.txt"}, "cannot be read: No such file"),
         ({"device": "cuda:9"}, "device 'cuda:9' is not available"),
-        ({"window": 10**7}, "fewer than one window"),
+        ({"window": 10**7}, "beyond the models' context"),
+        ({"limit": 0, "tasks": ("arc_easy",)}, "--limit 0"),
     ],
 )
 def test_bad_requests_are_one_clear_line(arguments, message):

@@ -117,9 +117,21 @@ def test_a_chosen_width_is_rounded_and_within_tolerance(full, sparsity, divisor,
         assert choice.width % divisor == 0
         assert choice.width % (round_to or 1) == 0
         assert abs(1 - count(choice.width) / dense - sparsity) <= TOLERANCE
+        assert choice.sparsity > 0
     else:
         near = nearest_width(full, count, dense, sparsity, math.lcm(round_to or 1, divisor))
-        assert near is None or abs(near.sparsity - sparsity) > TOLERANCE
+        assert near is None or abs(near.sparsity - sparsity) > min(TOLERANCE, sparsity / 2)
+
+
+@given(st.integers(2, 300), st.floats(0.001, 0.999), st.integers(1, 16), st.integers(0, 20_000))
+def test_the_nearest_width_is_the_nearest_of_all(full, sparsity, multiple, extra):
+    count = lambda width: 90 * width + extra  # noqa: E731
+    dense = 100 * full
+    near = nearest_width(full, count, dense, sparsity, multiple)
+    everything = [abs(1 - count(width) / dense - sparsity) for width in range(multiple, full, multiple)]
+    assert (near is None) == (not everything)
+    if near is not None:
+        assert abs(near.sparsity - sparsity) == pytest.approx(min(everything), abs=1e-12)
 
 
 def test_round_widths_are_preferred():

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,10 @@ def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(tiny: Path,
     directions = confined(tiny, 20)
     model, tokens = stream(tiny), random_tokens(8, 32)
     plan = plan_width(model, 20)
-    basis = run_slice(model, plan, [tokens], work_at(plan, tmp_path / "run")).basis
+    outcome = run_slice(model, plan, [tokens], work_at(plan, tmp_path / "run"))
+    basis = outcome.basis
+    assert outcome.notes["energy_kept"] == pytest.approx(1, abs=1e-5)
+    assert outcome.notes["calibration_tokens_per_norm"] == tokens.numel()
     assert torch.allclose(basis @ basis.T, directions @ directions.T, atol=1e-5)
     sliced = written(model, plan_width(model, 20), basis, tmp_path / "sliced")
     assert (logits_of(tiny, tokens) - logits_of(sliced, tokens)).abs().max() < 1e-4
@@ -135,16 +139,27 @@ def test_untying_is_counted_against_the_tied_original_and_never_gives_a_larger_m
     assert plan.config.hidden_size < 16  # two vocabularies where there was one
 
 
-@pytest.mark.parametrize(
-    ("sparsity", "message"), [(0.001, "cannot be reached"), (0.06, "nearest that can be is 0.125")]
-)
+@pytest.mark.parametrize(("sparsity", "message"), [(0.001, "cannot be reached"), (0.06, "the nearest is 0.125")])
 def test_a_sparsity_that_rounding_cannot_reach_names_the_nearest(tiny_llama: Path, sparsity: float, message: str):
     with pytest.raises(UserError, match=message):
         plan_slice(stream(tiny_llama), Recipe(model="x", sparsity=sparsity))
 
 
+@pytest.mark.parametrize("sparsity", [0.001, 0.004, 0.008, 0.02])
+def test_a_small_request_never_gives_a_larger_model(tmp_path: Path, sparsity: float):
+    config = copy.deepcopy(CONFIGS["mistral-tied"])
+    config.hidden_size, config.head_dim, config.vocab_size = 128, 32, 512
+    path = build_tiny(config, tmp_path / "tied")
+    model = stream(path)
+    try:
+        plan = plan_slice(model, Recipe(model="x", sparsity=sparsity))
+    except UserError:
+        return
+    assert plan.parameters < parameter_count(model.model)
+
+
 def test_a_requested_rounding_is_kept(tiny_llama: Path):
-    with pytest.raises(UserError, match="multiples of 32"):
+    with pytest.raises(UserError, match="multiples of 32; no smaller one is left"):
         plan_slice(stream(tiny_llama), Recipe(model="x", sparsity=0.25, round_to=32))
 
 

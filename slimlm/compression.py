@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from slimlm.activations import Spilled
 from slimlm.calibration import SELF, Windows, sample_windows, start_token
 from slimlm.checkpoint.card import write_card
+from slimlm.checkpoint.disk import disk_errors
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.manifest import Manifest, read_manifest, versions, write_manifest
 from slimlm.checkpoint.output import Staging, copy_companions, discard, staged_output
@@ -19,6 +20,7 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.device import machine, peak_memory
+from slimlm.errors import RunFailure
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods.plan import Outcome
 from slimlm.prepare import UNSETTLED, Job, open_model, output_of, prepare
@@ -59,17 +61,31 @@ def compress(
         batches = windows.batches(job.recipe.batch_size)
         outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, work))
         work.writer.finish()
-        job.plan.config.save_pretrained(staging.model)
+        with disk_errors(staging.model):
+            job.plan.config.save_pretrained(staging.model)
         copy_companions(job.resolved.path, staging.model)
         comparison = _timed(job, "measuring", lambda: _measure(job, staging, outcome, progress))
         job.seconds["total"] = time.perf_counter() - started
         manifest = _manifest(job, staging.model, windows, outcome, comparison)
-        write_manifest(staging.model, manifest)
-        write_card(staging.model, manifest)
-        recipe_text = yaml.safe_dump(job.recipe.model_dump(exclude={"expected"}), sort_keys=False)
-        (staging.model / "recipe.yaml").write_text(recipe_text)
+        with disk_errors(staging.model):
+            write_manifest(staging.model, manifest)
+            write_card(staging.model, manifest)
+            write_recipe(staging.model, job)
         work.journal.commit("complete")
     return CompressResult(job.output, manifest)
+
+
+def write_recipe(directory: Path, job: Job) -> None:
+    """The recipe as it was run, able to run again anywhere on this machine: whole paths, the revision, no output."""
+    settings = job.recipe.model_dump(exclude={"expected", "output_dir"}, exclude_none=True)
+    if job.resolved.origin == "directory":
+        settings["model"] = str(job.resolved.path)
+    if job.resolved.revision is not None:
+        settings["revision"] = job.resolved.revision
+    for name in ("dataset", "eval_text"):
+        if settings.get(name) and Path(settings[name]).expanduser().exists():
+            settings[name] = str(Path(settings[name]).expanduser().resolve())
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
 def _finished(recipe: Recipe, progress: Progress) -> CompressResult | None:
@@ -128,14 +144,20 @@ def _measure(job: Job, staging: Staging, outcome: Outcome, progress: Progress) -
     if job.test is None:
         return None
     dense, compressed = (
-        open_model(path, job.model.device, "stored", job.recipe.trust_remote_code)
+        open_model(path, job.model.device, "stock", job.recipe.trust_remote_code)
         for path in (job.resolved.path, staging.model)
     )
     batches = list(job.test.tokens.split(job.recipe.batch_size))
     hidden = [Spilled(staging.work / name, job.model.device) for name in ("dense", "compressed")]
-    comparison = compare_streamed(dense, compressed, batches, outcome.basis, progress, hidden)
-    for index, error in enumerate(comparison.block_errors):
-        progress.line(f"{job.model.family.block(index)}  relative error of the stream {error:.3f}")
+    try:
+        comparison = compare_streamed(dense, compressed, batches, outcome.basis, progress, hidden)
+    except RunFailure as error:
+        raise RunFailure(
+            f"measuring failed: {error}; the compression itself is done: "
+            "add --resume --no-measure to keep it unmeasured"
+        ) from error
+    for index, block_error in enumerate(comparison.block_errors):
+        progress.line(f"{job.model.family.block(index)}  relative error of the stream {block_error:.3f}")
     return comparison
 
 
@@ -163,7 +185,6 @@ def _manifest(job: Job, partial: Path, windows: Windows, outcome: Outcome, compa
         "sparsity": {
             "requested": recipe.sparsity,
             "achieved": 1 - plan.parameters / dense,
-            "zeros_in_matrices": outcome.zeros,
         },
         "parameters": {"dense": dense, "compressed": plan.parameters},
         "bytes": {"dense": job.model.checkpoint.bytes_on_disk(), "compressed": Checkpoint(partial).bytes_on_disk()},
@@ -195,13 +216,5 @@ def _manifest(job: Job, partial: Path, windows: Windows, outcome: Outcome, compa
 def _measured(job: Job, comparison: Comparison | None) -> dict[str, object] | None:
     if comparison is None or job.test is None:
         return None
-    figures: dict[str, object] = {
-        name: {
-            "perplexity": likelihood.perplexity,
-            "log_perplexity": likelihood.mean,
-            "log_perplexity_stderr": likelihood.stderr,
-        }
-        for name, likelihood in (("dense", comparison.dense), ("compressed", comparison.compressed))
-    }
-    dtype = job.plan.config.dtype
-    return {**job.test.describe(), "dtype": str(dtype).removeprefix("torch."), **figures}
+    sides = {"dense": comparison.dense, "compressed": comparison.compressed}
+    return {**job.test.describe(), **{name: likelihood.describe() for name, likelihood in sides.items()}}
