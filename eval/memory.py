@@ -15,17 +15,6 @@ from pathlib import Path
 
 import numpy
 
-RUN = """
-import json, resource, sys
-from slimlm.compression import compress
-from slimlm.recipe import Recipe
-import transformers.models.llama.modeling_llama
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-manifest = compress(Recipe(**json.loads(sys.argv[1])), overwrite=True).manifest
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"base": base, "peak": peak, "run": manifest["run"], "bytes": manifest["bytes"]}))
-"""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,11 +52,22 @@ def row(arguments: argparse.Namespace, layers: int) -> str:
         "eval_windows": arguments.batch_size,
         "output_dir": str(arguments.work / "out"),
     }
-    done = subprocess.run([sys.executable, "-c", RUN, json.dumps(recipe)], check=True, capture_output=True, text=True)
-    figures = json.loads(done.stdout.splitlines()[-1])
+    (arguments.work / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    command = [
+        sys.executable,
+        "-m",
+        "slimlm",
+        "compress",
+        "--recipe",
+        str(arguments.work / "recipe.yaml"),
+        "--overwrite",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    manifest = json.loads((arguments.work / "out" / "slimlm.json").read_text())
     shutil.rmtree(arguments.work / "out")
-    size, peak = figures["bytes"]["dense"], figures["peak"] - figures["base"]
-    seconds = ", ".join(f"{name} {value:.0f}" for name, value in figures["run"]["seconds"].items())
+    size, run = manifest["bytes"]["dense"], manifest["run"]
+    peak = run["peak_memory_bytes"]["host"] - run["memory_before_bytes"]
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in run["seconds"].items())
     return (
         f"| {arguments.method} {arguments.sparsity:g} | {layers} | {size / 1e9:.2f} | {peak / 1e9:.3f} "
         f"| {peak / size:.1%} | {seconds} |"

@@ -1,5 +1,6 @@
 """The whole flow on one page: check everything, calibrate, rewrite block by block, measure, publish."""
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from slimlm.checkpoint.output import Staging, copy_companions, discard, staged_o
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.writer import CheckpointWriter
-from slimlm.device import machine, peak_memory
+from slimlm.device import machine, peak_memory, resident_memory, return_memory_at_once
 from slimlm.errors import RunFailure
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods.plan import Outcome
@@ -29,6 +30,8 @@ from slimlm.recipe import Recipe
 from slimlm.work import Work
 
 Result = TypeVar("Result")
+LOG_NAME = "slimlm.log.jsonl"
+LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than page faults
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,14 @@ def compress(
     finished = _finished(recipe, progress) if resume else None
     if finished is not None:
         return finished
+    started, before = time.perf_counter(), resident_memory()
     job = prepare(recipe, overwrite, progress)
-    started = time.perf_counter()
+    if job.model.checkpoint.bytes_on_disk() > LARGE:
+        return_memory_at_once()
+    job.seconds["checking"] = time.perf_counter() - started
     with staged_output(job.output, overwrite, resume) as staging:
         journal = Journal(staging.work, _fingerprint(job))
+        progress.log = staging.work / LOG_NAME
         work = Work(CheckpointWriter(staging.model, job.plan.tensors), journal, progress)
         windows = job.windows or _timed(job, "sampling", lambda: _sampled(job, work))
         batches = windows.batches(job.recipe.batch_size)
@@ -66,11 +73,13 @@ def compress(
         copy_companions(job.resolved.path, staging.model)
         comparison = _timed(job, "measuring", lambda: _measure(job, staging, outcome, progress))
         job.seconds["total"] = time.perf_counter() - started
-        manifest = _manifest(job, staging.model, windows, outcome, comparison)
+        manifest = _manifest(job, staging, windows, outcome, comparison)
+        manifest["run"]["memory_before_bytes"] = before
         with disk_errors(staging.model):
             write_manifest(staging.model, manifest)
             write_card(staging.model, manifest)
             write_recipe(staging.model, job)
+            shutil.copyfile(progress.log, staging.model / LOG_NAME)
         work.journal.commit("complete")
     return CompressResult(job.output, manifest)
 
@@ -156,8 +165,6 @@ def _measure(job: Job, staging: Staging, outcome: Outcome, progress: Progress) -
             f"measuring failed: {error}; the compression itself is done: "
             "add --resume --no-measure to keep it unmeasured"
         ) from error
-    for index, block_error in enumerate(comparison.block_errors):
-        progress.line(f"{job.model.family.block(index)}  relative error of the stream {block_error:.3f}")
     return comparison
 
 
@@ -168,7 +175,9 @@ def _timed(job: Job, name: str, work: Callable[[], Result]) -> Result:
     return result
 
 
-def _manifest(job: Job, partial: Path, windows: Windows, outcome: Outcome, comparison: Comparison | None) -> Manifest:
+def _manifest(
+    job: Job, staging: Staging, windows: Windows, outcome: Outcome, comparison: Comparison | None
+) -> Manifest:
     dense, plan, recipe = parameter_count(job.model.model), job.plan, job.recipe
     count, length = windows.tokens.shape
     return {
@@ -187,7 +196,10 @@ def _manifest(job: Job, partial: Path, windows: Windows, outcome: Outcome, compa
             "achieved": 1 - plan.parameters / dense,
         },
         "parameters": {"dense": dense, "compressed": plan.parameters},
-        "bytes": {"dense": job.model.checkpoint.bytes_on_disk(), "compressed": Checkpoint(partial).bytes_on_disk()},
+        "bytes": {
+            "dense": job.model.checkpoint.bytes_on_disk(),
+            "compressed": Checkpoint(staging.model).bytes_on_disk(),
+        },
         "changes": {name: list(pair) for name, pair in plan.changes.items()},
         "method": outcome.notes,
         "calibration": {
@@ -206,6 +218,7 @@ def _manifest(job: Job, partial: Path, windows: Windows, outcome: Outcome, compa
         "run": {
             "seconds": {name: round(value, 3) for name, value in job.seconds.items()},
             "peak_memory_bytes": peak_memory(),
+            "work_bytes": sum(path.stat().st_size for path in staging.work.iterdir()),
             "machine": machine(job.model.device),
             "compute_dtype": str(job.model.dtype).removeprefix("torch."),
         },

@@ -1,13 +1,17 @@
 """The machine: which device to use, how much memory was."""
 
+import ctypes
 import os
 import platform
 import resource
 import sys
 
+import psutil
 import torch
 
 from slimlm.errors import UserError, one_line
+
+M_MMAP_THRESHOLD = -3  # glibc, malloc.h
 
 
 def pick_device(device: str) -> torch.device:
@@ -31,6 +35,29 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         peak["gpu"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def available_memory(device: torch.device) -> dict[str, int]:
+    """Bytes that a run could still take."""
+    available = {"host": int(psutil.virtual_memory().available)}
+    if device.type == "cuda":
+        available["gpu"] = int(torch.cuda.mem_get_info(device)[0])
+    return available
+
+
+def return_memory_at_once() -> None:
+    """Let glibc give every block above 4 MB back to the system when it is freed.
+
+    It would keep up to 32 MB pieces for reuse, which for weights that come and go in many sizes means hundreds of
+    megabytes of holes. Costs page faults, so it is for large models. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 4 * 1024 * 1024)
 
 
 def machine(device: torch.device) -> str:

@@ -1,29 +1,49 @@
 """How long work tells the user where it stands. The library reports; whoever called decides what to show."""
 
+import json
 import logging
-from typing import Protocol
+import time
+from pathlib import Path
+from typing import Any
+
+from slimlm.device import resident_memory
 
 logger = logging.getLogger(__name__)
 
 
-class Progress(Protocol):
-    """Receives stages (with their number of steps), steps, and lines worth keeping."""
+class Progress:
+    """Receives stages (with their number of steps), steps, and lines worth keeping. Shows nothing by itself.
 
-    def stage(self, name: str, total: int) -> None: ...
+    log: a file that gets one JSON object per finished part: time, what, part, seconds, memory, and what else is known.
+    """
 
-    def step(self, count: int = 1) -> None: ...
+    log: Path | None = None
 
-    def line(self, text: str) -> None: ...
+    def stage(self, name: str, total: int) -> None:
+        """A new stage begins."""
+
+    def step(self, count: int = 1) -> None:
+        """So many of the stage's steps are done."""
+
+    def line(self, text: str) -> None:
+        """Something worth a line."""
+
+    def done(self, what: str, part: str, seconds: float, **facts: Any) -> None:
+        """A part of the model went through a stage."""
+        memory = resident_memory()
+        more = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in facts.items())
+        self.line(f"{part}  {what} in {seconds:.1f} s{more}, memory {memory / 1e9:.2f} GB")
+        if self.log is not None:
+            event = {"time": time.time(), "what": what, "part": part, "seconds": seconds, "memory": memory, **facts}
+            with self.log.open("a") as file:
+                file.write(json.dumps(event) + "\n")
 
 
-class LogProgress:
+class LogProgress(Progress):
     """Stages and lines go to the log; steps are not shown."""
 
     def stage(self, name: str, total: int) -> None:
         logger.info("%s", name)
-
-    def step(self, count: int = 1) -> None:
-        pass
 
     def line(self, text: str) -> None:
         logger.info("%s", text)

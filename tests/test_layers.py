@@ -11,7 +11,8 @@ import slimlm
 ROOT = Path(slimlm.__file__).parent
 ORDER = [
     {"errors"},
-    {"linalg", "families", "progress", "device"},
+    {"linalg", "families", "device"},
+    {"progress"},
     {"recipe", "checkpoint", "calibration"},
     {"activations"},
     {"walk"},

@@ -40,7 +40,7 @@ def result(directory: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in sorted(directory.iterdir())
-        if path.name not in ("slimlm.json", "README.md", "recipe.yaml")
+        if path.name not in ("slimlm.json", "slimlm.log.jsonl", "README.md", "recipe.yaml")
     }
 
 

@@ -1,5 +1,6 @@
 """Two models side by side, a block of each in memory at a time: what compression did, block by block and at the end."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,11 +46,14 @@ def compare_streamed(
     streams = dense.embed(batches, places[0]), compressed.embed(batches, places[1])
     comparison = Comparison(LogLikelihood(dense.dtype), LogLikelihood(compressed.dtype))
     for index in range(len(dense.blocks)):
+        start = time.perf_counter()
         for model, stream in zip((dense, compressed), streams, strict=True):
             with model.block(index):
                 model.advance(index, stream)
-        comparison.block_errors.append(relative_error(*streams, basis))
+        error = relative_error(*streams, basis)
+        comparison.block_errors.append(error)
         progress.step()
+        progress.done("measured", dense.family.block(index), time.perf_counter() - start, relative_error=error)
     for model, stream, likelihood in zip(
         (dense, compressed), streams, (comparison.dense, comparison.compressed), strict=True
     ):

@@ -162,7 +162,7 @@ def collect_gram(model: StreamedModel, batches: list[Tensor], work: Work) -> Gra
             model.advance(index, stream)
         work.save_stream("calibration", index, stream, {"gram": gram.matrix, "tokens": torch.tensor(gram.tokens)})
         work.progress.step()
-        work.progress.line(f"{model.family.block(index)}  calibrated in {time.perf_counter() - start:.1f} s")
+        work.progress.done("calibrated", model.family.block(index), time.perf_counter() - start)
     for hidden in stream.hidden:
         gram.add(rms_normalise(hidden, eps))
     return gram
@@ -199,9 +199,11 @@ def _rewrite_part(
     model: StreamedModel, work: Work, name: str, parts: list[str], tensors: Iterator[tuple[str, Tensor]]
 ) -> None:
     """tensors: a generator that looks at the weights only once they are loaded."""
+    start = time.perf_counter()
     if not work.written(name):
         with model.loaded(parts):
             work.write(model, name, tensors)
+        work.progress.done("sliced", name, time.perf_counter() - start)
     work.progress.step()
 
 

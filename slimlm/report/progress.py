@@ -7,18 +7,20 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as RichProgress
+
+from slimlm.progress import Progress
 
 
-class BarProgress:
+class BarProgress(Progress):
     """A bar with the time left for the stage at hand, and lines that stay above it."""
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: RichProgress) -> None:
         self.bars = bars
         self.current: TaskID | None = None
 
@@ -47,5 +49,5 @@ def progress_bars() -> Iterator[BarProgress]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         yield BarProgress(bars)
