@@ -126,6 +126,12 @@ def compress_command(
             "--resume", rich_help_panel=OUT, help="Go on from what an interrupted run of the same command has finished."
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", rich_help_panel=OUT, help="Say what would happen and what it would take, from a probe."
+        ),
+    ] = False,
     dtype: Annotated[str | None, _flag("dtype", OUT)] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", rich_help_panel=OUT, help="Log what happens inside.")
@@ -148,26 +154,44 @@ def compress_command(
     flags = {
         key: value
         for key, value in locals().items()
-        if key not in ("recipe", "overwrite", "resume", "verbose") and value is not None
+        if key not in ("recipe", "overwrite", "resume", "dry_run", "verbose") and value is not None
     }
-    _run_compress(recipe, flags, overwrite, resume, verbose)
-
-
-def _run_compress(recipe_name: str | None, flags: dict[str, Any], overwrite: bool, resume: bool, verbose: bool) -> None:
-
     _set_verbosity(verbose)
-    if recipe_name is None:
-        for name in ("model", "sparsity"):
-            if name not in flags:
-                raise UserError(
-                    f"--{name} is missing (or give --recipe): try `slimlm compress --model llama --sparsity 0.25`"
-                )
-    recipe = load_recipe(recipe_name, flags) if recipe_name else make_recipe(flags, "command line")
+    chosen = _chosen_recipe(recipe, flags)
+    if dry_run:
+        _dry_run(chosen, overwrite)
+    else:
+        _run_compress(chosen, overwrite, resume)
+
+
+def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
+    if name is not None:
+        return load_recipe(name, flags)
+    for field in ("model", "sparsity"):
+        if field not in flags:
+            raise UserError(
+                f"--{field} is missing (or give --recipe): try `slimlm compress --model llama --sparsity 0.25`"
+            )
+    return make_recipe(flags, "command line")
+
+
+def _run_compress(recipe: Recipe, overwrite: bool, resume: bool) -> None:
     with _progress() as progress:
         from slimlm.compression import compress
 
         result = compress(recipe, overwrite, resume, progress)
     _print_result(result, recipe.expected)
+
+
+def _dry_run(recipe: Recipe, overwrite: bool) -> None:
+    with _progress() as progress:
+        from slimlm.forecast import forecast
+        from slimlm.prepare import prepare
+        from slimlm.report.summary import forecast_summary
+
+        job = prepare(recipe, overwrite, progress)
+        found = forecast(job, progress)
+    print(forecast_summary(job, found))
 
 
 def _print_result(result: Any, expected: dict[str, float]) -> None:

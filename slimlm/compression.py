@@ -20,7 +20,7 @@ from slimlm.checkpoint.output import Staging, copy_companions, discard, staged_o
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.writer import CheckpointWriter
-from slimlm.device import machine, peak_memory, resident_memory, return_memory_at_once
+from slimlm.device import machine, peak_memory, resident_memory
 from slimlm.errors import RunFailure
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods.plan import Outcome
@@ -31,7 +31,6 @@ from slimlm.work import Work
 
 Result = TypeVar("Result")
 LOG_NAME = "slimlm.log.jsonl"
-LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than page faults
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,6 @@ def compress(
         return finished
     started, before = time.perf_counter(), resident_memory()
     job = prepare(recipe, overwrite, progress)
-    if job.model.checkpoint.bytes_on_disk() > LARGE:
-        return_memory_at_once()
     job.seconds["checking"] = time.perf_counter() - started
     with staged_output(job.output, overwrite, resume) as staging:
         journal = Journal(staging.work, _fingerprint(job))

@@ -51,13 +51,13 @@ def available_memory(device: torch.device) -> dict[str, int]:
 
 
 def return_memory_at_once() -> None:
-    """Let glibc give every block above 4 MB back to the system when it is freed.
+    """Let glibc give every block above 1 MB back to the system when it is freed.
 
     It would keep up to 32 MB pieces for reuse, which for weights that come and go in many sizes means hundreds of
     megabytes of holes. Costs page faults, so it is for large models. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 4 * 1024 * 1024)
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1024 * 1024)
 
 
 def machine(device: torch.device) -> str:

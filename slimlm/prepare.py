@@ -11,7 +11,7 @@ from slimlm.checkpoint.output import check_output
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
 from slimlm.checkpoint.skeleton import auto_dtype, load_config, load_tokenizer, parameter_count
-from slimlm.device import pick_device
+from slimlm.device import pick_device, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
 from slimlm.families import family_of
@@ -23,6 +23,8 @@ from slimlm.walk import StreamedModel
 
 # Settings that `settle` fills in, or that do not decide the weights.
 UNSETTLED = {"dataset", "max_seq_length", "output_dir", "expected", "measure", "eval_text", "eval_windows"}
+
+LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than page faults
 
 
 @dataclass
@@ -50,6 +52,8 @@ def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
 
     resolved = resolve_model(recipe.model, recipe.revision, accept)
     progress.line(f"model: {resolved}")
+    if sum(file.stat().st_size for file in resolved.path.glob("*.safetensors")) > LARGE:
+        return_memory_at_once()  # first of all: what is allocated before stays as it was
     output = output_of(recipe)
     inputs = [resolved.path, *(Path(name) for name in (recipe.dataset, recipe.eval_text) if name)]
     check_output(output, overwrite, inputs)

@@ -21,6 +21,7 @@ ORDER = [
     {"report"},
     {"prepare"},
     {"compression"},
+    {"forecast"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

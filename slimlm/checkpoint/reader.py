@@ -117,8 +117,8 @@ def parse_index(index: Path) -> dict[str, str]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index} is not a safetensors index: {type(error).__name__} {error}") from error
     for key, file in pairs.items():
-        if Path(file).name != file or file in ("", ".", "..") or "\0" in file:
-            raise UserError(f"{index} sends tensor {key} to {file!r}, outside the model directory: refused")
+        if Path(file).name != file or file in ("", ".", "..") or "\0" in file or len(file.encode()) > 255:
+            raise UserError(f"{index} sends tensor {key} to {file!r:.80}, outside the model directory: refused")
     if not pairs:
         raise UserError(f"{index} lists no tensors")
     return pairs

@@ -41,7 +41,8 @@ class LogLikelihood:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.mean)
+        """exp of the mean; of 700 at most, beyond which there is no such floating-point number."""
+        return math.exp(min(self.mean, 700.0))
 
     @property
     def stderr(self) -> float:

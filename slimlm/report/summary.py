@@ -1,5 +1,6 @@
 """What the figures of a run mean, in lines of text."""
 
+import re
 from typing import Any
 
 from slimlm.checkpoint.card import dtypes_of
@@ -18,6 +19,35 @@ def compress_summary(manifest: dict[str, Any]) -> str:
     peak = run["peak_memory_bytes"]["host"] / 1e9
     lines.append(f"{run['seconds']['total']:.0f} s, peak memory {peak:.2f} GB, {run['machine']}")
     return "\n".join(lines)
+
+
+def forecast_summary(job: Any, found: Any) -> str:
+    """Every shape before and after, and what the run will take (a `Job` and its `Forecast`)."""
+    memory = ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in found.memory.items())
+    recipe, (count, length) = job.recipe, (job.recipe.num_calibration_samples, job.recipe.max_seq_length)
+    return "\n".join(
+        [
+            f"model_type {job.model.config.model_type}, method {recipe.method} ({job.method.paper})",
+            f"calibration: {count} windows of {length} tokens from {recipe.dataset}, batches of {recipe.batch_size}",
+            *_shape_lines(job),
+            f"peak memory: {memory} (imports included)",
+            f"disk: {found.disk / 1e9:.2f} GB while it runs, in and beside {job.output}",
+            f"time: {found.seconds:.0f} s after imports, on {job.model.device}",
+            "nothing was written",
+        ]
+    )
+
+
+def _shape_lines(job: Any) -> list[str]:
+    """One line per kind of tensor; the number of the block is written as *."""
+    lines: dict[str, int] = {}
+    for name, spec in job.plan.tensors.items():
+        stored = job.model.checkpoint.tensors.get(name)
+        before = f"{list(stored.shape)}" if stored else "not there"
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        line = f"  {kind}: {before} -> {list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
+        lines[line] = lines.get(line, 0) + 1
+    return [f"{line}" + (f"  x {count}" if count > 1 else "") for line, count in lines.items()]
 
 
 def expectation_lines(manifest: dict[str, Any], expected: dict[str, float]) -> list[str]:

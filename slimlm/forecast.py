@@ -1,0 +1,117 @@
+"""What a run will need, found by running its own code on the first block.
+
+Memory does not grow with depth, so the peak of a run over one block is the peak of the whole; time is what the block
+took, times the number of blocks, and the rest once. The probe is a real `slimlm compress` in a process of its own, on
+a directory that shows only the first block of the checkpoint, with the calibration tokens of the run.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import yaml
+
+from slimlm.calibration import SELF
+from slimlm.checkpoint.manifest import MANIFEST_NAME
+from slimlm.checkpoint.output import COMPANIONS
+from slimlm.checkpoint.reader import INDEX_NAME
+from slimlm.compression import LOG_NAME
+from slimlm.device import available_memory
+from slimlm.errors import RunFailure, UserError
+from slimlm.prepare import Job
+from slimlm.progress import Progress
+
+PER_BLOCK = ("calibrated", "sliced", "measured")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes and seconds a run is expected to take. memory: "host", imports included, and "gpu" where there is one."""
+
+    memory: dict[str, int]
+    disk: int
+    seconds: float
+
+
+def forecast(job: Job, progress: Progress) -> Forecast:
+    """Probe the first block of a prepared run. Raises UserError when this machine cannot carry the run out."""
+    progress.stage("probing one block", 1)
+    blocks = len(job.model.blocks)
+    with tempfile.TemporaryDirectory(prefix="slimlm-probe-") as name:
+        manifest, events = _probe(job, Path(name))
+    run = manifest["run"]
+    per_block = sum(event["seconds"] for event in events if event["what"] in PER_BLOCK and _is_block(job, event))
+    seconds = run["seconds"]["total"] - run["seconds"].get("sampling", 0) + (blocks - 1) * per_block
+    seconds += run["seconds"].get("sampling", 0) * blocks
+    memory = dict(run["peak_memory_bytes"])
+    if job.recipe.dataset == SELF:
+        memory["host"] += _whole_model(job) - manifest["bytes"]["dense"]
+    disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + run["work_bytes"]
+    progress.step()
+    found = Forecast(memory, disk, seconds)
+    _require(job, found)
+    return found
+
+
+def _is_block(job: Job, event: dict[str, object]) -> bool:
+    return event["part"] == job.model.family.block(0)
+
+
+def _whole_model(job: Job) -> int:
+    """Bytes that sampling holds: every weight at once."""
+    return job.model.checkpoint.bytes_on_disk()
+
+
+def _probe(job: Job, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compress the first block alone; its manifest and its log."""
+    _show_first_block(job, scratch / "model")
+    settings = job.recipe.model_dump(exclude={"expected"}, exclude_none=True)
+    settings |= {"model": str(scratch / "model"), "output_dir": str(scratch / "out"), "revision": None}
+    if job.windows is not None:
+        numpy.save(scratch / "tokens.npy", job.windows.tokens.numpy())
+        settings["dataset"] = str(scratch / "tokens.npy")
+    (scratch / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "slimlm", "compress", "--recipe", str(scratch / "recipe.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RunFailure(f"the probe of one block failed: {done.stderr.strip().splitlines()[-1]}")
+    manifest = json.loads((scratch / "out" / MANIFEST_NAME).read_text())
+    log = (scratch / "out" / LOG_NAME).read_text()
+    return manifest, [json.loads(line) for line in log.splitlines()]
+
+
+def _show_first_block(job: Job, directory: Path) -> None:
+    """A model directory of links to the real one, whose config and index speak of one block."""
+    directory.mkdir()
+    source, model = job.resolved.path, job.model
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            (directory / file.name).symlink_to(file.resolve())
+    config = json.loads((source / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = config["layer_types"][:1]
+    (directory / "config.json").write_text(json.dumps(config))
+    parts = [*model.outside, model.family.block(0)]
+    keys = [key for part in parts for key in model.keys_of.get(part, [])]
+    weight_map = {key: model.checkpoint.tensors[key].path.name for key in keys}
+    for name in set(weight_map.values()):
+        (directory / name).symlink_to((source / name).resolve())
+    (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _require(job: Job, found: Forecast) -> None:
+    """Raises UserError when memory is too small; disk space was checked when the run was prepared."""
+    available = available_memory(torch.device(job.model.device))
+    for where, needed in found.memory.items():
+        if needed > available[where]:
+            raise UserError(
+                f"the run needs {needed / 1e9:.2f} GB of {where} memory and {available[where] / 1e9:.2f} GB are free: "
+                "lower --batch-size or --max-seq-length, or use a larger machine"
+            )
