@@ -3,7 +3,7 @@
     python eval/fuzz.py --cases 500 --seed 0
 
 Correct means that stock transformers loads the mutated checkpoint too, and agrees with us on its perplexity. Prints a
-count per mutation and outcome, and every violation: an exception that is not slimlm's own, a case that hangs, a disagreement.
+count per mutation and outcome, and every violation: an exception not slimlm's own, a case that hangs, a disagreement.
 """
 
 import argparse
@@ -140,8 +140,8 @@ def garbage_json(path: Path, chance: random.Random) -> None:
 def absurd_config(path: Path, chance: random.Random) -> None:
     fields = [
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "head_dim", "vocab_size", "rms_norm_eps", "max_position_embeddings", "model_type", "rope_parameters", "hidden_act", "dtype",
-        "tie_word_embeddings", "bos_token_id", "attention_bias", "initializer_range",
+        "head_dim", "vocab_size", "rms_norm_eps", "max_position_embeddings", "model_type", "rope_parameters",
+        "hidden_act", "dtype", "tie_word_embeddings", "bos_token_id", "attention_bias", "initializer_range",
     ]  # fmt: skip
     values = [-1, 0, 1, 3, 10**6, 10**12, 2**63, 1.5, "x", "", None, True, [], {}, math.nan, 1e400, "float64"]
     edit(path / "config.json", lambda config: config.update({chance.choice(fields): chance.choice(values)}))

@@ -27,8 +27,6 @@ from slimlm.errors import RunFailure, UserError
 from slimlm.prepare import Job
 from slimlm.progress import Progress
 
-PER_BLOCK = ("calibrated", "sliced", "measured")
-
 
 @dataclass(frozen=True)
 class Forecast:
@@ -46,26 +44,19 @@ def forecast(job: Job, progress: Progress) -> Forecast:
     with tempfile.TemporaryDirectory(prefix="slimlm-probe-") as name:
         manifest, events = _probe(job, Path(name))
     run = manifest["run"]
-    per_block = sum(event["seconds"] for event in events if event["what"] in PER_BLOCK and _is_block(job, event))
-    seconds = run["seconds"]["total"] - run["seconds"].get("sampling", 0) + (blocks - 1) * per_block
-    seconds += run["seconds"].get("sampling", 0) * blocks
+    per_block = sum(event["seconds"] for event in events if event["part"] == job.model.family.block(0))
+    per_block += run["seconds"].get("sampling", 0.0)
+    seconds = run["seconds"]["total"] + (blocks - 1) * per_block
     memory = dict(run["peak_memory_bytes"])
     if job.recipe.dataset == SELF:
-        memory["host"] += _whole_model(job) - manifest["bytes"]["dense"]
+        memory["host"] += (
+            job.model.checkpoint.bytes_on_disk() - manifest["bytes"]["dense"]
+        )  # sampling holds every block
     disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + run["work_bytes"]
     progress.step()
     found = Forecast(memory, disk, seconds)
     _require(job, found)
     return found
-
-
-def _is_block(job: Job, event: dict[str, object]) -> bool:
-    return event["part"] == job.model.family.block(0)
-
-
-def _whole_model(job: Job) -> int:
-    """Bytes that sampling holds: every weight at once."""
-    return job.model.checkpoint.bytes_on_disk()
 
 
 def _probe(job: Job, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

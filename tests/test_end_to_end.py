@@ -340,3 +340,18 @@ def test_the_seed_decides_what_is_sampled(tmp_path: Path):
         )  # fmt: skip
         hashes.append(slimlm.compress(recipe, overwrite=True).manifest["calibration"]["sha256"])
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path):
+    done = slimlm("compress", "-m", "llama", "-s", "0.25", *QUICK, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.*.mlp.down_proj.weight: [256, 704] -> [192, 704] bfloat16  x 6" in done.stdout
+    for word in ("peak memory: host", "disk:", "time:", "nothing was written"):
+        assert word in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mutated_checkpoints_give_a_clear_error_or_a_correct_run():
+    script = Path(__file__).parent.parent / "eval" / "fuzz.py"
+    done = subprocess.run([sys.executable, str(script), "--cases", "30"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
