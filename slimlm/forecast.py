@@ -21,6 +21,7 @@ from slimlm.calibration import SELF
 from slimlm.checkpoint.manifest import MANIFEST_NAME
 from slimlm.checkpoint.output import COMPANIONS
 from slimlm.checkpoint.reader import INDEX_NAME
+from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.compression import LOG_NAME
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
@@ -49,9 +50,9 @@ def forecast(job: Job, progress: Progress) -> Forecast:
     seconds = run["seconds"]["total"] + (blocks - 1) * per_block
     memory = dict(run["peak_memory_bytes"])
     if job.recipe.dataset == SELF:
-        memory["host"] += (
-            job.model.checkpoint.bytes_on_disk() - manifest["bytes"]["dense"]
-        )  # sampling holds every block
+        # Sampling holds every block at once.
+        others = parameter_count(job.model.model) - manifest["parameters"]["dense"]
+        memory["host"] += others * job.model.checkpoint.main_dtype.itemsize
     disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + run["work_bytes"]
     progress.step()
     found = Forecast(memory, disk, seconds)

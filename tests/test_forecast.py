@@ -25,8 +25,10 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_the_probe_runs_the_first_block_with_the_runs_own_tokens(recipe: Recipe, tmp_path: Path):
     job = prepare(recipe, False, Progress())
-    manifest, events = forecast_module._probe(job, tmp_path)
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    place = tmp_path / "probe"
+    place.mkdir()
+    manifest, events = forecast_module._probe(job, place)
+    config = json.loads((place / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert manifest["parameters"]["dense"] < sum(p.numel() for p in job.model.model.parameters())
     assert {event["part"] for event in events} == {"model.layers.0", "model.embed_tokens", "lm_head"}
