@@ -84,6 +84,7 @@ def compress_command(
     model: Annotated[str | None, _flag("model", WHAT, "-m")] = None,
     sparsity: Annotated[float | None, _flag("sparsity", WHAT, "-s")] = None,
     method: Annotated[str | None, _flag("method", WHAT)] = None,
+    pattern: Annotated[str | None, _flag("pattern", WHAT)] = None,
     recipe: Annotated[
         str | None,
         typer.Option(rich_help_panel=WHAT, help="YAML file, or name of a shipped recipe; other flags override it."),
@@ -140,7 +141,8 @@ def compress_command(
     """Make a model smaller.
 
     **slice** rotates the residual stream onto its principal directions and deletes the weakest, so every matrix gets
-    smaller: fewer parameters, fewer bytes, less computation. The result is a directory with weights, config, tokenizer,
+    smaller: fewer parameters, fewer bytes, less computation. **magnitude** and **wanda** set single weights to zero,
+    which neither shrinks nor speeds up a stock checkpoint. The result is a directory with weights, config, tokenizer,
     a model card and `slimlm.json`, which says what was done and what was lost.
 
     Examples:
@@ -168,7 +170,7 @@ def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
     if name is not None:
         return load_recipe(name, flags)
     for field in ("model", "sparsity"):
-        if field not in flags:
+        if field not in flags and not (field == "sparsity" and "pattern" in flags):
             raise UserError(
                 f"--{field} is missing (or give --recipe): try `slimlm compress --model llama --sparsity 0.25`"
             )

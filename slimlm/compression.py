@@ -61,8 +61,10 @@ def compress(
         journal = Journal(staging.work, _fingerprint(job))
         progress.log = staging.work / LOG_NAME
         work = Work(CheckpointWriter(staging.model, job.plan.tensors), journal, progress)
-        windows = job.windows or _timed(job, "sampling", lambda: _sampled(job, work))
-        batches = windows.batches(job.recipe.batch_size)
+        windows = job.windows
+        if job.recipe.dataset == SELF:
+            windows = _timed(job, "sampling", lambda: _sampled(job, work))
+        batches = windows.batches(job.recipe.batch_size) if windows else []
         outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, work))
         work.writer.finish()
         with disk_errors(staging.model):
@@ -173,10 +175,10 @@ def _timed(job: Job, name: str, work: Callable[[], Result]) -> Result:
 
 
 def _manifest(
-    job: Job, staging: Staging, windows: Windows, outcome: Outcome, comparison: Comparison | None
+    job: Job, staging: Staging, windows: Windows | None, outcome: Outcome, comparison: Comparison | None
 ) -> Manifest:
     dense, plan, recipe = parameter_count(job.model.model), job.plan, job.recipe
-    count, length = windows.tokens.shape
+    removed = 1 - plan.parameters / dense
     return {
         "model": {
             "name": job.resolved.name,
@@ -190,7 +192,10 @@ def _manifest(
         "paper": job.method.paper,
         "sparsity": {
             "requested": recipe.sparsity,
-            "achieved": 1 - plan.parameters / dense,
+            "of": job.method.sparsity_of,
+            "achieved": removed if outcome.zeros is None else outcome.zeros,
+            "parameters_removed": removed,
+            "zeros_in_pruned_matrices": outcome.zeros,
         },
         "parameters": {"dense": dense, "compressed": plan.parameters},
         "bytes": {
@@ -199,14 +204,7 @@ def _manifest(
         },
         "changes": {name: list(pair) for name, pair in plan.changes.items()},
         "method": outcome.notes,
-        "calibration": {
-            "source": windows.source,
-            "windows": count,
-            "window": length,
-            "bos": windows.bos,
-            "seed": recipe.seed,
-            "sha256": windows.sha256,
-        },
+        "calibration": _calibration(windows, recipe.seed),
         "measured": _measured(job, comparison),
         "blocks": [
             {"block": job.model.family.block(index), "relative_error": error}
@@ -220,6 +218,20 @@ def _manifest(
             "compute_dtype": str(job.model.dtype).removeprefix("torch."),
         },
         "versions": versions(),
+    }
+
+
+def _calibration(windows: Windows | None, seed: int) -> dict[str, object] | None:
+    if windows is None:
+        return None
+    count, length = windows.tokens.shape
+    return {
+        "source": windows.source,
+        "windows": count,
+        "window": length,
+        "bos": windows.bos,
+        "seed": seed,
+        "sha256": windows.sha256,
     }
 
 

@@ -29,7 +29,7 @@ LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than pa
 
 @dataclass
 class Job:
-    """Everything a run needs, checked. `windows` is None while calibration text is still to be sampled."""
+    """Everything a run needs, checked. windows: None if there are none, or they are still to be sampled."""
 
     recipe: Recipe
     resolved: ResolvedModel
@@ -52,7 +52,7 @@ def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
 
     resolved = resolve_model(recipe.model, recipe.revision, accept)
     progress.line(f"model: {resolved}")
-    if sum(file.stat().st_size for file in resolved.path.glob("*.safetensors")) > LARGE:
+    if sum(file.stat().st_size for file in resolved.path.glob("*.safetensors") if file.is_file()) > LARGE:
         return_memory_at_once()  # first of all: what is allocated before stays as it was
     output = output_of(recipe)
     inputs = [resolved.path, *(Path(name) for name in (recipe.dataset, recipe.eval_text) if name)]
@@ -64,7 +64,7 @@ def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
     for line in describe(plan, model, size):
         progress.line(line)
     tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
-    recipe = settle(recipe, resolved, model.config, output)
+    recipe = settle(recipe, method, resolved, model.config, output)
     windows, test = _windows(recipe, tokenizer, model.config.vocab_size)
     progress.stage("checking weights", parameter_count(model.model))
     model.checkpoint.check_finite(progress.step)
@@ -74,6 +74,8 @@ def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
 def describe(plan: Plan, model: StreamedModel, size: int) -> list[str]:
     """What is going to happen, before it does."""
     dense = parameter_count(model.model)
+    if plan.parameters == dense:
+        return [f"parameters: {dense:,}, of which some will be zero; weights: {size / 1e6:,.1f} MB, as before"]
     return [
         f"parameters: {dense:,} -> {plan.parameters:,} ({plan.parameters / dense - 1:+.1%}); "
         f"weights: {model.checkpoint.bytes_on_disk() / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
@@ -83,10 +85,9 @@ def describe(plan: Plan, model: StreamedModel, size: int) -> list[str]:
 
 def _windows(recipe: Recipe, tokenizer: Any, vocabulary: int) -> tuple[Windows | None, TestWindows | None]:
     """Calibration and test windows, as far as they are wanted and do not have to be sampled first."""
-    assert recipe.dataset is not None
     assert recipe.max_seq_length is not None
     windows = test = None
-    if recipe.dataset != SELF:
+    if recipe.dataset not in (None, SELF):
         windows = load_windows(
             recipe.dataset,
             tokenizer,
@@ -120,10 +121,12 @@ def open_model(
     return StreamedModel(checkpoint, config, family_of(config.model_type), device, dtype, trust_remote_code)
 
 
-def settle(recipe: Recipe, resolved: ResolvedModel, config: Any, output: Path) -> Recipe:
+def settle(recipe: Recipe, method: Method, resolved: ResolvedModel, config: Any, output: Path) -> Recipe:
     """The recipe with every default that depends on the model filled in. Raises UserError where there is none."""
     dataset = recipe.dataset or (SELF if resolved.origin == "bundled" else None)
-    if dataset is None:
+    if not method.calibrates:
+        dataset = None
+    elif dataset is None:
         raise UserError(
             "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
             "fineweb-edu, or --dataset self to let the model write its own (needs the whole model in memory)"

@@ -1,10 +1,11 @@
 """A recipe says everything about a run. YAML files and command-line flags both become one."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimlm.errors import UserError, nearest
 
@@ -19,8 +20,13 @@ class Recipe(BaseModel):
 
     model: str = Field(description="hub id, directory, or `llama`, the small model that ships with slimlm")
     revision: str | None = Field(None, description="hub revision of the model")
-    method: str = Field("slice", description="how to compress; `slice` gives a smaller hidden_size")
-    sparsity: float = Field(description="share of the dense checkpoint's parameters to remove, between 0 and 1")
+    method: str = Field(
+        "slice", description="how: `slice` gives a smaller hidden_size; `magnitude` and `wanda` set weights to zero"
+    )
+    sparsity: float = Field(
+        description="share to remove, above 0 and below 1: of all parameters (slice), or of the pruned matrices"
+    )
+    pattern: str | None = Field(None, description="pruning: keep N weights of every M neighbours, as in 2:4")
     round_to: int | None = Field(
         None,
         ge=1,
@@ -51,11 +57,34 @@ class Recipe(BaseModel):
     output_dir: str | None = Field(None, description="where the result goes")
     expected: dict[str, float] = Field({}, description="figures this recipe gave when it was written")
 
+    @property
+    def pattern_sizes(self) -> tuple[int, int]:
+        """(N kept, of M) of the pattern."""
+        keep, _, group = (self.pattern or "").partition(":")
+        return int(keep), int(group)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_of_pattern(cls, values: Any) -> Any:
+        """A pattern says how sparse; a sparsity given beside it must be the same."""
+        pattern = values.get("pattern") if isinstance(values, dict) else None
+        if pattern is None:
+            return values
+        if not isinstance(pattern, str) or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", pattern):
+            raise ValueError(f"pattern {pattern!r} is not of the form N:M, as in 2:4")
+        keep, group = map(int, pattern.split(":"))
+        if keep >= group:
+            raise ValueError(f"pattern {pattern} keeps all: N must be smaller than M")
+        sparsity = values.setdefault("sparsity", 1 - keep / group)
+        if isinstance(sparsity, (int, float)) and abs(sparsity - (1 - keep / group)) > 1e-9:
+            raise ValueError(f"pattern {pattern} is a sparsity of {1 - keep / group:g}, not {sparsity:g}")
+        return values
+
     @field_validator("sparsity")
     @classmethod
     def _in_range(cls, value: float) -> float:
         if not 0 < value < 1:
-            raise ValueError(f"sparsity is the share of parameters to remove, above 0 and below 1, not {value:g}")
+            raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {value:g}")
         return value
 
 

@@ -200,12 +200,22 @@ class StreamedModel:
             for block in self.blocks:
                 del block.forward
 
-    @torch.no_grad()
     def advance(self, index: int, stream: Stream) -> None:
         """Run block `index` (its weights loaded) over the whole stream, in place.
 
         Raises RunFailure naming the block when activations stop being finite.
         """
+        for number, out in enumerate(self._outputs(index, stream)):
+            stream.hidden.replace(number, out)
+        stream.hidden.turn()
+
+    def observe(self, index: int, stream: Stream) -> None:
+        """Run block `index` over the stream for what hooks on it see; the stream stays where it is."""
+        for _ in self._outputs(index, stream):
+            pass
+
+    @torch.no_grad()
+    def _outputs(self, index: int, stream: Stream) -> Iterator[Tensor]:
         block = self.blocks[index]
         for number, hidden in enumerate(stream.hidden):
             call = stream.calls[number][index]
@@ -216,8 +226,7 @@ class StreamedModel:
                     f"activations leaving {self.family.block(index)} hold NaN or Inf in {self.dtype}: "
                     "the weights are broken, or this dtype is too narrow for them"
                 )
-            stream.hidden.replace(number, out)
-        stream.hidden.turn()
+            yield out
 
     @torch.no_grad()
     def logits(self, stream: Stream) -> Iterator[Tensor]:

@@ -72,14 +72,15 @@ class Work:
         self.journal.commit(f"written {part}", sha256=hashes)
 
     def start_stream(
-        self, model: StreamedModel, name: str, batches: list[Tensor]
+        self, model: StreamedModel, name: str, batches: list[Tensor], whole: int | None = None
     ) -> tuple[Stream, dict[str, Tensor], int]:
         """A stream for `batches`, the state saved with it, and the block to go on with.
 
-        That is the first block and an empty state, or where an earlier process's `save_stream` left off.
+        That is the first block and an empty state, or where an earlier process's `save_stream` left off, unless that is
+        beyond the `whole` leading blocks whose results are known to be intact.
         """
         record = self.journal.last(f"stream {name}")
-        if record is not None:
+        if record is not None and (whole is None or record["block"] < whole):
             hidden = Spilled(self.directory / name, model.device)
             shapes = [tuple(shape) for shape in record["shapes"]]
             state = self.journal.load(record["state"])

@@ -40,10 +40,13 @@ def _header(manifest: Manifest) -> str:
 
 def _summary(manifest: Manifest) -> str:
     sparsity, recipe = manifest["sparsity"], manifest["recipe"]
-    changes = "; ".join(f"`{name}` {before} -> {after}" for name, (before, after) in manifest["changes"].items())
+    changes = "".join(f" `{name}` {before} -> {after}." for name, (before, after) in manifest["changes"].items())
+    zeros = sparsity["zeros_in_pruned_matrices"]
+    honest = "" if zeros is None else " Zeros take as much room as other numbers, and stock kernels as much time."
     return (
         f"Method `{recipe['method']}`, {manifest['paper']}. Requested sparsity {sparsity['requested']:g} "
-        f"(share of the dense checkpoint's parameters), achieved {sparsity['achieved']:.4f}. {changes}.\n"
+        f"(share of {sparsity['of']}), achieved {sparsity['achieved']:.4f}; of all parameters, "
+        f"{sparsity['parameters_removed']:.4f} are gone.{changes}{honest}\n"
     )
 
 
@@ -84,11 +87,14 @@ def dtypes_of(measured: dict[str, Any]) -> str:
 
 def _reproduce(manifest: Manifest) -> str:
     calibration, run = manifest["calibration"], manifest["run"]
+    data = "No calibration data"
+    if calibration is not None:
+        data = (
+            f"Calibrated on {calibration['windows']} windows of {calibration['window']} tokens from "
+            f"`{calibration['source']}` (seed {calibration['seed']}, SHA-256 `{calibration['sha256'][:16]}`)"
+        )
     return (
-        "## How it was made\n\n"
-        f"Calibrated on {calibration['windows']} windows of {calibration['window']} tokens from "
-        f"`{calibration['source']}` (seed {calibration['seed']}, SHA-256 `{calibration['sha256'][:16]}`), in "
-        f"{run['seconds']['total']:.0f} s on {run['machine']}, "
+        f"## How it was made\n\n{data}; {run['seconds']['total']:.0f} s on {run['machine']}, "
         f"peak memory {run['peak_memory_bytes']['host'] / 1e9:.2f} GB. "
         "`slimlm.json` beside this file holds the whole recipe, hashes and versions; "
         "`slimlm compress --recipe recipe.yaml --output-dir again` with the recipe beside it repeats it.\n"

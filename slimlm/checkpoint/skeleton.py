@@ -33,13 +33,16 @@ def load_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig
         raise UserError(f"{path / 'config.json'} cannot be read: {one_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{path} is quantised already; give slimlm the original floating-point checkpoint")
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"{path / 'config.json'}: dtype is {dtype!r}, which no model computes in")
     return config
 
 
 def auto_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     """What `from_pretrained(dtype="auto")` computes in: the config's dtype, else the one the weights are stored in."""
-    dtype = getattr(config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else checkpoint.main_dtype
+    dtype: torch.dtype | None = getattr(config, "dtype", None)
+    return dtype or checkpoint.main_dtype
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:

@@ -108,7 +108,7 @@ def evaluate(
 def default_window(resolved: ResolvedModel, config: Any) -> int:
     """Tokens per window when none are asked for."""
     manifest = read_manifest(resolved.path) or {}
-    length = manifest.get("calibration", {}).get("window")
+    length = (manifest.get("recipe") or {}).get("max_seq_length")
     if isinstance(length, int):
         return length
     if resolved.origin == "bundled":

@@ -2,9 +2,10 @@
 
 from slimlm.errors import UserError, nearest
 from slimlm.methods.plan import Method
+from slimlm.methods.prune import MAGNITUDE, WANDA
 from slimlm.methods.slice import SLICE
 
-METHODS: dict[str, Method] = {"slice": SLICE}
+METHODS: dict[str, Method] = {"slice": SLICE, "magnitude": MAGNITUDE, "wanda": WANDA}
 
 
 def method_named(name: str) -> Method:

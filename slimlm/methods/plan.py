@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -15,11 +15,12 @@ from slimlm.work import Work
 
 @dataclass(frozen=True)
 class Plan:
-    """The result's config and tensors (names as in its files), and what changes, in words and numbers."""
+    """The result's config and tensors (names as in its files), its recipe, and what of the config changes."""
 
     config: PretrainedConfig
     tensors: dict[str, TensorSpec]
     parameters: int
+    recipe: Recipe
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
@@ -28,18 +29,25 @@ class Outcome:
     """What a run found out.
 
     notes: figures for the manifest. basis: [hidden, width], where the stream was moved to, if it was.
+    zeros: share of zeros in the matrices a method prunes, counted on disk; None for one that prunes none.
     """
 
     notes: dict[str, Any] = field(default_factory=dict)
     basis: Tensor | None = None
+    zeros: float | None = None
 
 
 @dataclass(frozen=True)
 class Method:
     """plan(model, recipe) does no heavy work and raises UserError for what cannot be done.
-    run(model, plan, batches, work) writes every planned tensor once; it may find some of its work done already."""
+    run(model, plan, batches, work) writes every planned tensor once; it may find some of its work done already.
+
+    sparsity_of: what a recipe's sparsity is the share of. calibrates: whether it looks at data at all.
+    """
 
     summary: str
     paper: str
+    sparsity_of: Literal["parameters", "weights in pruned matrices"]
+    calibrates: bool
     plan: Callable[[StreamedModel, Recipe], Plan]
     run: Callable[[StreamedModel, Plan, list[Tensor], Work], Outcome]

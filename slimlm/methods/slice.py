@@ -35,6 +35,8 @@ _RESIDUAL_AXIS = {"embedding": 1, "norm": 0, "reader": 1, "writer": 0, "final_no
 
 def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
     """Choose hidden_size for the requested share of all parameters. Raises UserError when rounding cannot reach it."""
+    if recipe.pattern:
+        raise UserError("--pattern is for methods that set weights to zero; slice removes whole directions")
     hidden = model.config.hidden_size
     dense = parameter_count(model.model)
     tied = model.head_is_tied
@@ -53,24 +55,24 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
             f"sparsity {recipe.sparsity:g} cannot be reached: "
             f"hidden_size {hidden} shrinks in multiples of {multiple}; {hint}"
         )
-    return plan_width(model, choice.width, recipe.dtype, keeps_tie)
+    return plan_width(model, choice.width, recipe, keeps_tie)
 
 
-def plan_width(model: StreamedModel, width: int, dtype: str = "auto", keeps_tie: bool = False) -> Plan:
+def plan_width(model: StreamedModel, width: int, recipe: Recipe, keeps_tie: bool = False) -> Plan:
     """The plan for a given hidden_size, up to and including the dense one (a mere rotation)."""
     config = _sliced_config(model, width, keeps_tie)
     shapes = _shapes(model, width, keeps_tie)
     _check_carrier(config, shapes)
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     tensors = {
-        name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, dtype))
+        name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, recipe.dtype))
         for name, tensor in checkpoint_tensors(model.model, empty).items()
     }
     changes = {"hidden_size": (model.config.hidden_size, width)}
     if model.head_is_tied and not keeps_tie:
         changes["tie_word_embeddings"] = (True, False)
     config.dtype = next(iter(tensors.values())).dtype
-    return Plan(config, tensors, sum(torch.Size(spec.shape).numel() for spec in tensors.values()), changes)
+    return Plan(config, tensors, sum(torch.Size(spec.shape).numel() for spec in tensors.values()), recipe, changes)
 
 
 def _constant(gain: Tensor) -> bool:
@@ -253,6 +255,8 @@ def _slice_head(model: StreamedModel, basis: Tensor, keeps_tie: bool) -> Iterato
 SLICE = Method(
     summary="delete directions of the residual stream: a smaller hidden_size, fewer parameters everywhere",
     paper="https://arxiv.org/abs/2401.15024",
+    sparsity_of="parameters",
+    calibrates=True,
     plan=plan_slice,
     run=run_slice,
 )

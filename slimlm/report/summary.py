@@ -10,9 +10,12 @@ def compress_summary(manifest: dict[str, Any]) -> str:
     """What was asked for, what was achieved, on what it was measured, and what it took."""
     sparsity, run = manifest["sparsity"], manifest["run"]
     lines = [
-        f"sparsity requested {sparsity['requested']:g}, achieved {sparsity['achieved']:.4f} of all parameters",
+        f"sparsity requested {sparsity['requested']:g}, achieved {sparsity['achieved']:.4f} of {sparsity['of']}; "
+        f"{sparsity['parameters_removed']:.4f} of all parameters are gone",
         *(f"{name} {before} -> {after}" for name, (before, after) in manifest["changes"].items()),
     ]
+    if sparsity["zeros_in_pruned_matrices"] is not None:
+        lines.append("zeros neither shrink nor speed up a stock checkpoint")
     if manifest["measured"]:
         measured = manifest["measured"]
         lines.append(_windows_line(measured, dtypes_of(measured)))
@@ -24,11 +27,12 @@ def compress_summary(manifest: dict[str, Any]) -> str:
 def forecast_summary(job: Any, found: Any) -> str:
     """Every shape before and after, and what the run will take (a `Job` and its `Forecast`)."""
     memory = ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in found.memory.items())
-    recipe, (count, length) = job.recipe, (job.recipe.num_calibration_samples, job.recipe.max_seq_length)
+    recipe = job.recipe
+    data = f"{recipe.num_calibration_samples} windows of {recipe.max_seq_length} tokens from {recipe.dataset}"
     return "\n".join(
         [
             f"model_type {job.model.config.model_type}, method {recipe.method} ({job.method.paper})",
-            f"calibration: {count} windows of {length} tokens from {recipe.dataset}, batches of {recipe.batch_size}",
+            f"calibration: {data}, batches of {recipe.batch_size}" if recipe.dataset else "calibration: none",
             *_shape_lines(job),
             f"peak memory: {memory} (imports included)",
             f"disk: {found.disk / 1e9:.2f} GB while it runs, in and beside {job.output}",

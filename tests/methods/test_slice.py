@@ -16,6 +16,8 @@ from slimlm.recipe import Recipe
 from slimlm.work import Work
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
 
+RECIPE = Recipe(model="x", sparsity=0.5)
+
 
 def work_at(plan, path: Path) -> Work:
     (path / "work").mkdir(parents=True)
@@ -39,7 +41,7 @@ def orthogonal(rows: int, columns: int) -> torch.Tensor:
 
 def test_a_rotation_at_full_width_keeps_the_logits(tiny: Path, tmp_path: Path):
     model, tokens = stream(tiny), random_tokens()
-    rotated = written(model, plan_width(model, 32), orthogonal(32, 32), tmp_path / "rotated")
+    rotated = written(model, plan_width(model, 32, RECIPE), orthogonal(32, 32), tmp_path / "rotated")
     before, after = logits_of(tiny, tokens), logits_of(rotated, tokens)
     assert (before - after).abs().max() < 1e-4
     assert before.abs().max() > 1
@@ -64,19 +66,19 @@ def confined(path: Path, width: int) -> torch.Tensor:
 def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(tiny: Path, tmp_path: Path):
     directions = confined(tiny, 20)
     model, tokens = stream(tiny), random_tokens(8, 32)
-    plan = plan_width(model, 20)
+    plan = plan_width(model, 20, RECIPE)
     outcome = run_slice(model, plan, [tokens], work_at(plan, tmp_path / "run"))
     basis = outcome.basis
     assert outcome.notes["energy_kept"] == pytest.approx(1, abs=1e-5)
     assert outcome.notes["calibration_tokens_per_norm"] == tokens.numel()
     assert torch.allclose(basis @ basis.T, directions @ directions.T, atol=1e-5)
-    sliced = written(model, plan_width(model, 20), basis, tmp_path / "sliced")
+    sliced = written(model, plan_width(model, 20, RECIPE), basis, tmp_path / "sliced")
     assert (logits_of(tiny, tokens) - logits_of(sliced, tokens)).abs().max() < 1e-4
 
 
 def test_the_gram_is_the_sum_over_every_norms_normalised_input(tiny_llama: Path, tmp_path: Path):
     tokens, streamed = random_tokens(4, 16), stream(tiny_llama)
-    work = work_at(plan_width(streamed, 16), tmp_path / "run")
+    work = work_at(plan_width(streamed, 16, RECIPE), tmp_path / "run")
     gram = collect_gram(streamed, list(tokens.split(3)), work)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     expected = torch.zeros(32, 32, dtype=torch.float64)
@@ -102,7 +104,7 @@ def test_the_sparsity_is_the_share_of_all_parameters_gone(tmp_path: Path, name: 
     path = build_tiny(CONFIGS[name], tmp_path / name)
     model = stream(path)
     dense = parameter_count(model.model)
-    sparsity = 1 - plan_width(model, width).parameters / dense
+    sparsity = 1 - plan_width(model, width, RECIPE).parameters / dense
     plan = plan_slice(model, Recipe(model="x", sparsity=sparsity + 0.003))
     assert plan.config.hidden_size == width
     assert 1 - plan.parameters / dense == pytest.approx(sparsity)
@@ -167,12 +169,12 @@ def test_a_weight_nobody_declared_stops_with_its_name(tiny_llama: Path):
     model = stream(tiny_llama)
     model.blocks[1].register_parameter("surprise", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(UserError, match=r"model\.layers\.1\.surprise"):
-        plan_width(model, 16)
+        plan_width(model, 16, RECIPE)
 
 
 def test_padding_and_batching_do_not_change_a_sliced_model(tiny_llama: Path, tmp_path: Path):
     model = stream(tiny_llama)
-    sliced = written(model, plan_width(model, 24), orthogonal(32, 24), tmp_path / "sliced")
+    sliced = written(model, plan_width(model, 24, RECIPE), orthogonal(32, 24), tmp_path / "sliced")
     loaded, tokens = AutoModelForCausalLM.from_pretrained(sliced).eval(), random_tokens(1, 10)
     padded = torch.cat([torch.zeros(1, 6, dtype=torch.long), tokens], 1)
     mask = torch.cat([torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 10, dtype=torch.long)], 1)

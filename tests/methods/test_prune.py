@@ -1,0 +1,166 @@
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from slimlm.calibration import load_windows
+from slimlm.checkpoint.journal import Journal
+from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.skeleton import load_tokenizer
+from slimlm.compression import compress
+from slimlm.errors import UserError
+from slimlm.recipe import Recipe, make_recipe
+from tests.conftest import CONFIGS, build_tiny
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("The old house stood at the end of the lane, and nobody had lived there. " * 40)
+    return tmp_path / "text.txt"
+
+
+def recipe_for(path: Path, text: Path, output: Path, **settings) -> Recipe:
+    values = {"sparsity": 0.5} if "pattern" not in settings else {}
+    return make_recipe(
+        {
+            "model": str(path), "dataset": str(text), "num_calibration_samples": 5, "max_seq_length": 24,
+            "batch_size": 2, "eval_windows": 2, "eval_text": str(text), "output_dir": str(output), **values, **settings,
+        }
+    )  # fmt: skip
+
+
+def keep_in(inputs: dict[str, list[torch.Tensor]], name: str):
+    return lambda module, args: inputs.setdefault(name, []).append(args[0])
+
+
+def wanda_by_the_paper(path: Path, tokens: torch.Tensor, sparsity: float) -> dict[str, torch.Tensor]:
+    """Algorithm 1 of the paper with plain loops: block after block, inputs through the pruned blocks before it."""
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    for block in model.model.layers:
+        inputs: dict[str, list[torch.Tensor]] = {}
+        linears = {name: module for name, module in block.named_modules() if name.endswith(LINEAR)}
+        handles = [module.register_forward_pre_hook(keep_in(inputs, name)) for name, module in linears.items()]
+        with torch.no_grad():
+            model(tokens)
+        for handle in handles:
+            handle.remove()
+        for name, module in linears.items():
+            x = torch.cat([part.reshape(-1, part.shape[-1]) for part in inputs[name]]).double()
+            for row in module.weight.data:
+                scores = [abs(float(w)) * float(x[:, j].norm()) for j, w in enumerate(row)]
+                for j in sorted(range(len(scores)), key=lambda j: scores[j])[: round(sparsity * len(scores))]:
+                    row[j] = 0
+    return model.state_dict()
+
+
+def test_wanda_is_the_papers_algorithm(tmp_path: Path, text: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    recipe = recipe_for(path, text, tmp_path / "out", method="wanda")
+    compress(recipe)
+    tokens = load_windows(str(text), load_tokenizer(path), 5, 24).tokens
+    expected = wanda_by_the_paper(path, tokens, 0.5)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_magnitude_zeroes_the_smallest_of_each_matrix_and_leaves_the_rest_alone(tmp_path: Path, text: Path):
+    path = build_tiny(CONFIGS["llama-biased"], tmp_path / "model")
+    manifest = compress(recipe_for(path, text, tmp_path / "out", method="magnitude", sparsity=0.3)).manifest
+    before, after = (load_file(directory / "model.safetensors") for directory in (path, tmp_path / "out"))
+    for name, tensor in before.items():
+        if name.endswith(".weight") and name.split(".")[-2] in LINEAR:
+            pruned = after[name] == 0
+            assert int(pruned.sum()) == round(0.3 * tensor.numel())
+            assert tensor[pruned].abs().max() <= tensor[~pruned].abs().min()
+            assert torch.equal(after[name][~pruned], tensor[~pruned])
+        else:
+            assert torch.equal(after[name], tensor)
+    assert manifest["calibration"] is None
+    assert manifest["sparsity"]["achieved"] == pytest.approx(0.3, abs=1e-3)
+    assert manifest["sparsity"]["parameters_removed"] == 0
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_pattern_holds_in_every_group_of_every_matrix(tmp_path: Path, text: Path, name: str, method: str):
+    path = build_tiny(CONFIGS[name], tmp_path / "model")
+    manifest = compress(recipe_for(path, text, tmp_path / "out", method=method, pattern="2:4")).manifest
+    for tensor_name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        if tensor_name.endswith(".weight") and tensor_name.split(".")[-2] in LINEAR:
+            assert ((tensor.view(-1, 4) == 0).sum(1) == 2).all()
+    assert manifest["sparsity"] == {
+        "requested": 0.5,
+        "of": "weights in pruned matrices",
+        "achieved": 0.5,
+        "parameters_removed": 0.0,
+        "zeros_in_pruned_matrices": 0.5,
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Zeros take as much room" in card
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_death_at_any_step_is_survived_with_the_same_bytes(tmp_path: Path, text: Path, monkeypatch, method: str):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    compress(recipe_for(path, text, tmp_path / "whole", method=method))
+    reference = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    steps = 1 + 3 + (6 if method == "wanda" else 3) + 1
+    for number in range(1, steps + 1):
+        recipe = recipe_for(path, text, tmp_path / f"out{number}", method=method)
+        with monkeypatch.context() as patch:
+            die_after_record(patch, number)
+            with pytest.raises(KeyboardInterrupt):
+                compress(recipe)
+        output = compress(recipe, resume=True).output_dir
+        assert (output / "model.safetensors").read_bytes() == reference
+        assert json.loads((output / "slimlm.json").read_text())["sparsity"]["achieved"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_finished_block_that_was_damaged_is_pruned_again(tmp_path: Path, text: Path, monkeypatch):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    compress(recipe_for(path, text, tmp_path / "whole", method="wanda"))
+    recipe = recipe_for(path, text, tmp_path / "out", method="wanda")
+    with monkeypatch.context() as patch:
+        die_after_record(patch, 8)  # two blocks are written, and the stream is past them
+        with pytest.raises(KeyboardInterrupt):
+            compress(recipe)
+    shard = tmp_path / "out.partial" / "model" / "model.safetensors"
+    place = Checkpoint(shard.parent).tensors["model.layers.0.mlp.up_proj.weight"]
+    with shard.open("r+b") as file:
+        file.seek(place.offset)
+        file.write(b"damaged!")
+    compress(recipe, resume=True)
+    assert (tmp_path / "out" / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
+
+
+def die_after_record(patch: pytest.MonkeyPatch, number: int) -> None:
+    original, calls = Journal.commit, iter(range(1, 100))
+
+    def dying(self, step, **facts):
+        original(self, step, **facts)
+        if next(calls) == number:
+            raise KeyboardInterrupt
+
+    patch.setattr(Journal, "commit", dying)
+
+
+def test_bad_patterns_are_refused_by_name(tmp_path: Path, text: Path):
+    config = copy.deepcopy(CONFIGS["mistral"])
+    config.intermediate_size = 50
+    path = build_tiny(config, tmp_path / "model")
+    with pytest.raises(UserError, match="50 inputs, which pattern 2:4 does not divide"):
+        compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="2:4"))
+    with pytest.raises(UserError, match="slice removes whole directions"):
+        compress(recipe_for(path, text, tmp_path / "out", method="slice", pattern="2:4"))
+    for pattern, message in [("4:2", "N must be smaller"), ("0:4", "pattern"), ("x", "pattern"), ("2:", "pattern")]:
+        with pytest.raises(UserError, match=message):
+            recipe_for(path, text, tmp_path / "out", method="wanda", pattern=pattern)
+    with pytest.raises(UserError, match=r"pattern 2:4 is a sparsity of 0\.5, not 0\.3"):
+        recipe_for(path, text, tmp_path / "out", method="wanda", pattern="2:4", sparsity=0.3)
