@@ -27,6 +27,7 @@ def main() -> None:
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
+        undisturbed(place)  # warms the file cache, or the timed run would look longer than the killed ones
         reference, began, ended = undisturbed(place)
         same = 0
         print("| kill at, s | last finished step | under the name | resumed, bytes |\n| --- | --- | --- | --- |")
@@ -65,7 +66,8 @@ def kill_once(place: Path, instant: float, reference: dict[str, bytes]) -> bool:
     process.kill()
     process.wait()
     journal = place / "out.partial" / "work" / "journal.jsonl"
-    steps = [json.loads(line)["step"] for line in journal.read_text().splitlines()] if journal.exists() else ["none"]
+    lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
+    steps = ["none", *(json.loads(line)["step"] for line in lines if line.endswith("\n"))]
     standing = sorted(path.name for path in (place / "out").iterdir()) if (place / "out").exists() else []
     whole = set(reference) <= set(standing) and not {"work", "lock"} & set(standing)
     subprocess.run(command("--resume"), cwd=place, check=True, capture_output=True)

@@ -59,7 +59,8 @@ class Spilled:
         self.digest = ""
         self._hash = hashlib.sha256()
         for file in self.files:
-            file.touch()
+            with disk_errors(file):
+                file.touch()
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -68,7 +69,8 @@ class Spilled:
         return (self[index] for index in range(len(self)))
 
     def _offset(self, index: int) -> int:
-        return sum(int(torch.Size(shape).numel()) for shape in self.shapes[:index]) * self.dtype.itemsize
+        """Batches are of one size, but for the last."""
+        return index * int(torch.Size(self.shapes[0]).numel()) * self.dtype.itemsize
 
     def __getitem__(self, index: int) -> Tensor:
         tensor = torch.empty(self.shapes[index], dtype=self.dtype)
@@ -79,6 +81,10 @@ class Spilled:
 
     def append(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
+        if len(self.shapes) > 1 and self.shapes[-1] != self.shapes[0]:
+            raise ValueError(
+                f"a batch of {list(tensor.shape)} after one of {list(self.shapes[-1])}: only the last may differ"
+            )
         self.shapes.append(tuple(tensor.shape))
         self._write(self.files[self.side], len(self.shapes) - 1, tensor)
         self.digest = self._hash.hexdigest()

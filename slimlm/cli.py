@@ -31,7 +31,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="slimlm: %(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stop in (signal.SIGTERM, signal.SIGHUP):  # a polite kill, or a terminal closed, ends a run like Ctrl-C
-        signal.signal(stop, signal.default_int_handler)
+        if signal.getsignal(stop) is not signal.SIG_IGN:  # nohup
+            signal.signal(stop, signal.default_int_handler)
     try:
         sys.exit(app(standalone_mode=False))
     except SlimlmError as error:
@@ -161,7 +162,7 @@ def compress_command(
     _set_verbosity(verbose)
     chosen = _chosen_recipe(recipe, flags)
     if dry_run:
-        _dry_run(chosen, overwrite)
+        _dry_run(chosen, overwrite, resume)
     else:
         _run_compress(chosen, overwrite, resume)
 
@@ -185,15 +186,16 @@ def _run_compress(recipe: Recipe, overwrite: bool, resume: bool) -> None:
     _print_result(result, recipe.expected)
 
 
-def _dry_run(recipe: Recipe, overwrite: bool) -> None:
+def _dry_run(recipe: Recipe, overwrite: bool, resume: bool) -> None:
     with _progress() as progress:
-        from slimlm.forecast import forecast
+        from slimlm.forecast import forecast, require_memory
         from slimlm.prepare import prepare
         from slimlm.report.summary import forecast_summary
 
-        job = prepare(recipe, overwrite, progress)
+        job = prepare(recipe, overwrite, resume, progress)
         found = forecast(job, progress)
     print(forecast_summary(job, found))
+    require_memory(job, found)
 
 
 def _print_result(result: Any, expected: dict[str, float]) -> None:

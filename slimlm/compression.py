@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -14,17 +15,17 @@ from slimlm.activations import Spilled
 from slimlm.calibration import SELF, Windows, sample_windows, start_token
 from slimlm.checkpoint.card import write_card
 from slimlm.checkpoint.disk import disk_errors
-from slimlm.checkpoint.journal import Journal
+from slimlm.checkpoint.journal import Journal, compare_fingerprints
 from slimlm.checkpoint.manifest import Manifest, read_manifest, versions, write_manifest
-from slimlm.checkpoint.output import Staging, copy_companions, discard, staged_output
+from slimlm.checkpoint.output import Staging, clear_leftovers, copy_companions, staged_output
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.device import machine, peak_memory, resident_memory
-from slimlm.errors import RunFailure
+from slimlm.errors import RunFailure, UserError
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods.plan import Outcome
-from slimlm.prepare import UNSETTLED, Job, open_model, output_of, prepare
+from slimlm.prepare import Job, open_model, prepare
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe
 from slimlm.work import Work
@@ -50,15 +51,24 @@ def compress(
     Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
     Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
     """
-    progress = progress or LogProgress()
-    finished = _finished(recipe, progress) if resume else None
-    if finished is not None:
-        return finished
+    try:
+        return _compress(recipe, overwrite, resume, progress or LogProgress())
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise RunFailure("out of memory: lower --batch-size, --max-seq-length or --eval-windows") from error
+
+
+def _compress(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -> CompressResult:
     started, before = time.perf_counter(), resident_memory()
-    job = prepare(recipe, overwrite, progress)
+    job = prepare(recipe, overwrite, resume, progress)
+    fingerprint = _fingerprint(job)
+    finished = _finished(job.output, fingerprint, overwrite) if resume else None
+    if finished is not None:
+        progress.line(f"{job.output} is complete already")
+        return finished
     job.seconds["checking"] = time.perf_counter() - started
     with staged_output(job.output, overwrite, resume) as staging:
-        journal = Journal(staging.work, _fingerprint(job))
+        journal = Journal(staging.work, fingerprint)
+        resumed = len(journal.records) > 1
         progress.log = staging.work / LOG_NAME
         work = Work(CheckpointWriter(staging.model, job.plan.tensors), journal, progress)
         windows = job.windows
@@ -73,12 +83,14 @@ def compress(
         comparison = _timed(job, "measuring", lambda: _measure(job, staging, outcome, progress))
         job.seconds["total"] = time.perf_counter() - started
         manifest = _manifest(job, staging, windows, outcome, comparison)
-        manifest["run"]["memory_before_bytes"] = before
+        manifest["run"] |= {"memory_before_bytes": before, "resumed": resumed}
+        manifest["fingerprint"] = fingerprint
         with disk_errors(staging.model):
             write_manifest(staging.model, manifest)
             write_card(staging.model, manifest)
             write_recipe(staging.model, job)
-            shutil.copyfile(progress.log, staging.model / LOG_NAME)
+            if progress.log is not None:
+                shutil.copyfile(progress.log, staging.model / LOG_NAME)
         work.journal.commit("complete")
     return CompressResult(job.output, manifest)
 
@@ -96,28 +108,33 @@ def write_recipe(directory: Path, job: Job) -> None:
     (directory / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
-def _finished(recipe: Recipe, progress: Progress) -> CompressResult | None:
-    """The result, if the run to resume had come as far as giving the output its name."""
-    output = output_of(recipe)
-    staging = Staging(output)
+def _finished(output: Path, fingerprint: dict[str, object], overwrite: bool) -> CompressResult | None:
+    """The result, if the run to resume had come as far as giving the output its name.
+
+    Raises UserError naming the difference when what stands there is another run's and not to be replaced.
+    """
     manifest = read_manifest(output) if output.is_dir() else None
-    if manifest is None or staging.model.is_dir():
+    if manifest is None:
         return None
-    same = all(manifest["recipe"].get(key) == value for key, value in recipe.model_dump(exclude=UNSETTLED).items())
-    if not same:
-        return None
-    discard(output)
-    progress.line(f"{output} is complete already")
+    try:
+        compare_fingerprints(manifest.get("fingerprint") or {}, fingerprint)
+    except UserError:
+        if overwrite:
+            return None
+        raise
+    clear_leftovers(output)
     return CompressResult(output, manifest)
 
 
 def _fingerprint(job: Job) -> dict[str, object]:
-    """Everything that decides the weights to the last bit."""
-    settings = job.recipe.model_dump(exclude={"expected", "output_dir", "measure", "eval_text", "eval_windows"})
+    """Everything that decides the weights to the last bit: what was read by its hash, not by its name."""
+    names = {"expected", "model", "revision", "output_dir", "measure", "eval_text", "eval_windows"}
+    settings = job.recipe.model_dump(exclude=names | ({"dataset"} if job.windows else set()))
+    found = versions()
     return {
         **{f"model {name}": digest for name, digest in job.model.checkpoint.hashes().items()},
         **{f"recipe {name}": value for name, value in settings.items()},
-        **{f"version {name}": version for name, version in versions().items()},
+        **{f"version {name}": found.get(name) for name in ("python", "slimlm", "torch", "transformers")},
         "calibration sha256": job.windows.sha256 if job.windows else None,
         "device": str(job.model.device),
     }
@@ -212,7 +229,7 @@ def _manifest(
         ],
         "run": {
             "seconds": {name: round(value, 3) for name, value in job.seconds.items()},
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": peak_memory(job.model.device),
             "work_bytes": sum(path.stat().st_size for path in staging.work.iterdir()),
             "machine": machine(job.model.device),
             "compute_dtype": str(job.model.dtype).removeprefix("torch."),

@@ -28,12 +28,12 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def peak_memory() -> dict[str, int]:
-    """Bytes: this process's peak resident memory, and the GPU's where there is one."""
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes: this process's peak resident memory, and the GPU's if that is where it computes."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        peak["gpu"] = torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
 
 

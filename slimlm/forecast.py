@@ -39,25 +39,25 @@ class Forecast:
 
 
 def forecast(job: Job, progress: Progress) -> Forecast:
-    """Probe the first block of a prepared run. Raises UserError when this machine cannot carry the run out."""
+    """Probe the first block of a prepared run, in a directory beside its output. Raises RunFailure when that fails."""
     progress.stage("probing one block", 1)
     blocks = len(job.model.blocks)
-    with tempfile.TemporaryDirectory(prefix="slimlm-probe-") as name:
+    home = next(parent for parent in job.output.parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=home) as name:
         manifest, events = _probe(job, Path(name))
     run = manifest["run"]
     per_block = sum(event["seconds"] for event in events if event["part"] == job.model.family.block(0))
     per_block += run["seconds"].get("sampling", 0.0)
-    seconds = run["seconds"]["total"] + (blocks - 1) * per_block
+    more_to_check = job.model.checkpoint.bytes_on_disk() / manifest["bytes"]["dense"] - 1
+    seconds = run["seconds"]["total"] + (blocks - 1) * per_block + more_to_check * run["seconds"]["checking"]
     memory = dict(run["peak_memory_bytes"])
     if job.recipe.dataset == SELF:
         # Sampling holds every block at once.
         others = parameter_count(job.model.model) - manifest["parameters"]["dense"]
-        memory["host"] += others * job.model.checkpoint.main_dtype.itemsize
+        memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
     disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + run["work_bytes"]
     progress.step()
-    found = Forecast(memory, disk, seconds)
-    _require(job, found)
-    return found
+    return Forecast(memory, disk, seconds)
 
 
 def _probe(job: Job, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -71,6 +71,11 @@ def _probe(job: Job, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "slimlm", "compress", "--recipe", str(scratch / "recipe.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        raise RunFailure(
+            f"the probe of one block was killed by signal {-done.returncode}, probably for want of memory: "
+            "lower --batch-size or --max-seq-length"
+        )
     if done.returncode != 0:
         raise RunFailure(f"the probe of one block failed: {done.stderr.strip().splitlines()[-1]}")
     manifest = json.loads((scratch / "out" / MANIFEST_NAME).read_text())
@@ -98,7 +103,7 @@ def _show_first_block(job: Job, directory: Path) -> None:
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def _require(job: Job, found: Forecast) -> None:
+def require_memory(job: Job, found: Forecast) -> None:
     """Raises UserError when memory is too small; disk space was checked when the run was prepared."""
     available = available_memory(torch.device(job.model.device))
     for where, needed in found.memory.items():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from slimlm.calibration import SELF, Windows, load_windows
+from slimlm.checkpoint.manifest import MANIFEST_NAME
 from slimlm.checkpoint.output import check_output
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
@@ -20,9 +21,6 @@ from slimlm.methods.plan import Method, Plan
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
-
-# Settings that `settle` fills in, or that do not decide the weights.
-UNSETTLED = {"dataset", "max_seq_length", "output_dir", "expected", "measure", "eval_text", "eval_windows"}
 
 LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than page faults
 
@@ -43,8 +41,11 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
-    """Find every fault that can be found without computing. Raises UserError; writes nothing."""
+def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -> Job:
+    """Find every fault that can be found without computing. Raises UserError; writes nothing.
+
+    resume: what an earlier run wrote may stand at the output; whether it is this one's is not decided here.
+    """
     method = method_named(recipe.method)
 
     def accept(path: Path) -> None:
@@ -56,16 +57,17 @@ def prepare(recipe: Recipe, overwrite: bool, progress: Progress) -> Job:
         return_memory_at_once()  # first of all: what is allocated before stays as it was
     output = output_of(recipe)
     inputs = [resolved.path, *(Path(name) for name in (recipe.dataset, recipe.eval_text) if name)]
-    check_output(output, overwrite, inputs)
+    replaceable = overwrite or (resume and (output / MANIFEST_NAME).is_file())
+    check_output(output, replaceable, inputs)
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
     plan = method.plan(model, recipe)
     size = sum(spec.nbytes for spec in plan.tensors.values())
-    check_output(output, overwrite, inputs, size)
     for line in describe(plan, model, size):
         progress.line(line)
     tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
     recipe = settle(recipe, method, resolved, model.config, output)
     windows, test = _windows(recipe, tokenizer, model.config.vocab_size)
+    check_output(output, replaceable, inputs, size + _spilled(recipe, model))
     progress.stage("checking weights", parameter_count(model.model))
     model.checkpoint.check_finite(progress.step)
     return Job(recipe, resolved, method, output, model, tokenizer, plan, test, windows)
@@ -81,6 +83,15 @@ def describe(plan: Plan, model: StreamedModel, size: int) -> list[str]:
         f"weights: {model.checkpoint.bytes_on_disk() / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
         *(f"{name}: {before} -> {after}" for name, (before, after) in plan.changes.items()),
     ]
+
+
+def _spilled(recipe: Recipe, model: StreamedModel) -> int:
+    """Bytes of hidden states that wait in pairs of files: one stream to calibrate, then two to measure."""
+    assert recipe.max_seq_length is not None
+    per_window: int = recipe.max_seq_length * model.config.hidden_size * model.dtype.itemsize * 2
+    calibrating = recipe.num_calibration_samples if recipe.dataset else 0
+    measuring = 2 * recipe.eval_windows if recipe.measure else 0
+    return per_window * (calibrating + measuring)
 
 
 def _windows(recipe: Recipe, tokenizer: Any, vocabulary: int) -> tuple[Windows | None, TestWindows | None]:

@@ -35,8 +35,12 @@ class Progress:
         self.line(f"{part}  {what} in {seconds:.1f} s{more}, memory {memory / 1e9:.2f} GB")
         if self.log is not None:
             event = {"time": time.time(), "what": what, "part": part, "seconds": seconds, "memory": memory, **facts}
-            with self.log.open("a") as file:
-                file.write(json.dumps(event) + "\n")
+            try:
+                with self.log.open("a") as file:
+                    file.write(json.dumps(event) + "\n")
+            except OSError as error:  # a run is worth more than its log
+                logger.warning("the log %s ends here: %s", self.log, error.strerror)
+                self.log = None
 
 
 class LogProgress(Progress):

@@ -1,4 +1,5 @@
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 import slimlm.forecast as forecast_module
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
-from slimlm.forecast import forecast
+from slimlm.forecast import Forecast, forecast, require_memory
 from slimlm.prepare import prepare
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
@@ -24,7 +25,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def test_the_probe_runs_the_first_block_with_the_runs_own_tokens(recipe: Recipe, tmp_path: Path):
-    job = prepare(recipe, False, Progress())
+    job = prepare(recipe, False, False, Progress())
     place = tmp_path / "probe"
     place.mkdir()
     manifest, events = forecast_module._probe(job, place)
@@ -36,7 +37,7 @@ def test_the_probe_runs_the_first_block_with_the_runs_own_tokens(recipe: Recipe,
 
 
 def test_a_forecast_writes_nothing_and_says_what_the_run_then_takes(recipe: Recipe, tmp_path: Path):
-    found = forecast(prepare(recipe, False, Progress()), Progress())
+    found = forecast(prepare(recipe, False, False, Progress()), Progress())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
     run = compress(recipe).manifest
     assert found.disk == pytest.approx(run["run"]["work_bytes"] + 4 * run["parameters"]["compressed"], rel=0.1)
@@ -44,14 +45,46 @@ def test_a_forecast_writes_nothing_and_says_what_the_run_then_takes(recipe: Reci
     assert found.seconds > 0
 
 
-def test_too_little_memory_is_found_by_the_forecast(recipe: Recipe, monkeypatch):
+def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, monkeypatch):
+    manifest = {
+        "bytes": {"dense": 1000},
+        "parameters": {"dense": 10},
+        "run": {
+            "seconds": {"checking": 1.0, "sampling": 4.0, "total": 20.0},
+            "peak_memory_bytes": {"host": 500},
+            "work_bytes": 7,
+        },
+    }
+    events = [{"part": "model.layers.0", "seconds": 2.0}, {"part": "lm_head", "seconds": 50.0}] * 2
+    monkeypatch.setattr(forecast_module, "_probe", lambda job, scratch: (manifest, events))
+    job = prepare(recipe, False, False, Progress())
+    monkeypatch.setattr(job.model.checkpoint, "bytes_on_disk", lambda: 3000)
+    found = forecast(job, Progress())
+    assert found.seconds == 20 + 2 * (2 + 2 + 4) + 2 * 1
+    assert found.memory == {"host": 500}
+    assert found.disk == 7 + sum(spec.nbytes for spec in job.plan.tensors.values())
+    job.recipe = job.recipe.model_copy(update={"dataset": "self"})
+    others = sum(parameter.numel() for parameter in job.model.model.parameters()) - 10
+    assert forecast(job, Progress()).memory == {"host": 500 + 4 * others}
+
+
+def test_too_little_memory_is_an_error_that_says_what_to_change(recipe: Recipe, monkeypatch):
     monkeypatch.setattr(forecast_module, "available_memory", lambda device: {"host": 10**6})
-    with pytest.raises(UserError, match=r"needs \d+\.\d\d GB of host memory and 0\.00 GB are free: lower --batch-size"):
-        forecast(prepare(recipe, False, Progress()), Progress())
+    job = prepare(recipe, False, False, Progress())
+    with pytest.raises(UserError, match=r"needs 2\.00 GB of host memory and 0\.00 GB are free: lower --batch-size"):
+        require_memory(job, Forecast({"host": 2 * 10**9}, 0, 0.0))
+    require_memory(job, Forecast({"host": 10**5}, 0, 0.0))
+
+
+def test_a_probe_that_is_killed_says_so(recipe: Recipe, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(forecast_module.subprocess, "run", lambda *args, **kwargs: killed)
+    with pytest.raises(RunFailure, match="killed by signal 9, probably for want of memory"):
+        forecast(prepare(recipe, False, False, Progress()), Progress())
 
 
 def test_a_probe_that_fails_says_why(recipe: Recipe, tmp_path: Path):
-    job = prepare(recipe, False, Progress())
+    job = prepare(recipe, False, False, Progress())
     (tmp_path / "model" / "tokenizer.json").unlink()
     with pytest.raises(RunFailure, match="probe of one block failed: slimlm: .*tokenizer"):
         forecast(job, Progress())

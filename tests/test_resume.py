@@ -8,6 +8,7 @@ import torch
 
 import slimlm.checkpoint.output as output_module
 from slimlm.checkpoint.journal import JOURNAL_NAME, Journal
+from slimlm.checkpoint.manifest import versions
 from slimlm.checkpoint.output import Staging
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.compression import compress
@@ -114,14 +115,7 @@ def test_death_around_the_final_rename(recipe: Recipe, undisturbed, monkeypatch,
         if step == "before":
             patch.setattr(output_module, "_publish", lambda *args: (_ for _ in ()).throw(Killed()))
         else:
-            original = output_module.shutil.rmtree
-
-            def rmtree(path, **kwargs):
-                if path == Staging(tmp_path / "out").root:
-                    raise Killed
-                original(path, **kwargs)
-
-            patch.setattr(output_module.shutil, "rmtree", rmtree)
+            patch.setattr(output_module, "_remove", lambda staging: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             compress(recipe)
     assert (tmp_path / "out").exists() == (step == "after")
@@ -154,6 +148,12 @@ def test_a_torn_last_line_of_the_journal_is_dropped(recipe: Recipe, undisturbed,
     staging = killed_halfway(recipe, monkeypatch)
     with (staging.work / JOURNAL_NAME).open("a") as file:
         file.write('{"step": "written model.layers.2", "sha2')
+    with monkeypatch.context() as patch:
+        die_at(patch, Journal, "commit", 2, after=True)
+        with pytest.raises(Killed):
+            compress(recipe, resume=True)
+    lines = (staging.work / JOURNAL_NAME).read_text().splitlines()
+    assert all(json.loads(line)["step"] for line in lines)
     assert result(compress(recipe, resume=True).output_dir) == undisturbed
 
 
@@ -189,8 +189,8 @@ def test_another_recipe_is_refused_with_the_difference_named(recipe: Recipe, mon
 def test_another_model_or_version_is_refused_with_the_difference_named(recipe: Recipe, monkeypatch, tmp_path: Path):
     killed_halfway(recipe, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr("slimlm.compression.versions", lambda: {"torch": "0.1"})
-        with pytest.raises(UserError, match=r"version torch was '.*', is now '0\.1'|version"):
+        patch.setattr("slimlm.compression.versions", lambda: {**versions(), "torch": "0.1"})
+        with pytest.raises(UserError, match=r"version torch was '.*', is now '0\.1'; "):
             compress(recipe, resume=True)
     weights = tmp_path / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -211,9 +211,37 @@ def test_resume_with_nothing_to_resume_starts_and_with_everything_done_ends(
         compress(recipe)
 
 
+def test_resume_does_not_take_another_runs_output_for_its_own(recipe: Recipe, undisturbed, tmp_path: Path):
+    compress(recipe)
+    (tmp_path / "other.txt").write_text("Quite another text, about ships and the sea and the men who went there. " * 40)
+    other = recipe.model_copy(update={"dataset": str(tmp_path / "other.txt")})
+    with pytest.raises(UserError, match="cannot resume: calibration sha256 was"):
+        compress(other, resume=True)
+    assert result(tmp_path / "out") == undisturbed
+    assert result(compress(other, resume=True, overwrite=True).output_dir) != undisturbed
+
+
 def test_without_resume_a_run_starts_over(recipe: Recipe, undisturbed, monkeypatch):
-    killed_halfway(recipe, monkeypatch)
-    assert result(compress(recipe.model_copy(update={"seed": 0})).output_dir) == undisturbed
+    staging = killed_halfway(recipe, monkeypatch)
+    (staging.model / "stray").write_text("from before")
+    assert result(compress(recipe).output_dir) == undisturbed
+
+
+def test_what_a_killed_run_holds_of_the_disk_counts_as_free(recipe: Recipe, undisturbed, monkeypatch):
+    staging = killed_halfway(recipe, monkeypatch)
+    held = sum(file.stat().st_size for file in staging.root.rglob("*") if file.is_file())
+    usage = output_module.shutil.disk_usage(staging.root.parent)
+    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage._replace(free=held // 2))
+    assert result(compress(recipe, resume=True).output_dir) == undisturbed
+
+
+def test_running_out_of_memory_is_one_clear_line(recipe: Recipe, monkeypatch):
+    def exhausted(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory\nlots of detail")
+
+    monkeypatch.setattr("slimlm.walk.StreamedModel.advance", exhausted)
+    with pytest.raises(RunFailure, match=r"^out of memory: lower --batch-size"):
+        compress(recipe)
 
 
 def test_a_full_disk_is_a_clear_error_and_resume_works(recipe: Recipe, undisturbed, monkeypatch):

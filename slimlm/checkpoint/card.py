@@ -94,7 +94,8 @@ def _reproduce(manifest: Manifest) -> str:
             f"`{calibration['source']}` (seed {calibration['seed']}, SHA-256 `{calibration['sha256'][:16]}`)"
         )
     return (
-        f"## How it was made\n\n{data}; {run['seconds']['total']:.0f} s on {run['machine']}, "
+        f"## How it was made\n\n{data}; {'resumed, the last part took ' if run['resumed'] else ''}"
+        f"{run['seconds']['total']:.0f} s on {run['machine']}, "
         f"peak memory {run['peak_memory_bytes']['host'] / 1e9:.2f} GB. "
         "`slimlm.json` beside this file holds the whole recipe, hashes and versions; "
         "`slimlm compress --recipe recipe.yaml --output-dir again` with the recipe beside it repeats it.\n"

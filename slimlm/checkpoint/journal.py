@@ -34,9 +34,10 @@ class Journal:
         self.path = directory / JOURNAL_NAME
         self.records = _read(self.path)
         if self.records:
-            _compare(self.records[0]["fingerprint"], json.loads(json.dumps(fingerprint)))
+            compare_fingerprints(self.records[0]["fingerprint"], fingerprint)
         else:
             self.commit("start", fingerprint=dict(fingerprint))
+            sync(directory)
 
     def commit(self, step: str, **facts: Any) -> None:
         """Record that a step is finished."""
@@ -60,6 +61,7 @@ class Journal:
             temporary.write_bytes(data)
             sync(temporary)
             temporary.replace(path)
+            sync(self.directory)
         return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest()}
 
     def load(self, saved: Record) -> dict[str, Tensor] | None:
@@ -68,13 +70,6 @@ class Journal:
         if not path.is_file() or file_hash(path) != saved["sha256"]:
             return None
         return dict(load_file(path))
-
-
-def read_fingerprint(directory: Path) -> Record | None:
-    """The fingerprint of the run that left its journal in `directory`, if one did."""
-    records = _read(directory / JOURNAL_NAME)
-    fingerprint: Record | None = records[0]["fingerprint"] if records else None
-    return fingerprint
 
 
 def _read(path: Path) -> list[Record]:
@@ -94,12 +89,14 @@ def _read(path: Path) -> list[Record]:
         records.append(record)
         kept += len(line)
     if kept < len(content):
-        with path.open("r+b") as file:
+        with disk_errors(path), path.open("r+b") as file:
             file.truncate(kept)
     return records if records and records[0]["step"] == "start" else []
 
 
-def _compare(before: Record, now: Record) -> None:
+def compare_fingerprints(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError naming what differs between the run that was and the one that is."""
+    now = json.loads(json.dumps(dict(now)))  # as it would come back from the journal
     keys = sorted(before.keys() | now.keys(), key=lambda key: (key.startswith("calibration"), key))  # causes first
     differing = [key for key in keys if before.get(key) != now.get(key)]
     if differing:

@@ -17,6 +17,7 @@ from slimlm.checkpoint.manifest import MANIFEST_NAME
 from slimlm.errors import UserError
 
 LOCK_NAME = "lock"
+OUR_NAMES = {LOCK_NAME, "model", "work", "replaced"}
 # Tokenizer, chat template, generation settings and licence travel with the weights, byte for byte.
 COMPANIONS = (
     "tokenizer*",
@@ -71,10 +72,9 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path], needed_b
             raise UserError(
                 f"output directory {output} is not empty: choose another, or pass --overwrite to replace it"
             )
-        if not (output / MANIFEST_NAME).is_file():
-            raise UserError(f"output directory {output} holds something slimlm did not write: choose another")
+        _require_ours(output)
     root = Staging(output).root
-    if root.exists() and not (root / LOCK_NAME).is_file():
+    if root.exists() and not (root.is_dir() and {path.name for path in root.iterdir()} <= OUR_NAMES):
         raise UserError(f"{root} is in the way and was not made by slimlm: move it, or choose another --output-dir")
     home = next(parent for parent in output.absolute().parents if parent.exists())
     try:
@@ -82,12 +82,18 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path], needed_b
         os.rmdir(tempfile.mkdtemp(prefix=".slimlm-", dir=home))
     except OSError as error:
         raise UserError(f"output directory {output} cannot be created in {home}: {error.strerror}") from error
-    free = shutil.disk_usage(home).free
+    # What an earlier run left is either taken over or cleared.
+    free = shutil.disk_usage(home).free + sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
     if free < needed_bytes:
         raise UserError(
             f"output {output} needs {needed_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
             "free some space or choose another --output-dir"
         )
+
+
+def _require_ours(output: Path) -> None:
+    if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
+        raise UserError(f"output directory {output} holds something slimlm did not write: choose another")
 
 
 @contextmanager
@@ -98,20 +104,9 @@ def staged_output(output: Path, overwrite: bool = False, resume: bool = False) -
     where it is for another run to resume. Raises UserError when another run holds it.
     """
     staging = Staging(output)
-    try:
-        staging.root.mkdir(parents=True, exist_ok=True)
-        lock = os.open(staging.root / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise UserError(f"output directory {output} cannot be created: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another slimlm run is writing {output} (it holds {staging.root / LOCK_NAME})") from error
-        except OSError as error:
-            raise UserError(f"{staging.root / LOCK_NAME} cannot be locked: {error.strerror}") from error
-        if not _is_current(lock, staging.root / LOCK_NAME):
-            raise UserError(f"another slimlm run has just finished writing {output}")
+    with _locked(staging):
+        if staging.replaced.exists() and not output.exists():
+            staging.replaced.rename(output)  # a run died between taking the old output away and putting the new one
         if not resume:
             shutil.rmtree(staging.model, ignore_errors=True)
             shutil.rmtree(staging.work, ignore_errors=True)
@@ -119,8 +114,48 @@ def staged_output(output: Path, overwrite: bool = False, resume: bool = False) -
         staging.work.mkdir(exist_ok=True)
         yield staging
         _publish(staging, overwrite)
+
+
+def clear_leftovers(output: Path) -> None:
+    """Remove what a run that finished did not come to remove. Raises UserError when another run is at work there."""
+    staging = Staging(output)
+    if staging.root.exists():
+        with _locked(staging):
+            _remove(staging)
+
+
+@contextmanager
+def _locked(staging: Staging) -> Iterator[None]:
+    try:
+        staging.root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(staging.root / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise UserError(f"output directory {staging.output} cannot be created: {error.strerror}") from error
+    try:
+        _take(lock, staging)
+        yield
     finally:
         os.close(lock)
+
+
+def _take(lock: int, staging: Staging) -> None:
+    path = staging.root / LOCK_NAME
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another slimlm run is writing {staging.output} (it holds {path})") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be locked: {error.strerror}") from error
+    if not _is_current(lock, path):
+        raise UserError(f"another slimlm run has just finished writing {staging.output}")
+
+
+def _remove(staging: Staging) -> None:
+    """The lock goes last, so that whatever is left of the directory is still known as ours."""
+    for path in (staging.replaced, staging.work, staging.model):
+        shutil.rmtree(path, ignore_errors=True)
+    (staging.root / LOCK_NAME).unlink(missing_ok=True)
+    staging.root.rmdir()
 
 
 def _is_current(lock: int, path: Path) -> bool:
@@ -131,17 +166,13 @@ def _is_current(lock: int, path: Path) -> bool:
         return False
 
 
-def discard(output: Path) -> None:
-    """Remove what a run left to resume from."""
-    shutil.rmtree(Staging(output).root, ignore_errors=True)
-
-
 def _publish(staging: Staging, overwrite: bool) -> None:
     output = staging.output
-    for path in (*staging.model.iterdir(), staging.model):
+    for path in (*staging.model.rglob("*"), staging.model):
         sync(path)
     try:
         if overwrite and output.exists():
+            _require_ours(output)
             shutil.rmtree(staging.replaced, ignore_errors=True)
             output.rename(staging.replaced)
         staging.model.rename(output)
@@ -152,7 +183,7 @@ def _publish(staging: Staging, overwrite: bool) -> None:
             raise UserError(f"output {output} cannot take its name: {error.strerror}; resume with --resume") from error
         raise
     sync(output.parent)
-    shutil.rmtree(staging.root)
+    _remove(staging)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -59,6 +59,7 @@ def compare_streamed(
     ):
         for logits, tokens in zip(model.logits(stream), stream.tokens, strict=True):
             likelihood.add(logits, tokens)
+            del logits  # the next batch's are about to be computed
     return comparison
 
 

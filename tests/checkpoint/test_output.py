@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slimlm.checkpoint.output import LOCK_NAME, Staging, check_output, staged_output
+from slimlm.checkpoint.output import LOCK_NAME, Staging, check_output, clear_leftovers, staged_output
 from slimlm.errors import UserError
 
 
@@ -34,6 +34,7 @@ def test_an_interrupted_overwrite_leaves_the_old_output(tmp_path: Path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "file").write_text("old")
+    (output / "slimlm.json").write_text("{}")
     with pytest.raises(KeyboardInterrupt), staged_output(output, overwrite=True) as staging:
         (staging.model / "file").write_text("half")
         raise KeyboardInterrupt
@@ -48,6 +49,7 @@ def test_an_interruption_between_the_two_renames_puts_the_old_output_back(tmp_pa
     output = tmp_path / "out"
     output.mkdir()
     (output / "file").write_text("old")
+    (output / "slimlm.json").write_text("{}")
     original = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
@@ -63,6 +65,34 @@ def test_an_interruption_between_the_two_renames_puts_the_old_output_back(tmp_pa
     with staged_output(output, overwrite=True, resume=True):
         pass
     assert (output / "file").read_text() == "new"
+
+
+def test_an_old_output_that_a_death_between_the_renames_hid_comes_back(tmp_path: Path):
+    staging = Staging(tmp_path / "out")
+    staging.replaced.mkdir(parents=True)
+    (staging.replaced / "file").write_text("old")
+    with pytest.raises(RuntimeError), staged_output(staging.output):
+        raise RuntimeError
+    assert (staging.output / "file").read_text() == "old"
+
+
+def test_something_that_appeared_at_the_output_meanwhile_is_not_replaced(tmp_path: Path):
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match="did not write"), staged_output(output, overwrite=True):
+        output.mkdir()
+        (output / "mine").write_text("precious")
+    assert (output / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("left", [[], ["lock"], ["work"], ["model", "work", "lock"]])
+def test_whatever_a_death_leaves_of_the_staging_place_is_known_as_ours(tmp_path: Path, left: list[str]):
+    staging = Staging(tmp_path / "out")
+    staging.root.mkdir()
+    for name in left:
+        (staging.root / name).touch() if name == "lock" else (staging.root / name).mkdir()
+    check_output(staging.output, overwrite=False, inputs=[])
+    clear_leftovers(staging.output)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_that_its_holder_removed_meanwhile_is_not_taken_for_ours(tmp_path: Path, monkeypatch):
@@ -106,6 +136,7 @@ def test_outputs_that_cannot_be_are_refused_beforehand(tmp_path: Path):
     full.mkdir()
     (full / "x").write_text("x")
     (tmp_path / "theirs.partial").mkdir()
+    (tmp_path / "theirs.partial" / "precious").write_text("x")
     for output, overwrite, message in [
         (source, True, "is or holds an input"),
         (tmp_path, True, "is or holds an input"),
