@@ -56,7 +56,10 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -
     if sum(file.stat().st_size for file in resolved.path.glob("*.safetensors") if file.is_file()) > LARGE:
         return_memory_at_once()  # first of all: what is allocated before stays as it was
     output = output_of(recipe)
-    inputs = [resolved.path, *(Path(name) for name in (recipe.dataset, recipe.eval_text) if name)]
+    inputs = [
+        resolved.path,
+        *(Path(name) for name in (recipe.dataset, recipe.eval_text) if name and Path(name).exists()),
+    ]
     replaceable = overwrite or (resume and (output / MANIFEST_NAME).is_file())
     check_output(output, replaceable, inputs)
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
