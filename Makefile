@@ -16,6 +16,9 @@ demo: install
 	$(BIN)/slimlm compress --model llama --sparsity 0.25 --output-dir demo-out --overwrite
 	$(BIN)/slimlm eval demo-out --against llama
 
+# Two processes at once are many times slower when idle OpenMP threads spin.
+test test-slow demo: export OMP_WAIT_POLICY = passive
+
 test: install
 	$(BIN)/python -m pytest -m "not slow"
 

@@ -31,6 +31,8 @@ from slimlm.work import Work
 
 def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     """The same tensors, some of whose numbers will be zero. Raises UserError for a pattern no matrix has room for."""
+    if recipe.round_to:
+        raise UserError("--round-to is for methods that change widths; pruning keeps them")
     named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in _tied(model)}
     for name, tensor in named.items():
         if model.family.role(name) is None:

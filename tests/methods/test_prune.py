@@ -157,6 +157,8 @@ def test_bad_patterns_are_refused_by_name(tmp_path: Path, text: Path):
     path = build_tiny(config, tmp_path / "model")
     with pytest.raises(UserError, match="50 inputs, which pattern 2:4 does not divide"):
         compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="2:4"))
+    with pytest.raises(UserError, match="--round-to is for methods that change widths"):
+        compress(recipe_for(path, text, tmp_path / "out", method="magnitude", round_to=8))
     with pytest.raises(UserError, match="slice removes whole directions"):
         compress(recipe_for(path, text, tmp_path / "out", method="slice", pattern="2:4"))
     for pattern, message in [("4:2", "N must be smaller"), ("0:4", "pattern"), ("x", "pattern"), ("2:", "pattern")]:
