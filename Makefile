@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/slimlm eval demo-out --against llama
 
 # Two processes at once are many times slower when idle OpenMP threads spin.
-test test-slow demo: export OMP_WAIT_POLICY = passive
+test test-slow: export OMP_WAIT_POLICY = passive
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"
