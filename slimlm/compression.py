@@ -132,7 +132,7 @@ def _fingerprint(job: Job) -> dict[str, object]:
     settings = job.recipe.model_dump(exclude=names | ({"dataset"} if job.windows else set()))
     found = versions()
     return {
-        **{f"model {name}": digest for name, digest in job.model.checkpoint.hashes().items()},
+        **{f"model {name}": digest for name, digest in job.model.checkpoint.hashes.items()},
         **{f"recipe {name}": value for name, value in settings.items()},
         **{f"version {name}": found.get(name) for name in ("python", "slimlm", "torch", "transformers")},
         "calibration sha256": job.windows.sha256 if job.windows else None,
@@ -203,7 +203,7 @@ def _manifest(
             "path": str(job.resolved.path),
             "revision": job.resolved.revision,
             "model_type": job.model.config.model_type,
-            "sha256": job.model.checkpoint.hashes(),
+            "sha256": job.model.checkpoint.hashes,
         },
         "recipe": recipe.model_dump(exclude={"expected"}),
         "paper": job.method.paper,

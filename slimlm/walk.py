@@ -6,7 +6,7 @@ passes to its layers are exactly what the model would have used. Blocks then run
 only their own weights are in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -240,6 +240,17 @@ class StreamedModel:
                 passing = [_passing(hidden)] * len(self.blocks)
                 with self._replaced(passing):
                     yield self.model(inputs_embeds=hidden, use_cache=False).logits
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Inside the context, each module's function is called with (module, args) before the module runs."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _passing(hidden: Tensor) -> Any:

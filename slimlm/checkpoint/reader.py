@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -99,8 +100,9 @@ class Checkpoint:
         """Size of the weight files."""
         return sum((self.path / file).stat().st_size for file in self.files)
 
+    @cached_property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of config and weight files, by name."""
+        """SHA-256 of config and weight files, by name, as they were when first asked for."""
         return {name: file_hash(self.path / name) for name in ["config.json", *self.files]}
 
 

@@ -11,7 +11,6 @@ checkpoint keeps its size, and stock kernels their speed.
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 
@@ -25,7 +24,7 @@ from slimlm.families import Family
 from slimlm.linalg.masks import smallest, smallest_per_group, smallest_per_row, spread
 from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.recipe import Recipe
-from slimlm.walk import Stream, StreamedModel
+from slimlm.walk import Stream, StreamedModel, hooked
 from slimlm.work import Work
 
 
@@ -115,28 +114,17 @@ def _linears(block: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
 def _input_norms(model: StreamedModel, index: int, stream: Stream, block: nn.Module) -> dict[str, Tensor]:
     """For each linear of a block, the norm of every input over the stream's tokens: [in]. Raises RunFailure on NaN."""
     sums: dict[str, Tensor] = {}
-    with _observed(block, model.family, sums):
+
+    def observe(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+        squares = args[0].double().square().flatten(0, -2).sum(0)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    with hooked((linear, partial(observe, name=name)) for name, linear in _linears(block, model.family)):
         model.observe(index, stream)
     for name, value in sums.items():
         if not torch.isfinite(value).all():
             raise RunFailure(f"inputs of {model.family.block(index)}.{name} hold NaN or Inf")
     return {name: value.sqrt().float() for name, value in sums.items()}
-
-
-@contextmanager
-def _observed(block: nn.Module, family: Family, sums: dict[str, Tensor]) -> Iterator[None]:
-    def observe(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-        squares = args[0].double().square().flatten(0, -2).sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
-
-    handles = [
-        linear.register_forward_pre_hook(partial(observe, name=name)) for name, linear in _linears(block, family)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _unchanged(model: StreamedModel, part: str) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,6 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from slimlm.linalg.pca import principal_basis
 from slimlm.linalg.rotate import rotate_embedding, rotate_reader, rotate_writer
 from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.recipe import Recipe
-from slimlm.walk import StreamedModel
+from slimlm.walk import StreamedModel, hooked
 from slimlm.work import Work
 
 _RESIDUAL_AXIS = {"embedding": 1, "norm": 0, "reader": 1, "writer": 0, "final_norm": 0, "head": 1}
@@ -158,9 +157,16 @@ def collect_gram(model: StreamedModel, batches: list[Tensor], work: Work) -> Gra
     if state:
         gram.matrix, gram.tokens = state["gram"].to(model.device), int(state["tokens"])
         work.progress.step(first)
+
+    def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        gram.add(rms_normalise(args[0], eps))
+
     for index in range(first, len(model.blocks)):
         start = time.perf_counter()
-        with model.block(index) as block, _observed(block, model.family, gram, eps):
+        with (
+            model.block(index) as block,
+            hooked((block.get_submodule(norm.name), observe) for norm in model.family.norms),
+        ):
             model.advance(index, stream)
         work.save_stream("calibration", index, stream, {"gram": gram.matrix, "tokens": torch.tensor(gram.tokens)})
         work.progress.step()
@@ -168,19 +174,6 @@ def collect_gram(model: StreamedModel, batches: list[Tensor], work: Work) -> Gra
     for hidden in stream.hidden:
         gram.add(rms_normalise(hidden, eps))
     return gram
-
-
-@contextmanager
-def _observed(block: nn.Module, family: Family, gram: Gram, eps: float) -> Iterator[None]:
-    def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        gram.add(rms_normalise(args[0], eps))
-
-    handles = [block.get_submodule(norm.name).register_forward_pre_hook(observe) for norm in family.norms]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
