@@ -70,28 +70,29 @@ def _compress(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress)
         journal = Journal(staging.work, fingerprint)
         resumed = len(journal.records) > 1
         progress.log = staging.work / LOG_NAME
-        work = Work(CheckpointWriter(staging.model, job.plan.tensors), journal, progress)
-        windows = job.windows
-        if job.recipe.dataset == SELF:
-            windows = _timed(job, "sampling", lambda: _sampled(job, work))
-        batches = windows.batches(job.recipe.batch_size) if windows else []
-        outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, work))
-        work.writer.finish()
-        with disk_errors(staging.model):
-            job.plan.config.save_pretrained(staging.model)
-        copy_companions(job.resolved.path, staging.model)
-        comparison = _timed(job, "measuring", lambda: _measure(job, staging, outcome, progress))
-        job.seconds["total"] = time.perf_counter() - started
-        manifest = _manifest(job, staging, windows, outcome, comparison)
-        manifest["run"] |= {"memory_before_bytes": before, "resumed": resumed}
-        manifest["fingerprint"] = fingerprint
-        with disk_errors(staging.model):
-            write_manifest(staging.model, manifest)
-            write_card(staging.model, manifest)
-            write_recipe(staging.model, job)
-            if progress.log is not None:
-                shutil.copyfile(progress.log, staging.model / LOG_NAME)
-        work.journal.commit("complete")
+        with Work(CheckpointWriter(staging.model, job.plan.tensors), journal, progress) as work:
+            windows = job.windows
+            if job.recipe.dataset == SELF:
+                windows = _timed(job, "sampling", lambda: _sampled(job, work))
+            batches = windows.batches(job.recipe.batch_size) if windows else []
+            outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, work))
+            work.settle()
+            work.writer.finish()
+            with disk_errors(staging.model):
+                job.plan.config.save_pretrained(staging.model)
+            copy_companions(job.resolved.path, staging.model)
+            comparison = _timed(job, "measuring", lambda: _measure(job, staging, outcome, progress))
+            job.seconds["total"] = time.perf_counter() - started
+            manifest = _manifest(job, staging, windows, outcome, comparison)
+            manifest["run"] |= {"memory_before_bytes": before, "resumed": resumed}
+            manifest["fingerprint"] = fingerprint
+            with disk_errors(staging.model):
+                write_manifest(staging.model, manifest)
+                write_card(staging.model, manifest)
+                write_recipe(staging.model, job)
+                if progress.log is not None:
+                    shutil.copyfile(progress.log, staging.model / LOG_NAME)
+            work.journal.commit("complete")
     return CompressResult(job.output, manifest)
 
 

@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -12,6 +13,10 @@ import torch
 from slimlm.errors import UserError, one_line
 
 M_MMAP_THRESHOLD = -3  # glibc, malloc.h
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 
 
 def pick_device(device: str) -> torch.device:
@@ -44,10 +49,26 @@ def resident_memory() -> int:
 
 def available_memory(device: torch.device) -> dict[str, int]:
     """Bytes that a run could still take."""
-    available = {"host": int(psutil.virtual_memory().available)}
+    available = {"host": min(int(psutil.virtual_memory().available), _left_in_container())}
     if device.type == "cuda":
         available["gpu"] = int(torch.cuda.mem_get_info(device)[0])
     return available
+
+
+def _left_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process's control group (version 2 or 1) may still take, if there is a limit; else a huge number.
+
+    Cached file pages the kernel would give up first do not count as taken.
+    """
+    for limit, used, statistics in CGROUP_FILES:
+        try:
+            allowed = int((root / limit).read_text())
+            rows = dict(line.split() for line in (root / statistics).read_text().splitlines())
+            cached = int(rows.get("total_inactive_file") or rows["inactive_file"])
+            return max(0, allowed - int((root / used).read_text()) + cached)
+        except (OSError, ValueError, KeyError):  # no such version here, or "max"
+            continue
+    return sys.maxsize
 
 
 def return_memory_at_once() -> None:

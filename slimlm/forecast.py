@@ -17,7 +17,7 @@ import numpy
 import torch
 import yaml
 
-from slimlm.calibration import SELF
+from slimlm.calibration import SAMPLING_BATCH, SELF
 from slimlm.checkpoint.manifest import MANIFEST_NAME
 from slimlm.checkpoint.output import COMPANIONS
 from slimlm.checkpoint.reader import INDEX_NAME
@@ -52,12 +52,22 @@ def forecast(job: Job, progress: Progress) -> Forecast:
     seconds = run["seconds"]["total"] + (blocks - 1) * per_block + more_to_check * run["seconds"]["checking"]
     memory = dict(run["peak_memory_bytes"])
     if job.recipe.dataset == SELF:
-        # Sampling holds every block at once.
-        others = parameter_count(job.model.model) - manifest["parameters"]["dense"]
+        # Sampling holds every block at once, and their keys and values.
+        others = parameter_count(job.model.model) - manifest["parameters"]["dense"] + (blocks - 1) * _cached(job)
         memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
     disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + run["work_bytes"]
     progress.step()
     return Forecast(memory, disk, seconds)
+
+
+def _cached(job: Job) -> int:
+    """Elements of the keys and values one block keeps while calibration text is sampled."""
+    config, recipe = job.model.config, job.recipe
+    assert recipe.max_seq_length is not None
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    batch = min(SAMPLING_BATCH, recipe.num_calibration_samples)
+    return 2 * int(heads * width) * batch * recipe.max_seq_length
 
 
 def _probe(job: Job, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -7,7 +7,7 @@ only their own weights are in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from slimlm.activations import HiddenStates, InMemory
-from slimlm.checkpoint.hf_internals import load_tensors, module_names, release
+from slimlm.checkpoint.hf_internals import checkpoint_tensors, load_tensors, module_names, release
+from slimlm.checkpoint.lookup import looked_up
+from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, refuse_absurd_sizes
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family
+
+LARGE_TABLE = 1 << 26  # bytes of an embedding above which only the rows that are needed are read
+LARGE_LOGITS = 1 << 28  # bytes of logits held at once
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,16 @@ class StreamedModel:
             raise UserError(f"{config.model_type!r} model has no blocks at {family.blocks}")
         self.blocks: list[nn.Module] = list(blocks)
         self.keys_of = self._assign_keys()
+        self.ahead = Prefetch(checkpoint, self.device)
 
     def _assign_keys(self) -> dict[str, list[str]]:
         """File names of tensors by the part they belong to: a block's path, or the module's own path outside blocks."""
         names, self.fused = module_names(self.model, self.checkpoint.tensors)
         self.key_of = {name: key for key, name in names.items()}
+        for target, source in self.model.all_tied_weights_keys.items():
+            for name, other in ((target, source), (source, target)):
+                if other in self.key_of:
+                    self.key_of.setdefault(name, self.key_of[other])
         known = self.model.state_dict().keys()
         keys_of: dict[str, list[str]] = {}
         for key, name in names.items():
@@ -100,6 +110,15 @@ class StreamedModel:
     def checkpoint_tensor(self, name: str) -> Tensor:
         """A parameter by its module name, as stored. For those the file holds under one name of their own."""
         return self.checkpoint.read(self.key_of[name])
+
+    def file_name(self, name: str) -> str:
+        """The name in files of a module tensor that is neither fused nor split there."""
+        (key,) = checkpoint_tensors(self.model, {name: self.model.state_dict()[name]})
+        return key
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """A parameter by its module name, as stored, in runs of rows. For those the file holds as they are."""
+        return self.checkpoint.tensors[self.key_of[name]].chunks()
 
     def stored_dtype(self, key: str, requested: str = "auto") -> torch.dtype:
         """dtype to write a tensor in: the requested one, or what the checkpoint has it (or most of itself) in."""
@@ -128,7 +147,7 @@ class StreamedModel:
         """The named parts' weights in memory inside the context."""
         keys = [key for part in parts for key in self.keys_of.get(part, [])]
         try:
-            slices = {key: self.checkpoint.tensors[key] for key in keys}
+            slices = {key: self.ahead.take(key) for key in keys}
             load_tensors(self.model, slices, self.device, self.dtype)
             self.model.tie_weights(recompute_mapping=False)
             self._require_weights(parts)
@@ -147,9 +166,9 @@ class StreamedModel:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights in memory; the next one's are asked from the disk meanwhile."""
+        """Block `index` with its weights in memory; the next one's come meanwhile."""
         with self.loaded([self.family.block(index)]):
-            self.checkpoint.prefetch(self.keys_of.get(self.family.block(index + 1), []))
+            self.ahead.ask(self.keys_of.get(self.family.block(index + 1), []))
             yield self.blocks[index]
 
     @torch.no_grad()
@@ -159,13 +178,25 @@ class StreamedModel:
         hidden: where the hidden states are to wait between blocks; in memory by default.
         """
         stream = Stream([batch.to(self.device) for batch in batches], InMemory() if hidden is None else hidden)
-        parts = [part for part in self.outside if part not in (self.family.final_norm, self.family.head)]
-        with self.loaded(parts):
+        large = [name for name in self.family.embeddings if self._is_large(name)]
+        others = (self.family.final_norm, self.family.head, *large)
+        with ExitStack() as stack:
+            stack.enter_context(self.loaded([part for part in self.outside if part not in others]))
+            for name in large:
+                module = self.model.get_submodule(name)
+                stored = self.checkpoint.tensors[self.key_of[f"{name}.weight"]]
+                stack.enter_context(looked_up(module, stored, self.device, self.dtype))
             for tokens in stream.tokens:
                 first, calls = self._record(tokens)
                 stream.hidden.append(first)
                 stream.calls.append([_reuse(call, index, stream.calls) for index, call in enumerate(calls)])
         return stream
+
+    def _is_large(self, name: str) -> bool:
+        """Whether an embedding is to stay on disk while tokens are embedded."""
+        stored = self.checkpoint.tensors.get(self.key_of.get(f"{name}.weight", ""))
+        is_table = isinstance(self.model.get_submodule(name), nn.Embedding)
+        return stored is not None and is_table and stored.nbytes > LARGE_TABLE
 
     def _record(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
         calls: dict[int, BlockCall] = {}
@@ -229,17 +260,22 @@ class StreamedModel:
             yield out
 
     @torch.no_grad()
-    def logits(self, stream: Stream) -> Iterator[Tensor]:
-        """Per batch, the model's logits [batch, time, vocab] for a stream that went through all blocks.
+    def logits(self, stream: Stream) -> Iterator[tuple[int, slice, Tensor]]:
+        """Logits [batch, positions, vocab] of a stream that went through all blocks: (batch number, positions, logits).
 
-        The model's own forward runs around the blocks, so scaling and soft-capping of logits are its own.
+        As many positions at a time as make up to LARGE_LOGITS bytes in fp32, of each batch in turn. The model's own
+        forward runs around the blocks, so scaling and soft-capping of logits are its own.
         """
         others = [part for part in self.outside if part not in (*self.family.embeddings, *self.head_parts)]
         with self.loaded([*others, *self.head_parts]):
-            for hidden in stream.hidden:
-                passing = [_passing(hidden)] * len(self.blocks)
-                with self._replaced(passing):
-                    yield self.model(inputs_embeds=hidden, use_cache=False).logits
+            for number, hidden in enumerate(stream.hidden):
+                step = max(1, LARGE_LOGITS // (4 * hidden.shape[0] * self.config.vocab_size))
+                for start in range(0, hidden.shape[1], step):
+                    part = hidden[:, start : start + step]
+                    with self._replaced([_passing(part)] * len(self.blocks)):
+                        logits = self.model(inputs_embeds=part, use_cache=False).logits
+                    yield number, slice(start, start + part.shape[1]), logits
+                    del logits  # before the next are computed
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from slimlm.progress import Progress
 from slimlm.walk import Stream, StreamedModel
 
 logger = logging.getLogger(__name__)
+Rows = Iterator[Tensor]  # a tensor in runs of rows, for one too large to be held whole
 
 
 class Forgotten:
@@ -43,31 +45,49 @@ class Forgotten:
 
 @dataclass(frozen=True)
 class Work:
-    """What a method gets besides the model: a place for results, for finished steps, and for hidden states."""
+    """What a method gets besides the model: a place for results, for finished steps, and for hidden states.
+
+    Waiting for the disk to have a part, and recording it, happens beside the computing of the next.
+    """
 
     writer: CheckpointWriter
     journal: Journal
     progress: Progress
+    _flusher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="flush"))
+    _flushing: list[Future[None]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Wait until all that was written is on the disk and recorded; raises what went wrong there."""
+        while self._flushing:
+            self._flushing.pop().result()
 
     @property
     def directory(self) -> Path:
         return self.journal.directory
+
+    def __enter__(self) -> "Work":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flusher.shutdown(wait=True)  # nobody writes here any more once the directory is let go of
 
     def written(self, part: str) -> bool:
         """Whether an earlier process wrote this part of the model, and it is still what it was."""
         record = self.journal.last(f"written {part}")
         return record is not None and self.writer.holds(record["sha256"])
 
-    def write(self, model: StreamedModel, part: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write all tensors of a part, (module name, tensor) each, and record that it is finished.
+    def write(self, model: StreamedModel, part: str, tensors: Iterable[tuple[str, Tensor | Rows]]) -> None:
+        """Write all tensors of a part, (module name, tensor or its rows in runs) each, and record that it is finished.
 
         Each goes to disk as it comes, except in models whose file layout fuses several into one.
         """
-        groups = [dict(tensors)] if model.fused else ({name: tensor} for name, tensor in tensors)
         hashes = {}
-        for group in groups:
-            for key, tensor in checkpoint_tensors(model.model, group).items():
-                hashes[key] = self.writer.write(key, tensor)
+        for key, tensor in _as_stored(model, tensors):
+            hashes[key] = self.writer.write(key, tensor)
+        self.settle()
+        self._flushing.append(self._flusher.submit(self._flush, part, hashes))
+
+    def _flush(self, part: str, hashes: dict[str, str]) -> None:
         self.writer.sync(hashes)
         self.journal.commit(f"written {part}", sha256=hashes)
 
@@ -96,6 +116,7 @@ class Work:
         """Record that `block` is done: the hidden states leaving it, and the state that goes with them."""
         hidden = stream.hidden
         assert isinstance(hidden, Spilled)
+        self.settle()
         sync(hidden.file)
         self.journal.commit(
             f"stream {name}",
@@ -106,3 +127,18 @@ class Work:
             sha256=hidden.digest,
             state=self.journal.save(f"{name}-state.{block % 2}", state),
         )
+
+
+def _as_stored(
+    model: StreamedModel, tensors: Iterable[tuple[str, Tensor | Rows]]
+) -> Iterator[tuple[str, Tensor | Rows]]:
+    """Module tensors under the names and in the layout of the files."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            yield model.file_name(name), tensor
+        elif model.fused:
+            whole[name] = tensor
+        else:
+            yield from checkpoint_tensors(model.model, {name: tensor}).items()
+    yield from checkpoint_tensors(model.model, whole).items()

@@ -66,9 +66,9 @@ def tiny_llama(tmp_path: Path) -> Path:
     return build_tiny(CONFIGS["llama"], tmp_path / "llama")
 
 
-def stream(path: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
+def stream(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StreamedModel:
     config = load_config(path)
-    return StreamedModel(Checkpoint(path), config, family_of(config.model_type), dtype=dtype)
+    return StreamedModel(Checkpoint(path), config, family_of(config.model_type), device, dtype)
 
 
 def random_tokens(count: int = 5, length: int = 24, seed: int = 1) -> torch.Tensor:

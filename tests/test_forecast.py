@@ -6,6 +6,7 @@ import pytest
 
 import slimlm.forecast as forecast_module
 from slimlm.compression import compress
+from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
 from slimlm.forecast import Forecast, forecast, require_memory
 from slimlm.prepare import prepare
@@ -88,3 +89,16 @@ def test_a_probe_that_fails_says_why(recipe: Recipe, tmp_path: Path):
     (tmp_path / "model" / "tokenizer.json").unlink()
     with pytest.raises(RunFailure, match="probe of one block failed: slimlm: .*tokenizer"):
         forecast(job, Progress())
+
+
+@pytest.mark.parametrize("prefix", ["memory.{}", "memory/memory.{}"])
+def test_a_containers_limit_counts_less_what_is_taken_but_for_cached_files(tmp_path: Path, prefix: str):
+    old = "/" in prefix
+    files = {"limit_in_bytes" if old else "max": "1000", "usage_in_bytes" if old else "current": "700"}
+    files["stat"] = "anon 5\n" + ("inactive_file 1\ntotal_inactive_file 300" if old else "inactive_file 300")
+    for name, text in files.items():
+        path = tmp_path / prefix.format(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert _left_in_container(tmp_path) == 600
+    assert _left_in_container(tmp_path / "none") > 2**60

@@ -98,7 +98,7 @@ def test_death_inside_a_tensors_write(recipe: Recipe, undisturbed, monkeypatch, 
 
         def torn(self, name, tensor):
             if next(calls) == number:
-                original(self, name, torch.full_like(tensor, 7.0))  # garbage where half a tensor would be
+                original(self, name, torch.full(self.places[name].shape, 7.0))  # where half a tensor would be
                 raise Killed
             return original(self, name, tensor)
 

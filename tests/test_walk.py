@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig
 
+from slimlm import walk
+from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import FAMILIES
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
@@ -17,7 +19,10 @@ def walked_logits(model, batches):
     for index in range(len(model.blocks)):
         with model.block(index):
             model.advance(index, flow)
-    return list(model.logits(flow))
+    found: dict[int, list[torch.Tensor]] = {}
+    for number, _, logits in model.logits(flow):
+        found.setdefault(number, []).append(logits)
+    return [torch.cat(parts, dim=1) for parts in found.values()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -25,6 +30,39 @@ def test_a_walk_that_changes_nothing_gives_the_models_own_logits_exactly(tiny: P
     batches = list(random_tokens(5, 24).split(2))
     for got, tokens in zip(walked_logits(stream(tiny, dtype), batches), batches, strict=True):
         assert torch.equal(got, logits_of(tiny, tokens, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tables_and_logits_go_in_pieces_without_changing_anything(
+    tiny: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    whole = walked_logits(stream(tiny, dtype), [random_tokens(3, 24)])
+    monkeypatch.setattr(walk, "LARGE_TABLE", 0)
+    monkeypatch.setattr(walk, "LARGE_LOGITS", 4 * 3 * 7 * stream(tiny).config.vocab_size)
+    model = stream(tiny, dtype)
+    (pieces,) = walked_logits(model, [random_tokens(3, 24)])
+    assert torch.allclose(pieces.float(), whole[0].float(), atol=1e-5)
+    assert all(parameter.is_meta for parameter in model.model.parameters())
+    sizes = [part.shape[1] for _, _, part in model.logits(model.embed([random_tokens(3, 24)]))]
+    assert sizes == [7, 7, 7, 3]
+
+
+def test_a_block_fetched_ahead_is_the_block(tiny: Path):
+    batches = [random_tokens(2, 16)]
+    expected = walked_logits(stream(tiny), batches)
+    model = stream(tiny)
+    model.ahead = Prefetch(model.checkpoint, model.device, threaded=True)
+    assert torch.equal(walked_logits(model, batches)[0], expected[0])
+    assert not model.ahead.coming  # all that was asked for was used
+    with model.block(0):
+        assert set(model.ahead.coming) == set(model.keys_of[model.family.block(1)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_the_walk_is_the_models_too(tiny: Path):
+    model = stream(tiny, device="cuda")
+    got = walked_logits(model, [random_tokens(2, 16)])[0].cpu()
+    assert torch.allclose(got, walked_logits(stream(tiny), [random_tokens(2, 16)])[0], atol=1e-3)
 
 
 def test_only_the_part_in_use_is_in_memory(tiny_llama: Path):

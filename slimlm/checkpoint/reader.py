@@ -16,7 +16,6 @@ from slimlm.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-SCAN_ELEMENTS = 1 << 22
 
 
 class Checkpoint:
@@ -77,12 +76,11 @@ class Checkpoint:
     def check_finite(self, advance: Callable[[int], None] = lambda done: None) -> None:
         """Read every weight once. Raises UserError naming the first tensor that holds NaN or Inf."""
         for key, stored in self.tensors.items():
-            tensor = stored.read()
-            for chunk in tensor.reshape(-1).split(SCAN_ELEMENTS):
+            for chunk in stored.chunks():
                 if chunk.is_floating_point() and not torch.isfinite(chunk).all():
                     what = "NaN" if torch.isnan(chunk).any() else "Inf"
                     raise UserError(f"tensor {key} in {stored.path} holds {what}")
-            advance(tensor.numel())
+                advance(chunk.numel())
 
     @property
     def main_dtype(self) -> torch.dtype:

@@ -6,7 +6,9 @@ reads cost the tensor and nothing else, and leave the operating system to cache 
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+CHUNK_BYTES = 1 << 24
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -55,19 +58,49 @@ class StoredTensor:
     def get_dtype(self) -> str:
         return DTYPE_NAMES[self.dtype]
 
-    def read(self) -> Tensor:
-        """The tensor. Raises UserError when the file has become shorter than its header says."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        target = tensor.reshape(-1).view(torch.uint8).numpy().data
+    def read(self, pinned: bool = False) -> Tensor:
+        """The tensor, for fast copies to a GPU in pinned memory.
+
+        Raises UserError when the file has become shorter than its header says.
+        """
+        tensor = torch.empty(self.shape, dtype=self.dtype, pin_memory=pinned)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            done = 0
-            while done < self.nbytes:
-                count = file.readinto(target[done:])
-                if not count:
-                    raise UserError(f"{self.path} ends inside a tensor: fetch it again")
-                done += count
+            self._fill(file, self.offset, tensor)
         return tensor
+
+    def read_rows(self, rows: Sequence[int]) -> Tensor:
+        """The given rows of the first axis, in that order. Raises IndexError for one that is not there."""
+        tensor = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
+        size = self.nbytes // self.shape[0]
+        with self.path.open("rb", buffering=0) as file:
+            for target, row in zip(tensor, rows, strict=True):
+                if not 0 <= row < self.shape[0]:
+                    raise IndexError(f"row {row} of a tensor with {self.shape[0]}")
+                self._fill(file, self.offset + row * size, target)
+        return tensor
+
+    def chunks(self, limit: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        """The tensor in runs of rows of at most `limit` bytes (one row at least)."""
+        if not self.shape:
+            yield self.read()
+            return
+        size = max(1, self.nbytes // max(1, self.shape[0]))
+        step = max(1, limit // size)
+        with self.path.open("rb", buffering=0) as file:
+            for start in range(0, self.shape[0], step):
+                chunk = torch.empty((min(step, self.shape[0] - start), *self.shape[1:]), dtype=self.dtype)
+                self._fill(file, self.offset + start * size, chunk)
+                yield chunk
+
+    def _fill(self, file: FileIO, offset: int, tensor: Tensor) -> None:
+        target = tensor.reshape(-1).view(torch.uint8).numpy().data
+        file.seek(offset)
+        done = 0
+        while done < len(target):
+            count = file.readinto(target[done:])
+            if not count:
+                raise UserError(f"{self.path} ends inside a tensor: fetch it again")
+            done += count
 
     def prefetch(self) -> None:
         """Ask the operating system to have the bytes in its cache soon."""

@@ -8,7 +8,7 @@ numbered shards with an index.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,24 +80,38 @@ class CheckpointWriter:
             spec = self.specs[name]
             self.places[name] = StoredTensor(path, len(front) + offsets[name], spec.shape, spec.dtype)
 
-    def write(self, name: str, tensor: Tensor) -> str:
-        """Put one tensor in its place, cast to the planned dtype; its SHA-256. Raises ValueError for another shape."""
+    def write(self, name: str, tensor: Tensor | Iterator[Tensor]) -> str:
+        """Put one tensor, whole or in runs of rows, in its place, cast to the planned dtype; its SHA-256.
+
+        Raises ValueError for another shape.
+        """
         place = self.places[name]
-        if tuple(tensor.shape) != place.shape:
-            raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, planned {list(place.shape)}")
-        cast = tensor.detach().to(device="cpu", dtype=place.dtype)
-        if cast.is_floating_point() and not torch.isfinite(cast).all():
-            raise RunFailure(f"tensor {name} is not finite in {place.dtype}: write another --dtype")
-        data = _bytes_of(cast)
+        digest = hashlib.sha256()
+        rows = 0
         with disk_errors(place.path), place.path.open("r+b") as file:
             file.seek(place.offset)
-            file.write(data)
+            for chunk in [tensor] if isinstance(tensor, Tensor) else tensor:
+                rows += chunk.shape[0] if chunk.ndim else 1
+                if chunk.shape[1:] != place.shape[1:] or rows > (place.shape or (1,))[0]:
+                    raise ValueError(f"tensor {name} has shape {list(chunk.shape)}, planned {list(place.shape)}")
+                data = _bytes_of(self._cast(name, chunk))
+                file.write(data)
+                digest.update(data)
+        if rows != (place.shape or (1,))[0]:
+            raise ValueError(f"tensor {name} has {rows} rows, planned {list(place.shape)}")
         self.missing.discard(name)
-        return hashlib.sha256(data).hexdigest()
+        return digest.hexdigest()
+
+    def _cast(self, name: str, tensor: Tensor) -> Tensor:
+        dtype = self.places[name].dtype
+        cast = tensor.detach().to(device="cpu", dtype=dtype)
+        if cast.is_floating_point() and not torch.isfinite(cast).all():
+            raise RunFailure(f"tensor {name} is not finite in {dtype}: write another --dtype")
+        return cast
 
     def holds(self, hashes: Mapping[str, str]) -> bool:
         """Whether tensors an earlier process wrote are in place, by their SHA-256; if so they count as written."""
-        if not all(hashlib.sha256(_bytes_of(self.places[name].read())).hexdigest() == hashes[name] for name in hashes):
+        if not all(_hash_of(self.places[name]) == hashes[name] for name in hashes):
             return False
         self.missing -= hashes.keys()
         return True
@@ -122,6 +136,13 @@ class CheckpointWriter:
             with disk_errors(path):
                 path.write_text(json.dumps(index, indent=2) + "\n")
         self.sync(self.places)
+
+
+def _hash_of(place: StoredTensor) -> str:
+    digest = hashlib.sha256()
+    for chunk in place.chunks():
+        digest.update(_bytes_of(chunk))
+    return digest.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -28,12 +28,15 @@ class LogLikelihood:
 
     def add(self, logits: Tensor, tokens: Tensor) -> None:
         """logits: [batch, time, vocab] for tokens: [batch, time]; positions 1.. are predicted from those before."""
-        nll = window_nll(logits, tokens)
+        self.count(window_nll(logits[:, :-1], tokens[:, 1:]), tokens.shape[1] - 1)
+
+    def count(self, nll: Tensor, predicted: int) -> None:
+        """nll: [batch], each window's sum over its `predicted` tokens. Raises RunFailure when one is not finite."""
         if not torch.isfinite(nll).all():
             raise RunFailure("the model's log-likelihood is NaN or Inf: its weights or dtype are broken")
         self.nll += float(nll.sum())
-        self.tokens += tokens.shape[0] * (tokens.shape[1] - 1)
-        self.window_means += (nll / (tokens.shape[1] - 1)).tolist()
+        self.tokens += nll.shape[0] * predicted
+        self.window_means += (nll / predicted).tolist()
 
     @property
     def mean(self) -> float:
@@ -61,17 +64,17 @@ class LogLikelihood:
         }
 
 
-def window_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood of tokens: [batch, time] under logits: [batch, time, vocab]; fp64 [batch]."""
+def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of targets: [batch, time] under logits: [batch, time, vocab]; fp64 [batch]."""
     windows = []
-    for scores, targets in zip(
-        logits, tokens, strict=True
+    for scores, wanted in zip(
+        logits, targets, strict=True
     ):  # a window at a time: logits are the largest tensor there is
-        parts = zip(scores[:-1].split(LOSS_CHUNK), targets[1:].split(LOSS_CHUNK), strict=True)
+        parts = zip(scores.split(LOSS_CHUNK), wanted.split(LOSS_CHUNK), strict=True)
         windows.append(
             sum(cross_entropy(part.float(), target, reduction="none").double().sum() for part, target in parts)
         )
-    return torch.stack([torch.as_tensor(window) for window in windows])
+    return torch.stack([torch.as_tensor(window, dtype=torch.float64) for window in windows])
 
 
 @torch.no_grad()

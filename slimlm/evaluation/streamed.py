@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimlm.activations import HiddenStates, InMemory
 from slimlm.errors import UserError
-from slimlm.evaluation.perplexity import LogLikelihood
+from slimlm.evaluation.perplexity import LogLikelihood, window_nll
 from slimlm.progress import Progress
 from slimlm.walk import Stream, StreamedModel
 
@@ -57,10 +57,20 @@ def compare_streamed(
     for model, stream, likelihood in zip(
         (dense, compressed), streams, (comparison.dense, comparison.compressed), strict=True
     ):
-        for logits, tokens in zip(model.logits(stream), stream.tokens, strict=True):
-            likelihood.add(logits, tokens)
-            del logits  # the next batch's are about to be computed
+        add_likelihood(model, stream, likelihood)
     return comparison
+
+
+def add_likelihood(model: StreamedModel, stream: Stream, likelihood: LogLikelihood) -> None:
+    """Add what the model makes of a stream that went through all its blocks."""
+    nll = [torch.zeros(tokens.shape[0], dtype=torch.float64, device=model.device) for tokens in stream.tokens]
+    for number, positions, logits in model.logits(stream):
+        targets = stream.tokens[number][:, 1:][:, positions]
+        if targets.shape[1]:
+            nll[number] += window_nll(logits[:, : targets.shape[1]], targets)
+        del logits  # before the next are computed
+    for sums, tokens in zip(nll, stream.tokens, strict=True):
+        likelihood.count(sums, tokens.shape[1] - 1)
 
 
 def relative_error(dense: Stream, compressed: Stream, basis: Tensor | None) -> float:

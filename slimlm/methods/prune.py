@@ -25,7 +25,7 @@ from slimlm.linalg.masks import smallest, smallest_per_group, smallest_per_row, 
 from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.recipe import Recipe
 from slimlm.walk import Stream, StreamedModel, hooked
-from slimlm.work import Work
+from slimlm.work import Rows, Work
 
 
 def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
@@ -61,8 +61,7 @@ def run_prune(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
     """Prune block after block; with activations, each block sees what the pruned blocks before it pass on."""
     for part in model.outside:
         if not work.written(part):
-            with model.loaded([part]):
-                work.write(model, part, _unchanged(model, part))
+            work.write(model, part, _unchanged(model, part))
     work.progress.stage("pruning", len(model.blocks))
     stream, first = None, 0
     if by_activation:
@@ -127,10 +126,10 @@ def _input_norms(model: StreamedModel, index: int, stream: Stream, block: nn.Mod
     return {name: value.sqrt().float() for name, value in sums.items()}
 
 
-def _unchanged(model: StreamedModel, part: str) -> Iterator[tuple[str, Tensor]]:
-    for name, value in model.model.get_submodule(part).named_parameters():
+def _unchanged(model: StreamedModel, part: str) -> Iterator[tuple[str, Rows]]:
+    for name, _ in model.model.get_submodule(part).named_parameters():
         if f"{part}.{name}" not in _tied(model):
-            yield f"{part}.{name}", value
+            yield f"{part}.{name}", model.chunks(f"{part}.{name}")
 
 
 def _zeros_written(model: StreamedModel, work: Work) -> float:

@@ -27,7 +27,7 @@ from slimlm.linalg.rotate import rotate_embedding, rotate_reader, rotate_writer
 from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel, hooked
-from slimlm.work import Work
+from slimlm.work import Rows, Work
 
 _RESIDUAL_AXIS = {"embedding": 1, "norm": 0, "reader": 1, "writer": 0, "final_norm": 0, "head": 1}
 
@@ -182,30 +182,25 @@ def rewrite(model: StreamedModel, basis: Tensor, keeps_tie: bool, work: Work) ->
     family = model.family
     work.progress.stage("slicing", len(model.blocks) + len(family.embeddings) + 1)
     for name in family.embeddings:
-        _rewrite_part(model, work, name, [name], _slice_embedding(model, name, basis))
-    head_parts = [family.final_norm, *([] if keeps_tie else model.head_parts)]
-    _rewrite_part(model, work, family.head, head_parts, _slice_head(model, basis, keeps_tie))
+        _write_part(model, work, name, _slice_embedding(model, name, basis))
+    _write_part(model, work, family.head, _slice_head(model, basis, keeps_tie))
     for index in range(len(model.blocks)):
-        part = family.block(index)
-        _rewrite_part(model, work, part, [part], _slice_block_of(model, part, basis))
+        _write_part(model, work, family.block(index), _slice_block_of(model, index, basis))
 
 
-def _rewrite_part(
-    model: StreamedModel, work: Work, name: str, parts: list[str], tensors: Iterator[tuple[str, Tensor]]
-) -> None:
-    """tensors: a generator that looks at the weights only once they are loaded."""
+def _write_part(model: StreamedModel, work: Work, name: str, tensors: Iterator[tuple[str, Tensor | Rows]]) -> None:
+    """tensors: a generator, not begun when an earlier process has written the part."""
     start = time.perf_counter()
     if not work.written(name):
-        with model.loaded(parts):
-            work.write(model, name, tensors)
+        work.write(model, name, tensors)
         work.progress.done("sliced", name, time.perf_counter() - start)
     work.progress.step()
 
 
-def _slice_block_of(model: StreamedModel, part: str, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
-    weights = dict(model.model.get_submodule(part).named_parameters())
-    for name, tensor in slice_block(weights, model.family, basis):
-        yield f"{part}.{name}", tensor
+def _slice_block_of(model: StreamedModel, index: int, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
+    with model.block(index) as block:
+        for name, tensor in slice_block(dict(block.named_parameters()), model.family, basis):
+            yield f"{model.family.block(index)}.{name}", tensor
 
 
 def slice_block(weights: dict[str, Tensor], family: Family, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -226,23 +221,24 @@ def slice_block(weights: dict[str, Tensor], family: Family, basis: Tensor) -> It
                 yield name, rotate_writer(weights[name].float(), basis)
 
 
-def _slice_embedding(model: StreamedModel, name: str, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
-    yield f"{name}.weight", rotate_embedding(model.model.get_submodule(name).weight.float(), basis)
+def _slice_embedding(model: StreamedModel, name: str, basis: Tensor) -> Iterator[tuple[str, Rows]]:
+    weight = f"{name}.weight"
+    yield weight, (rotate_embedding(rows.to(basis.device).float(), basis) for rows in model.chunks(weight))
 
 
-def _slice_head(model: StreamedModel, basis: Tensor, keeps_tie: bool) -> Iterator[tuple[str, Tensor]]:
+def _slice_head(model: StreamedModel, basis: Tensor, keeps_tie: bool) -> Iterator[tuple[str, Tensor | Rows]]:
     """Final norm and head. A head that stays tied leaves the constant gain in the norm."""
-    family, network = model.family, model.model
+    family = model.family
     hidden, width = basis.shape
-    gain = network.get_submodule(family.final_norm).weight.float()
+    gain = model.checkpoint_tensor(f"{family.final_norm}.weight").to(basis.device).float()
     if keeps_tie:
         yield f"{family.final_norm}.weight", gain[:1].expand(width) * math.sqrt(hidden / width)
         return
-    head = network.get_submodule(family.head)
     yield f"{family.final_norm}.weight", gain.new_ones(width)
-    yield f"{family.head}.weight", rotate_reader(head.weight.float(), gain, basis)
-    if head.bias is not None:
-        yield f"{family.head}.bias", head.bias
+    weight = f"{family.head}.weight"
+    yield weight, (rotate_reader(rows.to(basis.device).float(), gain, basis) for rows in model.chunks(weight))
+    if f"{family.head}.bias" in model.key_of:
+        yield f"{family.head}.bias", model.checkpoint_tensor(f"{family.head}.bias")
 
 
 SLICE = Method(

@@ -47,6 +47,32 @@ def test_one_shard_is_byte_for_byte_what_save_file_writes(tmp_path: Path):
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "reference.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("limit", [1, 7, 24, 1000])
+def test_a_tensor_in_runs_of_rows_is_the_tensor(tmp_path: Path, limit: int):
+    tensor = torch.arange(35, dtype=torch.float16).view(7, 5)
+    save_file({"x": tensor}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    stored = Checkpoint(tmp_path).tensors["x"]
+    chunks = list(stored.chunks(limit))
+    assert torch.equal(torch.cat(chunks), tensor)
+    assert all(chunk.nbytes <= max(limit, 10) for chunk in chunks)
+    assert torch.equal(stored.read_rows([6, 0, 3]), tensor[[6, 0, 3]])
+    with pytest.raises(IndexError):
+        stored.read_rows([7])
+    (tmp_path / "copy").mkdir()
+    writer = CheckpointWriter(tmp_path / "copy", {"x": TensorSpec((7, 5), torch.float16)})
+    digest = writer.write("x", iter(chunks))
+    assert writer.holds({"x": digest})
+    assert digest == writer.write("x", tensor)
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("rows", [[2], [2, 3, 4], []])
+def test_too_few_or_too_many_rows_are_an_error(tmp_path: Path, rows: list[int]):
+    writer = CheckpointWriter(tmp_path, {"x": TensorSpec((7, 2), torch.float32)})
+    with pytest.raises(ValueError, match="planned"):
+        writer.write("x", (torch.zeros(count, 2) for count in rows))
+
+
 def test_shards_have_an_index_with_the_total_size(tmp_path: Path):
     specs = {f"t{number}": TensorSpec((8,), torch.float32) for number in range(5)}
     writer = CheckpointWriter(tmp_path, specs, max_shard_bytes=64)
