@@ -20,7 +20,6 @@ from slimlm.checkpoint.manifest import Manifest, read_manifest, versions, write_
 from slimlm.checkpoint.output import Staging, clear_leftovers, copy_companions, staged_output
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import parameter_count
-from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.device import machine, peak_memory, resident_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.evaluation.streamed import Comparison, compare_streamed
@@ -70,7 +69,7 @@ def _compress(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress)
         journal = Journal(staging.work, fingerprint)
         resumed = len(journal.records) > 1
         progress.log = staging.work / LOG_NAME
-        with Work(CheckpointWriter(staging.model, job.plan.tensors), journal, progress) as work:
+        with Work(staging.model, journal, progress) as work:
             windows = job.windows
             if job.recipe.dataset == SELF:
                 windows = _timed(job, "sampling", lambda: _sampled(job, work))
@@ -79,7 +78,7 @@ def _compress(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress)
             work.settle()
             work.writer.finish()
             with disk_errors(staging.model):
-                job.plan.config.save_pretrained(staging.model)
+                outcome.plan.config.save_pretrained(staging.model)
             copy_companions(job.resolved.path, staging.model)
             comparison = _timed(job, "measuring", lambda: _measure(job, staging, outcome, progress))
             job.seconds["total"] = time.perf_counter() - started
@@ -176,7 +175,7 @@ def _measure(job: Job, staging: Staging, outcome: Outcome, progress: Progress) -
     batches = list(job.test.tokens.split(job.recipe.batch_size))
     hidden = [Spilled(staging.work / name, job.model.device) for name in ("dense", "compressed")]
     try:
-        comparison = compare_streamed(dense, compressed, batches, outcome.basis, progress, hidden)
+        comparison = compare_streamed(dense, compressed, batches, outcome.basis, progress, hidden, outcome.blocks)
     except RunFailure as error:
         raise RunFailure(
             f"measuring failed: {error}; the compression itself is done: "
@@ -195,7 +194,7 @@ def _timed(job: Job, name: str, work: Callable[[], Result]) -> Result:
 def _manifest(
     job: Job, staging: Staging, windows: Windows | None, outcome: Outcome, comparison: Comparison | None
 ) -> Manifest:
-    dense, plan, recipe = parameter_count(job.model.model), job.plan, job.recipe
+    dense, plan, recipe = parameter_count(job.model.model), outcome.plan, job.recipe
     removed = 1 - plan.parameters / dense
     return {
         "model": {

@@ -85,6 +85,7 @@ def describe(plan: Plan, model: StreamedModel, size: int) -> list[str]:
         f"parameters: {dense:,} -> {plan.parameters:,} ({plan.parameters / dense - 1:+.1%}); "
         f"weights: {model.checkpoint.bytes_on_disk() / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
         *(f"{name}: {before} -> {after}" for name, (before, after) in plan.changes.items()),
+        *([plan.remark] if plan.remark else []),
     ]
 
 

@@ -28,9 +28,18 @@ class Recipe(BaseModel):
     )
     pattern: str | None = Field(None, description="pruning: keep N weights of every M neighbours, as in 2:4")
     round_to: int | None = Field(
+        None, ge=1, description="slicing: new widths are multiples of this; by default of 8, or of 4, 2, 1 to get there"
+    )
+    widths: str | None = Field(
         None,
-        ge=1,
-        description="new widths are multiples of this; by default of the largest power of two that gets there",
+        description="slicing: widths by hand instead of by the loss, as in hidden=224,mlp=496 (also groups, blocks)",
+    )
+    budget: Literal["all", "hidden"] = Field(
+        "all", description="slicing: spend the sparsity over all widths, or on hidden_size alone"
+    )
+    refit: bool = Field(True, description="slicing: refit the weights to the sliced stream; needs no gradients")
+    weighting: Literal["loss", "none"] = Field(
+        "loss", description="slicing: weigh directions by what the loss feels, or by the size of the stream alone"
     )
 
     dataset: str | None = Field(
@@ -62,6 +71,20 @@ class Recipe(BaseModel):
         """(N kept, of M) of the pattern."""
         keep, _, group = (self.pattern or "").partition(":")
         return int(keep), int(group)
+
+    @property
+    def width_sizes(self) -> dict[str, int]:
+        """The widths set by hand."""
+        pairs = (pair.partition("=") for pair in (self.widths or "").split(",") if pair)
+        return {name.strip(): int(width) for name, _, width in pairs}
+
+    @field_validator("widths")
+    @classmethod
+    def _widths_of_known_axes(cls, value: str | None) -> str | None:
+        for pair in value.split(",") if value else ():
+            if not re.fullmatch(r"\s*(hidden|mlp|groups|blocks)=[1-9]\d*\s*", pair):
+                raise ValueError(f"widths are like hidden=224,mlp=496,groups=2,blocks=6, not {pair!r}")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -6,10 +6,10 @@ passes to its layers are exactly what the model would have used. Blocks then run
 only their own weights are in memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,30 +23,11 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, refuse_absurd_sizes
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family
+from slimlm.linalg.likelihood import window_nll
+from slimlm.stream import BlockCall, Stream, hooked, owner_of, put, reuse
 
 LARGE_TABLE = 1 << 26  # bytes of an embedding above which only the rows that are needed are read
 LARGE_LOGITS = 1 << 28  # bytes of logits held at once
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """What one block gets besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass
-class Stream:
-    """The residual stream of a set of windows, on its way through the blocks.
-
-    tokens: per batch, [batch, time]. hidden: per batch, [batch, time, hidden], entering the next block.
-    calls: per batch, per block; batches whose arguments are equal share one object.
-    """
-
-    tokens: list[Tensor]
-    hidden: HiddenStates = field(default_factory=InMemory)
-    calls: list[list[BlockCall]] = field(default_factory=list)
 
 
 class _Stop(Exception):
@@ -171,6 +152,22 @@ class StreamedModel:
             self.ahead.ask(self.keys_of.get(self.family.block(index + 1), []))
             yield self.blocks[index]
 
+    @contextmanager
+    def placed(self, part: str, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """A part with the given weights, by name within it, inside the context; they may be wider than its config says.
+
+        Weights that are not given are on meta as ever.
+        """
+        module = self.model.get_submodule(part)
+        before = {name: (owner_of(module, name), module.get_parameter(name)) for name in tensors}
+        try:
+            for name, tensor in tensors.items():
+                put(module, name, tensor.to(self.device, self.dtype))
+            yield module
+        finally:
+            for name, (owner, parameter) in before.items():
+                owner._parameters[name.rpartition(".")[2]] = parameter
+
     @torch.no_grad()
     def embed(self, batches: Sequence[Tensor], hidden: HiddenStates | None = None) -> Stream:
         """Start a stream for batches of tokens [batch, time]: what enters block 0, and every block's arguments.
@@ -189,7 +186,7 @@ class StreamedModel:
             for tokens in stream.tokens:
                 first, calls = self._record(tokens)
                 stream.hidden.append(first)
-                stream.calls.append([_reuse(call, index, stream.calls) for index, call in enumerate(calls)])
+                stream.calls.append([reuse(call, index, stream.calls) for index, call in enumerate(calls)])
         return stream
 
     def _is_large(self, name: str) -> bool:
@@ -231,83 +228,104 @@ class StreamedModel:
             for block in self.blocks:
                 del block.forward
 
-    def advance(self, index: int, stream: Stream) -> None:
-        """Run block `index` (its weights loaded) over the whole stream, in place.
+    def advance(
+        self, index: int, stream: Stream, watch: Callable[[Tensor, Tensor], None] = lambda before, after: None
+    ) -> None:
+        """Run block `index` (its weights loaded) over the whole stream, in place; `watch` sees what goes in and out.
 
         Raises RunFailure naming the block when activations stop being finite.
         """
-        for number, out in enumerate(self._outputs(index, stream)):
-            stream.hidden.replace(number, out)
+        for number, before in enumerate(stream.hidden):
+            with torch.no_grad():
+                after = self.run(index, before, stream.calls[number][index])
+            watch(before, after)
+            stream.hidden.replace(number, after)
         stream.hidden.turn()
 
     def observe(self, index: int, stream: Stream) -> None:
         """Run block `index` over the stream for what hooks on it see; the stream stays where it is."""
-        for _ in self._outputs(index, stream):
-            pass
-
-    @torch.no_grad()
-    def _outputs(self, index: int, stream: Stream) -> Iterator[Tensor]:
-        block = self.blocks[index]
         for number, hidden in enumerate(stream.hidden):
-            call = stream.calls[number][index]
-            out = block(hidden, *call.args, **call.kwargs)
-            out = out[0] if isinstance(out, tuple) else out
-            if not torch.isfinite(out).all():
-                raise RunFailure(
-                    f"activations leaving {self.family.block(index)} hold NaN or Inf in {self.dtype}: "
-                    "the weights are broken, or this dtype is too narrow for them"
-                )
-            yield out
+            with torch.no_grad():
+                self.run(index, hidden, stream.calls[number][index])
 
     @torch.no_grad()
+    def inputs(self, index: int, stream: Stream, number: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """What the named modules of block `index` get of batch `number`, the block running no further than they need.
+
+        The name "" stands for what comes out of the block.
+        """
+        found: dict[str, Tensor] = {}
+
+        def tap(_: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+            found[name] = args[0]
+            if len(found) == len(names):
+                raise _Stop
+
+        block = self.blocks[index]
+        taps = [(block.get_submodule(name), partial(tap, name=name)) for name in names if name]
+        with hooked(taps), suppress(_Stop):
+            found[""] = self.run(index, stream.hidden[number], stream.calls[number][index])
+        return found
+
+    def run(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+        """Block `index` (its weights loaded) on one batch of hidden states [batch, time, hidden]."""
+        out = self.blocks[index](hidden, *call.args, **call.kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        if not torch.isfinite(out).all():
+            raise RunFailure(
+                f"activations leaving {self.family.block(index)} hold NaN or Inf in {self.dtype}: "
+                "the weights are broken, or this dtype is too narrow for them"
+            )
+        return cast(Tensor, out)
+
+    @torch.no_grad()
+    def nll(self, stream: Stream) -> Tensor:
+        """Negative log-likelihood of each window's tokens 1.. under the model: fp64 [windows], on the CPU."""
+        sums = [torch.zeros(tokens.shape[0], dtype=torch.float64, device=self.device) for tokens in stream.tokens]
+        for number, positions, logits in self.logits(stream):
+            targets = stream.tokens[number][:, 1:][:, positions]
+            if targets.shape[1]:
+                sums[number] += window_nll(logits[:, : targets.shape[1]], targets)
+            del logits  # before the next are computed
+        return torch.cat(sums).cpu()
+
     def logits(self, stream: Stream) -> Iterator[tuple[int, slice, Tensor]]:
         """Logits [batch, positions, vocab] of a stream that went through all blocks: (batch number, positions, logits).
 
         As many positions at a time as make up to LARGE_LOGITS bytes in fp32, of each batch in turn. The model's own
         forward runs around the blocks, so scaling and soft-capping of logits are its own.
         """
+        with self._head_loaded():
+            for number, start, part in self._pieces(stream):
+                with torch.no_grad():
+                    logits = self._around_blocks(part)
+                yield number, slice(start, start + part.shape[1]), logits
+                del logits  # before the next are computed
+
+    def differentiable_logits(self, stream: Stream) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(batch number, states [batch, positions, hidden], logits): the logits as a function of the hidden states."""
+        with self._head_loaded():
+            for number, _, part in self._pieces(stream):
+                leaf = part.detach().clone().requires_grad_()
+                with torch.enable_grad():
+                    logits = self._around_blocks(leaf)
+                yield number, leaf, logits
+
+    def _head_loaded(self) -> AbstractContextManager[None]:
         others = [part for part in self.outside if part not in (*self.family.embeddings, *self.head_parts)]
-        with self.loaded([*others, *self.head_parts]):
-            for number, hidden in enumerate(stream.hidden):
-                step = max(1, LARGE_LOGITS // (4 * hidden.shape[0] * self.config.vocab_size))
-                for start in range(0, hidden.shape[1], step):
-                    part = hidden[:, start : start + step]
-                    with self._replaced([_passing(part)] * len(self.blocks)):
-                        logits = self.model(inputs_embeds=part, use_cache=False).logits
-                    yield number, slice(start, start + part.shape[1]), logits
-                    del logits  # before the next are computed
+        return self.loaded([*others, *self.head_parts])
 
+    def _pieces(self, stream: Stream) -> Iterator[tuple[int, int, Tensor]]:
+        for number, hidden in enumerate(stream.hidden):
+            step = max(1, LARGE_LOGITS // (4 * hidden.shape[0] * self.config.vocab_size))
+            for start in range(0, hidden.shape[1], step):
+                yield number, start, hidden[:, start : start + step]
 
-@contextmanager
-def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Inside the context, each module's function is called with (module, args) before the module runs."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _around_blocks(self, hidden: Tensor) -> Tensor:
+        with self._replaced([_passing(hidden)] * len(self.blocks)):
+            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+            return logits
 
 
 def _passing(hidden: Tensor) -> Any:
     return lambda *args, **kwargs: hidden
-
-
-def _reuse(call: BlockCall, index: int, earlier: list[list[BlockCall]]) -> BlockCall:
-    """An equal call recorded before, so that arguments do not pile up with the number of batches."""
-    for calls in reversed(earlier[-2:]):
-        if _equal(call.args, calls[index].args) and _equal(call.kwargs, calls[index].kwargs):
-            return calls[index]
-    return call
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)

@@ -1,7 +1,7 @@
 """A run's work in progress: results go to their shard as they come, and finished steps into the journal."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +12,11 @@ from torch import Tensor
 from slimlm.activations import Spilled
 from slimlm.checkpoint.disk import sync
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
-from slimlm.checkpoint.journal import Journal
-from slimlm.checkpoint.writer import CheckpointWriter
+from slimlm.checkpoint.journal import Journal, Record
+from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
 from slimlm.progress import Progress
-from slimlm.walk import Stream, StreamedModel
+from slimlm.stream import Stream
+from slimlm.walk import StreamedModel
 
 logger = logging.getLogger(__name__)
 Rows = Iterator[Tensor]  # a tensor in runs of rows, for one too large to be held whole
@@ -43,16 +44,18 @@ class Forgotten:
         pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
     """What a method gets besides the model: a place for results, for finished steps, and for hidden states.
 
+    output: directory for the checkpoint, whose tensors a method announces with `lay_out` before it writes any.
     Waiting for the disk to have a part, and recording it, happens beside the computing of the next.
     """
 
-    writer: CheckpointWriter
+    output: Path
     journal: Journal
     progress: Progress
+    _writer: CheckpointWriter | None = None
     _flusher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="flush"))
     _flushing: list[Future[None]] = field(default_factory=list)
 
@@ -64,6 +67,24 @@ class Work:
     @property
     def directory(self) -> Path:
         return self.journal.directory
+
+    def lay_out(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Take the disk space for the result's tensors; what an earlier process wrote of the same ones stays."""
+        self._writer = CheckpointWriter(self.output, specs)
+
+    @property
+    def writer(self) -> CheckpointWriter:
+        if self._writer is None:
+            raise ValueError("nothing was laid out to be written")
+        return self._writer
+
+    def scratch(self, name: str, device: torch.device) -> Spilled:
+        """Hidden states that wait on disk, for a stage that starts over when it is interrupted."""
+        return Spilled(self.directory / f"scratch-{name}", device)
+
+    def clear_scratch(self) -> None:
+        for path in self.directory.glob("scratch-*"):
+            path.unlink()
 
     def __enter__(self) -> "Work":
         return self
@@ -91,42 +112,52 @@ class Work:
         self.writer.sync(hashes)
         self.journal.commit(f"written {part}", sha256=hashes)
 
-    def start_stream(
-        self, model: StreamedModel, name: str, batches: list[Tensor], whole: int | None = None
-    ) -> tuple[Stream, dict[str, Tensor], int]:
-        """A stream for `batches`, the state saved with it, and the block to go on with.
+    def start_streams(
+        self, name: str, starts: Mapping[str, tuple[StreamedModel, list[Tensor]]], whole: int | None = None
+    ) -> tuple[dict[str, Stream], dict[str, Tensor], int]:
+        """Streams for batches through models, by label; the state saved with them, and the block to go on with.
 
-        That is the first block and an empty state, or where an earlier process's `save_stream` left off, unless that is
-        beyond the `whole` leading blocks whose results are known to be intact.
+        That is the first block and an empty state, or where an earlier process's `save_streams` left off, unless that
+        is beyond the `whole` leading blocks whose results are known to be intact.
         """
-        record = self.journal.last(f"stream {name}")
+        record = self.journal.last(f"streams {name}")
         if record is not None and (whole is None or record["block"] < whole):
-            hidden = Spilled(self.directory / name, model.device)
-            shapes = [tuple(shape) for shape in record["shapes"]]
             state = self.journal.load(record["state"])
-            dtype: torch.dtype = getattr(torch, record["dtype"])
-            if state is not None and hidden.adopt(record["side"], shapes, dtype, record["sha256"]):
-                stream = model.embed(batches, Forgotten())
-                stream.hidden = hidden
-                return stream, state, record["block"] + 1
+            hidden = {label: self._adopted(name, label, record["streams"][label], starts[label][0]) for label in starts}
+            if state is not None and all(hidden.values()):
+                streams = {label: model.embed(batches, Forgotten()) for label, (model, batches) in starts.items()}
+                for label, stream in streams.items():
+                    stream.hidden = hidden[label]  # type: ignore[assignment]
+                return streams, state, record["block"] + 1
             logger.warning("what was saved of %s is damaged: it is computed again", name)
-        return model.embed(batches, Spilled(self.directory / name, model.device)), {}, 0
+        streams = {
+            label: model.embed(batches, Spilled(self.directory / f"{name}-{label}", model.device))
+            for label, (model, batches) in starts.items()
+        }
+        return streams, {}, 0
 
-    def save_stream(self, name: str, block: int, stream: Stream, state: dict[str, Tensor]) -> None:
+    def _adopted(self, name: str, label: str, saved: Record, model: StreamedModel) -> Spilled | None:
+        hidden = Spilled(self.directory / f"{name}-{label}", model.device)
+        shapes = [tuple(shape) for shape in saved["shapes"]]
+        intact = hidden.adopt(saved["side"], shapes, getattr(torch, saved["dtype"]), saved["sha256"])
+        return hidden if intact else None
+
+    def save_streams(self, name: str, block: int, streams: Mapping[str, Stream], state: dict[str, Tensor]) -> None:
         """Record that `block` is done: the hidden states leaving it, and the state that goes with them."""
-        hidden = stream.hidden
-        assert isinstance(hidden, Spilled)
+        saved = {}
         self.settle()
-        sync(hidden.file)
-        self.journal.commit(
-            f"stream {name}",
-            block=block,
-            side=hidden.side,
-            shapes=hidden.shapes,
-            dtype=str(hidden.dtype).removeprefix("torch."),
-            sha256=hidden.digest,
-            state=self.journal.save(f"{name}-state.{block % 2}", state),
-        )
+        for label, stream in streams.items():
+            hidden = stream.hidden
+            assert isinstance(hidden, Spilled)
+            sync(hidden.file)
+            saved[label] = {
+                "side": hidden.side,
+                "shapes": hidden.shapes,
+                "dtype": str(hidden.dtype).removeprefix("torch."),
+                "sha256": hidden.digest,
+            }
+        stored = self.journal.save(f"{name}-state.{block % 2}", state)
+        self.journal.commit(f"streams {name}", block=block, streams=saved, state=stored)
 
 
 def _as_stored(

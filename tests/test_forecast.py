@@ -66,7 +66,9 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     assert found.disk == 7 + sum(spec.nbytes for spec in job.plan.tensors.values())
     job.recipe = job.recipe.model_copy(update={"dataset": "self"})
     others = sum(parameter.numel() for parameter in job.model.model.parameters()) - 10
-    assert forecast(job, Progress()).memory == {"host": 500 + 4 * others}
+    config = job.model.config
+    cached = 2 * config.num_key_value_heads * config.head_dim * 6 * 32  # keys and values of 6 windows of 32, per block
+    assert forecast(job, Progress()).memory == {"host": 500 + 4 * (others + 2 * cached)}
 
 
 def test_too_little_memory_is_an_error_that_says_what_to_change(recipe: Recipe, monkeypatch):

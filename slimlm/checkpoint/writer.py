@@ -53,6 +53,18 @@ class CheckpointWriter:
         for number, names in enumerate(shards, start=1):
             file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._lay_out(directory / file, names)
+        self._write_index()
+
+    def _write_index(self) -> None:
+        files = sorted({place.path for place in self.places.values()})
+        if len(files) > 1:
+            index = {
+                "metadata": {"total_size": sum(spec.nbytes for spec in self.specs.values())},
+                "weight_map": {name: place.path.name for name, place in sorted(self.places.items())},
+            }
+            path = self.directory / INDEX_NAME
+            with disk_errors(path):
+                path.write_text(json.dumps(index, indent=2) + "\n")
 
     def _lay_out(self, path: Path, names: list[str]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -123,18 +135,9 @@ class CheckpointWriter:
                 sync(path)
 
     def finish(self) -> None:
-        """Write the index, if there are several shards, and flush to disk. Raises ValueError for a missing tensor."""
+        """Flush everything to disk. Raises ValueError for a tensor that was never written."""
         if self.missing:
             raise ValueError(f"tensors never written: {', '.join(sorted(self.missing)[:5])}")
-        files = sorted({place.path for place in self.places.values()})
-        if len(files) > 1:
-            index = {
-                "metadata": {"total_size": sum(spec.nbytes for spec in self.specs.values())},
-                "weight_map": {name: place.path.name for name, place in sorted(self.places.items())},
-            }
-            path = self.directory / INDEX_NAME
-            with disk_errors(path):
-                path.write_text(json.dumps(index, indent=2) + "\n")
         self.sync(self.places)
 
 

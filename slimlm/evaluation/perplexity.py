@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from slimlm.errors import RunFailure
-
-LOSS_CHUNK = 2048
+from slimlm.linalg.likelihood import window_nll
 
 
 @dataclass
@@ -62,19 +60,6 @@ class LogLikelihood:
             "log_perplexity_stderr": self.stderr,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-
-
-def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of targets: [batch, time] under logits: [batch, time, vocab]; fp64 [batch]."""
-    windows = []
-    for scores, wanted in zip(
-        logits, targets, strict=True
-    ):  # a window at a time: logits are the largest tensor there is
-        parts = zip(scores.split(LOSS_CHUNK), wanted.split(LOSS_CHUNK), strict=True)
-        windows.append(
-            sum(cross_entropy(part.float(), target, reduction="none").double().sum() for part, target in parts)
-        )
-    return torch.stack([torch.as_tensor(window, dtype=torch.float64) for window in windows])
 
 
 @torch.no_grad()

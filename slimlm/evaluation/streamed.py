@@ -9,9 +9,10 @@ from torch import Tensor
 
 from slimlm.activations import HiddenStates, InMemory
 from slimlm.errors import UserError
-from slimlm.evaluation.perplexity import LogLikelihood, window_nll
+from slimlm.evaluation.perplexity import LogLikelihood
 from slimlm.progress import Progress
-from slimlm.walk import Stream, StreamedModel
+from slimlm.stream import Stream
+from slimlm.walk import StreamedModel
 
 
 @dataclass
@@ -31,13 +32,16 @@ def compare_streamed(
     basis: Tensor | None,
     progress: Progress,
     hidden: Sequence[HiddenStates] | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> Comparison:
     """Run both models over batches of tokens [batch, time].
 
     basis: [hidden, width] says where the compressed stream lives in the dense one's space (None: the same space).
     hidden: where the two streams wait between blocks; in memory by default.
+    blocks: the dense model's blocks, by number, that the compressed one still has (None: all).
     """
-    if len(dense.blocks) != len(compressed.blocks):
+    kept = list(range(len(dense.blocks)) if blocks is None else blocks)
+    if len(kept) != len(compressed.blocks):
         raise UserError(
             f"models of {len(dense.blocks)} and {len(compressed.blocks)} blocks cannot be compared by block"
         )
@@ -47,9 +51,11 @@ def compare_streamed(
     comparison = Comparison(LogLikelihood(dense.dtype), LogLikelihood(compressed.dtype))
     for index in range(len(dense.blocks)):
         start = time.perf_counter()
-        for model, stream in zip((dense, compressed), streams, strict=True):
-            with model.block(index):
-                model.advance(index, stream)
+        with dense.block(index):
+            dense.advance(index, streams[0])
+        if index in kept:
+            with compressed.block(kept.index(index)):
+                compressed.advance(kept.index(index), streams[1])
         error = relative_error(*streams, basis)
         comparison.block_errors.append(error)
         progress.step()
@@ -57,20 +63,8 @@ def compare_streamed(
     for model, stream, likelihood in zip(
         (dense, compressed), streams, (comparison.dense, comparison.compressed), strict=True
     ):
-        add_likelihood(model, stream, likelihood)
+        likelihood.count(model.nll(stream), stream.tokens[0].shape[1] - 1)
     return comparison
-
-
-def add_likelihood(model: StreamedModel, stream: Stream, likelihood: LogLikelihood) -> None:
-    """Add what the model makes of a stream that went through all its blocks."""
-    nll = [torch.zeros(tokens.shape[0], dtype=torch.float64, device=model.device) for tokens in stream.tokens]
-    for number, positions, logits in model.logits(stream):
-        targets = stream.tokens[number][:, 1:][:, positions]
-        if targets.shape[1]:
-            nll[number] += window_nll(logits[:, : targets.shape[1]], targets)
-        del logits  # before the next are computed
-    for sums, tokens in zip(nll, stream.tokens, strict=True):
-        likelihood.count(sums, tokens.shape[1] - 1)
 
 
 def relative_error(dense: Stream, compressed: Stream, basis: Tensor | None) -> float:

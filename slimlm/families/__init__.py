@@ -1,7 +1,7 @@
 """Which architectures slimlm knows. A new one is a declaration and a line here."""
 
 from slimlm.errors import UserError, nearest
-from slimlm.families.family import Family, Norm
+from slimlm.families.family import Axis, Family, Norm
 from slimlm.families.llama import LLAMA, MISTRAL
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL)}
@@ -17,4 +17,4 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "Norm", "family_of"]
+__all__ = ["FAMILIES", "Axis", "Family", "Norm", "family_of"]

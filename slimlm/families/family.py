@@ -8,10 +8,25 @@ Role = Literal["embedding", "norm", "reader", "writer", "inner", "final_norm", "
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of the residual stream inside a block, and the linears that read its output."""
+    """A norm of the residual stream inside a block, the linears that read its output, and those that write the result
+    back to the stream."""
 
     name: str
     readers: tuple[str, ...]
+    writers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A width inside a block, made of equal units that can be deleted one by one.
+
+    config: attributes that count the units, the first exactly, others in proportion to it.
+    rows, columns: linears of which a unit is so many rows (outputs), or columns (inputs).
+    """
+
+    config: tuple[str, ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -20,8 +35,8 @@ class Family:
 
     blocks: path of the ModuleList of blocks.
     embeddings: modules whose weight [*, hidden] is added into the residual stream before the first block.
-    norms: the block's RMSNorms on the residual stream, in the order they run.
-    writers: linears whose output is added to the residual stream.
+    norms: the block's RMSNorms on the residual stream, in the order they run, each after what the one before it wrote.
+    mlp, groups: the MLP's neurons, and key/value groups with their query heads; None where they cannot be deleted.
     inner: modules of a block that touch neither end of the residual stream (head-wise norms, say).
     final_norm, head: the norm after the last block and the linear that reads it.
     norm_eps: config attribute with the epsilon of those norms.
@@ -32,16 +47,21 @@ class Family:
     blocks: str
     embeddings: tuple[str, ...]
     norms: tuple[Norm, ...]
-    writers: tuple[str, ...]
     final_norm: str
     head: str
     norm_eps: str
+    mlp: Axis | None = None
+    groups: Axis | None = None
     inner: tuple[str, ...] = ()
     heads: str | None = None
 
     @property
     def readers(self) -> tuple[str, ...]:
         return tuple(reader for norm in self.norms for reader in norm.readers)
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        return tuple(writer for norm in self.norms for writer in norm.writers)
 
     def block(self, index: int) -> str:
         return f"{self.blocks}.{index}"

@@ -1,54 +1,40 @@
-"""Choosing widths for a requested sparsity."""
+"""Spending a sparsity over several widths, from the loss each costs alone."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-TOLERANCE = 0.01
-GRANULES = (128, 64, 32, 16, 8, 4, 2, 1)
+SMALLEST_LOSS = 1e-6
 
 
 @dataclass(frozen=True)
-class WidthChoice:
-    """A width, what it was rounded to, and the sparsity it achieves."""
+class LossCurve:
+    """Measured rise of the loss, [(units removed, nats a token)], removed units increasing from above 0."""
 
-    width: int
-    multiple: int
-    sparsity: float
+    points: Sequence[tuple[int, float]]
 
-
-def choose_width(
-    full: int,
-    parameters: Callable[[int], int],
-    dense_parameters: int,
-    sparsity: float,
-    divisor: int = 1,
-    round_to: int | None = None,
-) -> WidthChoice | None:
-    """The width below `full` whose parameter count comes nearest to removing `sparsity` of the dense count.
-
-    parameters(width) is linear in width. Widths are multiples of `divisor` and of `round_to`; without `round_to`, of
-    the largest power of two up to 128 that gets near enough (kernels like round sizes): within TOLERANCE, and within
-    half of what was asked, so that something is removed. None when nothing gets near enough.
-    """
-    for granule in (round_to,) if round_to else GRANULES:
-        choice = nearest_width(full, parameters, dense_parameters, sparsity, math.lcm(granule, divisor))
-        if choice is not None and abs(choice.sparsity - sparsity) <= min(TOLERANCE, sparsity / 2):
-            return choice
-    return None
+    def __call__(self, removed: int) -> float:
+        """The rise at any number of removed units: a power law through the two nearest points (one point: linear)."""
+        if removed == 0:
+            return 0.0
+        points = [(units, max(loss, SMALLEST_LOSS)) for units, loss in self.points]
+        if not points:
+            return math.inf
+        if len(points) == 1:
+            return points[0][1] * removed / points[0][0]
+        index = next((i for i, (units, _) in enumerate(points) if units >= removed), len(points) - 1)
+        (a, low), (b, high) = points[max(0, index - 1) : max(0, index - 1) + 2]
+        slope = max(math.log(high / low) / math.log(b / a), 0.0)
+        return float(low * (removed / a) ** slope)
 
 
-def nearest_width(
-    full: int, parameters: Callable[[int], int], dense_parameters: int, sparsity: float, multiple: int
-) -> WidthChoice | None:
-    """The multiple below `full` that comes nearest to `sparsity`; None when there is no such multiple."""
-    base = parameters(0)
-    exact = ((1 - sparsity) * dense_parameters - base) / ((parameters(full) - base) / full)
-    below = math.floor(exact / multiple) * multiple
-    last = (full - 1) // multiple * multiple
-    choices = [
-        WidthChoice(width, multiple, 1 - parameters(width) / dense_parameters)
-        for width in {min(max(width, multiple), last) for width in (below, below + multiple)}
-        if 0 < width < full
-    ]
-    return min(choices, key=lambda choice: abs(choice.sparsity - sparsity), default=None)
+def predicted_loss(curves: Mapping[str, LossCurve], removed: Mapping[str, int]) -> float:
+    """The losses of several widths, taken to add up."""
+    return sum(curves[axis](units) for axis, units in removed.items())
+
+
+def spaced(largest: int, multiple: int, count: int) -> list[int]:
+    """Up to `count` multiples between `multiple` and `largest`, evenly spaced, the largest among them."""
+    steps = largest // multiple
+    chosen = {max(1, round(steps * (index + 1) / count)) * multiple for index in range(count)} if steps else set()
+    return sorted(chosen)

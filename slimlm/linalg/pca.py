@@ -18,3 +18,14 @@ def principal_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
     vectors = vectors.flip(-1)
     largest = vectors.abs().argmax(dim=0, keepdim=True)
     return vectors * vectors.gather(0, largest).sign(), eigenvalues.flip(-1).clamp_min(0)
+
+
+def with_kept(kept: Tensor, gram: Tensor) -> Tensor:
+    """An orthonormal basis [d, d]: the `kept` directions [d, k] (orthonormal), then gram's [d, d] in what is left."""
+    gram = gram.double()
+    if kept.shape[1] == 0:
+        return principal_basis(gram)[0]
+    outside = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device) - kept @ kept.T
+    # A direction of its own below zero sorts what is kept behind all that is left.
+    rest, _ = principal_basis(outside @ gram @ outside - gram.trace() * (kept @ kept.T))
+    return torch.cat([kept, rest[:, : gram.shape[0] - kept.shape[1]]], dim=1)

@@ -15,32 +15,40 @@ from slimlm.work import Work
 
 @dataclass(frozen=True)
 class Plan:
-    """The result's config and tensors (names as in its files), its recipe, and what of the config changes."""
+    """The result's config and tensors (names as in its files), its recipe, and what of the config changes.
+
+    remark: what is still to be decided in the run, and how.
+    """
 
     config: PretrainedConfig
     tensors: dict[str, TensorSpec]
     parameters: int
     recipe: Recipe
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    remark: str | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a run found out.
 
-    notes: figures for the manifest. basis: [hidden, width], where the stream was moved to, if it was.
-    zeros: share of zeros in the matrices a method prunes, counted on disk; None for one that prunes none.
+    plan: what it carried out, in which widths may have been settled that were still open. notes: figures for the
+    manifest. basis: [hidden, width], where the stream was moved to, if it was. blocks: the dense model's blocks that
+    are still there, by number; None for all. zeros: share of zeros in the matrices a method prunes, counted on disk;
+    None for one that prunes none.
     """
 
+    plan: Plan
     notes: dict[str, Any] = field(default_factory=dict)
     basis: Tensor | None = None
+    blocks: tuple[int, ...] | None = None
     zeros: float | None = None
 
 
 @dataclass(frozen=True)
 class Method:
     """plan(model, recipe) does no heavy work and raises UserError for what cannot be done.
-    run(model, plan, batches, work) writes every planned tensor once; it may find some of its work done already.
+    run(model, plan, batches, work) lays out and writes every tensor once; it may find some of its work done already.
 
     sparsity_of: what a recipe's sparsity is the share of. calibrates: whether it looks at data at all.
     """

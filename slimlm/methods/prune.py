@@ -24,7 +24,8 @@ from slimlm.families import Family
 from slimlm.linalg.masks import smallest, smallest_per_group, smallest_per_row, spread
 from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.recipe import Recipe
-from slimlm.walk import Stream, StreamedModel, hooked
+from slimlm.stream import Stream, hooked
+from slimlm.walk import StreamedModel
 from slimlm.work import Rows, Work
 
 
@@ -59,6 +60,7 @@ def _is_pruned(family: Family, name: str) -> bool:
 @torch.no_grad()
 def run_prune(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work, by_activation: bool) -> Outcome:
     """Prune block after block; with activations, each block sees what the pruned blocks before it pass on."""
+    work.lay_out(plan.tensors)
     for part in model.outside:
         if not work.written(part):
             work.write(model, part, _unchanged(model, part))
@@ -66,7 +68,8 @@ def run_prune(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
     stream, first = None, 0
     if by_activation:
         whole = list(takewhile(work.written, (model.family.block(index) for index in range(len(model.blocks)))))
-        stream, _, first = work.start_stream(model, "calibration", batches, len(whole))
+        streams, _, first = work.start_streams("calibration", {"pruned": (model, batches)}, len(whole))
+        stream = streams["pruned"]
         work.progress.step(first)
     for index in range(first, len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
@@ -81,10 +84,11 @@ def run_prune(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
                 work.write(model, part, ((f"{part}.{name}", value) for name, value in block.named_parameters()))
             if stream is not None:
                 model.advance(index, stream)
-                work.save_stream("calibration", index, stream, {})
+                work.save_streams("calibration", index, {"pruned": stream}, {})
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
-    return Outcome(zeros=_zeros_written(model, work))
+    work.settle()
+    return Outcome(plan, zeros=_zeros_written(model, work))
 
 
 def prune_matrix(weight: Tensor, input_norms: Tensor | None, recipe: Recipe) -> None:

@@ -9,7 +9,8 @@ from slimlm.activations import InMemory
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.errors import UserError
 from slimlm.evaluation.evaluate import evaluate
-from slimlm.evaluation.perplexity import LogLikelihood, measure_perplexity, window_nll
+from slimlm.evaluation.perplexity import LogLikelihood, measure_perplexity
+from slimlm.linalg.likelihood import window_nll
 from slimlm.evaluation.streamed import compare_streamed, relative_error
 from slimlm.evaluation.tasks import TASKS_PATH, continuation
 from slimlm.evaluation.text import load_test_windows

@@ -1,0 +1,141 @@
+"""What slicing costs: sparsity x method x seed on one model, as a table.
+
+    python eval/slicing.py --model ../shared/models/llama-6m --calibration ../shared/data/calibration.txt \
+        --texts ../shared/data/books_test.txt ../shared/data/docs_test.txt
+
+Arms: `shared` rotates and cuts hidden_size alone; `refit` refits that; `budget` also chooses the split over all widths;
+`per-block` is SliceGPT as published, its shortcuts counted. Every arm is given the sparsity of all parameters, and is
+measured in bf16 as stock transformers loads it. The figure is the rise of the mean log-perplexity over the texts, and
+its share of what `per-block` loses, interpolated to the same number of parameters.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import slimlm  # registers the per-block classes
+from slimlm.compression import compress
+from slimlm.evaluation.perplexity import measure_perplexity
+from slimlm.evaluation.text import load_test_windows
+from slimlm.recipe import Recipe
+
+ARMS = {
+    "shared": {"refit": False, "weighting": "none"},
+    "refit": {"weighting": "none", "budget": "hidden"},
+    "budget": {},
+    "per-block": {"basis": "per-block"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.15, 0.2, 0.25, 0.3, 0.4])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--windows", type=int, default=256, help="to calibrate on, and of each text")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipes")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/slimlm-slicing"))
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    texts = [load_test_windows(text, tokenizer, arguments.windows, arguments.window).tokens for text in arguments.texts]
+    dense = log_perplexities(Path(arguments.model), texts)
+    print(f"dense: {perplexities(dense)}; slimlm {slimlm.__version__}", file=sys.stderr, flush=True)
+    rows = [
+        run(arguments, arm, sparsity, seed, texts, dense)
+        for sparsity in arguments.sparsities
+        for arm in arguments.arms
+        for seed in arguments.seeds
+    ]
+    report(arguments, rows)
+
+
+def run(
+    arguments: argparse.Namespace, arm: str, sparsity: float, seed: int, texts: list[torch.Tensor], dense: list[float]
+) -> dict:
+    output = arguments.work / f"{arm}-{sparsity}-{seed}"
+    more = dict(pair.split("=", 1) for pair in arguments.set)
+    recipe = Recipe(
+        model=arguments.model, sparsity=sparsity, dataset=arguments.calibration, measure=False, seed=seed,
+        num_calibration_samples=arguments.windows, max_seq_length=arguments.window, output_dir=str(output),
+        **{**ARMS[arm], **more},
+    )  # fmt: skip
+    start = time.perf_counter()
+    manifest = compress(recipe, overwrite=True).manifest
+    seconds = time.perf_counter() - start
+    found = log_perplexities(output, texts)
+    shutil.rmtree(output)
+    row = {
+        "arm": arm,
+        "seed": seed,
+        "requested": sparsity,
+        "achieved": manifest["sparsity"]["parameters_removed"],
+        "perplexities": perplexities(found),
+        "loss": sum(after - before for after, before in zip(found, dense, strict=True)) / len(dense),
+        "widths": manifest["method"].get("widths"),
+        "seconds": round(seconds, 1),
+    }
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
+def log_perplexities(path: Path, texts: list[torch.Tensor]) -> list[float]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=True).eval()
+    return [measure_perplexity(model, tokens, 32).mean for tokens in texts]
+
+
+def perplexities(means: list[float]) -> list[float]:
+    return [round(math.exp(mean), 2) for mean in means]
+
+
+def report(arguments: argparse.Namespace, rows: list[dict]) -> None:
+    """A markdown table: per sparsity and arm, means over seeds."""
+    names = " | ".join(Path(text).stem for text in arguments.texts)
+    print(f"| asked | arm | removed | {names} | rise of log-perplexity | share of per-block | split | seconds |")
+    print(f"| --- | --- | --- | {'--- | ' * len(arguments.texts)}--- | --- | --- | --- |")
+    reference = sorted(
+        (mean([r["achieved"] for r in same]), mean([r["loss"] for r in same]))
+        for sparsity in arguments.sparsities
+        if (same := [r for r in rows if r["arm"] == "per-block" and r["requested"] == sparsity])
+    )
+    for sparsity in arguments.sparsities:
+        for arm in arguments.arms:
+            same = [row for row in rows if row["arm"] == arm and row["requested"] == sparsity]
+            removed, loss = mean([row["achieved"] for row in same]), mean([row["loss"] for row in same])
+            spread = max(abs(row["loss"] - loss) for row in same)
+            measured = " | ".join(
+                f"{mean([row['perplexities'][text] for row in same]):.2f}" for text in range(len(arguments.texts))
+            )
+            share = f"{loss / interpolated(reference, removed):.2f}" if len(reference) > 1 else ""
+            splits = ", ".join(sorted({str(row["widths"]) for row in same if row["widths"]}))
+            seconds = mean([row["seconds"] for row in same])
+            print(
+                f"| {sparsity:.0%} | {arm} | {removed:.1%} | {measured} | {loss:.4f} ± {spread:.4f} | {share} "
+                f"| {splits} | {seconds:.0f} |"
+            )
+
+
+def interpolated(reference: list[tuple[float, float]], removed: float) -> float:
+    """The reference's loss at a share removed, log-linear through the two nearest of its points."""
+    index = next((i for i, (share, _) in enumerate(reference) if share >= removed), len(reference) - 1)
+    index = max(1, index)
+    (a, low), (b, high) = reference[index - 1], reference[index]
+    return math.exp(math.log(low) + (removed - a) / (b - a) * (math.log(high) - math.log(low)))
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""What a model's logits make of the tokens that came."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+LOSS_CHUNK = 2048
+
+
+def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of targets: [batch, time] under logits: [batch, time, vocab]; fp64 [batch]."""
+    windows = []
+    for scores, wanted in zip(
+        logits, targets, strict=True
+    ):  # a window at a time: logits are the largest tensor there is
+        parts = zip(scores.split(LOSS_CHUNK), wanted.split(LOSS_CHUNK), strict=True)
+        windows.append(
+            sum(cross_entropy(part.float(), target, reduction="none").double().sum() for part, target in parts)
+        )
+    return torch.stack([torch.as_tensor(window, dtype=torch.float64) for window in windows])

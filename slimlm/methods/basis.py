@@ -1,0 +1,140 @@
+"""The basis of the residual stream: an orthonormal [hidden, hidden], most important directions first."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.linalg.gram import Gram, rms_normalise
+from slimlm.linalg.pca import principal_basis, with_kept
+from slimlm.methods.gradients import TOKENS, gradient_covariance
+from slimlm.recipe import Recipe
+from slimlm.stream import hooked
+from slimlm.walk import StreamedModel
+from slimlm.work import Work
+
+GRADIENT_SHARE = 0.3  # of the gradients' covariance beside the Gram of the stream, both of unit trace
+MASSIVE = 20.0  # a token this many times the median root mean square of its batch is a massive activation
+MOST_MASSIVE = 16  # directions at most
+MASSIVE_ENERGY = 1e-3  # share of the massive tokens' energy from which on a direction is one of theirs
+
+
+@dataclass(frozen=True)
+class Basis:
+    """vectors: [hidden, hidden] fp64. influence: [blocks], 1 - cosine between what enters and leaves each block."""
+
+    vectors: Tensor
+    influence: Tensor
+    notes: dict[str, Any]
+
+
+@dataclass
+class StreamStatistics:
+    """What one pass over the model finds out about its residual stream.
+
+    gram: of the RMS-normalised stream over all norms. massive: the same of massive activations only.
+    turned: [blocks], summed 1 - cosine between a block's input and output.
+    """
+
+    gram: Gram
+    massive: Gram
+    turned: Tensor
+
+    def state(self) -> dict[str, Tensor]:
+        counts = torch.tensor([self.gram.tokens, self.massive.tokens])
+        return {"gram": self.gram.matrix, "massive": self.massive.matrix, "counts": counts, "turned": self.turned}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.gram.matrix, self.massive.matrix = (
+            state[name].to(self.gram.matrix.device) for name in ("gram", "massive")
+        )
+        self.gram.tokens, self.massive.tokens = state["counts"].tolist()
+        self.turned = state["turned"]
+
+
+def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work: Work) -> Basis:
+    """Eigenvectors of the sum over all norms of the Gram of what the readers see, weighed by what the loss feels.
+
+    SliceGPT (arXiv 2401.15024, section 3.2) takes the raw stream, where late blocks and tokens of huge norm decide
+    everything; the readers see it normalised. With `weighting: loss` the covariance of the loss's gradient is added:
+    directions that are small but matter then survive. Directions of massive activations (Sun et al., arXiv 2402.17762)
+    come first: they are so few that no sum over tokens would keep them, and the attention sink rests on them.
+    """
+    record = work.journal.last("basis")
+    saved = work.journal.load(record["tensors"]) if record else None
+    if record and saved:
+        return Basis(saved["basis"].to(model.device), saved["influence"], record["notes"])
+    found = collect_statistics(model, batches, work)
+    matrix = found.gram.matrix / found.gram.matrix.trace()
+    if recipe.weighting == "loss":
+        windows = torch.cat(batches)
+        chosen = windows[: max(1, TOKENS // windows.shape[1])].split(len(batches[0]))
+        gradients = gradient_covariance(model, list(chosen), recipe.seed, work)
+        matrix = matrix + GRADIENT_SHARE * gradients / gradients.trace().clamp_min(1e-30)
+    work.progress.stage("finding the basis", 1)
+    kept = massive_directions(found.massive)
+    vectors = with_kept(kept, matrix)
+    norms = len(model.blocks) * len(model.family.norms) + 1
+    notes = {
+        "calibration_tokens_per_norm": found.gram.tokens / norms,
+        "massive_activations": {"tokens_per_norm": found.massive.tokens / norms, "directions": kept.shape[1]},
+    }
+    influence = found.turned / (found.gram.tokens / norms)
+    tensors = {"basis": vectors, "influence": influence, "gram": found.gram.matrix}
+    work.journal.commit("basis", tensors=work.journal.save("basis", tensors), notes=notes)
+    return Basis(vectors, influence, notes)
+
+
+def massive_directions(massive: Gram) -> Tensor:
+    """Orthonormal directions that massive activations lie in: [hidden, 0 to MOST_MASSIVE]."""
+    vectors, energies = principal_basis(massive.matrix)
+    count = int((energies > MASSIVE_ENERGY * energies.sum()).sum()) if massive.tokens else 0
+    return vectors[:, : min(count, MOST_MASSIVE)]
+
+
+@torch.no_grad()
+def collect_statistics(model: StreamedModel, batches: list[Tensor], work: Work) -> StreamStatistics:
+    """One pass over the model: everything about its stream that a basis and a choice of blocks need."""
+    eps: float = getattr(model.config, model.family.norm_eps)
+    hidden = model.config.hidden_size
+    found = StreamStatistics(
+        Gram(hidden, model.device), Gram(hidden, model.device), torch.zeros(len(model.blocks), dtype=torch.float64)
+    )
+    work.progress.stage("calibrating", len(model.blocks))
+    streams, state, first = work.start_streams("calibration", {"dense": (model, batches)})
+    stream = streams["dense"]
+    if state:
+        found.load(state)
+        work.progress.step(first)
+
+    def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        _add(found, args[0], eps)
+
+    for index in range(first, len(model.blocks)):
+        start = time.perf_counter()
+
+        def watch(before: Tensor, after: Tensor, index: int = index) -> None:
+            found.turned[index] += float((1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)).sum())
+
+        with (
+            model.block(index) as block,
+            hooked((block.get_submodule(norm.name), observe) for norm in model.family.norms),
+        ):
+            model.advance(index, stream, watch)
+        work.save_streams("calibration", index, streams, found.state())
+        work.progress.step()
+        work.progress.done("calibrated", model.family.block(index), time.perf_counter() - start)
+    for hidden_states in stream.hidden:
+        _add(found, hidden_states, eps)
+    return found
+
+
+def _add(found: StreamStatistics, x: Tensor, eps: float) -> None:
+    normalised = rms_normalise(x, eps).flatten(0, 1)
+    found.gram.add(normalised)
+    size = x.float().square().mean(-1).sqrt().flatten()
+    massive = size > MASSIVE * size.median()
+    if massive.any():
+        found.massive.add(normalised[massive])

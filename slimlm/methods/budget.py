@@ -1,0 +1,249 @@
+"""Which widths to cut for a requested sparsity: where the loss on held-out windows rises least.
+
+Every width is cut alone to a few sizes, all in one pass over the model, and the rise of the loss measured; what a
+combination costs is taken to be the sum. Cutting is done as the run will do it, but for the refit: projecting the
+stream onto the basis, deleting neurons and key/value groups by structured OBS, leaving out the blocks that change the
+stream least (ShortGPT, arXiv 2403.03853, eq. 1).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.checkpoint.skeleton import parameter_count
+from slimlm.families import Axis
+from slimlm.linalg.budget import LossCurve, predicted_loss, spaced
+from slimlm.linalg.ridge import Moments, held_out
+from slimlm.linalg.units import compensated, removal_order
+from slimlm.methods.widths import Layout, Widths
+from slimlm.recipe import Recipe
+from slimlm.stream import hooked, put
+from slimlm.walk import StreamedModel
+from slimlm.work import Work
+
+TOLERANCE = 0.01
+GRANULES = (8, 4, 2, 1)
+POINTS = {"hidden": 4, "mlp": 3, "groups": 2, "blocks": 2}
+WINDOWS = 24  # held out, to measure a curve on, and as many to find what to delete from
+REFIT_LEAVES = 0.75  # of what a narrower stream costs, the share that the refit does not win back
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One width cut alone: how many units of which axis are gone."""
+
+    axis: str
+    removed: int
+
+
+def candidates(layout: Layout, recipe: Recipe) -> list[Widths]:
+    """All splits that remove the requested share of the parameters, to TOLERANCE; blocks counted from the front.
+
+    Widths are multiples of `--round-to`, by default of 8, or the largest smaller power of two that gets there.
+    """
+    for granule in (recipe.round_to,) if recipe.round_to else GRANULES:
+        found = list(_splits(layout, recipe.sparsity, granule))
+        if recipe.budget == "hidden" or not recipe.refit:  # neurons and groups go with the refit that makes up for them
+            dense = layout.dense
+            found = [
+                split
+                for split in found
+                if (split.mlp, split.groups, split.blocks) == (dense.mlp, dense.groups, dense.blocks)
+            ]
+        if found:
+            return found
+    return []
+
+
+def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
+    dense = layout.dense
+    full = layout.parameters(dense)
+    target = (1 - sparsity) * parameter_count(layout.model.model)
+    if full <= target:  # untying can only add parameters
+        full = int(target) + 1
+    for depth in range(len(dense.blocks), max(1, math.ceil(len(dense.blocks) * (1 - sparsity))) - 1, -1):
+        for groups in range(dense.groups, 0, -1) if dense.groups else (0,):
+            multiple = math.lcm(granule, layout.divisor(groups))
+            for hidden in range(dense.hidden // multiple * multiple, 0, -multiple):
+                split = _with_mlp(layout, Widths(hidden, dense.mlp, groups, tuple(range(depth))), target, granule)
+                if split is None or split == dense:
+                    continue
+                achieved = 1 - layout.parameters(split) / parameter_count(layout.model.model)
+                if abs(achieved - sparsity) <= min(TOLERANCE, sparsity / 2):
+                    yield split
+
+
+def _with_mlp(layout: Layout, widths: Widths, target: float, granule: int) -> Widths | None:
+    """The MLP width that brings the parameters nearest to `target`; None when even the least is too much."""
+    if not widths.mlp:
+        return widths
+    whole, none = (layout.parameters(replace(widths, mlp=mlp)) for mlp in (widths.mlp, 0))
+    if none >= target:
+        return None
+    exact = (target - none) / ((whole - none) / widths.mlp)
+    if exact >= widths.mlp:
+        return widths
+    return replace(widths, mlp=max(granule, round(exact / granule) * granule))
+
+
+def choose(
+    layout: Layout,
+    recipe: Recipe,
+    splits: list[Widths],
+    basis: Tensor,
+    influence: Tensor,
+    batches: list[Tensor],
+    work: Work,
+) -> tuple[Widths, dict[str, object]]:
+    """The split with the least predicted loss, and the figures it was chosen by.
+
+    basis: [hidden, hidden], leading directions first. influence: [blocks], how much each changes the stream.
+    """
+    if len(splits) == 1:
+        return replace(splits[0], blocks=_kept(influence, len(splits[0].blocks))), {}
+    curves = loss_curves(layout, splits, basis, influence, batches, work)
+    if recipe.refit and "hidden" in curves:
+        curves["hidden"] = LossCurve([(units, loss * REFIT_LEAVES) for units, loss in curves["hidden"].points])
+    scored = sorted((predicted_loss(curves, removed(layout, split)), index) for index, split in enumerate(splits))
+    best = splits[scored[0][1]]
+    notes = {
+        "curves": {axis: [list(point) for point in curve.points] for axis, curve in curves.items()},
+        "predicted_loss": scored[0][0],
+        "splits": len(splits),
+        "next": [f"{splits[index]}: {loss:.4f}" for loss, index in scored[1:4]],
+    }
+    return replace(best, blocks=_kept(influence, len(best.blocks))), notes
+
+
+def removed(layout: Layout, widths: Widths) -> dict[str, int]:
+    """Units of each axis that a split removes."""
+    dense = layout.dense
+    return {
+        "hidden": dense.hidden - widths.hidden,
+        "mlp": dense.mlp - widths.mlp,
+        "groups": dense.groups - widths.groups,
+        "blocks": len(dense.blocks) - len(widths.blocks),
+    }
+
+
+def _kept(influence: Tensor, depth: int) -> tuple[int, ...]:
+    """The `depth` blocks that change the stream most, in order."""
+    return tuple(sorted(influence.argsort(descending=True, stable=True)[:depth].tolist()))
+
+
+@torch.no_grad()
+def loss_curves(
+    layout: Layout, splits: list[Widths], basis: Tensor, influence: Tensor, batches: list[Tensor], work: Work
+) -> dict[str, LossCurve]:
+    """For each axis that a split cuts, the measured rise of the held-out loss at a few sizes."""
+    model = layout.model
+    cuts = [
+        Cut(axis, units)
+        for axis, count in POINTS.items()
+        for units in _points(axis, [removed(layout, split)[axis] for split in splits], count)
+    ]
+    learn, test = _windows(batches)
+    work.progress.stage("measuring widths", len(model.blocks))
+    learning = model.embed(learn, work.scratch("learning", model.device))
+    streams = {cut: model.embed(test, work.scratch(f"cut-{cut}", model.device)) for cut in [None, *cuts]}
+    for cut, stream in streams.items():
+        if cut is not None and cut.axis == "hidden":
+            kept = basis[:, : layout.dense.hidden - cut.removed].to(model.device, model.dtype)
+            for number in range(len(stream.hidden)):
+                stream.hidden.replace(number, stream.hidden[number] @ kept @ kept.T)
+    for index in range(len(model.blocks)):
+        with model.block(index) as block:
+            orders = {
+                axis: _Order(layout, axis, block) for axis in ("mlp", "groups") if any(c.axis == axis for c in cuts)
+            }
+            with hooked((order.linear, order.add) for order in orders.values()):
+                model.advance(index, learning)
+            for axis, order in orders.items():
+                order.find(max(cut.removed for cut in cuts if cut.axis == axis))
+            for cut, stream in streams.items():
+                if cut is not None and cut.axis == "blocks":
+                    if index in _kept(influence, len(model.blocks) - cut.removed):
+                        model.advance(index, stream)
+                    continue
+                with _cut(model, block, cut, orders, basis):
+                    model.advance(index, stream)
+        work.progress.step()
+    losses = {cut: float(model.nll(stream).mean()) / (test[0].shape[1] - 1) for cut, stream in streams.items()}
+    return {
+        axis: LossCurve([(cut.removed, losses[cut] - losses[None]) for cut in cuts if cut.axis == axis])
+        for axis in POINTS
+    }
+
+
+def _points(axis: str, sizes: list[int], count: int) -> list[int]:
+    """Sizes to measure a curve at, for the sizes that splits ask for."""
+    largest = max(sizes)
+    return spaced(largest, math.gcd(*sizes), count) if largest else []
+
+
+def _windows(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches to find what to delete from, and held-out ones to measure on (the same where there are too few)."""
+    tokens = torch.cat(batches)
+    held = held_out(len(tokens))
+    size = len(batches[0])
+    learn = tokens[~held][:WINDOWS]
+    test = tokens[held][:WINDOWS] if held.any() else learn
+    return list(learn.split(size)), list(test.split(size))
+
+
+class _Order:
+    """What to delete of one axis of a block, found from the inputs of the linear it narrows."""
+
+    def __init__(self, layout: Layout, name: str, block: nn.Module) -> None:
+        axis: Axis = layout.axes[name]
+        self.name = axis.columns[0]
+        self.linear = block.get_submodule(self.name)
+        self.weight = self.linear.get_parameter("weight")
+        self.size = self.weight.shape[1] // layout.dense.of(name)
+        self.moments = Moments(self.weight.shape[1], 0, self.weight.device)
+
+    def add(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].float().flatten(0, 1)
+        self.moments.add(x, x[:, :0])
+
+    def find(self, count: int) -> None:
+        """Find which units go first, up to `count` of them."""
+        self.order = removal_order(self.moments.xx, self.weight, self.size, count)
+
+    def without(self, count: int) -> Tensor:
+        """The linear's weight [out, in] without the first `count` units to go."""
+        kept = torch.ones(self.weight.shape[1] // self.size, dtype=torch.bool, device=self.weight.device)
+        kept[self.order[:count]] = False
+        columns = kept.repeat_interleave(self.size).nonzero().flatten()
+        weight = torch.zeros_like(self.weight)
+        weight[:, columns] = compensated(self.moments.xx, self.weight, columns).to(weight)
+        return weight
+
+
+@contextmanager
+def _cut(
+    model: StreamedModel, block: nn.Module, cut: Cut | None, orders: dict[str, _Order], basis: Tensor
+) -> Iterator[None]:
+    """Inside, the block is as the cut leaves it."""
+    changed: dict[str, Tensor] = {}
+    if cut is not None and cut.axis == "hidden":
+        kept = basis[:, : basis.shape[0] - cut.removed].to(model.device, model.dtype)
+        for writer in model.family.writers:
+            for name in (f"{writer}.weight", f"{writer}.bias"):
+                if name in dict(block.named_parameters()):
+                    changed[name] = kept @ (kept.T @ block.get_parameter(name))
+    elif cut is not None:
+        order = orders[cut.axis]
+        changed[f"{order.name}.weight"] = order.without(cut.removed)
+    before = {name: block.get_parameter(name) for name in changed}
+    try:
+        for name, tensor in changed.items():
+            put(block, name, tensor)
+        yield
+    finally:
+        for name, parameter in before.items():
+            put(block, name, parameter.data)

@@ -1,0 +1,97 @@
+"""Refit of the head, the one layer whose error can be told in the loss itself.
+
+The dense head keeps its rows; a map T: [hidden, width] from what the compressed model's head sees to what the dense one
+saw is fitted, first by least squares, then to the Kullback-Leibler divergence from the dense model's predictions,
+which is convex in T. Least squares would spend itself on logits of tokens nobody predicts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimlm.linalg.ridge import Regression, held_out, ridge
+from slimlm.linalg.softmax import MapFit
+from slimlm.methods.refit import Pair
+from slimlm.methods.rotation import head_map
+from slimlm.work import Work
+
+EPOCHS = 3
+STEP_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """seen: [hidden, width]. divergence: on held-out windows, nats a token, by least squares and after."""
+
+    seen: Tensor
+    notes: dict[str, Any]
+
+
+@torch.no_grad()
+def refit_head(pair: Pair, seed: int, work: Work) -> HeadFit:
+    """Fit the map for streams that went through all blocks."""
+    dense, width = pair.dense, pair.basis.shape[1]
+    head = dense.family.head
+    prior = head_map(dense, pair.basis)
+    work.progress.stage("refitting the head", EPOCHS + 3)
+    with dense.loaded([dense.family.final_norm, *dense.head_parts]):
+        module = dense.model.get_submodule(head)
+        rows = module.get_parameter("weight").float()
+        data = Regression.of(width, pair.basis.shape[0], pair.basis.device)
+        for x, seen, held in _head_inputs(pair, range(len(pair.streams["dense"].tokens))):
+            data.add(seen, x, held)
+        work.progress.step()
+        least_squares = ridge(data, prior, rows.T @ rows).weight
+        bias = module.bias.float() if getattr(module, "bias", None) is not None else None
+        fit = MapFit(rows, bias, least_squares, data.fit.xx)
+        before = _divergence(pair, fit)
+        work.progress.step()
+        for x, seen, done in _shuffled(pair, seed):
+            fit.step(x, seen, done)
+            if done in (1 / 3, 2 / 3):
+                work.progress.step()
+        after = _divergence(pair, fit)
+        work.progress.step()
+    better = after < before
+    notes = {"kl_least_squares": before, "kl": after if better else before}
+    return HeadFit(fit.map if better else least_squares, notes)
+
+
+def _head_inputs(pair: Pair, numbers: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Per batch: what the dense head sees [batch, time, hidden], what the other does [..., width]; what is held out."""
+    dense_norm = pair.dense.model.get_submodule(pair.dense.family.final_norm)
+    small_norm = pair.small.family.final_norm
+    with pair.small.placed(small_norm, {"weight": torch.ones(pair.basis.shape[1])}) as norm:
+        for number in numbers:
+            tokens = pair.streams["dense"].tokens
+            held = held_out(len(tokens[number]), sum(len(batch) for batch in tokens[:number]))
+            x, y = (pair.streams[label].hidden[number] for label in ("dense", "small"))
+            yield dense_norm(x).float(), norm(y).float(), held.to(x.device)
+
+
+def _divergence(pair: Pair, fit: MapFit) -> float:
+    """Mean KL divergence on the held-out windows."""
+    total, tokens = 0.0, 0
+    for x, seen, held in _head_inputs(pair, range(len(pair.streams["dense"].tokens))):
+        for part, small in zip(
+            x[held].flatten(0, 1).split(STEP_TOKENS), seen[held].flatten(0, 1).split(STEP_TOKENS), strict=True
+        ):
+            total += fit.divergence(part, small)
+            tokens += len(part)
+    return total / max(1, tokens)
+
+
+def _shuffled(pair: Pair, seed: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """EPOCHS times all tokens that are not held out, in steps of at most STEP_TOKENS; and the share then done."""
+    generator = torch.Generator().manual_seed(seed)
+    count = len(pair.streams["dense"].tokens)
+    for epoch in range(EPOCHS):
+        order = torch.randperm(count, generator=generator).tolist()
+        for position, (x, seen, held) in enumerate(_head_inputs(pair, order)):
+            x, seen = x[~held].flatten(0, 1), seen[~held].flatten(0, 1)
+            mixed = torch.randperm(len(x), generator=generator).to(x.device)
+            for chosen in mixed.split(STEP_TOKENS):
+                yield x[chosen], seen[chosen], (epoch + (position + 1) / count) / EPOCHS

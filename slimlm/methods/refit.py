@@ -1,0 +1,170 @@
+"""Refit of a sliced model, block by block: the dense and the compressed stream side by side.
+
+x is the dense residual stream, x' the compressed one, S the basis, n(.) the norm. In the order a block computes in,
+
+    readers:  W' = argmin sum ||W' n(x') - W n(x)||^2
+    writers:  W' = argmin sum ||x' + W' h' - S^T x_after||^2 / ms(x_after)
+
+each by ridge regression towards the rotated weight (`linalg/ridge.py`). The writers' target is where the dense stream
+is after them, so they also repair the error x' has gathered so far; the weight by the mean square of the stream is what
+the next norm does to it. Units of narrower axes are deleted when their turn comes, by structured OBS on the compressed
+model's own activations. Everything a stage needs are sums over tokens: activations are computed again, not kept.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from slimlm.checkpoint.reader import Checkpoint
+from slimlm.families import Axis, Norm
+from slimlm.linalg.ridge import Fit, Regression, held_out, ridge
+from slimlm.linalg.units import compensated, removal_order
+from slimlm.methods.plan import Plan
+from slimlm.methods.rotation import slice_block
+from slimlm.methods.widths import Layout, Widths
+from slimlm.stream import Stream
+from slimlm.walk import StreamedModel
+from slimlm.work import Work
+
+
+@dataclass
+class Pair:
+    """The dense model and the compressed one, with their streams over the same windows. basis: [hidden, width]."""
+
+    layout: Layout
+    widths: Widths
+    small: StreamedModel
+    basis: Tensor
+    streams: dict[str, Stream]
+    fits: dict[str, Fit] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> StreamedModel:
+        return self.layout.model
+
+    def inputs(
+        self, block: int, place: int, dense: list[str], small: list[str]
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], Tensor]]:
+        """Per batch: what the named modules get, in the dense block and in the compressed one; and what is held out."""
+        start = 0
+        for number, tokens in enumerate(self.streams["dense"].tokens):
+            held = held_out(len(tokens), start).to(tokens.device)
+            start += len(tokens)
+            yield (
+                self.dense.inputs(block, self.streams["dense"], number, dense),
+                self.small.inputs(place, self.streams["small"], number, small),
+                held,
+            )
+
+
+@torch.no_grad()
+def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batches: list[Tensor], work: Work) -> Pair:
+    """Write every block of the compressed model, refitted; the streams end behind the last one."""
+    model, blocks = layout.model, layout.dense.blocks
+    work.settle()  # the compressed model is read from where it is written
+    small = StreamedModel(Checkpoint(work.output), plan.config, model.family, model.device, model.dtype)
+    place = {block: index for index, block in enumerate(widths.blocks)}
+
+    def is_whole(block: int) -> bool:
+        return block not in place or work.written(model.family.block(place[block]))
+
+    whole = len(list(takewhile(is_whole, blocks)))
+    streams, _, first = work.start_streams("refit", {"dense": (model, batches), "small": (small, batches)}, whole)
+    pair = Pair(layout, widths, small, basis.to(model.device), streams)
+    work.progress.stage("refitting", len(blocks))
+    work.progress.step(first)
+    for block in range(first, len(blocks)):
+        start = time.perf_counter()
+        with model.block(block):
+            if block in place:
+                part = model.family.block(place[block])
+                tensors = refit_block(pair, block, place[block])
+                stored = {name: tensor.to(small.stored_dtype(f"{part}.{name}")) for name, tensor in tensors.items()}
+                if not work.written(part):
+                    work.write(small, part, ((f"{part}.{name}", tensor) for name, tensor in stored.items()))
+                with small.placed(part, stored):
+                    small.advance(place[block], streams["small"])
+            model.advance(block, streams["dense"])
+        work.save_streams("refit", block, streams, {})
+        work.progress.step()
+        work.progress.done("refitted", model.family.block(block), time.perf_counter() - start)
+    return pair
+
+
+def refit_block(pair: Pair, block: int, place: int) -> dict[str, Tensor]:
+    """The compressed block's parameters, fp32, by name within the block; the dense block's weights are in memory."""
+    family = pair.dense.family
+    weights: dict[str, Tensor] = dict(pair.dense.blocks[block].named_parameters())
+    tensors = dict(slice_block(weights, family, pair.basis))
+    for number, norm in enumerate(family.norms):
+        after = family.norms[number + 1].name if number + 1 < len(family.norms) else ""
+        _fit_readers(pair, block, place, norm, tensors)
+        _fit_writer(pair, block, place, norm, after, tensors)
+    return tensors
+
+
+def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: dict[str, Tensor]) -> None:
+    """All readers of a norm see the same, so one map T from what they see now to what they saw serves all: W' = W T."""
+    weights = dict(pair.dense.blocks[block].named_parameters())
+    hidden, width = pair.basis.shape
+    reader = norm.readers[0]
+    data = Regression.of(width, hidden, pair.basis.device)
+    with pair.small.placed(pair.small.family.block(place), tensors):
+        for dense, small, held in pair.inputs(block, place, [reader], [reader]):
+            data.add(small[reader], dense[reader], held)
+    dense_weights = [weights[f"{name}.weight"].float() for name in norm.readers]
+    metric = sum(weight.T @ weight for weight in dense_weights)
+    assert isinstance(metric, Tensor)
+    prior = weights[f"{norm.name}.weight"].float()[:, None] * (pair.basis * math.sqrt(hidden / width)).float()
+    fit = ridge(data, prior, metric)
+    pair.fits[f"{place}.{norm.name}"] = fit
+    for name, weight in zip(norm.readers, dense_weights, strict=True):
+        tensors[f"{name}.weight"] = weight @ fit.weight
+
+
+def _fit_writer(pair: Pair, block: int, place: int, norm: Norm, after: str, tensors: dict[str, Tensor]) -> None:
+    (writer,) = norm.writers
+    name = f"{writer}.weight"
+    data = Regression.of(tensors[name].shape[1], pair.basis.shape[1], pair.basis.device)
+    basis = pair.basis.float()
+    with pair.small.placed(pair.small.family.block(place), tensors):
+        for dense, small, held in pair.inputs(block, place, [after], [norm.name, writer]):
+            target = dense[after].float()
+            wanted = target @ basis - small[norm.name].float()
+            if f"{writer}.bias" in tensors:
+                wanted -= tensors[f"{writer}.bias"].to(wanted)
+            data.add(small[writer], wanted, held, 1 / target.square().mean(-1).clamp_min(1e-30))
+    for axis_name, axis in pair.layout.axes.items():
+        if writer in axis.columns and pair.widths.of(axis_name) < pair.layout.dense.of(axis_name):
+            data = _narrow(pair, axis_name, axis, name, data, tensors)
+    fit = ridge(data, tensors[name])
+    pair.fits[f"{place}.{writer}"] = fit
+    tensors[name] = fit.weight
+
+
+def _narrow(
+    pair: Pair, axis_name: str, axis: Axis, name: str, data: Regression, tensors: dict[str, Tensor]
+) -> Regression:
+    """Delete units of an axis from all its linears; what is left of the data."""
+    full, width = pair.layout.dense.of(axis_name), pair.widths.of(axis_name)
+    size = tensors[name].shape[1] // full
+    gram = data.fit.xx + data.held.xx
+    kept = torch.ones(full, dtype=torch.bool, device=gram.device)
+    kept[removal_order(gram, tensors[name], size, full - width)] = False
+    for linear in axis.rows:
+        for parameter in (f"{linear}.weight", f"{linear}.bias"):
+            if parameter in tensors:
+                tensors[parameter] = tensors[parameter][_spread(kept, tensors[parameter].shape[0])]
+    columns = _spread(kept, tensors[name].shape[1]).nonzero().flatten()
+    tensors[name] = compensated(gram, tensors[name], columns).float()
+    return data.take(columns)
+
+
+def _spread(kept: Tensor, length: int) -> Tensor:
+    """Which of `length` rows or columns belong to units that stay: [length] bool."""
+    return kept.repeat_interleave(length // kept.numel())
