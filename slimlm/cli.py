@@ -183,7 +183,7 @@ def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
     if name is not None:
         return load_recipe(name, flags)
     for field in ("model", "sparsity"):
-        if field not in flags and not (field == "sparsity" and "pattern" in flags):
+        if field not in flags and not (field == "sparsity" and {"pattern", "widths"} & flags.keys()):
             raise UserError(
                 f"--{field} is missing (or give --recipe): try `slimlm compress --model llama --sparsity 0.25`"
             )

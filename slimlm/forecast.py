@@ -74,6 +74,8 @@ def _probe(job: Job, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]
     """Compress the first block alone; its manifest and its log."""
     _show_first_block(job, scratch / "model")
     settings = job.recipe.model_dump(exclude={"expected"}, exclude_none=True)
+    if not job.recipe.sparsity:
+        del settings["sparsity"]
     settings |= {"model": str(scratch / "model"), "output_dir": str(scratch / "out"), "revision": None}
     if job.windows is not None:
         numpy.save(scratch / "tokens.npy", job.windows.tokens.numpy())

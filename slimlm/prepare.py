@@ -64,6 +64,8 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -
     check_output(output, replaceable, inputs)
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
     plan = method.plan(model, recipe)
+    if recipe.widths:
+        recipe = recipe.model_copy(update={"sparsity": 1 - plan.parameters / parameter_count(model.model)})
     size = sum(spec.nbytes for spec in plan.tensors.values())
     for line in describe(plan, model, size):
         progress.line(line)
@@ -139,7 +141,7 @@ def open_model(
 def settle(recipe: Recipe, method: Method, resolved: ResolvedModel, config: Any, output: Path) -> Recipe:
     """The recipe with every default that depends on the model filled in. Raises UserError where there is none."""
     dataset = recipe.dataset or (SELF if resolved.origin == "bundled" else None)
-    if not method.calibrates:
+    if not method.calibrates(recipe, resolved.path):
         dataset = None
     elif dataset is None:
         raise UserError(
@@ -157,5 +159,6 @@ def settle(recipe: Recipe, method: Method, resolved: ResolvedModel, config: Any,
 def output_of(recipe: Recipe) -> Path:
     """Where the result goes; by default `llama-slice-25` (25% sliced off the model llama) in the working directory."""
     model = Path(recipe.model).expanduser()
-    name = f"{model.resolve().name if model.is_dir() else model.name}-{recipe.method}-{recipe.sparsity * 100:g}"
+    how = (recipe.widths or "").replace("=", "").replace(",", "-") or f"{recipe.sparsity * 100:g}"
+    name = "-".join([model.resolve().name if model.is_dir() else model.name, recipe.method, how]).removesuffix("-0")
     return Path(recipe.output_dir or name).expanduser().resolve()

@@ -21,10 +21,10 @@ class Recipe(BaseModel):
     model: str = Field(description="hub id, directory, or `llama`, the small model that ships with slimlm")
     revision: str | None = Field(None, description="hub revision of the model")
     method: str = Field(
-        "slice", description="how: `slice` gives a smaller hidden_size; `magnitude` and `wanda` set weights to zero"
+        "slice", description="how: `slice` gives smaller widths; `magnitude` and `wanda` set weights to zero"
     )
     sparsity: float = Field(
-        description="share to remove, above 0 and below 1: of all parameters (slice), or of the pruned matrices"
+        0.0, description="share to remove, above 0 and below 1: of all parameters (slice), or of the pruned matrices"
     )
     pattern: str | None = Field(None, description="pruning: keep N weights of every M neighbours, as in 2:4")
     round_to: int | None = Field(
@@ -103,12 +103,15 @@ class Recipe(BaseModel):
             raise ValueError(f"pattern {pattern} is a sparsity of {1 - keep / group:g}, not {sparsity:g}")
         return values
 
-    @field_validator("sparsity")
-    @classmethod
-    def _in_range(cls, value: float) -> float:
-        if not 0 < value < 1:
-            raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {value:g}")
-        return value
+    @model_validator(mode="after")
+    def _in_range(self) -> "Recipe":
+        """Widths given by hand, and a mere rotation, need no sparsity."""
+        if "sparsity" not in self.model_fields_set:
+            if not self.widths and self.method != "rotate":
+                raise ValueError("'sparsity' is not given")
+        elif not 0 < self.sparsity < 1:
+            raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {self.sparsity:g}")
+        return self
 
 
 def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -160,4 +163,5 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {key!r}{nearest(key, Recipe.model_fields)}"
     if first["type"] == "missing":
         return f"{key!r} is not given"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message

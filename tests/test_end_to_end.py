@@ -165,7 +165,7 @@ BAD_INPUT = {
     "sparsity 1": (["-m", "llama", "-s", "1"], "above 0 and below 1"),
     "sparsity 1.5": (["-m", "llama", "-s", "1.5"], "above 0 and below 1"),
     "sparsity -0.1": (["-m", "llama", "-s", "-0.1"], "above 0 and below 1"),
-    "unreachable sparsity": (["-m", "llama", "-s", "0.001"], "cannot be reached"),
+    "unreachable sparsity": (["-m", "llama", "-s", "0.0001"], "cannot be reached"),
     "unreachable rounding": (["-m", "llama", "-s", "0.2", "--round-to", "64"], "cannot be reached"),
     "no model": (["-s", "0.25"], "--model is missing"),
     "no sparsity": (["-m", "llama"], "--sparsity is missing"),
@@ -288,7 +288,7 @@ def test_the_python_api_is_the_same_verbs(tmp_path: Path):
 
     recipe = slimlm.Recipe(
         model="llama", sparsity=0.125, num_calibration_samples=4, max_seq_length=32, eval_windows=2,
-        output_dir=str(tmp_path / "out"),
+        output_dir=str(tmp_path / "out"), budget="hidden",
     )  # fmt: skip
     result = slimlm.compress(recipe)
     assert result.manifest["changes"] == {"hidden_size": [256, 224]}
@@ -343,9 +343,9 @@ def test_the_seed_decides_what_is_sampled(tmp_path: Path):
 
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path):
-    done = slimlm("compress", "-m", "llama", "-s", "0.25", *QUICK, "--dry-run", cwd=tmp_path)
+    done = slimlm("compress", "-m", "llama", *QUICK, "--widths", "hidden=192,mlp=600", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "model.layers.*.mlp.down_proj.weight: [256, 704] -> [192, 704] bfloat16  x 6" in done.stdout
+    assert "model.layers.*.mlp.down_proj.weight: [256, 704] -> [192, 600] bfloat16  x 6" in done.stdout
     for word in ("peak memory: host", "disk:", "time:", "nothing was written"):
         assert word in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ ORDER = [
     {"progress"},
     {"recipe", "checkpoint", "calibration"},
     {"activations"},
+    {"stream"},
     {"walk"},
     {"work"},
     {"methods", "evaluation"},

@@ -61,14 +61,10 @@ class Regression:
 
 @dataclass(frozen=True)
 class Fit:
-    """weight: [out, in]. strength: of the ridge, in mean squares of an input; infinite for the prior itself.
-
-    recovered: share of the prior's squared error on the held-out tokens that is gone.
-    """
+    """weight: [out, in]. strength: of the ridge, in mean squares of an input; infinite for the prior itself."""
 
     weight: Tensor
     strength: float
-    recovered: float
 
 
 def ridge(data: Regression, prior: Tensor, metric: Tensor | None = None) -> Fit:
@@ -95,13 +91,13 @@ def ridge(data: Regression, prior: Tensor, metric: Tensor | None = None) -> Fit:
         if loss < best:
             best, strength = loss, candidate
     if math.isinf(strength):
-        return Fit(prior, strength, 0.0)
+        return Fit(prior, strength)
     everything = data.fit.xx + data.held.xx
     unit = unit * everything.diagonal().mean() / data.fit.xx.diagonal().mean()
     delta = _solve(everything, strength * unit, residual + held)
     if delta is None:
-        return Fit(prior, math.inf, 0.0)
-    return Fit((start + delta).T.to(prior.dtype), strength, best)
+        return Fit(prior, math.inf)
+    return Fit((start + delta).T.to(prior.dtype), strength)
 
 
 def _solve(gram: Tensor, damping: Tensor, right: Tensor) -> Tensor | None:

@@ -3,9 +3,9 @@
 from slimlm.errors import UserError, nearest
 from slimlm.methods.plan import Method
 from slimlm.methods.prune import MAGNITUDE, WANDA
-from slimlm.methods.slice import SLICE
+from slimlm.methods.slice import ROTATE, SLICE
 
-METHODS: dict[str, Method] = {"slice": SLICE, "magnitude": MAGNITUDE, "wanda": WANDA}
+METHODS: dict[str, Method] = {"slice": SLICE, "rotate": ROTATE, "magnitude": MAGNITUDE, "wanda": WANDA}
 
 
 def method_named(name: str) -> Method:

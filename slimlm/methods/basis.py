@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimlm.errors import RunFailure
 from slimlm.linalg.gram import Gram, rms_normalise
 from slimlm.linalg.pca import principal_basis, with_kept
 from slimlm.methods.gradients import TOKENS, gradient_covariance
@@ -74,10 +75,12 @@ def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work
         gradients = gradient_covariance(model, list(chosen), recipe.seed, work)
         matrix = matrix + GRADIENT_SHARE * gradients / gradients.trace().clamp_min(1e-30)
     work.progress.stage("finding the basis", 1)
+    if not torch.isfinite(matrix + found.massive.matrix).all():
+        raise RunFailure(f"the residual stream or its gradients overflow in {model.dtype}: the weights are broken")
     kept = massive_directions(found.massive)
     vectors = with_kept(kept, matrix)
     norms = len(model.blocks) * len(model.family.norms) + 1
-    notes = {
+    notes: dict[str, Any] = {
         "calibration_tokens_per_norm": found.gram.tokens / norms,
         "massive_activations": {"tokens_per_norm": found.massive.tokens / norms, "directions": kept.shape[1]},
     }

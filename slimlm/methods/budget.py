@@ -43,37 +43,44 @@ class Cut:
 def candidates(layout: Layout, recipe: Recipe) -> list[Widths]:
     """All splits that remove the requested share of the parameters, to TOLERANCE; blocks counted from the front.
 
-    Widths are multiples of `--round-to`, by default of 8, or the largest smaller power of two that gets there.
+    Widths are multiples of `--round-to`, by default of 8, or the largest smaller power of two that gets there. With
+    `budget: hidden`, and without the refit that would make up for deleted neurons, the one nearest hidden_size.
     """
     for granule in (recipe.round_to,) if recipe.round_to else GRANULES:
-        found = list(_splits(layout, recipe.sparsity, granule))
-        if recipe.budget == "hidden" or not recipe.refit:  # neurons and groups go with the refit that makes up for them
-            dense = layout.dense
-            found = [
-                split
-                for split in found
-                if (split.mlp, split.groups, split.blocks) == (dense.mlp, dense.groups, dense.blocks)
-            ]
+        if recipe.budget == "hidden" or not recipe.refit:
+            found = _narrower(layout, recipe.sparsity, granule)
+            found = sorted(found, key=lambda split: abs(_removed_share(layout, split) - recipe.sparsity))[:1]
+        else:
+            found = list(_splits(layout, recipe.sparsity, granule))
         if found:
             return found
     return []
 
 
+def _removed_share(layout: Layout, widths: Widths) -> float:
+    return 1 - layout.parameters(widths) / parameter_count(layout.model.model)
+
+
+def _is_near(layout: Layout, widths: Widths, sparsity: float) -> bool:
+    """Whether a split removes what was asked, and removes something."""
+    return abs(_removed_share(layout, widths) - sparsity) <= min(TOLERANCE, sparsity / 2)
+
+
+def _narrower(layout: Layout, sparsity: float, granule: int) -> list[Widths]:
+    dense, multiple = layout.dense, math.lcm(granule, layout.divisor(layout.dense.groups))
+    widths = (replace(dense, hidden=hidden) for hidden in range(multiple, dense.hidden, multiple))
+    return [split for split in widths if _is_near(layout, split, sparsity)]
+
+
 def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
     dense = layout.dense
-    full = layout.parameters(dense)
     target = (1 - sparsity) * parameter_count(layout.model.model)
-    if full <= target:  # untying can only add parameters
-        full = int(target) + 1
     for depth in range(len(dense.blocks), max(1, math.ceil(len(dense.blocks) * (1 - sparsity))) - 1, -1):
         for groups in range(dense.groups, 0, -1) if dense.groups else (0,):
             multiple = math.lcm(granule, layout.divisor(groups))
             for hidden in range(dense.hidden // multiple * multiple, 0, -multiple):
                 split = _with_mlp(layout, Widths(hidden, dense.mlp, groups, tuple(range(depth))), target, granule)
-                if split is None or split == dense:
-                    continue
-                achieved = 1 - layout.parameters(split) / parameter_count(layout.model.model)
-                if abs(achieved - sparsity) <= min(TOLERANCE, sparsity / 2):
+                if split is not None and split != dense and _is_near(layout, split, sparsity):
                     yield split
 
 
@@ -155,6 +162,7 @@ def loss_curves(
             kept = basis[:, : layout.dense.hidden - cut.removed].to(model.device, model.dtype)
             for number in range(len(stream.hidden)):
                 stream.hidden.replace(number, stream.hidden[number] @ kept @ kept.T)
+            stream.hidden.turn()
     for index in range(len(model.blocks)):
         with model.block(index) as block:
             orders = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -50,12 +51,13 @@ class Method:
     """plan(model, recipe) does no heavy work and raises UserError for what cannot be done.
     run(model, plan, batches, work) lays out and writes every tensor once; it may find some of its work done already.
 
-    sparsity_of: what a recipe's sparsity is the share of. calibrates: whether it looks at data at all.
+    sparsity_of: what a recipe's sparsity is the share of.
+    calibrates(recipe, path): whether it looks at data, for the model in a directory.
     """
 
     summary: str
     paper: str
     sparsity_of: Literal["parameters", "weights in pruned matrices"]
-    calibrates: bool
+    calibrates: Callable[[Recipe, Path], bool]
     plan: Callable[[StreamedModel, Recipe], Plan]
     run: Callable[[StreamedModel, Plan, list[Tensor], Work], Outcome]

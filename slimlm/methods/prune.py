@@ -31,8 +31,9 @@ from slimlm.work import Rows, Work
 
 def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     """The same tensors, some of whose numbers will be zero. Raises UserError for a pattern no matrix has room for."""
-    if recipe.round_to:
-        raise UserError("--round-to is for methods that change widths; pruning keeps them")
+    for flag, value in (("--round-to", recipe.round_to), ("--widths", recipe.widths)):
+        if value:
+            raise UserError(f"{flag} is for methods that change widths; pruning keeps them")
     named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in _tied(model)}
     for name, tensor in named.items():
         if model.family.role(name) is None:
@@ -151,7 +152,7 @@ MAGNITUDE = Method(
     summary="set the smallest weights of each matrix to zero",
     paper="https://arxiv.org/abs/1506.02626",
     sparsity_of="weights in pruned matrices",
-    calibrates=False,
+    calibrates=lambda recipe, path: False,
     plan=plan_prune,
     run=partial(run_prune, by_activation=False),
 )
@@ -159,7 +160,7 @@ WANDA = Method(
     summary="set the weights to zero that are smallest times the norm of their input, row by row",
     paper="https://arxiv.org/abs/2306.11695",
     sparsity_of="weights in pruned matrices",
-    calibrates=True,
+    calibrates=lambda recipe, path: True,
     plan=plan_prune,
     run=partial(run_prune, by_activation=True),
 )

@@ -11,6 +11,7 @@ the next norm does to it. Units of narrower axes are deleted when their turn com
 model's own activations. Everything a stage needs are sums over tokens: activations are computed again, not kept.
 """
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.families import Axis, Norm
-from slimlm.linalg.ridge import Fit, Regression, held_out, ridge
+from slimlm.linalg.ridge import Regression, held_out, ridge
 from slimlm.linalg.units import compensated, removal_order
 from slimlm.methods.plan import Plan
 from slimlm.methods.rotation import slice_block
@@ -41,7 +42,7 @@ class Pair:
     small: StreamedModel
     basis: Tensor
     streams: dict[str, Stream]
-    fits: dict[str, Fit] = field(default_factory=dict)
+    fits: dict[str, float] = field(default_factory=dict)  # strength of the ridge, by linear or norm
 
     @property
     def dense(self) -> StreamedModel:
@@ -67,15 +68,17 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
     """Write every block of the compressed model, refitted; the streams end behind the last one."""
     model, blocks = layout.model, layout.dense.blocks
     work.settle()  # the compressed model is read from where it is written
-    small = StreamedModel(Checkpoint(work.output), plan.config, model.family, model.device, model.dtype)
+    config = copy.deepcopy(plan.config)  # building a model sets its dtype
+    small = StreamedModel(Checkpoint(work.output), config, model.family, model.device, model.dtype)
     place = {block: index for index, block in enumerate(widths.blocks)}
 
     def is_whole(block: int) -> bool:
         return block not in place or work.written(model.family.block(place[block]))
 
     whole = len(list(takewhile(is_whole, blocks)))
-    streams, _, first = work.start_streams("refit", {"dense": (model, batches), "small": (small, batches)}, whole)
+    streams, state, first = work.start_streams("refit", {"dense": (model, batches), "small": (small, batches)}, whole)
     pair = Pair(layout, widths, small, basis.to(model.device), streams)
+    pair.fits |= {name: float(figures) for name, figures in state.items()}
     work.progress.stage("refitting", len(blocks))
     work.progress.step(first)
     for block in range(first, len(blocks)):
@@ -90,7 +93,7 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
                 with small.placed(part, stored):
                     small.advance(place[block], streams["small"])
             model.advance(block, streams["dense"])
-        work.save_streams("refit", block, streams, {})
+        work.save_streams("refit", block, streams, {name: torch.tensor(fit) for name, fit in pair.fits.items()})
         work.progress.step()
         work.progress.done("refitted", model.family.block(block), time.perf_counter() - start)
     return pair
@@ -122,7 +125,7 @@ def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: dict[s
     assert isinstance(metric, Tensor)
     prior = weights[f"{norm.name}.weight"].float()[:, None] * (pair.basis * math.sqrt(hidden / width)).float()
     fit = ridge(data, prior, metric)
-    pair.fits[f"{place}.{norm.name}"] = fit
+    pair.fits[f"{place}.{norm.name}"] = fit.strength
     for name, weight in zip(norm.readers, dense_weights, strict=True):
         tensors[f"{name}.weight"] = weight @ fit.weight
 
@@ -143,7 +146,7 @@ def _fit_writer(pair: Pair, block: int, place: int, norm: Norm, after: str, tens
         if writer in axis.columns and pair.widths.of(axis_name) < pair.layout.dense.of(axis_name):
             data = _narrow(pair, axis_name, axis, name, data, tensors)
     fit = ridge(data, tensors[name])
-    pair.fits[f"{place}.{writer}"] = fit
+    pair.fits[f"{place}.{writer}"] = fit.strength
     tensors[name] = fit.weight
 
 

@@ -6,14 +6,17 @@ is the same architecture with smaller widths. What is removed is spent over all 
 weights are refitted to what the sliced stream brings them (`methods/refit.py`).
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slimlm.checkpoint.manifest import read_manifest
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
 from slimlm.methods.basis import Basis, find_basis
@@ -35,6 +38,10 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
     """
     if recipe.pattern:
         raise UserError("--pattern is for methods that set weights to zero; slice removes whole directions")
+    if not recipe.refit and set(recipe.width_sizes) - {"hidden", "blocks"}:
+        raise UserError(
+            "--widths mlp and groups need the refit that makes up for what is deleted: leave out --no-refit"
+        )
     layout = Layout(model)
     splits = _splits(layout, recipe)
     plan = layout.plan(splits[len(splits) // 2], recipe)
@@ -93,22 +100,51 @@ def _axes(layout: Layout, splits: list[Widths]) -> str:
 def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
     """Find the basis in one pass over the blocks, settle the widths, and write the blocks in a last one."""
     recipe, layout = plan.recipe, Layout(model)
-    found = find_basis(model, recipe, batches, work)
+    found = _own_basis(model) if is_rotated(model.checkpoint.path) else find_basis(model, recipe, batches, work)
     widths, notes = _settle(layout, recipe, found, batches, work)
     plan = layout.plan(widths, recipe)
     for name, (before, after) in plan.changes.items():
         work.progress.line(f"{name}: {before} -> {after}")
     basis = found.vectors[:, : widths.hidden].contiguous()
     work.lay_out(plan.tensors)
-    for name in model.family.embeddings:
-        _write_part(model, work, name, slice_embedding(model, name, basis))
     if recipe.refit:
         notes["refit"] = _refit(layout, widths, plan, basis, batches, work)
     else:
-        _rotate(layout, widths, basis, work)
+        rotate_model(layout, widths, basis, work)
     work.settle()
     kept = widths.blocks if len(widths.blocks) < len(model.blocks) else None
     return Outcome(plan, {**found.notes, **notes, "widths": str(widths)}, basis, kept)
+
+
+def is_rotated(path: Path) -> bool:
+    """Whether `slimlm rotate` wrote the checkpoint: its stream's directions are in order of importance already."""
+    manifest = read_manifest(path)
+    return manifest is not None and "influence" in manifest.get("method", {})
+
+
+def _own_basis(model: StreamedModel) -> Basis:
+    eye = torch.eye(model.config.hidden_size, dtype=torch.float64, device=model.device)
+    manifest = read_manifest(model.checkpoint.path) or {}
+    influence = torch.tensor(manifest["method"]["influence"], dtype=torch.float64)
+    return Basis(eye, influence, {"basis": "the checkpoint's own, as `slimlm rotate` left it"})
+
+
+def plan_rotate(model: StreamedModel, recipe: Recipe) -> Plan:
+    """The same widths; an untied head where the final norm's gain is not constant."""
+    if recipe.sparsity or recipe.widths or recipe.pattern:
+        raise UserError("rotating deletes nothing: give --sparsity to a later `slimlm compress` of the result")
+    layout = Layout(model)
+    return layout.plan(layout.dense, recipe)
+
+
+@torch.no_grad()
+def run_rotate(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
+    """Find the basis and write every tensor in it."""
+    found, layout = find_basis(model, plan.recipe, batches, work), Layout(model)
+    work.lay_out(plan.tensors)
+    rotate_model(layout, layout.dense, found.vectors, work)
+    work.settle()
+    return Outcome(plan, {**found.notes, "influence": found.influence.tolist()}, found.vectors)
 
 
 def _settle(
@@ -126,6 +162,8 @@ def _settle(
 def _refit(
     layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batches: list[Tensor], work: Work
 ) -> dict[str, Any]:
+    for name in layout.model.family.embeddings:
+        _write_part(layout.model, work, name, slice_embedding(layout.model, name, basis))
     pair = refit_blocks(layout, widths, plan, basis, batches, work)
     model, notes = layout.model, {}
     if layout.keeps_tie:
@@ -134,14 +172,18 @@ def _refit(
         fit = refit_head(pair, plan.recipe.seed, work)
         _write_part(model, work, model.family.head, write_head(model, fit.seen))
         notes["head"] = fit.notes
-    notes["ridge"] = {name: [fit.strength, fit.recovered] for name, fit in pair.fits.items()}
+    # JSON has no infinity: no strength means that the rotated weight stayed.
+    notes["ridge"] = {name: fit if math.isfinite(fit) else None for name, fit in pair.fits.items()}
     return notes
 
 
-def _rotate(layout: Layout, widths: Widths, basis: Tensor, work: Work) -> None:
-    """Every tensor of the model in the basis, and nothing more."""
+@torch.no_grad()
+def rotate_model(layout: Layout, widths: Widths, basis: Tensor, work: Work) -> None:
+    """Write every tensor of the model in the basis: [hidden, width], and nothing more."""
     model = layout.model
     work.progress.stage("slicing", len(widths.blocks) + 1)
+    for name in model.family.embeddings:
+        _write_part(model, work, name, slice_embedding(model, name, basis))
     for place, block in enumerate(widths.blocks):
         _write_part(model, work, model.family.block(place), _slice_block_of(model, block, place, basis))
         work.progress.step()
@@ -169,7 +211,15 @@ SLICE = Method(
     summary="delete directions of the residual stream and units of the blocks: smaller widths, fewer parameters",
     paper="https://arxiv.org/abs/2401.15024",
     sparsity_of="parameters",
-    calibrates=True,
+    calibrates=lambda recipe, path: recipe.refit or not is_rotated(path),
     plan=plan_slice,
     run=run_slice,
+)
+ROTATE = Method(
+    summary="move the residual stream into its principal directions, most important first, and delete nothing",
+    paper="https://arxiv.org/abs/2401.15024",
+    sparsity_of="parameters",
+    calibrates=lambda recipe, path: True,
+    plan=plan_rotate,
+    run=run_rotate,
 )

@@ -10,10 +10,10 @@ from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.errors import UserError
 from slimlm.evaluation.evaluate import evaluate
 from slimlm.evaluation.perplexity import LogLikelihood, measure_perplexity
-from slimlm.linalg.likelihood import window_nll
 from slimlm.evaluation.streamed import compare_streamed, relative_error
 from slimlm.evaluation.tasks import TASKS_PATH, continuation
 from slimlm.evaluation.text import load_test_windows
+from slimlm.linalg.likelihood import window_nll
 from slimlm.progress import LogProgress
 from slimlm.walk import Stream
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
@@ -53,7 +53,7 @@ def test_streamed_and_whole_model_perplexity_are_the_same_number(windows):
 def test_chunking_the_loss_does_not_change_it(monkeypatch):
     logits, tokens = torch.randn(3, 9, 11), torch.randint(0, 11, (3, 9))
     whole = window_nll(logits[:, :-1], tokens[:, 1:])
-    monkeypatch.setattr("slimlm.evaluation.perplexity.LOSS_CHUNK", 5)
+    monkeypatch.setattr("slimlm.linalg.likelihood.LOSS_CHUNK", 5)
     assert torch.allclose(window_nll(logits[:, :-1], tokens[:, 1:]), whole, atol=1e-12)
     expected = torch.nn.functional.cross_entropy(logits[1, :-1].double(), tokens[1, 1:], reduction="sum")
     assert whole[1].item() == pytest.approx(expected.item(), rel=1e-6)

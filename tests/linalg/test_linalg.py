@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimlm.linalg.budget import TOLERANCE, choose_width, nearest_width
+from slimlm.linalg.budget import LossCurve, predicted_loss, spaced
 from slimlm.linalg.gram import CHUNK_TOKENS, Gram, rms_normalise
-from slimlm.linalg.pca import principal_basis
+from slimlm.linalg.pca import principal_basis, with_kept
 from slimlm.linalg.rotate import rotate_embedding, rotate_reader, rotate_writer
 
 
@@ -107,33 +108,41 @@ def test_a_stream_that_lives_in_fewer_directions_loses_nothing():
     assert torch.allclose(before, after, atol=1e-10)
 
 
-@given(st.integers(8, 600), st.floats(0.001, 0.999), st.sampled_from([1, 2, 3, 4, 12]), st.sampled_from([None, 1, 8]))
-def test_a_chosen_width_is_rounded_and_within_tolerance(full, sparsity, divisor, round_to):
-    count = lambda width: 100 * width + 7  # noqa: E731
-    dense = count(full)
-    choice = choose_width(full, count, dense, sparsity, divisor, round_to)
-    if choice is not None:
-        assert 0 < choice.width < full
-        assert choice.width % divisor == 0
-        assert choice.width % (round_to or 1) == 0
-        assert abs(1 - count(choice.width) / dense - sparsity) <= TOLERANCE
-        assert choice.sparsity > 0
-    else:
-        near = nearest_width(full, count, dense, sparsity, math.lcm(round_to or 1, divisor))
-        assert near is None or abs(near.sparsity - sparsity) > min(TOLERANCE, sparsity / 2)
+@given(st.lists(st.floats(1e-4, 10), min_size=1, max_size=5), st.integers(1, 50))
+def test_a_loss_curve_goes_through_its_points_and_never_falls_where_they_rise(losses: list[float], step: int):
+    points = [((index + 1) * step, loss) for index, loss in enumerate(sorted(losses))]
+    curve = LossCurve(points)
+    assert curve(0) == 0
+    for removed, loss in points:
+        assert curve(removed) == pytest.approx(loss, rel=1e-9)
+    along = [curve(removed) for removed in range(points[-1][0] + step)]
+    assert all(after >= before - 1e-12 for before, after in itertools.pairwise(along))
 
 
-@given(st.integers(2, 300), st.floats(0.001, 0.999), st.integers(1, 16), st.integers(0, 20_000))
-def test_the_nearest_width_is_the_nearest_of_all(full, sparsity, multiple, extra):
-    count = lambda width: 90 * width + extra  # noqa: E731
-    dense = 100 * full
-    near = nearest_width(full, count, dense, sparsity, multiple)
-    everything = [abs(1 - count(width) / dense - sparsity) for width in range(multiple, full, multiple)]
-    assert (near is None) == (not everything)
-    if near is not None:
-        assert abs(near.sparsity - sparsity) == pytest.approx(min(everything), abs=1e-12)
+def test_a_power_law_is_followed_beyond_its_points():
+    curve = LossCurve([(8, 8**2.5), (16, 16**2.5), (32, 32**2.5)])
+    assert [curve(units) for units in (4, 20, 64)] == pytest.approx([units**2.5 for units in (4, 20, 64)])
+    assert LossCurve([])(3) == math.inf
+    assert predicted_loss({"a": curve, "b": LossCurve([(1, 3.0)])}, {"a": 8, "b": 2}) == pytest.approx(8**2.5 + 6)
 
 
-def test_round_widths_are_preferred():
-    choice = choose_width(256, lambda width: width, 256, 0.25)
-    assert (choice.width, choice.multiple) == (192, 64)
+@given(st.integers(1, 500), st.integers(1, 16), st.integers(1, 6))
+def test_points_are_multiples_up_to_the_largest(largest: int, multiple: int, count: int):
+    points = spaced(largest, multiple, count)
+    assert len(points) <= count
+    assert points == sorted(set(points))
+    assert all(0 < point <= largest and point % multiple == 0 for point in points)
+    assert not points or points[-1] == largest // multiple * multiple
+
+
+def test_directions_to_keep_come_first_and_the_rest_diagonalises_what_is_left():
+    gram = randn(12, 12)
+    gram = gram @ gram.T
+    kept, _ = torch.linalg.qr(randn(12, 2, seed=1))
+    basis = with_kept(kept, gram)
+    assert torch.allclose(basis.T @ basis, torch.eye(12, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(basis[:, :2], kept)
+    rest = basis[:, 2:].T @ gram @ basis[:, 2:]
+    assert torch.allclose(rest, torch.diag(rest.diagonal()), atol=1e-9)
+    assert (rest.diagonal().diff() <= 1e-9).all()
+    assert torch.equal(with_kept(kept[:, :0], gram), principal_basis(gram)[0])

@@ -1,0 +1,245 @@
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slimlm.calibration import sample_windows
+from slimlm.checkpoint.journal import Journal
+from slimlm.checkpoint.skeleton import parameter_count
+from slimlm.errors import UserError
+from slimlm.methods.basis import MASSIVE, collect_statistics, find_basis
+from slimlm.methods.budget import candidates, choose, loss_curves
+from slimlm.methods.gradients import gradient_covariance
+from slimlm.methods.slice import plan_slice, run_slice
+from slimlm.methods.widths import Layout
+from slimlm.progress import LogProgress
+from slimlm.recipe import Recipe
+from slimlm.work import Work
+from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
+
+
+def work_at(path: Path) -> Work:
+    (path / "work").mkdir(parents=True)
+    (path / "model").mkdir()
+    return Work(path / "model", Journal(path / "work", {}), LogProgress())
+
+
+def sliced(model, tokens: torch.Tensor, path: Path, **settings) -> tuple[Path, dict]:
+    plan = plan_slice(model, Recipe(model="x", dtype="float32", **settings))
+    work = work_at(path)
+    outcome = run_slice(model, plan, list(tokens.split(4)), work)
+    work.writer.finish()
+    outcome.plan.config.save_pretrained(path / "model")
+    return path / "model", outcome.notes
+
+
+def divergence(dense: Path, small: Path, tokens: torch.Tensor) -> float:
+    wanted, got = (logits_of(path, tokens).log_softmax(-1) for path in (dense, small))
+    return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("widths", ["hidden=24", "hidden=32,mlp=32", "groups=1", "hidden=24,mlp=40,groups=1,blocks=2"])
+def test_every_width_gives_a_stock_checkpoint_that_computes_what_its_config_says(
+    tiny: Path, tmp_path: Path, widths: str
+):
+    model, tokens = stream(tiny), random_tokens(12, 24)
+    path, notes = sliced(model, tokens, tmp_path / "run", widths=widths)
+    loaded, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"] | report["mismatched_keys"]
+    sizes = dict(pair.split("=") for pair in notes["widths"].split(","))
+    assert loaded.config.hidden_size == int(sizes["hidden"])
+    assert loaded.config.intermediate_size == int(sizes["mlp"])
+    assert loaded.config.num_key_value_heads == int(sizes["groups"])
+    assert loaded.config.num_attention_heads == 2 * int(sizes["groups"])
+    assert loaded.config.num_hidden_layers == int(sizes["blocks"])
+    with torch.no_grad():
+        cached = loaded.generate(tokens[:1, :8], max_new_tokens=8, do_sample=False, use_cache=True)
+        uncached = loaded.generate(tokens[:1, :8], max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(cached, uncached)
+    assert divergence(tiny, path, tokens) < divergence_of_guessing(tiny, tokens)
+
+
+def divergence_of_guessing(dense: Path, tokens: torch.Tensor) -> float:
+    wanted = logits_of(dense, tokens).log_softmax(-1)
+    guess = wanted.exp().mean((0, 1)).log()
+    return float((wanted.exp() * (wanted - guess)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "mistral-sliding"])
+def test_the_refit_comes_nearer_to_the_dense_model_than_rotation_alone(tmp_path: Path, name: str):
+    path = build_tiny(CONFIGS[name], tmp_path / name)
+    model, tokens, unseen = stream(path), random_tokens(60, 32), random_tokens(12, 32, seed=7)
+    plain, _ = sliced(model, tokens, tmp_path / "plain", widths="hidden=24", refit=False)
+    refitted, notes = sliced(model, tokens, tmp_path / "refitted", widths="hidden=24")
+    assert divergence(path, refitted, unseen) < 0.9 * divergence(path, plain, unseen)
+    assert notes["refit"]["head"]["kl"] <= notes["refit"]["head"]["kl_least_squares"]
+
+
+def test_units_that_do_nothing_go_first_and_their_going_is_exact(tiny_llama: Path, tmp_path: Path):
+    tensors = load_file(tiny_llama / "model.safetensors")
+    dead = {0: [3, 17, 18, 20, 31, 40, 46, 47], 1: list(range(8)), 2: list(range(8, 16))}
+    for block, neurons in dead.items():
+        tensors[f"model.layers.{block}.mlp.down_proj.weight"][:, neurons] = 0
+        tensors[f"model.layers.{block}.self_attn.o_proj.weight"][:, 16 * (block % 2) : 16 * (block % 2) + 16] = 0
+    save_file(tensors, tiny_llama / "model.safetensors", {"format": "pt"})
+    model, tokens = stream(tiny_llama), random_tokens(20, 24)
+    path, _ = sliced(model, tokens, tmp_path / "run", widths="mlp=40,groups=1")
+    assert (logits_of(tiny_llama, tokens) - logits_of(path, tokens)).abs().max() < 1e-3
+
+
+def test_a_block_that_does_nothing_is_the_one_that_goes(tiny_llama: Path, tmp_path: Path):
+    tensors = load_file(tiny_llama / "model.safetensors")
+    for writer in ("mlp.down_proj", "self_attn.o_proj"):
+        tensors[f"model.layers.1.{writer}.weight"].zero_()
+    save_file(tensors, tiny_llama / "model.safetensors", {"format": "pt"})
+    tokens = random_tokens(20, 24)
+    path, _ = sliced(stream(tiny_llama), tokens, tmp_path / "run", widths="blocks=2")
+    assert (logits_of(tiny_llama, tokens) - logits_of(path, tokens)).abs().max() < 1e-3
+
+
+def test_the_gradient_covariance_is_autograds(tiny_llama: Path, tmp_path: Path):
+    """With the labels it draws, on the whole model at once."""
+    tokens = random_tokens(5, 12)
+    found = gradient_covariance(stream(tiny_llama), list(tokens.split(2)), 3, work_at(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    seen: list[torch.Tensor] = []
+
+    def tap(module, args):
+        args[0].retain_grad()
+        seen.append(args[0])
+
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.register_forward_pre_hook(tap)
+    model.requires_grad_(False)
+    generator, expected = torch.Generator().manual_seed(3), torch.zeros(32, 32, dtype=torch.float64)
+    for batch in tokens.split(2):
+        seen.clear()
+        hidden = model.model.embed_tokens(batch).requires_grad_()
+        logits = model(inputs_embeds=hidden).logits.flatten(0, 1)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        for at in seen:
+            gradient = (at.grad * at.detach().square().mean(-1, keepdim=True).sqrt()).flatten(0, 1).double()
+            expected += gradient.T @ gradient
+    assert len(seen) == 7
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.diagonal().mean()))
+    assert not list((tmp_path / "work").glob("scratch-*"))
+
+
+def large_blocks(name: str, path: Path) -> Path:
+    """A tiny model most of whose parameters are in its blocks."""
+    config = copy.deepcopy(CONFIGS[name])
+    config.vocab_size, config.intermediate_size = 64, 256
+    return build_tiny(config, path)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_candidates_have_the_size_asked_for_and_widths_that_fit_the_config(tmp_path: Path, name: str):
+    model = stream(large_blocks(name, tmp_path / name))
+    layout, dense = Layout(model), parameter_count(model.model)
+    found = candidates(layout, Recipe(model="x", sparsity=0.4))
+    assert len({split.hidden for split in found}) > 1
+    assert len({split.groups for split in found}) == 2
+    for split in found:
+        plan = layout.plan(split, Recipe(model="x", sparsity=0.4))  # builds the stock class, which checks its config
+        assert 1 - plan.parameters / dense == pytest.approx(0.4, abs=0.01)
+        assert layout.parameters(split) == plan.parameters
+    assert len(candidates(layout, Recipe(model="x", sparsity=0.3, budget="hidden"))) <= 1
+
+
+def test_a_curve_is_the_loss_of_the_model_that_is_cut_so_far(tiny_llama: Path, tmp_path: Path):
+    """Against the checkpoint that has the width: rotation alone does to the model what the curve says."""
+    tokens = random_tokens(60, 24)
+    model, recipe = stream(tiny_llama), Recipe(model="x", widths="hidden=24", refit=False, dtype="float32")
+    basis = find_basis(model, recipe, list(tokens.split(4)), work_at(tmp_path / "basis"))
+    layout = Layout(model)
+    splits = [replace(layout.dense, hidden=24), replace(layout.dense, blocks=(0, 1))]
+    curves = loss_curves(
+        layout, splits, basis.vectors, basis.influence, list(tokens.split(4)), work_at(tmp_path / "curves")
+    )
+    held = tokens[4::5]
+    path, _ = sliced(model, tokens, tmp_path / "run", widths="hidden=24", refit=False)
+    loss = lambda path: nll(logits_of(path, held), held)  # noqa: E731
+    ((removed, rise),) = curves["hidden"].points
+    assert (removed, rise) == (8, pytest.approx(loss(path) - loss(tiny_llama), abs=1e-5))
+    assert curves["blocks"](1) > 0
+    assert [curves[axis].points for axis in ("mlp", "groups")] == [[], []]
+
+
+def nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+def test_the_split_is_the_one_that_measures_best(tmp_path: Path):
+    """A model whose stream lives in half its directions: cutting hidden_size costs nothing, neurons something."""
+    path = large_blocks("llama", tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "embed_tokens" in name:
+            tensor[:, 16:] = 0
+        elif "o_proj" in name or "down_proj" in name:
+            tensor[16:] = 0
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    whole = AutoModelForCausalLM.from_pretrained(path).eval()
+    batches = list(sample_windows(whole, AutoTokenizer.from_pretrained(path), 20, 24).tokens.split(4))
+    model = stream(path)
+    recipe, layout = Recipe(model="x", sparsity=0.4), Layout(model)
+    basis = find_basis(model, recipe, batches, work_at(tmp_path / "basis"))
+    splits = candidates(layout, recipe)
+    chosen, notes = choose(
+        layout, recipe, splits, basis.vectors, basis.influence, batches, work_at(tmp_path / "choose")
+    )
+    assert chosen.mlp == max(split.mlp for split in splits if split.hidden >= 16)
+    assert notes["predicted_loss"] < 1e-3
+    assert notes["splits"] == len(splits)
+
+
+def plant_massive_activations(path: Path) -> None:
+    """Give the first token, and nothing else, a huge norm in two directions that no reader looks at."""
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "embed_tokens" in name:
+            tensor[:, :2] = 0
+            tensor[0, :2] = torch.tensor([900.0, -700.0])
+        elif "o_proj" in name or "down_proj" in name:
+            tensor[:2] = 0
+        elif tensor.ndim == 2 and "lm_head" not in name:
+            tensor[:, :2] *= 3  # the readers do look: the sink is what they see there
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def test_massive_activations_keep_their_directions(tiny_llama: Path, tmp_path: Path):
+    plant_massive_activations(tiny_llama)
+    tokens = random_tokens(20, 24).clamp_min(1)
+    tokens[:, 0] = 0
+    model = stream(tiny_llama)
+    statistics = collect_statistics(model, list(tokens.split(4)), work_at(tmp_path / "statistics"))
+    assert statistics.massive.tokens == 20 * 7  # the first token of every window at every norm
+    assert MASSIVE * 20 < 900
+    recipe = Recipe(model="x", widths="hidden=16", refit=False, weighting="none")
+    basis = find_basis(model, recipe, list(tokens.split(4)), work_at(tmp_path / "basis"))
+    assert basis.notes["massive_activations"]["directions"] >= 1
+    sink = torch.zeros(32, dtype=torch.float64)
+    sink[:2] = torch.tensor([900.0, -700.0])
+    kept = basis.vectors[:, :16]
+    assert (kept @ (kept.T @ sink) - sink).norm() < 1e-2 * sink.norm()
+
+
+def test_widths_that_cannot_be_had_are_refused(tiny_llama: Path):
+    model = stream(tiny_llama)
+    for widths, message in {
+        "hidden=40": "the model has 32",
+        "mlp=49": "the model has 48",
+        "groups=3": "the model has 2",
+        "blocks=4": "the model has 3",
+        "hidden=30": "multiple of its 4 heads",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            plan_slice(model, Recipe(model="x", widths=widths))
+    with pytest.raises(UserError, match="leave out --no-refit"):
+        plan_slice(model, Recipe(model="x", widths="mlp=40", refit=False))
