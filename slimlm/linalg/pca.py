@@ -29,3 +29,15 @@ def with_kept(kept: Tensor, gram: Tensor) -> Tensor:
     # A direction of its own below zero sorts what is kept behind all that is left.
     rest, _ = principal_basis(outside @ gram @ outside - gram.trace() * (kept @ kept.T))
     return torch.cat([kept, rest[:, : gram.shape[0] - kept.shape[1]]], dim=1)
+
+
+def felt(gram: Tensor, gradients: Tensor) -> Tensor:
+    """`G + G^1/4 C G^1/4`, both of unit trace: the stream's Gram G [d, d], and what the loss feels of it.
+
+    C: [d, d] is the covariance of the loss's gradient. Alone it would keep directions nothing ever lies in; the powers
+    of G leave those out. Chosen among mixtures by held-out loss; see docs/slicing.md.
+    """
+    energies, vectors = torch.linalg.eigh(gram.double())
+    root = (vectors * energies.clamp_min(0).pow(0.25)) @ vectors.T
+    weighed = root @ gradients.double() @ root
+    return gram.double() / gram.trace() + weighed / weighed.trace().clamp_min(1e-30)

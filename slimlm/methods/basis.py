@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from slimlm.errors import RunFailure
 from slimlm.linalg.gram import Gram, rms_normalise
-from slimlm.linalg.pca import principal_basis, with_kept
+from slimlm.linalg.pca import felt, principal_basis, with_kept
 from slimlm.methods.gradients import TOKENS, gradient_covariance
 from slimlm.recipe import Recipe
 from slimlm.stream import hooked
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
-GRADIENT_SHARE = 0.3  # of the gradients' covariance beside the Gram of the stream, both of unit trace
 MASSIVE = 20.0  # a token this many times the median root mean square of its batch is a massive activation
 MOST_MASSIVE = 16  # directions at most
 MASSIVE_ENERGY = 1e-3  # share of the massive tokens' energy from which on a direction is one of theirs
@@ -59,21 +58,22 @@ def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work
     """Eigenvectors of the sum over all norms of the Gram of what the readers see, weighed by what the loss feels.
 
     SliceGPT (arXiv 2401.15024, section 3.2) takes the raw stream, where late blocks and tokens of huge norm decide
-    everything; the readers see it normalised. With `weighting: loss` the covariance of the loss's gradient is added:
-    directions that are small but matter then survive. Directions of massive activations (Sun et al., arXiv 2402.17762)
-    come first: they are so few that no sum over tokens would keep them, and the attention sink rests on them.
+    everything; the readers see it normalised. With `weighting: loss` the covariance of the loss's gradient has its
+    share: directions that are small but matter then survive. Directions of massive activations (Sun et al., arXiv
+    2402.17762) come first: they are so few that no sum over tokens would keep them, and the attention sink rests on
+    them.
     """
     record = work.journal.last("basis")
     saved = work.journal.load(record["tensors"]) if record else None
     if record and saved:
         return Basis(saved["basis"].to(model.device), saved["influence"], record["notes"])
     found = collect_statistics(model, batches, work)
-    matrix = found.gram.matrix / found.gram.matrix.trace()
+    matrix = found.gram.matrix
     if recipe.weighting == "loss":
         windows = torch.cat(batches)
         chosen = windows[: max(1, TOKENS // windows.shape[1])].split(len(batches[0]))
         gradients = gradient_covariance(model, list(chosen), recipe.seed, work)
-        matrix = matrix + GRADIENT_SHARE * gradients / gradients.trace().clamp_min(1e-30)
+        matrix = felt(matrix, gradients)
     work.progress.stage("finding the basis", 1)
     if not torch.isfinite(matrix + found.massive.matrix).all():
         raise RunFailure(f"the residual stream or its gradients overflow in {model.dtype}: the weights are broken")

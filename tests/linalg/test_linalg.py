@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from slimlm.linalg.budget import LossCurve, predicted_loss, spaced
 from slimlm.linalg.gram import CHUNK_TOKENS, Gram, rms_normalise
-from slimlm.linalg.pca import principal_basis, with_kept
+from slimlm.linalg.pca import felt, principal_basis, with_kept
 from slimlm.linalg.rotate import rotate_embedding, rotate_reader, rotate_writer
 
 
@@ -146,3 +146,12 @@ def test_directions_to_keep_come_first_and_the_rest_diagonalises_what_is_left():
     assert torch.allclose(rest, torch.diag(rest.diagonal()), atol=1e-9)
     assert (rest.diagonal().diff() <= 1e-9).all()
     assert torch.equal(with_kept(kept[:, :0], gram), principal_basis(gram)[0])
+
+
+def test_what_the_loss_feels_counts_only_where_the_stream_is():
+    gram, gradients = torch.diag(torch.tensor([8.0, 4.0, 1.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0, 9.0, 90.0]))
+    mixed = felt(gram, gradients)
+    assert torch.allclose(mixed, torch.diag(mixed.diagonal()), atol=1e-12)
+    assert mixed[3, 3] == 0
+    assert mixed[2, 2] > mixed[1, 1] > 0
+    assert mixed.trace() == pytest.approx(2)
