@@ -1,5 +1,6 @@
 """slimlm makes trained language models smaller and hands back a checkpoint that stock transformers loads."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -44,3 +45,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'slimlm' has no attribute {name!r}")
+
+
+if "transformers" in sys.modules:  # else it would be imported here, and `slimlm --help` would wait for it
+    import_module("slimlm.modeling")

@@ -55,6 +55,7 @@ class Spilled:
         self.device = torch.device(device)
         self.side = 0
         self.shapes: list[tuple[int, ...]] = []
+        self._next: list[tuple[int, ...]] = []  # of the batches being written; a block may change the width
         self.dtype = torch.float32
         self.digest = ""
         self._hash = hashlib.sha256()
@@ -68,14 +69,14 @@ class Spilled:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
 
-    def _offset(self, index: int) -> int:
+    def _offset(self, index: int, shapes: list[tuple[int, ...]]) -> int:
         """Batches are of one size, but for the last."""
-        return index * int(torch.Size(self.shapes[0]).numel()) * self.dtype.itemsize
+        return index * int(torch.Size(shapes[0]).numel()) * self.dtype.itemsize
 
     def __getitem__(self, index: int) -> Tensor:
         tensor = torch.empty(self.shapes[index], dtype=self.dtype)
         with self.files[self.side].open("rb") as file:
-            file.seek(self._offset(index))
+            file.seek(self._offset(index, self.shapes))
             file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return tensor.to(self.device)
 
@@ -86,23 +87,26 @@ class Spilled:
                 f"a batch of {list(tensor.shape)} after one of {list(self.shapes[-1])}: only the last may differ"
             )
         self.shapes.append(tuple(tensor.shape))
-        self._write(self.files[self.side], len(self.shapes) - 1, tensor)
+        self._write(self.files[self.side], self._offset(len(self.shapes) - 1, self.shapes), tensor)
         self.digest = self._hash.hexdigest()
 
     def replace(self, index: int, tensor: Tensor) -> None:
         if index == 0:
             self._hash = hashlib.sha256()
-        self._write(self.files[1 - self.side], index, tensor)
+            self._next = []
+        self._next.append(tuple(tensor.shape))
+        self._write(self.files[1 - self.side], self._offset(index, self._next), tensor)
 
-    def _write(self, path: Path, index: int, tensor: Tensor) -> None:
+    def _write(self, path: Path, offset: int, tensor: Tensor) -> None:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._hash.update(data)
         with disk_errors(path), path.open("r+b") as file:
-            file.seek(self._offset(index))
+            file.seek(offset)
             file.write(data)
 
     def turn(self) -> None:
         self.side = 1 - self.side
+        self.shapes = self._next
         self.digest = self._hash.hexdigest()
 
     @property

@@ -93,6 +93,7 @@ def compress_command(
     revision: Annotated[str | None, _flag("revision", WHAT)] = None,
     widths: Annotated[str | None, _flag("widths", WHAT)] = None,
     round_to: Annotated[int | None, _flag("round_to", WHAT)] = None,
+    basis: Annotated[str | None, _flag("basis", WHAT)] = None,
     budget: Annotated[str | None, _flag("budget", WHAT)] = None,
     refit: Annotated[
         bool | None,
@@ -153,8 +154,9 @@ def compress_command(
 ) -> None:
     """Make a model smaller.
 
-    **slice** rotates the residual stream onto its principal directions and deletes the weakest, so every matrix gets
-    smaller: fewer parameters, fewer bytes, less computation. **magnitude** and **wanda** set single weights to zero,
+    **slice** rotates the residual stream onto its principal directions and deletes the weakest, deletes neurons of the
+    MLPs, key/value groups or blocks where that costs less, and refits what is left: fewer parameters, fewer bytes, less
+    computation. **magnitude** and **wanda** set single weights to zero,
     which neither shrinks nor speeds up a stock checkpoint. The result is a directory with weights, config, tokenizer,
     a model card and `slimlm.json`, which says what was done and what was lost.
 
@@ -177,6 +179,46 @@ def compress_command(
         _dry_run(chosen, overwrite, resume)
     else:
         _run_compress(chosen, overwrite, resume)
+
+
+@app.command("rotate")
+def rotate_command(
+    model: Annotated[str, _flag("model", WHAT, "-m")],
+    weighting: Annotated[str | None, _flag("weighting", WHAT)] = None,
+    revision: Annotated[str | None, _flag("revision", WHAT)] = None,
+    dataset: Annotated[str | None, _flag("dataset", DATA, default="self for the bundled model, else required")] = None,
+    text_column: Annotated[str | None, _flag("text_column", DATA)] = None,
+    num_calibration_samples: Annotated[int | None, _flag("num_calibration_samples", DATA)] = None,
+    max_seq_length: Annotated[
+        int | None, _flag("max_seq_length", DATA, default="the model's context, up to 2048")
+    ] = None,
+    seed: Annotated[int | None, _flag("seed", DATA)] = None,
+    batch_size: Annotated[int | None, _flag("batch_size", RUN)] = None,
+    device: Annotated[str | None, _flag("device", RUN)] = None,
+    output_dir: Annotated[str | None, _flag("output_dir", OUT, "-o", default="MODEL-rotate")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=OUT, help="Replace what an earlier run wrote there.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", rich_help_panel=OUT, help="Go on from what an interrupted run has finished.")
+    ] = False,
+    dtype: Annotated[str | None, _flag("dtype", OUT)] = None,
+) -> None:
+    """Sort a model's residual stream by importance, once for every width.
+
+    The result computes what the model computed, and stock transformers loads it. Its directions are in order, so that
+    slicing it later just cuts: `slimlm compress --model ROTATED --sparsity 0.2 --no-refit` needs no data and takes
+    seconds; with the refit it needs data, but not the calibration that finds the basis.
+
+    Examples:
+
+        slimlm rotate --model llama --output-dir rotated
+
+        slimlm compress --model rotated --sparsity 0.25 --no-refit
+    """
+    flags = {key: value for key, value in locals().items() if key not in ("overwrite", "resume") and value is not None}
+    _set_verbosity(False)
+    _run_compress(make_recipe({**flags, "method": "rotate"}, "command line"), overwrite, resume)
 
 
 def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
@@ -232,7 +274,8 @@ def _print_result(result: Any, expected: dict[str, float]) -> None:
     for line in expectation_lines(manifest, expected):
         print(line)
     print(f"written to {result.output_dir}")
-    print(f'load it with AutoModelForCausalLM.from_pretrained("{result.output_dir}")')
+    trust = ", trust_remote_code=True" if result.manifest["needs_remote_code"] else ""
+    print(f'load it with AutoModelForCausalLM.from_pretrained("{result.output_dir}"{trust})')
 
 
 @app.command("eval")

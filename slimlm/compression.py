@@ -79,6 +79,8 @@ def _compress(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress)
             work.writer.finish()
             with disk_errors(staging.model):
                 outcome.plan.config.save_pretrained(staging.model)
+            for file in outcome.plan.files:
+                shutil.copyfile(file, staging.model / file.name)
             copy_companions(job.resolved.path, staging.model)
             comparison = _timed(job, "measuring", lambda: _measure(job, staging, outcome, progress))
             job.seconds["total"] = time.perf_counter() - started
@@ -209,6 +211,7 @@ def _manifest(
         },
         "recipe": recipe.model_dump(exclude={"expected"}),
         "paper": job.method.paper,
+        "needs_remote_code": bool(plan.files),
         "sparsity": {
             "requested": recipe.sparsity,
             "of": job.method.sparsity_of,

@@ -34,6 +34,10 @@ class Recipe(BaseModel):
         None,
         description="slicing: widths by hand instead of by the loss, as in hidden=224,mlp=496 (also groups, blocks)",
     )
+    basis: Literal["shared", "per-block"] = Field(
+        "shared",
+        description="slicing: one basis for the whole model, or SliceGPT as published, which no stock class can load",
+    )
     budget: Literal["all", "hidden"] = Field(
         "all", description="slicing: spend the sparsity over all widths, or on hidden_size alone"
     )

@@ -11,7 +11,7 @@ import slimlm
 ROOT = Path(slimlm.__file__).parent
 ORDER = [
     {"errors"},
-    {"linalg", "families", "device"},
+    {"linalg", "families", "device", "modeling"},
     {"progress"},
     {"recipe", "checkpoint", "calibration"},
     {"activations"},

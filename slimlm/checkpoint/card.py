@@ -20,13 +20,25 @@ def render_card(manifest: Manifest) -> str:
         _summary(manifest),
         _sizes(manifest),
         _loss(manifest),
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n\n'
-        "No extra code is needed: the architecture is a stock one with other sizes.\n",
+        _use(manifest),
         _reproduce(manifest),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _use(manifest: Manifest) -> str:
+    own = manifest["needs_remote_code"]
+    trust = ", trust_remote_code=True" if own else ""
+    code = (
+        "Its modelling code, one file, is in the checkpoint: no stock class has its shortcuts."
+        if own
+        else "No extra code is needed: the architecture is a stock one with other sizes."
+    )
+    return (
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n\n{code}\n'
+    )
 
 
 def _header(manifest: Manifest) -> str:

@@ -1,7 +1,7 @@
 """Two models side by side, a block of each in memory at a time: what compression did, block by block and at the end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,14 +29,15 @@ def compare_streamed(
     dense: StreamedModel,
     compressed: StreamedModel,
     batches: Sequence[Tensor],
-    basis: Tensor | None,
+    basis: Callable[[int], Tensor] | None,
     progress: Progress,
     hidden: Sequence[HiddenStates] | None = None,
     blocks: Sequence[int] | None = None,
 ) -> Comparison:
     """Run both models over batches of tokens [batch, time].
 
-    basis: [hidden, width] says where the compressed stream lives in the dense one's space (None: the same space).
+    basis(block): [hidden, width] says where the compressed stream lives in the dense one's space after a block (None:
+    the same space).
     hidden: where the two streams wait between blocks; in memory by default.
     blocks: the dense model's blocks, by number, that the compressed one still has (None: all).
     """
@@ -56,7 +57,7 @@ def compare_streamed(
         if index in kept:
             with compressed.block(kept.index(index)):
                 compressed.advance(kept.index(index), streams[1])
-        error = relative_error(*streams, basis)
+        error = relative_error(*streams, None if basis is None else basis(index))
         comparison.block_errors.append(error)
         progress.step()
         progress.done("measured", dense.family.block(index), time.perf_counter() - start, relative_error=error)

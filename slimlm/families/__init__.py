@@ -2,9 +2,9 @@
 
 from slimlm.errors import UserError, nearest
 from slimlm.families.family import Axis, Family, Norm
-from slimlm.families.llama import LLAMA, MISTRAL
+from slimlm.families.llama import LLAMA, MISTRAL, SLICED_LLAMA
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, SLICED_LLAMA)}
 
 
 def family_of(model_type: str) -> Family:

@@ -28,4 +28,6 @@ LLAMA = Family(
     heads="num_attention_heads",
 )
 
+# What `basis: per-block` makes of a Llama: known so that it can be measured; its norms have no gains.
+SLICED_LLAMA = replace(LLAMA, model_type="sliced_llama", heads=None, mlp=None, groups=None)
 MISTRAL = replace(LLAMA, model_type="mistral", heads=None)

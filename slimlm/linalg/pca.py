@@ -40,4 +40,5 @@ def felt(gram: Tensor, gradients: Tensor) -> Tensor:
     energies, vectors = torch.linalg.eigh(gram.double())
     root = (vectors * energies.clamp_min(0).pow(0.25)) @ vectors.T
     weighed = root @ gradients.double() @ root
-    return gram.double() / gram.trace() + weighed / weighed.trace().clamp_min(1e-30)
+    mixed: Tensor = gram.double() / gram.trace() + weighed / weighed.trace().clamp_min(1e-30)
+    return mixed

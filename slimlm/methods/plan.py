@@ -18,7 +18,7 @@ from slimlm.work import Work
 class Plan:
     """The result's config and tensors (names as in its files), its recipe, and what of the config changes.
 
-    remark: what is still to be decided in the run, and how.
+    remark: what is still to be decided in the run, and how. files: what else belongs into the checkpoint.
     """
 
     config: PretrainedConfig
@@ -27,6 +27,7 @@ class Plan:
     recipe: Recipe
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     remark: str | None = None
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Outcome:
     """What a run found out.
 
     plan: what it carried out, in which widths may have been settled that were still open. notes: figures for the
-    manifest. basis: [hidden, width], where the stream was moved to, if it was. blocks: the dense model's blocks that
-    are still there, by number; None for all. zeros: share of zeros in the matrices a method prunes, counted on disk;
-    None for one that prunes none.
+    manifest. basis(block): [hidden, width], where the stream leaving a block was moved to, if it was. blocks: the dense
+    model's blocks that are still there, by number; None for all. zeros: share of zeros in the matrices a method prunes,
+    counted on disk; None for one that prunes none.
     """
 
     plan: Plan
     notes: dict[str, Any] = field(default_factory=dict)
-    basis: Tensor | None = None
+    basis: Callable[[int], Tensor] | None = None
     blocks: tuple[int, ...] | None = None
     zeros: float | None = None
 

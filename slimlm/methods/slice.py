@@ -22,6 +22,7 @@ from slimlm.errors import UserError
 from slimlm.methods.basis import Basis, find_basis
 from slimlm.methods.budget import candidates, choose
 from slimlm.methods.head import refit_head
+from slimlm.methods.per_block import plan_per_block, run_per_block
 from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.methods.refit import refit_blocks
 from slimlm.methods.rotation import head_map, slice_block, slice_embedding, write_head, write_tied_norm
@@ -42,6 +43,8 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
         raise UserError(
             "--widths mlp and groups need the refit that makes up for what is deleted: leave out --no-refit"
         )
+    if recipe.basis == "per-block":
+        return plan_per_block(model, recipe)
     layout = Layout(model)
     splits = _splits(layout, recipe)
     plan = layout.plan(splits[len(splits) // 2], recipe)
@@ -100,6 +103,8 @@ def _axes(layout: Layout, splits: list[Widths]) -> str:
 def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
     """Find the basis in one pass over the blocks, settle the widths, and write the blocks in a last one."""
     recipe, layout = plan.recipe, Layout(model)
+    if recipe.basis == "per-block":
+        return run_per_block(model, plan, batches, work)
     found = _own_basis(model) if is_rotated(model.checkpoint.path) else find_basis(model, recipe, batches, work)
     widths, notes = _settle(layout, recipe, found, batches, work)
     plan = layout.plan(widths, recipe)
@@ -113,7 +118,7 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
         rotate_model(layout, widths, basis, work)
     work.settle()
     kept = widths.blocks if len(widths.blocks) < len(model.blocks) else None
-    return Outcome(plan, {**found.notes, **notes, "widths": str(widths)}, basis, kept)
+    return Outcome(plan, {**found.notes, **notes, "widths": str(widths)}, lambda block: basis, kept)
 
 
 def is_rotated(path: Path) -> bool:
@@ -144,7 +149,7 @@ def run_rotate(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wo
     work.lay_out(plan.tensors)
     rotate_model(layout, layout.dense, found.vectors, work)
     work.settle()
-    return Outcome(plan, {**found.notes, "influence": found.influence.tolist()}, found.vectors)
+    return Outcome(plan, {**found.notes, "influence": found.influence.tolist()}, lambda block: found.vectors)
 
 
 def _settle(

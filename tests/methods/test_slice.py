@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import parameter_count
+from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.methods.basis import collect_statistics
 from slimlm.methods.plan import Plan
-from slimlm.methods.slice import plan_slice, rotate_model, run_slice
+from slimlm.methods.slice import plan_rotate, plan_slice, rotate_model, run_slice
 from slimlm.methods.widths import Layout, Widths
 from slimlm.progress import LogProgress
 from slimlm.recipe import Recipe
@@ -82,7 +83,7 @@ def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(tiny: Path,
     model, tokens = stream(tiny), random_tokens(8, 32)
     plan = plan_slice(model, Recipe(**PLAIN, widths="hidden=20"))
     outcome = run_slice(model, plan, [tokens], work_at(tmp_path / "run"))
-    basis = outcome.basis
+    basis = outcome.basis(0)
     assert outcome.notes["calibration_tokens_per_norm"] == tokens.numel()
     assert torch.allclose(basis @ basis.T, directions @ directions.T, atol=1e-5)
     sliced = written(model, basis, tmp_path / "sliced")
@@ -137,7 +138,7 @@ def test_a_tied_head_stays_tied_when_the_final_gain_is_constant(tmp_path: Path):
     plan = plan_slice(model, Recipe(**PLAIN, sparsity=0.375))
     assert plan.config.tie_word_embeddings
     assert "lm_head.weight" not in plan.tensors
-    basis = run_slice(model, plan, [tokens], work_at(tmp_path / "run")).basis
+    basis = run_slice(model, plan, [tokens], work_at(tmp_path / "run")).basis(0)
     sliced = written(model, basis, tmp_path / "sliced")
     assert plan.config.hidden_size == 20
     assert (logits_of(path, tokens) - logits_of(sliced, tokens)).abs().max() < 1e-4
@@ -198,3 +199,32 @@ def test_padding_and_batching_do_not_change_a_sliced_model(tiny_llama: Path, tmp
         uncached = loaded.generate(tokens, max_new_tokens=12, do_sample=False, use_cache=False)
     assert torch.allclose(alone, together, atol=1e-4)
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("weighting", ["loss", "none"])
+def test_a_slice_of_a_rotated_checkpoint_is_the_direct_slice_and_needs_no_data(
+    tiny: Path, tmp_path: Path, weighting: str
+):
+    (tmp_path / "text.txt").write_text("The old house stood at the end of the lane, and nobody had lived there. " * 40)
+    common = {"weighting": weighting, "dtype": "float32", "measure": False, "max_seq_length": 32}
+    data = {"dataset": str(tmp_path / "text.txt"), "num_calibration_samples": 6}
+    made = {
+        "direct": Recipe(model=str(tiny), widths="hidden=20", refit=False, **common, **data),
+        "rotated": Recipe(model=str(tiny), method="rotate", **common, **data),
+        "nested": Recipe(model=str(tmp_path / "rotated"), widths="hidden=20", refit=False, **common),
+    }
+    for name, recipe in made.items():
+        compress(recipe.model_copy(update={"output_dir": str(tmp_path / name)}))
+    tokens = random_tokens()
+    assert (logits_of(tiny, tokens) - logits_of(tmp_path / "rotated", tokens)).abs().max() < 1e-4
+    direct, nested = (load_file(tmp_path / name / "model.safetensors") for name in ("direct", "nested"))
+    assert direct.keys() == nested.keys()
+    for name, tensor in direct.items():
+        assert torch.allclose(tensor, nested[name], atol=1e-5), name
+    with pytest.raises(UserError, match="no calibration data"):
+        compress(Recipe(model=str(tmp_path / "rotated"), widths="hidden=20", **common, output_dir=str(tmp_path / "x")))
+
+
+def test_rotating_deletes_nothing(tiny_llama: Path):
+    with pytest.raises(UserError, match="deletes nothing"):
+        plan_rotate(stream(tiny_llama), Recipe(model="x", method="rotate", sparsity=0.5))
