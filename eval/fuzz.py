@@ -216,7 +216,7 @@ def one(place: Path, mutation: Mutation, chance: random.Random) -> str:
     mutation(path, chance)
     text = place / "original" / "text.txt"
     recipe = Recipe(
-        model=str(path), sparsity=0.25, dataset=str(text), num_calibration_samples=4, max_seq_length=32, eval_windows=4,
+        model=str(path), sparsity=0.25, dataset=str(text), num_calibration_samples=6, max_seq_length=32, eval_windows=4,
         eval_text=str(text), output_dir=str(output),
     )  # fmt: skip
     signal.alarm(SECONDS)

@@ -101,6 +101,8 @@ class Spilled:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._hash.update(data)
         with disk_errors(path), path.open("r+b") as file:
+            if offset == 0:
+                file.truncate(0)  # what was there may have been wider
             file.seek(offset)
             file.write(data)
 

@@ -100,7 +100,7 @@ def _compress(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress)
 def write_recipe(directory: Path, job: Job) -> None:
     """The recipe as it was run, able to run again anywhere on this machine: whole paths, the revision, no output."""
     settings = job.recipe.model_dump(exclude={"expected", "output_dir"}, exclude_none=True)
-    if not job.recipe.sparsity:
+    if job.recipe.widths or not job.recipe.sparsity:
         del settings["sparsity"]
     if job.resolved.origin == "directory":
         settings["model"] = str(job.resolved.path)

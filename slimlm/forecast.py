@@ -18,14 +18,15 @@ import torch
 import yaml
 
 from slimlm.calibration import SAMPLING_BATCH, SELF
-from slimlm.checkpoint.manifest import MANIFEST_NAME
+from slimlm.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from slimlm.checkpoint.output import COMPANIONS
 from slimlm.checkpoint.reader import INDEX_NAME
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.compression import LOG_NAME
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
-from slimlm.prepare import Job
+from slimlm.methods.budget import CUTS, WINDOWS
+from slimlm.prepare import Job, spilled
 from slimlm.progress import Progress
 
 
@@ -55,7 +56,12 @@ def forecast(job: Job, progress: Progress) -> Forecast:
         # Sampling holds every block at once, and their keys and values.
         others = parameter_count(job.model.model) - manifest["parameters"]["dense"] + (blocks - 1) * _cached(job)
         memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
-    disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + run["work_bytes"]
+    if job.plan.remark:
+        # The widths are still to be chosen: CUTS more streams through every block, which the probe was spared.
+        calibrated = sum(event["seconds"] for event in events if event["what"] == "calibrated")
+        seconds += blocks * calibrated * CUTS * WINDOWS / job.recipe.num_calibration_samples
+    waiting = spilled(job.recipe, job.method, job.model)
+    disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + max(run["work_bytes"], waiting)
     progress.step()
     return Forecast(memory, disk, seconds)
 
@@ -74,7 +80,9 @@ def _probe(job: Job, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]
     """Compress the first block alone; its manifest and its log."""
     _show_first_block(job, scratch / "model")
     settings = job.recipe.model_dump(exclude={"expected"}, exclude_none=True)
-    if not job.recipe.sparsity:
+    if job.plan.widths and job.recipe.sparsity:
+        settings["widths"] = job.plan.widths
+    if "widths" in settings or not job.recipe.sparsity:
         del settings["sparsity"]
     settings |= {"model": str(scratch / "model"), "output_dir": str(scratch / "out"), "revision": None}
     if job.windows is not None:
@@ -107,6 +115,10 @@ def _show_first_block(job: Job, directory: Path) -> None:
     if isinstance(config.get("layer_types"), list):
         config["layer_types"] = config["layer_types"][:1]
     (directory / "config.json").write_text(json.dumps(config))
+    manifest = read_manifest(source) or {}
+    if "influence" in manifest.get("method", {}):  # `slimlm rotate` wrote it, and slicing it goes another way
+        influence = {"influence": manifest["method"]["influence"][:1]}
+        (directory / MANIFEST_NAME).write_text(json.dumps({"method": influence}))
     parts = [*model.outside, model.family.block(0)]
     keys = [key for part in parts for key in model.keys_of.get(part, [])]
     weight_map = {key: model.checkpoint.tensors[key].path.name for key in keys}

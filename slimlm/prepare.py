@@ -16,6 +16,7 @@ from slimlm.device import pick_device, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
 from slimlm.families import family_of
+from slimlm.linalg.ridge import HELD_EVERY
 from slimlm.methods import method_named
 from slimlm.methods.plan import Method, Plan
 from slimlm.progress import Progress
@@ -65,23 +66,25 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
     plan = method.plan(model, recipe)
     if recipe.widths:
+        if plan.parameters >= parameter_count(model.model):
+            raise UserError(f"--widths {recipe.widths} removes nothing: {plan.parameters:,} parameters would be left")
         recipe = recipe.model_copy(update={"sparsity": 1 - plan.parameters / parameter_count(model.model)})
     size = sum(spec.nbytes for spec in plan.tensors.values())
-    for line in describe(plan, model, size):
+    for line in describe(plan, method, model, size):
         progress.line(line)
     tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
     recipe = settle(recipe, method, resolved, model.config, output)
     windows, test = _windows(recipe, tokenizer, model.config.vocab_size)
-    check_output(output, replaceable, inputs, size + _spilled(recipe, model))
+    check_output(output, replaceable, inputs, size + spilled(recipe, method, model))
     progress.stage("checking weights", parameter_count(model.model))
     model.checkpoint.check_finite(progress.step)
     return Job(recipe, resolved, method, output, model, tokenizer, plan, test, windows)
 
 
-def describe(plan: Plan, model: StreamedModel, size: int) -> list[str]:
+def describe(plan: Plan, method: Method, model: StreamedModel, size: int) -> list[str]:
     """What is going to happen, before it does."""
     dense = parameter_count(model.model)
-    if plan.parameters == dense:
+    if method.sparsity_of != "parameters":
         return [f"parameters: {dense:,}, of which some will be zero; weights: {size / 1e6:,.1f} MB, as before"]
     return [
         f"parameters: {dense:,} -> {plan.parameters:,} ({plan.parameters / dense - 1:+.1%}); "
@@ -91,11 +94,11 @@ def describe(plan: Plan, model: StreamedModel, size: int) -> list[str]:
     ]
 
 
-def _spilled(recipe: Recipe, model: StreamedModel) -> int:
-    """Bytes of hidden states that wait in pairs of files: one stream to calibrate, then two to measure."""
+def spilled(recipe: Recipe, method: Method, model: StreamedModel) -> int:
+    """Bytes of hidden states that wait in pairs of files: to calibrate, then two streams to measure."""
     assert recipe.max_seq_length is not None
     per_window: int = recipe.max_seq_length * model.config.hidden_size * model.dtype.itemsize * 2
-    calibrating = recipe.num_calibration_samples if recipe.dataset else 0
+    calibrating = recipe.num_calibration_samples + method.scratch(recipe, model) if recipe.dataset else 0
     measuring = 2 * recipe.eval_windows if recipe.measure else 0
     return per_window * (calibrating + measuring)
 
@@ -120,6 +123,12 @@ def _windows(recipe: Recipe, tokenizer: Any, vocabulary: int) -> tuple[Windows |
             )
     if recipe.measure:
         test = load_test_windows(recipe.eval_text, tokenizer, recipe.eval_windows, recipe.max_seq_length)
+    count = len(windows.tokens) if windows else recipe.num_calibration_samples
+    if recipe.method == "slice" and recipe.refit and recipe.basis == "shared" and count < HELD_EVERY:
+        raise UserError(
+            f"the refit holds out every {HELD_EVERY}th calibration window and there are {count}: "
+            "raise --num-calibration-samples, give more text, or add --no-refit"
+        )
     return windows, test
 
 

@@ -110,6 +110,8 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _in_range(self) -> "Recipe":
         """Widths given by hand, and a mere rotation, need no sparsity."""
+        if self.widths and "sparsity" in self.model_fields_set:
+            raise ValueError("widths say how sparse: leave out sparsity, or widths")
         if "sparsity" not in self.model_fields_set:
             if not self.widths and self.method != "rotate":
                 raise ValueError("'sparsity' is not given")

@@ -130,6 +130,7 @@ class StreamedModel:
         try:
             slices = {key: self.ahead.take(key) for key in keys}
             load_tensors(self.model, slices, self.device, self.dtype)
+            del slices
             self.model.tie_weights(recompute_mapping=False)
             self._require_weights(parts)
             yield
@@ -146,10 +147,10 @@ class StreamedModel:
                     raise UserError(f"{self.checkpoint.path} lacks {part}.{name}, which its config calls for")
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights in memory; the next one's come meanwhile."""
+    def block(self, index: int, step: int = 1) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory; those of the one `step` further come meanwhile."""
         with self.loaded([self.family.block(index)]):
-            self.ahead.ask(self.keys_of.get(self.family.block(index + 1), []))
+            self.ahead.ask(self.keys_of.get(self.family.block(index + step), []))
             yield self.blocks[index]
 
     @contextmanager

@@ -172,7 +172,7 @@ def test_finished_blocks_are_not_computed_again(recipe: Recipe, monkeypatch):
     [
         ({"sparsity": 0.5}, "recipe sparsity was 0.25, is now 0.5"),
         ({"seed": 3}, "recipe seed was 0, is now 3"),
-        ({"num_calibration_samples": 4}, "recipe num_calibration_samples was 6, is now 4 .*calibration sha256"),
+        ({"num_calibration_samples": 5}, "recipe num_calibration_samples was 6, is now 5 .*calibration sha256"),
         ({"dtype": "float16"}, "recipe dtype was 'auto', is now 'float16'"),
     ],
 )
@@ -231,6 +231,7 @@ def test_what_a_killed_run_holds_of_the_disk_counts_as_free(recipe: Recipe, undi
     held = sum(file.stat().st_size for file in staging.root.rglob("*") if file.is_file())
     usage = output_module.shutil.disk_usage(staging.root.parent)
     monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage._replace(free=held // 2))
+    monkeypatch.setattr("slimlm.prepare.spilled", lambda recipe, method, model: 0)
     assert result(compress(recipe, resume=True).output_dir) == undisturbed
 
 
@@ -278,3 +279,21 @@ def test_sampled_calibration_text_is_not_sampled_twice(recipe: Recipe, monkeypat
     killed_halfway(recipe, monkeypatch, 4)
     monkeypatch.setattr("slimlm.compression.sample_windows", lambda *args: pytest.fail("sampled again"))
     assert result(compress(recipe, resume=True).output_dir) == whole
+
+
+@pytest.mark.parametrize("settings", [{"basis": "per-block", "sparsity": 0.06}, {"method": "rotate"}])
+def test_death_at_any_record_of_another_kind_of_run(recipe: Recipe, monkeypatch, tmp_path: Path, settings: dict):
+    fields = recipe.model_dump(include=recipe.model_fields_set - {"sparsity"})
+    recipe = Recipe(**{**fields, **settings, "round_to": 4 if "basis" in settings else None, "measure": False})
+    expected = result(compress(recipe.model_copy(update={"output_dir": str(tmp_path / "undisturbed")})).output_dir)
+    for number in range(2, 30, 2):
+        with monkeypatch.context() as patch:
+            die_at(patch, Journal, "commit", number, after=number % 4 == 0)
+            try:
+                compress(recipe, overwrite=True)
+            except Killed:
+                assert result(compress(recipe, overwrite=True, resume=True).output_dir) == expected
+            else:
+                assert number > 6
+                return
+    pytest.fail("the run never ended")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+import slimlm.modeling  # noqa: F401  # its classes are known to transformers from here on
 from slimlm.checkpoint.hf_internals import module_names
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.errors import UserError, one_line

@@ -14,6 +14,24 @@ def damped(gram: Tensor) -> Tensor:
     return system
 
 
+def _factor(system: Tensor) -> Tensor:
+    """Cholesky factor of [n, n], its diagonal raised, tenfold each time, where rounding made it indefinite.
+
+    Raises ValueError when that does not help either.
+    """
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(system)
+    for power in (-6, -5, -4, -3):
+        if not failed:
+            return factor
+        raised = system.clone()
+        raised.diagonal().add_(10.0**power * system.diagonal().mean().abs())
+        factor, failed = torch.linalg.cholesky_ex(raised)
+    if failed:
+        raise ValueError("a Gram matrix is not positive definite, even damped")
+    return factor
+
+
 def removal_order(gram: Tensor, weight: Tensor, size: int, count: int) -> Tensor:
     """Which `count` units of a linear to delete, cheapest first: int64 [count].
 
@@ -23,7 +41,7 @@ def removal_order(gram: Tensor, weight: Tensor, size: int, count: int) -> Tensor
     more than ROUNDS units go, several do between downdates.
     """
     units = gram.shape[0] // size
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
+    inverse = torch.cholesky_inverse(_factor(damped(gram)))
     weight = weight.to(gram).clone()
     alive = torch.ones(units, dtype=torch.bool, device=gram.device)
     order: list[Tensor] = []
@@ -34,7 +52,7 @@ def removal_order(gram: Tensor, weight: Tensor, size: int, count: int) -> Tensor
         alive[chosen] = False
         columns = (chosen[:, None] * size + torch.arange(size, device=gram.device)).flatten()
         cross = inverse[columns]
-        moved = torch.cholesky_solve(cross, torch.linalg.cholesky(cross[:, columns]))
+        moved = torch.cholesky_solve(cross, _factor(cross[:, columns]))
         weight.addmm_(weight[:, columns], moved, alpha=-1)
         inverse.addmm_(cross.T, moved, alpha=-1)
         weight[:, columns] = 0
@@ -55,7 +73,7 @@ def unit_costs(inverse: Tensor, weight: Tensor, size: int) -> Tensor:
 def compensated(gram: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
     """The weight [out, kept] on the inputs numbered `kept` that does best what weight: [out, in] did on all of them."""
     system = damped(gram)
-    factor = torch.linalg.cholesky(system[kept][:, kept])
+    factor = _factor(system[kept][:, kept])
     return torch.cholesky_solve(system[kept] @ weight.to(gram).T, factor).T
 
 

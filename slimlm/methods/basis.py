@@ -85,7 +85,7 @@ def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work
         "massive_activations": {"tokens_per_norm": found.massive.tokens / norms, "directions": kept.shape[1]},
     }
     influence = found.turned / (found.gram.tokens / norms)
-    tensors = {"basis": vectors, "influence": influence, "gram": found.gram.matrix}
+    tensors = {"basis": vectors, "influence": influence}
     work.journal.commit("basis", tensors=work.journal.save("basis", tensors), notes=notes)
     return Basis(vectors, influence, notes)
 

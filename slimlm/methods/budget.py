@@ -28,6 +28,7 @@ from slimlm.work import Work
 TOLERANCE = 0.01
 GRANULES = (8, 4, 2, 1)
 POINTS = {"hidden": 4, "mlp": 3, "groups": 2, "blocks": 2}
+CUTS = sum(POINTS.values()) + 2  # streams: one for each, the dense one, and the one to find what to delete from
 WINDOWS = 24  # held out, to measure a curve on, and as many to find what to delete from
 REFIT_LEAVES = 0.75  # of what a narrower stream costs, the share that the refit does not win back
 
@@ -49,7 +50,7 @@ def candidates(layout: Layout, recipe: Recipe) -> list[Widths]:
     for granule in (recipe.round_to,) if recipe.round_to else GRANULES:
         if recipe.budget == "hidden" or not recipe.refit:
             found = _narrower(layout, recipe.sparsity, granule)
-            found = sorted(found, key=lambda split: abs(_removed_share(layout, split) - recipe.sparsity))[:1]
+            found = sorted(found, key=lambda split: abs(removed_share(layout, split) - recipe.sparsity))[:1]
         else:
             found = list(_splits(layout, recipe.sparsity, granule))
         if found:
@@ -57,13 +58,13 @@ def candidates(layout: Layout, recipe: Recipe) -> list[Widths]:
     return []
 
 
-def _removed_share(layout: Layout, widths: Widths) -> float:
+def removed_share(layout: Layout, widths: Widths) -> float:
     return 1 - layout.parameters(widths) / parameter_count(layout.model.model)
 
 
 def _is_near(layout: Layout, widths: Widths, sparsity: float) -> bool:
     """Whether a split removes what was asked, and removes something."""
-    return abs(_removed_share(layout, widths) - sparsity) <= min(TOLERANCE, sparsity / 2)
+    return abs(removed_share(layout, widths) - sparsity) <= min(TOLERANCE, sparsity / 2)
 
 
 def _narrower(layout: Layout, sparsity: float, granule: int) -> list[Widths]:
@@ -94,7 +95,8 @@ def _with_mlp(layout: Layout, widths: Widths, target: float, granule: int) -> Wi
     exact = (target - none) / ((whole - none) / widths.mlp)
     if exact >= widths.mlp:
         return widths
-    return replace(widths, mlp=max(granule, round(exact / granule) * granule))
+    multiples = max(1, min(widths.mlp // granule, round(exact / granule)))
+    return replace(widths, mlp=multiples * granule)
 
 
 def choose(
@@ -181,6 +183,7 @@ def loss_curves(
                     model.advance(index, stream)
         work.progress.step()
     losses = {cut: float(model.nll(stream).mean()) / (test[0].shape[1] - 1) for cut, stream in streams.items()}
+    work.clear_scratch()
     return {
         axis: LossCurve([(cut.removed, losses[cut] - losses[None]) for cut in cuts if cut.axis == axis])
         for axis in POINTS

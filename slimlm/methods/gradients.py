@@ -1,5 +1,6 @@
 """The covariance of the loss's gradient along the residual stream: which directions matter, not which are large."""
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -31,10 +32,12 @@ def gradient_covariance(model: StreamedModel, batches: list[Tensor], seed: int, 
     inputs = [stream.hidden]
     for index in range(blocks):
         inputs.append(work.scratch(f"input-{index + 1}", model.device))
+        start = time.perf_counter()
         with model.block(index), torch.no_grad():
             for number, hidden in enumerate(inputs[index]):
                 inputs[-1].append(model.run(index, hidden, stream.calls[number][index]))
         work.progress.step()
+        work.progress.done("gradients forward", model.family.block(index), time.perf_counter() - start)
     gradients = work.scratch("gradients", model.device)
     stream.hidden = inputs[-1]
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -42,10 +45,12 @@ def gradient_covariance(model: StreamedModel, batches: list[Tensor], seed: int, 
         gram.add(_scaled(gradient, inputs[-1][number]))
         gradients.append(gradient)
     for index in reversed(range(blocks)):
-        with model.block(index) as block:
+        start = time.perf_counter()
+        with model.block(index, step=-1) as block:
             _through_block(model, index, block, stream, inputs[index], gradients, gram)
         gradients.turn()
         work.progress.step()
+        work.progress.done("gradients back", model.family.block(index), time.perf_counter() - start)
     work.clear_scratch()
     return gram.matrix
 

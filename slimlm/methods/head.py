@@ -5,6 +5,7 @@ saw is fitted, first by least squares, then to the Kullback-Leibler divergence f
 which is convex in T. Least squares would spend itself on logits of tokens nobody predicts.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimlm.errors import RunFailure
 from slimlm.linalg.ridge import Regression, held_out, ridge
 from slimlm.linalg.softmax import MapFit
 from slimlm.methods.refit import Pair
@@ -24,7 +26,7 @@ STEP_TOKENS = 2048
 
 @dataclass(frozen=True)
 class HeadFit:
-    """seen: [hidden, width]. divergence: on held-out windows, nats a token, by least squares and after."""
+    """seen: [hidden, width], what the dense head is to take for its input. notes: divergences on held-out windows."""
 
     seen: Tensor
     notes: dict[str, Any]
@@ -55,6 +57,8 @@ def refit_head(pair: Pair, seed: int, work: Work) -> HeadFit:
                 work.progress.step()
         after = _divergence(pair, fit)
         work.progress.step()
+    if not math.isfinite(before + after):
+        raise RunFailure(f"refitting {head} gave NaN or Inf: use --no-refit")
     better = after < before
     notes = {"kl_least_squares": before, "kl": after if better else before}
     return HeadFit(fit.map if better else least_squares, notes)
@@ -93,5 +97,5 @@ def _shuffled(pair: Pair, seed: int) -> Iterator[tuple[Tensor, Tensor, float]]:
         for position, (x, seen, held) in enumerate(_head_inputs(pair, order)):
             x, seen = x[~held].flatten(0, 1), seen[~held].flatten(0, 1)
             mixed = torch.randperm(len(x), generator=generator).to(x.device)
-            for chosen in mixed.split(STEP_TOKENS):
+            for chosen in mixed.split(STEP_TOKENS) if len(x) else ():  # a batch may be held out as a whole
                 yield x[chosen], seen[chosen], (epoch + (position + 1) / count) / EPOCHS

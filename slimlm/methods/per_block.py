@@ -8,22 +8,22 @@ block keeps its full width.
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import build_skeleton, parameter_count
 from slimlm.checkpoint.writer import TensorSpec
-from slimlm.errors import UserError
+from slimlm.errors import RunFailure, UserError
 from slimlm.families import FAMILIES
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.pca import principal_basis
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
+from slimlm.linalg.units import damped
 from slimlm.methods.plan import Outcome, Plan
 from slimlm.methods.rotation import final_gain
 from slimlm.modeling import SLICED_LLAMA_FILE, SlicedLlamaConfig
@@ -32,7 +32,6 @@ from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
-DAMPING = 0.01
 TOLERANCE = 0.01
 ATTENTION, MLP = "attn_shortcut.weight", "mlp_shortcut.weight"
 
@@ -51,7 +50,9 @@ def plan_per_block(model: StreamedModel, recipe: Recipe) -> Plan:
     widths = [given] if given else range(multiple, hidden, multiple)
     sizes = {width: _parameters(_config(model, width)) for width in widths}
     width = min(sizes, key=lambda width: abs(1 - sizes[width] / dense - recipe.sparsity), default=0)
-    if not width or (not given and abs(1 - sizes[width] / dense - recipe.sparsity) > TOLERANCE):
+    if not width or (
+        not given and abs(1 - sizes[width] / dense - recipe.sparsity) > min(TOLERANCE, recipe.sparsity / 2)
+    ):
         near = f": the nearest is {1 - sizes[width] / dense:.4f} (hidden={width})" if width else ""
         raise UserError(f"sparsity {recipe.sparsity:g} cannot be reached with basis per-block{near}")
     return _plan(model, width, recipe)
@@ -101,7 +102,9 @@ def _plan(model: StreamedModel, width: int, recipe: Recipe) -> Plan:
     }
     config.dtype = next(iter(tensors.values())).dtype
     changes = {"model_type": ("llama", config.model_type), "stream width": (model.config.hidden_size, width)}
-    return Plan(config, tensors, parameter_count(carrier), recipe, changes, files=(SLICED_LLAMA_FILE,))
+    return Plan(
+        config, tensors, parameter_count(carrier), recipe, changes, files=(SLICED_LLAMA_FILE,), widths=f"hidden={width}"
+    )
 
 
 @torch.no_grad()
@@ -110,7 +113,7 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
     family, config = model.family, copy.deepcopy(plan.config)
     width = config.stream_widths[0]
     work.lay_out(plan.tensors)
-    start = _saved(work, "embedding", lambda: _embedding_basis(model, batches, work)[:, :width])
+    start = _embedding_basis(model, batches, work)[:, :width].contiguous()
     (embedding,) = family.embeddings
     if not work.written(embedding):
         weight = f"{embedding}.weight"
@@ -118,7 +121,8 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
         work.write(model, embedding, [(weight, rows)])
     work.settle()
     small = StreamedModel(Checkpoint(work.output), config, FAMILIES[config.model_type], model.device, model.dtype)
-    streams, state, first = work.start_streams("sliced", {"sliced": (small, batches)})
+    whole = len(list(takewhile(work.written, (family.block(index) for index in range(len(model.blocks))))))
+    streams, state, first = work.start_streams("sliced", {"sliced": (small, batches)}, whole)
     basis = state["basis"].to(model.device) if state else start
     work.progress.stage("slicing", len(model.blocks))
     work.progress.step(first)
@@ -132,7 +136,8 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
             work.write(small, part, ((f"{part}.{name}", tensor) for name, tensor in stored.items()))
         with small.placed(part, stored):
             small.advance(index, streams["sliced"])
-        work.journal.save(f"basis-{index}", {"basis": basis})
+        saved = work.journal.save(f"basis-{index}", {"basis": basis})
+        work.journal.commit(f"basis {index}", tensors=saved)
         work.save_streams("sliced", index, streams, {"basis": basis})
         work.progress.step()
         work.progress.done("sliced", part, time.perf_counter() - begun)
@@ -143,36 +148,38 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
         )
     work.settle()
     notes = {"widths": f"stream={width}", "basis": "per-block"}
-    return Outcome(plan, notes, lambda index: _saved(work, f"{index}", _gone).to(model.device))
+    return Outcome(plan, notes, lambda index: _basis_after(work, index).to(model.device))
 
 
-def _gone() -> Tensor:
-    raise ValueError("a basis that was saved is not there any more")
-
-
-def _saved(work: Work, name: str, compute: Callable[[], Tensor]) -> Tensor:
-    """A basis found before, or found now and kept."""
-    path = work.directory / f"basis-{name}.safetensors"
-    if path.is_file():
-        saved: Tensor = load_file(path)["basis"]
-        return saved
-    basis = compute()
-    work.journal.save(f"basis-{name}", {"basis": basis})
-    return basis
+def _basis_after(work: Work, index: int) -> Tensor:
+    record = work.journal.last(f"basis {index}")
+    saved = work.journal.load(record["tensors"]) if record else None
+    if saved is None:
+        raise RunFailure(f"{work.directory} lost the basis after block {index}: start over without --resume")
+    return saved["basis"]
 
 
 def _embedding_basis(model: StreamedModel, batches: list[Tensor], work: Work) -> Tensor:
+    """Of what enters the first block: [hidden, hidden]."""
+    record = work.journal.last("basis")
+    saved = work.journal.load(record["tensors"]) if record else None
+    if saved:
+        return saved["basis"].to(model.device)
     gram = Gram(model.config.hidden_size, model.device)
     for hidden in model.embed(batches, work.scratch("embedded", model.device)).hidden:
         gram.add(hidden)
     work.clear_scratch()
-    return basis_of(gram.matrix)
+    basis = basis_of(gram.matrix)
+    work.journal.commit("basis", tensors=work.journal.save("basis", {"basis": basis}))
+    return basis
 
 
 def basis_of(gram: Tensor) -> Tensor:
-    """Principal directions of a damped Gram: [hidden, hidden]."""
-    damping = DAMPING * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return principal_basis(gram + damping)[0]
+    """Principal directions of a damped Gram: [hidden, hidden]. Raises RunFailure when it is not finite."""
+    try:
+        return principal_basis(damped(gram))[0]
+    except ValueError as error:
+        raise RunFailure(f"the residual stream overflows: {error}") from error
 
 
 @dataclass

@@ -18,6 +18,7 @@ from slimlm.work import Work
 class Plan:
     """The result's config and tensors (names as in its files), its recipe, and what of the config changes.
 
+    widths: those inside blocks and of the stream, as `--widths` takes them, where they change.
     remark: what is still to be decided in the run, and how. files: what else belongs into the checkpoint.
     """
 
@@ -27,6 +28,7 @@ class Plan:
     recipe: Recipe
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     remark: str | None = None
+    widths: str | None = None
     files: tuple[Path, ...] = ()
 
 
@@ -53,6 +55,7 @@ class Method:
     run(model, plan, batches, work) lays out and writes every tensor once; it may find some of its work done already.
 
     sparsity_of: what a recipe's sparsity is the share of.
+    scratch(recipe, model): windows whose hidden states wait on disk at once while it runs, beside the calibration's.
     calibrates(recipe, path): whether it looks at data, for the model in a directory.
     """
 
@@ -62,3 +65,4 @@ class Method:
     calibrates: Callable[[Recipe, Path], bool]
     plan: Callable[[StreamedModel, Recipe], Plan]
     run: Callable[[StreamedModel, Plan, list[Tensor], Work], Outcome]
+    scratch: Callable[[Recipe, StreamedModel], int] = lambda recipe, model: 0

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from slimlm.checkpoint.reader import Checkpoint
+from slimlm.errors import RunFailure
 from slimlm.families import Axis, Norm
 from slimlm.linalg.ridge import Regression, held_out, ridge
 from slimlm.linalg.units import compensated, removal_order
@@ -93,7 +94,9 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
                 with small.placed(part, stored):
                     small.advance(place[block], streams["small"])
             model.advance(block, streams["dense"])
-        work.save_streams("refit", block, streams, {name: torch.tensor(fit) for name, fit in pair.fits.items()})
+        work.save_streams(
+            "refit", block, streams, {name: torch.tensor(fit, dtype=torch.float64) for name, fit in pair.fits.items()}
+        )
         work.progress.step()
         work.progress.done("refitted", model.family.block(block), time.perf_counter() - start)
     return pair
@@ -158,7 +161,10 @@ def _narrow(
     size = tensors[name].shape[1] // full
     gram = data.fit.xx + data.held.xx
     kept = torch.ones(full, dtype=torch.bool, device=gram.device)
-    kept[removal_order(gram, tensors[name], size, full - width)] = False
+    try:
+        kept[removal_order(gram, tensors[name], size, full - width)] = False
+    except ValueError as error:
+        raise RunFailure(f"inputs of {name.removesuffix('.weight')} cannot be pruned: {error}") from error
     for linear in axis.rows:
         for parameter in (f"{linear}.weight", f"{linear}.bias"):
             if parameter in tensors:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from slimlm.checkpoint.manifest import read_manifest
-from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
 from slimlm.methods.basis import Basis, find_basis
-from slimlm.methods.budget import candidates, choose
+from slimlm.methods.budget import CUTS, WINDOWS, candidates, choose, removed_share
+from slimlm.methods.gradients import TOKENS
 from slimlm.methods.head import refit_head
 from slimlm.methods.per_block import plan_per_block, run_per_block
 from slimlm.methods.plan import Method, Outcome, Plan
@@ -39,10 +39,6 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
     """
     if recipe.pattern:
         raise UserError("--pattern is for methods that set weights to zero; slice removes whole directions")
-    if not recipe.refit and set(recipe.width_sizes) - {"hidden", "blocks"}:
-        raise UserError(
-            "--widths mlp and groups need the refit that makes up for what is deleted: leave out --no-refit"
-        )
     if recipe.basis == "per-block":
         return plan_per_block(model, recipe)
     layout = Layout(model)
@@ -74,6 +70,8 @@ def _by_hand(layout: Layout, recipe: Recipe) -> Widths:
     widths = Widths(
         given.get("hidden", dense.hidden), given.get("mlp", dense.mlp), given.get("groups", dense.groups), blocks
     )
+    if not recipe.refit and (widths.mlp, widths.groups) != (dense.mlp, dense.groups):
+        raise UserError("--widths mlp and groups need the refit that makes up for what goes: leave out --no-refit")
     divisor = layout.divisor(widths.groups)
     if widths.hidden % divisor:
         raise UserError(f"--widths hidden={widths.hidden}: this config class wants a multiple of its {divisor} heads")
@@ -82,16 +80,15 @@ def _by_hand(layout: Layout, recipe: Recipe) -> Widths:
 
 def _nearest(layout: Layout, recipe: Recipe) -> str:
     """How near one can come, as a hint."""
-    for sparsity in sorted((share / 200 for share in range(1, 200)), key=lambda share: abs(share - recipe.sparsity)):
-        near = candidates(layout, recipe.model_copy(update={"sparsity": sparsity}))
+    near: list[Widths] = []
+    for step in range(1, 41):
+        for sparsity in (recipe.sparsity - step / 100, recipe.sparsity + step / 100):
+            if 0 < sparsity < 1:
+                near += candidates(layout, recipe.model_copy(update={"sparsity": sparsity}))
         if near:
-            best = min(near, key=lambda widths: abs(_sparsity(layout, widths) - recipe.sparsity))
-            return f"the nearest is {_sparsity(layout, best):.4f} ({best})"
+            best = min(near, key=lambda widths: abs(removed_share(layout, widths) - recipe.sparsity))
+            return f"the nearest is {removed_share(layout, best):.4f} ({best})"
     return "no smaller width is left"
-
-
-def _sparsity(layout: Layout, widths: Widths) -> float:
-    return 1 - layout.parameters(widths) / parameter_count(layout.model.model)
 
 
 def _axes(layout: Layout, splits: list[Widths]) -> str:
@@ -119,6 +116,15 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
     work.settle()
     kept = widths.blocks if len(widths.blocks) < len(model.blocks) else None
     return Outcome(plan, {**found.notes, **notes, "widths": str(widths)}, lambda block: basis, kept)
+
+
+def _scratch(recipe: Recipe, model: StreamedModel) -> int:
+    """Windows on disk at once: two streams in the refit, or every block's input for the gradients, or all cuts."""
+    assert recipe.max_seq_length is not None
+    refit = 2 * recipe.num_calibration_samples if recipe.refit else 0
+    gradients = (TOKENS // recipe.max_seq_length + 1) * (len(model.blocks) + 2) // 2  # not in pairs
+    cuts = WINDOWS * CUTS
+    return max(refit, gradients if recipe.weighting == "loss" else 0, cuts)
 
 
 def is_rotated(path: Path) -> bool:
@@ -216,9 +222,10 @@ SLICE = Method(
     summary="delete directions of the residual stream and units of the blocks: smaller widths, fewer parameters",
     paper="https://arxiv.org/abs/2401.15024",
     sparsity_of="parameters",
-    calibrates=lambda recipe, path: recipe.refit or not is_rotated(path),
+    calibrates=lambda recipe, path: recipe.refit or recipe.basis == "per-block" or not is_rotated(path),
     plan=plan_slice,
     run=run_slice,
+    scratch=_scratch,
 )
 ROTATE = Method(
     summary="move the residual stream into its principal directions, most important first, and delete nothing",
@@ -227,4 +234,5 @@ ROTATE = Method(
     calibrates=lambda recipe, path: True,
     plan=plan_rotate,
     run=run_rotate,
+    scratch=_scratch,
 )

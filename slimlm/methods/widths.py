@@ -46,8 +46,10 @@ class Layout:
     @cached_property
     def keeps_tie(self) -> bool:
         """A head tied to the embedding can stay so only if the final norm scales all directions alike."""
+        if not self.model.head_is_tied:
+            return False
         gain = self.model.checkpoint_tensor(f"{self.model.family.final_norm}.weight")
-        return self.model.head_is_tied and bool((gain == gain[0]).all())
+        return bool((gain == gain[0]).all())
 
     @property
     def axes(self) -> dict[str, Axis]:
@@ -81,11 +83,21 @@ class Layout:
             found.append((name, role, name.removeprefix(model.family.blocks + "."), tuple(tensor.shape)))
         return found
 
+    @cached_property
+    def _one_block(self) -> list[tuple[str, str, str, tuple[int, ...]]]:
+        first = f"{self.model.family.block(0)}."
+        return [entry for entry in self._dense_shapes if entry[0] == entry[2] or entry[0].startswith(first)]
+
     def shapes(self, widths: Widths) -> dict[str, tuple[int, ...]]:
         """Module tensor -> shape in the model of these widths."""
+        return self._shapes_of(self._dense_shapes, widths)
+
+    def _shapes_of(
+        self, entries: list[tuple[str, str, str, tuple[int, ...]]], widths: Widths
+    ) -> dict[str, tuple[int, ...]]:
         model, shapes = self.model, {}
         number = {str(block): str(index) for index, block in enumerate(widths.blocks)}
-        for name, role, inside, dense_shape in self._dense_shapes:
+        for name, role, inside, dense_shape in entries:
             if name in model.model.all_tied_weights_keys and (
                 self.keeps_tie or not name.startswith(model.family.head + ".")
             ):
@@ -113,7 +125,7 @@ class Layout:
     def parameters(self, widths: Widths) -> int:
         """As all blocks are alike, one is counted and multiplied."""
         inside = outside = 0
-        for name, shape in self.shapes(replace(widths, blocks=widths.blocks[:1])).items():
+        for name, shape in self._shapes_of(self._one_block, replace(widths, blocks=(0,))).items():
             count = torch.Size(shape).numel()
             if name.startswith(self.model.family.blocks + "."):
                 inside += count
@@ -141,7 +153,7 @@ class Layout:
 
     def plan(self, widths: Widths, recipe: Recipe) -> Plan:
         """The plan for given widths, up to and including the dense ones (a mere rotation)."""
-        model, config, shapes = self.model, self.config(widths), self.shapes(widths)
+        model, shapes, config = self.model, self.shapes(widths), self.config(widths)
         carrier = _check_carrier(config, shapes)
         empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         tensors = {
@@ -150,7 +162,9 @@ class Layout:
         }
         config.dtype = next(iter(tensors.values())).dtype
         parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
-        return Plan(config, tensors, parameters, recipe, self._changes(config))
+        sizes = {"hidden": widths.hidden, **{name: widths.of(name) for name in self.axes}}
+        by_hand = ",".join(f"{name}={size}" for name, size in sizes.items())
+        return Plan(config, tensors, parameters, recipe, self._changes(config), widths=by_hand)
 
     def _changes(self, config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
         names = ["hidden_size", *(name for axis in self.axes.values() for name in axis.config), "num_hidden_layers"]

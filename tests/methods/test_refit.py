@@ -231,6 +231,22 @@ def test_massive_activations_keep_their_directions(tiny_llama: Path, tmp_path: P
     assert (kept @ (kept.T @ sink) - sink).norm() < 1e-2 * sink.norm()
 
 
+def test_no_candidate_is_wider_than_the_model(tmp_path: Path):
+    config = copy.deepcopy(CONFIGS["mistral"])
+    config.vocab_size, config.intermediate_size = 64, 70  # no multiple of 8
+    layout = Layout(stream(build_tiny(config, tmp_path / "model")))
+    for sparsity in (0.1, 0.2, 0.3):
+        assert all(split.mlp <= 70 for split in candidates(layout, Recipe(model="x", sparsity=sparsity)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_batches_that_are_held_out_as_a_whole_do_no_harm(tiny_llama: Path, tmp_path: Path, batch_size: int):
+    model, tokens = stream(tiny_llama), random_tokens(10, 24)
+    plan = plan_slice(model, Recipe(model="x", widths="hidden=24"))
+    notes = run_slice(model, plan, list(tokens.split(batch_size)), work_at(tmp_path)).notes
+    assert 0 < notes["refit"]["head"]["kl"] <= notes["refit"]["head"]["kl_least_squares"]
+
+
 def test_widths_that_cannot_be_had_are_refused(tiny_llama: Path):
     model = stream(tiny_llama)
     for widths, message in {
@@ -242,5 +258,5 @@ def test_widths_that_cannot_be_had_are_refused(tiny_llama: Path):
     }.items():
         with pytest.raises(UserError, match=message):
             plan_slice(model, Recipe(model="x", widths=widths))
-    with pytest.raises(UserError, match="leave out --no-refit"):
+    with pytest.raises(UserError, match="--widths mlp and groups need the refit"):
         plan_slice(model, Recipe(model="x", widths="mlp=40", refit=False))

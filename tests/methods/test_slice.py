@@ -209,9 +209,9 @@ def test_a_slice_of_a_rotated_checkpoint_is_the_direct_slice_and_needs_no_data(
     common = {"weighting": weighting, "dtype": "float32", "measure": False, "max_seq_length": 32}
     data = {"dataset": str(tmp_path / "text.txt"), "num_calibration_samples": 6}
     made = {
-        "direct": Recipe(model=str(tiny), widths="hidden=20", refit=False, **common, **data),
+        "direct": Recipe(model=str(tiny), widths="hidden=12", refit=False, **common, **data),
         "rotated": Recipe(model=str(tiny), method="rotate", **common, **data),
-        "nested": Recipe(model=str(tmp_path / "rotated"), widths="hidden=20", refit=False, **common),
+        "nested": Recipe(model=str(tmp_path / "rotated"), widths="hidden=12", refit=False, **common),
     }
     for name, recipe in made.items():
         compress(recipe.model_copy(update={"output_dir": str(tmp_path / name)}))
@@ -222,7 +222,7 @@ def test_a_slice_of_a_rotated_checkpoint_is_the_direct_slice_and_needs_no_data(
     for name, tensor in direct.items():
         assert torch.allclose(tensor, nested[name], atol=1e-5), name
     with pytest.raises(UserError, match="no calibration data"):
-        compress(Recipe(model=str(tmp_path / "rotated"), widths="hidden=20", **common, output_dir=str(tmp_path / "x")))
+        compress(Recipe(model=str(tmp_path / "rotated"), widths="hidden=12", **common, output_dir=str(tmp_path / "x")))
 
 
 def test_rotating_deletes_nothing(tiny_llama: Path):
