@@ -51,6 +51,7 @@ def row(label: str, model: Path, arguments: argparse.Namespace) -> str:
         sys.executable, "-m", "slimlm", "compress", "-m", str(model), "-s", "0.25", "--overwrite", "-o", str(output),
         "--dataset", str(arguments.work / "tokens.npy"), "--num-calibration-samples", str(arguments.windows),
         "--max-seq-length", str(arguments.window), "--batch-size", "4", "--eval-windows", "8",
+        "--no-refit", "--weighting", "none",
     ]  # fmt: skip
     dry = subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True).stdout
     memory = float(dry.partition("peak memory: host ")[2].split()[0])

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy
+import yaml
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--method", default="slice")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipe")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     tokens = numpy.random.default_rng(0).integers(1, 4096, (arguments.windows, arguments.window))
@@ -51,6 +53,7 @@ def row(arguments: argparse.Namespace, layers: int) -> str:
         "batch_size": arguments.batch_size,
         "eval_windows": arguments.batch_size,
         "output_dir": str(arguments.work / "out"),
+        **{key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in arguments.set)},
     }
     (arguments.work / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     command = [

@@ -58,7 +58,7 @@ def forecast(job: Job, progress: Progress) -> Forecast:
         memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
     if job.plan.remark:
         # The widths are still to be chosen: CUTS more streams through every block, which the probe was spared.
-        calibrated = sum(event["seconds"] for event in events if event["what"] == "calibrated")
+        calibrated = sum(event["seconds"] for event in events if event.get("what") == "calibrated")
         seconds += blocks * calibrated * CUTS * WINDOWS / job.recipe.num_calibration_samples
     waiting = spilled(job.recipe, job.method, job.model)
     disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + max(run["work_bytes"], waiting)

@@ -314,7 +314,7 @@ def test_every_kind_of_checkpoint_goes_all_the_way(tmp_path: Path, name: str, dt
     (tmp_path / "text.txt").write_text("A sentence about nothing in particular, and then one more. " * 60)
     recipe = slimlm.Recipe(
         model=str(tmp_path / "sharded"), sparsity=0.54 if "tied" in name else 0.25, round_to=4, dtype=dtype,
-        dataset=str(tmp_path / "text.txt"), num_calibration_samples=4, max_seq_length=24, eval_windows=2,
+        dataset=str(tmp_path / "text.txt"), num_calibration_samples=6, max_seq_length=24, eval_windows=2,
         output_dir=str(tmp_path / "out"),
     )  # fmt: skip
     manifest = slimlm.compress(recipe).manifest
