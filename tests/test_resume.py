@@ -281,6 +281,7 @@ def test_sampled_calibration_text_is_not_sampled_twice(recipe: Recipe, monkeypat
     assert result(compress(recipe, resume=True).output_dir) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"basis": "per-block", "sparsity": 0.06}, {"method": "rotate"}])
 def test_death_at_any_record_of_another_kind_of_run(recipe: Recipe, monkeypatch, tmp_path: Path, settings: dict):
     fields = recipe.model_dump(include=recipe.model_fields_set - {"sparsity"})
