@@ -80,6 +80,28 @@ def _flag(field: str, panel: str, *short: str, default: str | None = None) -> An
     return typer.Option(f"--{field.replace('_', '-')}", *short, rich_help_panel=panel, help=text, show_default=False)
 
 
+# Options that several commands share.
+Weighting = Annotated[str | None, _flag("weighting", WHAT)]
+Revision = Annotated[str | None, _flag("revision", WHAT)]
+Dataset = Annotated[str | None, _flag("dataset", DATA, default="self for the bundled model, else required")]
+TextColumn = Annotated[str | None, _flag("text_column", DATA)]
+Samples = Annotated[int | None, _flag("num_calibration_samples", DATA)]
+Seed = Annotated[int | None, _flag("seed", DATA)]
+BatchSize = Annotated[int | None, _flag("batch_size", RUN)]
+Device = Annotated[str | None, _flag("device", RUN)]
+Dtype = Annotated[str | None, _flag("dtype", OUT)]
+Length = Annotated[int | None, _flag("max_seq_length", DATA, default="the model's context, up to 2048")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel=OUT, help="Replace what an earlier run wrote there.")
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", rich_help_panel=OUT, help="Go on from what an interrupted run of the same command has finished."
+    ),
+]
+
+
 @app.command("compress")
 def compress_command(
     model: Annotated[str | None, _flag("model", WHAT, "-m")] = None,
@@ -90,7 +112,7 @@ def compress_command(
         str | None,
         typer.Option(rich_help_panel=WHAT, help="YAML file, or name of a shipped recipe; other flags override it."),
     ] = None,
-    revision: Annotated[str | None, _flag("revision", WHAT)] = None,
+    revision: Revision = None,
     widths: Annotated[str | None, _flag("widths", WHAT)] = None,
     round_to: Annotated[int | None, _flag("round_to", WHAT)] = None,
     basis: Annotated[str | None, _flag("basis", WHAT)] = None,
@@ -104,16 +126,14 @@ def compress_command(
             show_default=False,
         ),
     ] = None,
-    weighting: Annotated[str | None, _flag("weighting", WHAT)] = None,
-    dataset: Annotated[str | None, _flag("dataset", DATA, default="self for the bundled model, else required")] = None,
-    text_column: Annotated[str | None, _flag("text_column", DATA)] = None,
-    num_calibration_samples: Annotated[int | None, _flag("num_calibration_samples", DATA)] = None,
-    max_seq_length: Annotated[
-        int | None, _flag("max_seq_length", DATA, default="the model's context, up to 2048")
-    ] = None,
-    seed: Annotated[int | None, _flag("seed", DATA)] = None,
-    batch_size: Annotated[int | None, _flag("batch_size", RUN)] = None,
-    device: Annotated[str | None, _flag("device", RUN)] = None,
+    weighting: Weighting = None,
+    dataset: Dataset = None,
+    text_column: TextColumn = None,
+    num_calibration_samples: Samples = None,
+    max_seq_length: Length = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
     trust_remote_code: Annotated[
         bool | None,
         typer.Option(
@@ -132,22 +152,15 @@ def compress_command(
     eval_text: Annotated[str | None, _flag("eval_text", RUN, default="the Python language reference")] = None,
     eval_windows: Annotated[int | None, _flag("eval_windows", RUN)] = None,
     output_dir: Annotated[str | None, _flag("output_dir", OUT, "-o", default="MODEL-METHOD-PERCENT")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", rich_help_panel=OUT, help="Replace what an earlier run wrote there.")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", rich_help_panel=OUT, help="Go on from what an interrupted run of the same command has finished."
-        ),
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run", rich_help_panel=OUT, help="Say what would happen and what it would take, from a probe."
         ),
     ] = False,
-    dtype: Annotated[str | None, _flag("dtype", OUT)] = None,
+    dtype: Dtype = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", rich_help_panel=OUT, help="Log what happens inside.")
     ] = False,
@@ -184,25 +197,19 @@ def compress_command(
 @app.command("rotate")
 def rotate_command(
     model: Annotated[str, _flag("model", WHAT, "-m")],
-    weighting: Annotated[str | None, _flag("weighting", WHAT)] = None,
-    revision: Annotated[str | None, _flag("revision", WHAT)] = None,
-    dataset: Annotated[str | None, _flag("dataset", DATA, default="self for the bundled model, else required")] = None,
-    text_column: Annotated[str | None, _flag("text_column", DATA)] = None,
-    num_calibration_samples: Annotated[int | None, _flag("num_calibration_samples", DATA)] = None,
-    max_seq_length: Annotated[
-        int | None, _flag("max_seq_length", DATA, default="the model's context, up to 2048")
-    ] = None,
-    seed: Annotated[int | None, _flag("seed", DATA)] = None,
-    batch_size: Annotated[int | None, _flag("batch_size", RUN)] = None,
-    device: Annotated[str | None, _flag("device", RUN)] = None,
+    weighting: Weighting = None,
+    revision: Revision = None,
+    dataset: Dataset = None,
+    text_column: TextColumn = None,
+    num_calibration_samples: Samples = None,
+    max_seq_length: Length = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
     output_dir: Annotated[str | None, _flag("output_dir", OUT, "-o", default="MODEL-rotate")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", rich_help_panel=OUT, help="Replace what an earlier run wrote there.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", rich_help_panel=OUT, help="Go on from what an interrupted run has finished.")
-    ] = False,
-    dtype: Annotated[str | None, _flag("dtype", OUT)] = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    dtype: Dtype = None,
 ) -> None:
     """Sort a model's residual stream by importance, once for every width.
 

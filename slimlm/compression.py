@@ -148,10 +148,9 @@ def _sampled(job: Job, work: Work) -> Windows:
     """Self-calibration: the one source that needs the whole model in memory at once."""
     recipe = job.recipe
     assert recipe.max_seq_length is not None
-    record = work.journal.last("sampled")
-    saved = work.journal.load(record["tensors"]) if record else None
-    if saved:
-        return Windows(saved["tokens"], SELF, start_token(job.tokenizer))
+    sampled = work.journal.recall("sampled")
+    if sampled:
+        return Windows(sampled[1]["tokens"], SELF, start_token(job.tokenizer))
     work.progress.stage("sampling calibration text", recipe.num_calibration_samples)
     model = AutoModelForCausalLM.from_pretrained(
         job.resolved.path, dtype="auto", trust_remote_code=recipe.trust_remote_code
@@ -164,7 +163,7 @@ def _sampled(job: Job, work: Work) -> Windows:
         recipe.seed,
         work.progress.step,
     )
-    work.journal.commit("sampled", tensors=work.journal.save("sampled", {"tokens": windows.tokens}))
+    work.journal.keep("sampled", {"tokens": windows.tokens})
     return windows
 
 

@@ -157,7 +157,7 @@ class StreamedModel:
     def placed(self, part: str, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """A part with the given weights, by name within it, inside the context; they may be wider than its config says.
 
-        Weights that are not given are on meta as ever.
+        Weights that are not given stay as they are; afterwards all are as they were.
         """
         module = self.model.get_submodule(part)
         before = {name: (owner_of(module, name), module.get_parameter(name)) for name in tensors}

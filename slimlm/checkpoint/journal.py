@@ -52,6 +52,16 @@ class Journal:
         """The newest record of a step."""
         return next((record for record in reversed(self.records) if record["step"] == step), None)
 
+    def keep(self, step: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
+        """Record that a step is finished, and the tensors it gave."""
+        self.commit(step, tensors=self.save(step.replace(" ", "-"), tensors), **facts)
+
+    def recall(self, step: str) -> tuple[Record, dict[str, Tensor]] | None:
+        """The newest record `keep` made of a step and its tensors; None when there is none, or they are damaged."""
+        record = self.last(step)
+        tensors = self.load(record["tensors"]) if record else None
+        return (record, tensors) if record and tensors else None
+
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> Record:
         """Put tensors on disk under a name of their own; what is returned goes into a record."""
         path = self.directory / f"{name}.safetensors"

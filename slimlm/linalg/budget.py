@@ -5,6 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SMALLEST_LOSS = 1e-6
+TOLERANCE = 0.01
+
+
+def is_near(removed: float, sparsity: float) -> bool:
+    """Whether the share that is removed is what was asked for, to TOLERANCE, and anything at all."""
+    return abs(removed - sparsity) <= min(TOLERANCE, sparsity / 2)
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,9 @@ def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work
     2402.17762) come first: they are so few that no sum over tokens would keep them, and the attention sink rests on
     them.
     """
-    record = work.journal.last("basis")
-    saved = work.journal.load(record["tensors"]) if record else None
-    if record and saved:
+    recalled = work.journal.recall("basis")
+    if recalled:
+        record, saved = recalled
         return Basis(saved["basis"].to(model.device), saved["influence"], record["notes"])
     found = collect_statistics(model, batches, work)
     matrix = found.gram.matrix
@@ -85,8 +85,7 @@ def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work
         "massive_activations": {"tokens_per_norm": found.massive.tokens / norms, "directions": kept.shape[1]},
     }
     influence = found.turned / (found.gram.tokens / norms)
-    tensors = {"basis": vectors, "influence": influence}
-    work.journal.commit("basis", tensors=work.journal.save("basis", tensors), notes=notes)
+    work.journal.keep("basis", {"basis": vectors, "influence": influence}, notes=notes)
     return Basis(vectors, influence, notes)
 
 

@@ -8,7 +8,6 @@ stream least (ShortGPT, arXiv 2403.03853, eq. 1).
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,16 +15,15 @@ from torch import Tensor, nn
 
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.families import Axis
-from slimlm.linalg.budget import LossCurve, predicted_loss, spaced
+from slimlm.linalg.budget import LossCurve, is_near, predicted_loss, spaced
 from slimlm.linalg.ridge import Moments, held_out
 from slimlm.linalg.units import compensated, removal_order
 from slimlm.methods.widths import Layout, Widths
 from slimlm.recipe import Recipe
-from slimlm.stream import hooked, put
+from slimlm.stream import hooked
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
-TOLERANCE = 0.01
 GRANULES = (8, 4, 2, 1)
 POINTS = {"hidden": 4, "mlp": 3, "groups": 2, "blocks": 2}
 CUTS = sum(POINTS.values()) + 2  # streams: one for each, the dense one, and the one to find what to delete from
@@ -62,15 +60,10 @@ def removed_share(layout: Layout, widths: Widths) -> float:
     return 1 - layout.parameters(widths) / parameter_count(layout.model.model)
 
 
-def _is_near(layout: Layout, widths: Widths, sparsity: float) -> bool:
-    """Whether a split removes what was asked, and removes something."""
-    return abs(removed_share(layout, widths) - sparsity) <= min(TOLERANCE, sparsity / 2)
-
-
 def _narrower(layout: Layout, sparsity: float, granule: int) -> list[Widths]:
     dense, multiple = layout.dense, math.lcm(granule, layout.divisor(layout.dense.groups))
     widths = (replace(dense, hidden=hidden) for hidden in range(multiple, dense.hidden, multiple))
-    return [split for split in widths if _is_near(layout, split, sparsity)]
+    return [split for split in widths if is_near(removed_share(layout, split), sparsity)]
 
 
 def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
@@ -81,7 +74,7 @@ def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
             multiple = math.lcm(granule, layout.divisor(groups))
             for hidden in range(dense.hidden // multiple * multiple, 0, -multiple):
                 split = _with_mlp(layout, Widths(hidden, dense.mlp, groups, tuple(range(depth))), target, granule)
-                if split is not None and split != dense and _is_near(layout, split, sparsity):
+                if split is not None and split != dense and is_near(removed_share(layout, split), sparsity):
                     yield split
 
 
@@ -100,23 +93,17 @@ def _with_mlp(layout: Layout, widths: Widths, target: float, granule: int) -> Wi
 
 
 def choose(
-    layout: Layout,
-    recipe: Recipe,
-    splits: list[Widths],
-    basis: Tensor,
-    influence: Tensor,
-    batches: list[Tensor],
-    work: Work,
+    layout: Layout, splits: list[Widths], basis: Tensor, influence: Tensor, batches: list[Tensor], work: Work
 ) -> tuple[Widths, dict[str, object]]:
     """The split with the least predicted loss, and the figures it was chosen by.
 
-    basis: [hidden, hidden], leading directions first. influence: [blocks], how much each changes the stream.
+    Where there are several splits, the refit follows. basis: [hidden, hidden], leading directions first. influence:
+    [blocks], how much each changes the stream.
     """
     if len(splits) == 1:
         return replace(splits[0], blocks=_kept(influence, len(splits[0].blocks))), {}
     curves = loss_curves(layout, splits, basis, influence, batches, work)
-    if recipe.refit and "hidden" in curves:
-        curves["hidden"] = LossCurve([(units, loss * REFIT_LEAVES) for units, loss in curves["hidden"].points])
+    curves["hidden"] = LossCurve([(units, loss * REFIT_LEAVES) for units, loss in curves["hidden"].points])
     scored = sorted((predicted_loss(curves, removed(layout, split)), index) for index, split in enumerate(splits))
     best = splits[scored[0][1]]
     notes = {
@@ -179,7 +166,7 @@ def loss_curves(
                     if index in _kept(influence, len(model.blocks) - cut.removed):
                         model.advance(index, stream)
                     continue
-                with _cut(model, block, cut, orders, basis):
+                with model.placed(model.family.block(index), _cut_weights(model, block, cut, orders, basis)):
                     model.advance(index, stream)
         work.progress.step()
     losses = {cut: float(model.nll(stream).mean()) / (test[0].shape[1] - 1) for cut, stream in streams.items()}
@@ -235,11 +222,10 @@ class _Order:
         return weight
 
 
-@contextmanager
-def _cut(
+def _cut_weights(
     model: StreamedModel, block: nn.Module, cut: Cut | None, orders: dict[str, _Order], basis: Tensor
-) -> Iterator[None]:
-    """Inside, the block is as the cut leaves it."""
+) -> dict[str, Tensor]:
+    """The block's parameters that a cut changes, by name within the block."""
     changed: dict[str, Tensor] = {}
     if cut is not None and cut.axis == "hidden":
         kept = basis[:, : basis.shape[0] - cut.removed].to(model.device, model.dtype)
@@ -250,11 +236,4 @@ def _cut(
     elif cut is not None:
         order = orders[cut.axis]
         changed[f"{order.name}.weight"] = order.without(cut.removed)
-    before = {name: block.get_parameter(name) for name in changed}
-    try:
-        for name, tensor in changed.items():
-            put(block, name, tensor)
-        yield
-    finally:
-        for name, parameter in before.items():
-            put(block, name, parameter.data)
+    return changed

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimlm.errors import RunFailure
-from slimlm.linalg.ridge import Regression, held_out, ridge
+from slimlm.linalg.ridge import Regression, ridge
 from slimlm.linalg.softmax import MapFit
 from slimlm.methods.refit import Pair
 from slimlm.methods.rotation import head_map
@@ -43,7 +43,7 @@ def refit_head(pair: Pair, seed: int, work: Work) -> HeadFit:
         module = dense.model.get_submodule(head)
         rows = module.get_parameter("weight").float()
         data = Regression.of(width, pair.basis.shape[0], pair.basis.device)
-        for x, seen, held in _head_inputs(pair, range(len(pair.streams["dense"].tokens))):
+        for x, seen, held in _head_inputs(pair, range(len(pair.held))):
             data.add(seen, x, held)
         work.progress.step()
         least_squares = ridge(data, prior, rows.T @ rows).weight
@@ -51,10 +51,11 @@ def refit_head(pair: Pair, seed: int, work: Work) -> HeadFit:
         fit = MapFit(rows, bias, least_squares, data.fit.xx)
         before = _divergence(pair, fit)
         work.progress.step()
-        for x, seen, done in _shuffled(pair, seed):
-            fit.step(x, seen, done)
-            if done in (1 / 3, 2 / 3):
-                work.progress.step()
+        generator = torch.Generator().manual_seed(seed)
+        for epoch in range(EPOCHS):
+            for x, seen, done in _shuffled(pair, generator):
+                fit.step(x, seen, (epoch + done) / EPOCHS)
+            work.progress.step()
         after = _divergence(pair, fit)
         work.progress.step()
     if not math.isfinite(before + after):
@@ -70,16 +71,14 @@ def _head_inputs(pair: Pair, numbers: Any) -> Iterator[tuple[Tensor, Tensor, Ten
     small_norm = pair.small.family.final_norm
     with pair.small.placed(small_norm, {"weight": torch.ones(pair.basis.shape[1])}) as norm:
         for number in numbers:
-            tokens = pair.streams["dense"].tokens
-            held = held_out(len(tokens[number]), sum(len(batch) for batch in tokens[:number]))
             x, y = (pair.streams[label].hidden[number] for label in ("dense", "small"))
-            yield dense_norm(x).float(), norm(y).float(), held.to(x.device)
+            yield dense_norm(x).float(), norm(y).float(), pair.held[number]
 
 
 def _divergence(pair: Pair, fit: MapFit) -> float:
     """Mean KL divergence on the held-out windows."""
     total, tokens = 0.0, 0
-    for x, seen, held in _head_inputs(pair, range(len(pair.streams["dense"].tokens))):
+    for x, seen, held in _head_inputs(pair, range(len(pair.held))):
         for part, small in zip(
             x[held].flatten(0, 1).split(STEP_TOKENS), seen[held].flatten(0, 1).split(STEP_TOKENS), strict=True
         ):
@@ -88,14 +87,12 @@ def _divergence(pair: Pair, fit: MapFit) -> float:
     return total / max(1, tokens)
 
 
-def _shuffled(pair: Pair, seed: int) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """EPOCHS times all tokens that are not held out, in steps of at most STEP_TOKENS; and the share then done."""
-    generator = torch.Generator().manual_seed(seed)
-    count = len(pair.streams["dense"].tokens)
-    for epoch in range(EPOCHS):
-        order = torch.randperm(count, generator=generator).tolist()
-        for position, (x, seen, held) in enumerate(_head_inputs(pair, order)):
-            x, seen = x[~held].flatten(0, 1), seen[~held].flatten(0, 1)
-            mixed = torch.randperm(len(x), generator=generator).to(x.device)
-            for chosen in mixed.split(STEP_TOKENS) if len(x) else ():  # a batch may be held out as a whole
-                yield x[chosen], seen[chosen], (epoch + (position + 1) / count) / EPOCHS
+def _shuffled(pair: Pair, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """All tokens that are not held out, in steps of at most STEP_TOKENS; and the share that is then done."""
+    count = len(pair.held)
+    order = torch.randperm(count, generator=generator).tolist()
+    for position, (x, seen, held) in enumerate(_head_inputs(pair, order)):
+        x, seen = x[~held].flatten(0, 1), seen[~held].flatten(0, 1)
+        mixed = torch.randperm(len(x), generator=generator).to(x.device)
+        for chosen in mixed.split(STEP_TOKENS) if len(x) else ():  # a batch may be held out as a whole
+            yield x[chosen], seen[chosen], (position + 1) / count

@@ -6,6 +6,7 @@ the raw stream, damped by a hundredth of their mean diagonal, of the model as sl
 block keeps its full width.
 """
 
+import bisect
 import copy
 import time
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from slimlm.checkpoint.skeleton import build_skeleton, parameter_count
 from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import FAMILIES
+from slimlm.linalg.budget import is_near
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.pca import principal_basis
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
@@ -32,7 +34,6 @@ from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
-TOLERANCE = 0.01
 ATTENTION, MLP = "attn_shortcut.weight", "mlp_shortcut.weight"
 
 
@@ -47,13 +48,18 @@ def plan_per_block(model: StreamedModel, recipe: Recipe) -> Plan:
     given = recipe.width_sizes.get("hidden")
     if given is not None and not 0 < given <= hidden:
         raise UserError(f"--widths hidden={given}: the model has {hidden}")
-    widths = [given] if given else range(multiple, hidden, multiple)
-    sizes = {width: _parameters(_config(model, width)) for width in widths}
-    width = min(sizes, key=lambda width: abs(1 - sizes[width] / dense - recipe.sparsity), default=0)
-    if not width or (
-        not given and abs(1 - sizes[width] / dense - recipe.sparsity) > min(TOLERANCE, recipe.sparsity / 2)
-    ):
-        near = f": the nearest is {1 - sizes[width] / dense:.4f} (hidden={width})" if width else ""
+    if given:
+        return _plan(model, given, recipe)
+
+    def removed(width: int) -> float:
+        return 1 - _parameters(_config(model, width)) / dense
+
+    widths = range(multiple, hidden, multiple)
+    narrower = bisect.bisect_left(widths, -recipe.sparsity, key=lambda width: -removed(width))
+    shares = {width: removed(width) for width in widths[max(0, narrower - 1) : narrower + 1]}
+    width = min(shares, key=lambda width: abs(shares[width] - recipe.sparsity), default=0)
+    if not width or not is_near(shares[width], recipe.sparsity):
+        near = f": the nearest is {shares[width]:.4f} (hidden={width})" if width else ""
         raise UserError(f"sparsity {recipe.sparsity:g} cannot be reached with basis per-block{near}")
     return _plan(model, width, recipe)
 
@@ -131,13 +137,8 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
         slicer = _Slicer(small, index, streams["sliced"], config.stream_widths[2 * index + 1 : 2 * index + 3])
         with model.block(index) as block:
             tensors, basis = slicer.slice(dict(block.named_parameters()), basis)
-        stored = {name: tensor.to(plan.tensors[f"{part}.{name}"].dtype) for name, tensor in tensors.items()}
-        if not work.written(part):
-            work.write(small, part, ((f"{part}.{name}", tensor) for name, tensor in stored.items()))
-        with small.placed(part, stored):
-            small.advance(index, streams["sliced"])
-        saved = work.journal.save(f"basis-{index}", {"basis": basis})
-        work.journal.commit(f"basis {index}", tensors=saved)
+        work.pass_through(small, index, tensors, streams["sliced"])
+        work.journal.keep(f"basis {index}", {"basis": basis})
         work.save_streams("sliced", index, streams, {"basis": basis})
         work.progress.step()
         work.progress.done("sliced", part, time.perf_counter() - begun)
@@ -152,25 +153,23 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
 
 
 def _basis_after(work: Work, index: int) -> Tensor:
-    record = work.journal.last(f"basis {index}")
-    saved = work.journal.load(record["tensors"]) if record else None
-    if saved is None:
+    recalled = work.journal.recall(f"basis {index}")
+    if recalled is None:
         raise RunFailure(f"{work.directory} lost the basis after block {index}: start over without --resume")
-    return saved["basis"]
+    return recalled[1]["basis"]
 
 
 def _embedding_basis(model: StreamedModel, batches: list[Tensor], work: Work) -> Tensor:
     """Of what enters the first block: [hidden, hidden]."""
-    record = work.journal.last("basis")
-    saved = work.journal.load(record["tensors"]) if record else None
-    if saved:
-        return saved["basis"].to(model.device)
+    recalled = work.journal.recall("basis")
+    if recalled:
+        return recalled[1]["basis"].to(model.device)
     gram = Gram(model.config.hidden_size, model.device)
     for hidden in model.embed(batches, work.scratch("embedded", model.device)).hidden:
         gram.add(hidden)
     work.clear_scratch()
     basis = basis_of(gram.matrix)
-    work.journal.commit("basis", tensors=work.journal.save("basis", {"basis": basis}))
+    work.journal.keep("basis", {"basis": basis})
     return basis
 
 

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 
 import torch
@@ -49,14 +50,18 @@ class Pair:
     def dense(self) -> StreamedModel:
         return self.layout.model
 
+    @cached_property
+    def held(self) -> list[Tensor]:
+        """Per batch, which of its windows are held out: [windows] bool."""
+        tokens = self.streams["dense"].tokens
+        counts = [len(batch) for batch in tokens]
+        return list(held_out(sum(counts)).to(self.dense.device).split(counts))
+
     def inputs(
         self, block: int, place: int, dense: list[str], small: list[str]
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], Tensor]]:
         """Per batch: what the named modules get, in the dense block and in the compressed one; and what is held out."""
-        start = 0
-        for number, tokens in enumerate(self.streams["dense"].tokens):
-            held = held_out(len(tokens), start).to(tokens.device)
-            start += len(tokens)
+        for number, held in enumerate(self.held):
             yield (
                 self.dense.inputs(block, self.streams["dense"], number, dense),
                 self.small.inputs(place, self.streams["small"], number, small),
@@ -86,13 +91,7 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
         start = time.perf_counter()
         with model.block(block):
             if block in place:
-                part = model.family.block(place[block])
-                tensors = refit_block(pair, block, place[block])
-                stored = {name: tensor.to(small.stored_dtype(f"{part}.{name}")) for name, tensor in tensors.items()}
-                if not work.written(part):
-                    work.write(small, part, ((f"{part}.{name}", tensor) for name, tensor in stored.items()))
-                with small.placed(part, stored):
-                    small.advance(place[block], streams["small"])
+                work.pass_through(small, place[block], refit_block(pair, block, place[block]), streams["small"])
             model.advance(block, streams["dense"])
         work.save_streams(
             "refit", block, streams, {name: torch.tensor(fit, dtype=torch.float64) for name, fit in pair.fits.items()}

@@ -165,7 +165,7 @@ def _settle(
     if record:
         return Widths(**{**record["widths"], "blocks": tuple(record["widths"]["blocks"])}), record["notes"]
     splits = _splits(layout, recipe)
-    widths, notes = choose(layout, recipe, splits, found.vectors, found.influence, batches, work)
+    widths, notes = choose(layout, splits, found.vectors, found.influence, batches, work)
     work.journal.commit("widths", widths=vars(widths), notes=notes)
     return widths, notes
 

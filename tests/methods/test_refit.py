@@ -191,9 +191,7 @@ def test_the_split_is_the_one_that_measures_best(tmp_path: Path):
     recipe, layout = Recipe(model="x", sparsity=0.4), Layout(model)
     basis = find_basis(model, recipe, batches, work_at(tmp_path / "basis"))
     splits = candidates(layout, recipe)
-    chosen, notes = choose(
-        layout, recipe, splits, basis.vectors, basis.influence, batches, work_at(tmp_path / "choose")
-    )
+    chosen, notes = choose(layout, splits, basis.vectors, basis.influence, batches, work_at(tmp_path / "choose"))
     assert abs(notes["curves"]["hidden"][0][1]) < 1e-4
     assert (chosen.groups, len(chosen.blocks)) == (2, 3)
     assert notes["predicted_loss"] < 1e-3
