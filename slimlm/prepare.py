@@ -74,7 +74,7 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -
         progress.line(line)
     tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
     recipe = settle(recipe, method, resolved, model.config, output)
-    windows, test = _windows(recipe, tokenizer, model.config.vocab_size)
+    windows, test = _windows(recipe, method, tokenizer, model.config.vocab_size)
     check_output(output, replaceable, inputs, size + spilled(recipe, method, model))
     progress.stage("checking weights", parameter_count(model.model))
     model.checkpoint.check_finite(progress.step)
@@ -103,7 +103,9 @@ def spilled(recipe: Recipe, method: Method, model: StreamedModel) -> int:
     return per_window * (calibrating + measuring)
 
 
-def _windows(recipe: Recipe, tokenizer: Any, vocabulary: int) -> tuple[Windows | None, TestWindows | None]:
+def _windows(
+    recipe: Recipe, method: Method, tokenizer: Any, vocabulary: int
+) -> tuple[Windows | None, TestWindows | None]:
     """Calibration and test windows, as far as they are wanted and do not have to be sampled first."""
     assert recipe.max_seq_length is not None
     windows = test = None
@@ -124,7 +126,7 @@ def _windows(recipe: Recipe, tokenizer: Any, vocabulary: int) -> tuple[Windows |
     if recipe.measure:
         test = load_test_windows(recipe.eval_text, tokenizer, recipe.eval_windows, recipe.max_seq_length)
     count = len(windows.tokens) if windows else recipe.num_calibration_samples
-    if recipe.method == "slice" and recipe.refit and recipe.basis == "shared" and count < HELD_EVERY:
+    if method.holds_out(recipe) and count < HELD_EVERY:
         raise UserError(
             f"the refit holds out every {HELD_EVERY}th calibration window and there are {count}: "
             "raise --num-calibration-samples, give more text, or add --no-refit"

@@ -21,7 +21,9 @@ class Recipe(BaseModel):
     model: str = Field(description="hub id, directory, or `llama`, the small model that ships with slimlm")
     revision: str | None = Field(None, description="hub revision of the model")
     method: str = Field(
-        "slice", description="how: `slice` gives smaller widths; `magnitude` and `wanda` set weights to zero"
+        "slice",
+        description="how: `slice` gives smaller widths; `slimlm` (loses least), `sparsegpt`, `obc`, `wanda` and "
+        "`magnitude` set weights to zero",
     )
     sparsity: float = Field(
         0.0, description="share to remove, above 0 and below 1: of all parameters (slice), or of the pruned matrices"
@@ -41,7 +43,10 @@ class Recipe(BaseModel):
     budget: Literal["all", "hidden"] = Field(
         "all", description="slicing: spend the sparsity over all widths, or on hidden_size alone"
     )
-    refit: bool = Field(True, description="slicing: refit the weights to the sliced stream; needs no gradients")
+    refit: bool = Field(
+        True,
+        description="slice, slimlm: aim the weights that are left, and the head, at what the dense model computes",
+    )
     weighting: Literal["loss", "none"] = Field(
         "loss", description="slicing: weigh directions by what the loss feels, or by the size of the stream alone"
     )

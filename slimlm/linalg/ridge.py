@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-WIDE = 4096  # inputs above which second moments are kept in fp32: they are the largest thing there is then
-STRENGTHS = (math.inf, 30.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
+WIDE = 4096  # inputs above which second moments are the largest thing there is: kept in fp32, held-out ones not at all
+HELD_ELEMENTS = 1 << 24  # of the inputs of held-out tokens, kept as they are instead
+STRENGTHS = (30.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
+GUESS = 0.1
+SKETCH = 64  # outputs to choose a strength on
 HELD_EVERY = 5
 
 
@@ -26,8 +30,11 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """x: [tokens, in], y: [tokens, out], in fp32 or fp64."""
-        self.xx += x.T @ x
-        self.xy += x.T @ y
+        for total, other in ((self.xx, x), (self.xy, y)):
+            if total.dtype == x.dtype:
+                total.addmm_(x.T, other)  # without another matrix of this size
+            else:
+                total += x.T @ other
 
     def take(self, kept: Tensor) -> "Moments":
         """The moments of the inputs numbered `kept`."""
@@ -35,28 +42,98 @@ class Moments:
         chosen.xx, chosen.xy = self.xx[kept][:, kept], self.xy[kept]
         return chosen
 
+    def through(self, map: Tensor) -> "Moments":
+        """The moments of x and y @ map: [out, few]."""
+        mapped = object.__new__(Moments)
+        mapped.xx, mapped.xy = self.xx, self.xy @ map.to(self.xy)
+        return mapped
+
+
+class Rows:
+    """Tokens as they are, x: [tokens, in] and y: [tokens, out]; of many every second, fourth, ... is kept."""
+
+    def __init__(self, inputs: int) -> None:
+        self.room = max(1, HELD_ELEMENTS // inputs)
+        self.stride = 1
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        self.parts.append((x[:: self.stride].clone(), y[:: self.stride].clone()))
+        while sum(len(x) for x, _ in self.parts) > self.room and len(self.parts[0][0]) > 1:
+            self.parts = [(x[::2].clone(), y[::2].clone()) for x, y in self.parts]
+            self.stride *= 2
+
+    def take(self, kept: Tensor) -> "Rows":
+        """The same tokens' inputs numbered `kept`."""
+        chosen = Rows(kept.numel())
+        chosen.parts = [(x[:, kept], y) for x, y in self.parts]
+        return chosen
+
+    def through(self, map: Tensor) -> "Rows":
+        """The same tokens' y @ map: [out, few]."""
+        mapped = Rows(1)
+        mapped.parts = [(x, y @ map.to(y)) for x, y in self.parts]
+        return mapped
+
 
 @dataclass
 class Regression:
-    """What predicting y from x by least squares needs: moments of the tokens to fit, and of those held out."""
+    """What predicting y from x by least squares needs: of the tokens to fit, and of those held out."""
 
     fit: Moments
-    held: Moments
+    held: Moments | Rows
+    joined: bool = False
 
     @classmethod
     def of(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> "Regression":
-        return cls(Moments(inputs, outputs, device), Moments(inputs, outputs, device))
+        held = Rows(inputs) if inputs > WIDE else Moments(inputs, outputs, device)
+        return cls(Moments(inputs, outputs, device), held)
 
     def add(self, x: Tensor, y: Tensor, held: Tensor, weight: Tensor | None = None) -> None:
         """x: [windows, time, in], y: [windows, time, out]; held: [windows]; weight: [windows, time] of the squares."""
-        scale = torch.ones(x.shape[:2], device=x.device) if weight is None else weight.sqrt()
         for moments, chosen in ((self.fit, ~held), (self.held, held)):
             if chosen.any():
-                factor = scale[chosen][..., None].float()
+                factor = 1.0 if weight is None else weight[chosen].sqrt()[..., None].float()
                 moments.add((x[chosen].float() * factor).flatten(0, 1), (y[chosen].float() * factor).flatten(0, 1))
 
     def take(self, kept: Tensor) -> "Regression":
         return Regression(self.fit.take(kept), self.held.take(kept))
+
+    def centre(self, start: Tensor) -> None:
+        """Replace y by what is left of it once x @ start is taken off, in place; start: [in, out]."""
+        for data in (self.fit, self.held):
+            if isinstance(data, Moments):
+                data.xy.addmm_(data.xx, start.to(data.xy), alpha=-1)
+            else:
+                data.parts = [(x, y - x @ start.to(y)) for x, y in data.parts]
+
+    def through(self, map: Tensor) -> "Regression":
+        """The same of y @ map: [out, few]; what has to do with x alone is shared."""
+        return Regression(self.fit.through(map), self.held.through(map))
+
+    def held_change(self, delta: Tensor, metric: Tensor | None = None) -> float:
+        """How much x @ delta changes the squared error of held-out tokens; metric: [out, out], in which it counts."""
+        if isinstance(self.held, Moments):
+            change = delta if metric is None else delta @ metric
+            return float(((self.held.xx @ delta - 2 * self.held.xy) * change).sum())
+        total = 0.0
+        for x, y in self.held.parts:
+            predicted = x @ delta
+            total += float(((predicted - 2 * y) * (predicted if metric is None else predicted @ metric)).sum())
+        return total
+
+    def join(self) -> Moments:
+        """The held-out tokens put to those to fit, in place, once."""
+        if self.joined:
+            return self.fit
+        self.joined = True
+        if isinstance(self.held, Moments):
+            self.fit.xx += self.held.xx
+            self.fit.xy += self.held.xy
+        else:
+            for x, y in self.held.parts:
+                self.fit.add(x, y)
+        return self.fit
 
 
 @dataclass(frozen=True)
@@ -67,42 +144,72 @@ class Fit:
     strength: float
 
 
-def ridge(data: Regression, prior: Tensor, metric: Tensor | None = None) -> Fit:
+def ridge(data: Regression, prior: Tensor, metric: Tensor | None = None, guess: float = GUESS) -> Fit:
     """argmin_W sum ||y - W x||^2 + lambda ||W - prior||^2 with lambda chosen on held-out tokens; prior: [out, in].
 
     Hoerl & Kennard 1970, shrunk towards the prior instead of zero. metric: [out, out], in which held-out errors count.
-    The prior itself is one of the choices, so that the held-out error never grows. Once chosen, lambda serves a fit
-    to all tokens. Where a strength leaves the system numerically singular it is no choice.
+    lambda is searched downhill from `guess` on a random projection of the outputs. Where the fit does not lower the
+    held-out error it is the prior that stays, so that error never grows. Once chosen, lambda serves a fit to all
+    tokens. Where a strength leaves the system numerically singular it is no choice. Uses `data` up.
     """
-    start = prior.T.to(data.fit.xx)
+    data.centre(prior.T)
+    metric = None if metric is None else metric.to(data.fit.xy)
+    strength = _strength(data.through(_sketch(data.fit.xy, metric)), guess)
     unit = data.fit.xx.diagonal().mean().clamp_min(1e-30)
-    residual = data.fit.xy - data.fit.xx @ start
-    held = data.held.xy - data.held.xx @ start
-    if metric is not None:
-        metric = metric.to(held)
-    best, strength = 0.0, math.inf
-    for candidate in STRENGTHS[1:]:
-        delta = _solve(data.fit.xx, candidate * unit, residual)
-        if delta is None:
-            break
-        gradient = data.held.xx @ delta - 2 * held
-        change = delta if metric is None else delta @ metric
-        loss = float((gradient * change).sum())
-        if loss < best:
-            best, strength = loss, candidate
-    if math.isinf(strength):
-        return Fit(prior, strength)
-    everything = data.fit.xx + data.held.xx
-    unit = unit * everything.diagonal().mean() / data.fit.xx.diagonal().mean()
-    delta = _solve(everything, strength * unit, residual + held)
+    delta = _solve(data.fit, strength * unit)
+    if delta is None or data.held_change(delta, metric) >= 0:
+        return Fit(prior, math.inf)
+    del delta
+    everything = data.join()
+    delta = _solve(everything, strength * everything.xx.diagonal().mean())
     if delta is None:
         return Fit(prior, math.inf)
-    return Fit((start + delta).T.to(prior.dtype), strength)
+    return Fit((prior.T + delta).T.to(prior.dtype), strength)
 
 
-def _solve(gram: Tensor, damping: Tensor, right: Tensor) -> Tensor | None:
-    """(gram + damping I)^-1 right, or None where that is not positive definite in this precision."""
-    system = gram.clone()
+def _sketch(like: Tensor, metric: Tensor | None) -> Tensor:
+    """[out, few], whose product with its transpose is the metric (or the identity) on average."""
+    outputs = like.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(outputs, SKETCH, dtype=like.dtype, generator=generator).to(like.device)
+    if metric is None:
+        return torch.eye(outputs).to(like) if outputs <= SKETCH else normal
+    system = metric.clone()
+    system.diagonal().add_(1e-6 * metric.diagonal().mean())
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        raise ValueError("the metric is not positive semi-definite")
+    return root if outputs <= SKETCH else root @ normal
+
+
+def _strength(data: Regression, guess: float) -> float:
+    """The best of STRENGTHS for held-out tokens, from `guess` on to either side as long as it gets better."""
+    unit = data.fit.xx.diagonal().mean().clamp_min(1e-30)
+
+    @cache
+    def loss(place: int) -> float:
+        delta = _solve(data.fit, STRENGTHS[place] * unit) if 0 <= place < len(STRENGTHS) else None
+        return math.inf if delta is None else data.held_change(delta)
+
+    place = STRENGTHS.index(guess)
+    while loss(place) == math.inf and place:
+        place -= 1
+    for direction in (-1, 1):
+        while loss(place + direction) < loss(place):
+            place += direction
+    return STRENGTHS[place]
+
+
+def _solve(data: Moments, damping: Tensor | float) -> Tensor | None:
+    """(xx + damping I)^-1 xy: [in, out], or None where that is not positive definite in this precision."""
+    system = data.xx.clone()
     system.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    return None if bool(failed) else torch.cholesky_solve(right, factor)
+    columns = system.mT  # the same matrix, as LAPACK has them: factored where it is
+    info = torch.empty((), dtype=torch.int32, device=system.device)
+    _, failed = torch.linalg.cholesky_ex(columns, out=(columns, info))
+    if failed:
+        return None
+    half = torch.linalg.solve_triangular(columns, data.xy, upper=False)  # cholesky_solve would copy the factor
+    solution: Tensor = torch.linalg.solve_triangular(columns.mT, half, upper=True)
+    return solution

@@ -1,17 +1,65 @@
 """Deleting whole input units of a linear: structured optimal brain surgeon."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-ROUNDS = 256
+ROUNDS = 64
 DAMPING = 0.01
 
 
-def damped(gram: Tensor) -> Tensor:
-    """gram: [n, n] with a hundredth of its mean diagonal added to the diagonal."""
-    system = gram.clone()
-    system.diagonal().add_(DAMPING * gram.diagonal().mean().clamp_min(1e-30))
-    return system
+def damp(gram: Tensor) -> Tensor:
+    """Add a hundredth of its mean diagonal to the diagonal of gram: [n, n], in place."""
+    gram.diagonal().add_(DAMPING * gram.diagonal().mean().clamp_min(1e-30))
+    return gram
+
+
+def removals(gram: Tensor, weight: Tensor, size: int, counts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Units of a linear to delete, cheapest first: int64 [max(counts)]; for each count, the weight without that many.
+
+    gram: [in, in] of the linear's inputs; weight: [out, in]; a unit is `size` neighbouring inputs. Greedy: deleting
+    unit u and moving all other weights optimally costs `tr(W_u (H^-1_uu)^-1 W_u^T)` (Hassibi & Stork 1992, with a group
+    of weights for one; ZipLM, arXiv 2302.04089, eq. 3), with H the damped gram; then H^-1 and W are downdated. Where
+    more than ROUNDS units go, several do between downdates. A weight [out, in] without units is zero there, and for
+    the units that are left the one that does best what all did. The gram is used up.
+
+    Raises ValueError for a gram that is not positive semi-definite.
+    """
+    units = gram.shape[0] // size
+    inverse = _inverse(damp(gram))
+    weight = weight.to(gram).clone()
+    alive = torch.ones(units, dtype=torch.bool, device=gram.device)
+    order: list[Tensor] = []
+    weights = {0: weight.clone()} if 0 in counts else {}
+    gone = 0
+    for step in _steps(counts):
+        costs = unit_costs(inverse, weight, size).masked_fill(~alive, torch.inf)
+        chosen = costs.argsort(stable=True)[:step]
+        order.append(chosen)
+        alive[chosen] = False
+        columns = (chosen[:, None] * size + torch.arange(size, device=gram.device)).flatten()
+        cross = inverse[columns]
+        moved = torch.cholesky_solve(cross, _factor(cross[:, columns]))
+        weight.addmm_(weight[:, columns], moved, alpha=-1)
+        inverse.addmm_(cross.T, moved, alpha=-1)
+        weight[:, ~alive.repeat_interleave(size)] = 0  # those gone before gather rounding errors
+        inverse[columns, columns] = 1
+        gone += step
+        if gone in counts:
+            weights[gone] = weight.clone()
+    chosen = torch.cat(order) if order else torch.empty(0, dtype=torch.long, device=gram.device)
+    return chosen, [weights[count] for count in counts]
+
+
+def unit_costs(inverse: Tensor, weight: Tensor, size: int) -> Tensor:
+    """Cost of deleting each unit alone: [in / size], from the inverse Gram [in, in] and weight [out, in]."""
+    if size == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    units = inverse.shape[0] // size
+    blocks = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.T.reshape(units, size, -1)
+    return (torch.cholesky_solve(columns, torch.linalg.cholesky(blocks)) * columns).sum((1, 2))
 
 
 def _factor(system: Tensor) -> Tensor:
@@ -32,52 +80,22 @@ def _factor(system: Tensor) -> Tensor:
     return factor
 
 
-def removal_order(gram: Tensor, weight: Tensor, size: int, count: int) -> Tensor:
-    """Which `count` units of a linear to delete, cheapest first: int64 [count].
-
-    gram: [in, in] of the linear's inputs; weight: [out, in]; a unit is `size` neighbouring inputs. Greedy: deleting
-    unit u and moving all other weights optimally costs `tr(W_u (H^-1_uu)^-1 W_u^T)` (Hassibi & Stork 1992, with a group
-    of weights for one; ZipLM, arXiv 2302.04089, eq. 3), with H the damped gram; then H^-1 and W are downdated. Where
-    more than ROUNDS units go, several do between downdates.
-    """
-    units = gram.shape[0] // size
-    inverse = torch.cholesky_inverse(_factor(damped(gram)))
-    weight = weight.to(gram).clone()
-    alive = torch.ones(units, dtype=torch.bool, device=gram.device)
-    order: list[Tensor] = []
-    for step in _steps(count):
-        costs = unit_costs(inverse, weight, size).masked_fill(~alive, torch.inf)
-        chosen = costs.argsort(stable=True)[:step]
-        order.append(chosen)
-        alive[chosen] = False
-        columns = (chosen[:, None] * size + torch.arange(size, device=gram.device)).flatten()
-        cross = inverse[columns]
-        moved = torch.cholesky_solve(cross, _factor(cross[:, columns]))
-        weight.addmm_(weight[:, columns], moved, alpha=-1)
-        inverse.addmm_(cross.T, moved, alpha=-1)
-        weight[:, columns] = 0
-        inverse[columns, columns] = 1
-    return torch.cat(order) if order else torch.empty(0, dtype=torch.long, device=gram.device)
+def _inverse(system: Tensor) -> Tensor:
+    """Inverse of a symmetric [n, n], in its place: LAPACK works on the transpose, which is the same matrix."""
+    columns = system.mT
+    info = torch.empty((), dtype=torch.int32, device=system.device)
+    _, failed = torch.linalg.cholesky_ex(columns, out=(columns, info))
+    if failed:
+        raise ValueError("a Gram matrix is not positive definite, even damped")
+    torch.cholesky_inverse(columns, out=columns)
+    return system
 
 
-def unit_costs(inverse: Tensor, weight: Tensor, size: int) -> Tensor:
-    """Cost of deleting each unit alone: [in / size], from the inverse Gram [in, in] and weight [out, in]."""
-    if size == 1:
-        return weight.square().sum(0) / inverse.diagonal()
-    units = inverse.shape[0] // size
-    blocks = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = weight.T.reshape(units, size, -1)
-    return (torch.cholesky_solve(columns, torch.linalg.cholesky(blocks)) * columns).sum((1, 2))
-
-
-def compensated(gram: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
-    """The weight [out, kept] on the inputs numbered `kept` that does best what weight: [out, in] did on all of them."""
-    system = damped(gram)
-    factor = _factor(system[kept][:, kept])
-    return torch.cholesky_solve(system[kept] @ weight.to(gram).T, factor).T
-
-
-def _steps(count: int) -> list[int]:
-    """`count` split into at most ROUNDS parts as equal as can be."""
-    rounds = min(count, ROUNDS)
-    return [count // rounds + (index < count % rounds) for index in range(rounds)] if count else []
+def _steps(counts: Sequence[int]) -> list[int]:
+    """How many units go between downdates: ROUNDS steps about equal, none across one of `counts`."""
+    most = -(-max(counts, default=0) // ROUNDS)
+    steps: list[int] = []
+    for start, stop in zip((0, *sorted(counts)), sorted(counts), strict=False):
+        rounds = -(-(stop - start) // most) if stop > start else 0
+        steps += [(stop - start) // rounds + (index < (stop - start) % rounds) for index in range(rounds)]
+    return steps

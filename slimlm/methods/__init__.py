@@ -1,11 +1,23 @@
 """The compression methods, by the name `--method` takes. A new one is a file and a line here."""
 
 from slimlm.errors import UserError, nearest
+from slimlm.methods.magnitude import MAGNITUDE
+from slimlm.methods.obc import OBC
 from slimlm.methods.plan import Method
-from slimlm.methods.prune import MAGNITUDE, WANDA
 from slimlm.methods.slice import ROTATE, SLICE
+from slimlm.methods.slimlm import SLIMLM
+from slimlm.methods.sparsegpt import SPARSEGPT
+from slimlm.methods.wanda import WANDA
 
-METHODS: dict[str, Method] = {"slice": SLICE, "rotate": ROTATE, "magnitude": MAGNITUDE, "wanda": WANDA}
+METHODS: dict[str, Method] = {
+    "slice": SLICE,
+    "rotate": ROTATE,
+    "slimlm": SLIMLM,
+    "sparsegpt": SPARSEGPT,
+    "obc": OBC,
+    "wanda": WANDA,
+    "magnitude": MAGNITUDE,
+}
 
 
 def method_named(name: str) -> Method:

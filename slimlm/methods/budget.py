@@ -17,7 +17,7 @@ from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.families import Axis
 from slimlm.linalg.budget import LossCurve, is_near, predicted_loss, spaced
 from slimlm.linalg.ridge import Moments, held_out
-from slimlm.linalg.units import compensated, removal_order
+from slimlm.linalg.units import removals
 from slimlm.methods.widths import Layout, Widths
 from slimlm.recipe import Recipe
 from slimlm.stream import hooked
@@ -160,7 +160,7 @@ def loss_curves(
             with hooked((order.linear, order.add) for order in orders.values()):
                 model.advance(index, learning)
             for axis, order in orders.items():
-                order.find(max(cut.removed for cut in cuts if cut.axis == axis))
+                order.find([cut.removed for cut in cuts if cut.axis == axis])
             for cut, stream in streams.items():
                 if cut is not None and cut.axis == "blocks":
                     if index in _kept(influence, len(model.blocks) - cut.removed):
@@ -194,7 +194,7 @@ def _windows(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class _Order:
-    """What to delete of one axis of a block, found from the inputs of the linear it narrows."""
+    """What to delete of one axis of a block, found from the inputs of the linear that it narrows."""
 
     def __init__(self, layout: Layout, name: str, block: nn.Module) -> None:
         axis: Axis = layout.axes[name]
@@ -208,18 +208,10 @@ class _Order:
         x = args[0].float().flatten(0, 1)
         self.moments.add(x, x[:, :0])
 
-    def find(self, count: int) -> None:
-        """Find which units go first, up to `count` of them."""
-        self.order = removal_order(self.moments.xx, self.weight, self.size, count)
-
-    def without(self, count: int) -> Tensor:
-        """The linear's weight [out, in] without the first `count` units to go."""
-        kept = torch.ones(self.weight.shape[1] // self.size, dtype=torch.bool, device=self.weight.device)
-        kept[self.order[:count]] = False
-        columns = kept.repeat_interleave(self.size).nonzero().flatten()
-        weight = torch.zeros_like(self.weight)
-        weight[:, columns] = compensated(self.moments.xx, self.weight, columns).to(weight)
-        return weight
+    def find(self, counts: list[int]) -> None:
+        """Find the linear's weight [out, in] without the first units to go, for each number of them."""
+        self.weights = dict(zip(counts, removals(self.moments.xx, self.weight, self.size, counts)[1], strict=True))
+        del self.moments
 
 
 def _cut_weights(
@@ -235,5 +227,5 @@ def _cut_weights(
                     changed[name] = kept @ (kept.T @ block.get_parameter(name))
     elif cut is not None:
         order = orders[cut.axis]
-        changed[f"{order.name}.weight"] = order.without(cut.removed)
+        changed[f"{order.name}.weight"] = order.weights[cut.removed]
     return changed

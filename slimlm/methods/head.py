@@ -46,9 +46,10 @@ def refit_head(pair: Pair, seed: int, work: Work) -> HeadFit:
         for x, seen, held in _head_inputs(pair, range(len(pair.held))):
             data.add(seen, x, held)
         work.progress.step()
+        gram = data.fit.xx.clone()
         least_squares = ridge(data, prior, rows.T @ rows).weight
         bias = module.bias.float() if getattr(module, "bias", None) is not None else None
-        fit = MapFit(rows, bias, least_squares, data.fit.xx)
+        fit = MapFit(rows, bias, least_squares, gram)
         before = _divergence(pair, fit)
         work.progress.step()
         generator = torch.Generator().manual_seed(seed)
@@ -69,10 +70,11 @@ def _head_inputs(pair: Pair, numbers: Any) -> Iterator[tuple[Tensor, Tensor, Ten
     """Per batch: what the dense head sees [batch, time, hidden], what the other does [..., width]; what is held out."""
     dense_norm = pair.dense.model.get_submodule(pair.dense.family.final_norm)
     small_norm = pair.small.family.final_norm
-    with pair.small.placed(small_norm, {"weight": torch.ones(pair.basis.shape[1])}) as norm:
-        for number in numbers:
-            x, y = (pair.streams[label].hidden[number] for label in ("dense", "small"))
-            yield dense_norm(x).float(), norm(y).float(), pair.held[number]
+    for number in numbers:
+        x, y = (pair.streams[label].hidden[number] for label in ("dense", "small"))
+        before = dense_norm(x).float()  # first: the two models' norm may be one module
+        with pair.small.placed(small_norm, {"weight": torch.ones(pair.basis.shape[1])}) as norm:
+            yield before, norm(y).float(), pair.held[number]
 
 
 def _divergence(pair: Pair, fit: MapFit) -> float:

@@ -25,7 +25,7 @@ from slimlm.linalg.budget import is_near
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.pca import principal_basis
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
-from slimlm.linalg.units import damped
+from slimlm.linalg.units import damp
 from slimlm.methods.plan import Outcome, Plan
 from slimlm.methods.rotation import final_gain
 from slimlm.modeling import SLICED_LLAMA_FILE, SlicedLlamaConfig
@@ -176,7 +176,7 @@ def _embedding_basis(model: StreamedModel, batches: list[Tensor], work: Work) ->
 def basis_of(gram: Tensor) -> Tensor:
     """Principal directions of a damped Gram: [hidden, hidden]. Raises RunFailure when it is not finite."""
     try:
-        return principal_basis(damped(gram))[0]
+        return principal_basis(damp(gram.clone()))[0]
     except ValueError as error:
         raise RunFailure(f"the residual stream overflows: {error}") from error
 

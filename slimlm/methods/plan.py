@@ -57,6 +57,7 @@ class Method:
     sparsity_of: what a recipe's sparsity is the share of.
     scratch(recipe, model): windows whose hidden states wait on disk at once while it runs, beside the calibration's.
     calibrates(recipe, path): whether it looks at data, for the model in a directory.
+    holds_out(recipe): whether it chooses something on windows it holds out, and so needs a few.
     """
 
     summary: str
@@ -66,3 +67,4 @@ class Method:
     plan: Callable[[StreamedModel, Recipe], Plan]
     run: Callable[[StreamedModel, Plan, list[Tensor], Work], Outcome]
     scratch: Callable[[Recipe, StreamedModel], int] = lambda recipe, model: 0
+    holds_out: Callable[[Recipe], bool] = lambda recipe: False

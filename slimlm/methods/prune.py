@@ -1,11 +1,7 @@
-"""Setting single weights to zero without touching the others.
+"""Setting single weights to zero, block after block: what data the methods of `methods/matrix.py` get.
 
-magnitude (Han et al., arXiv 1506.02626): the smallest |w| of each matrix.
-wanda (Sun et al., arXiv 2306.11695, eq. 1): the smallest |w_ij| * ||x_j|| of each row, with ||x_j|| the norm of input j
-over the calibration tokens, taken from activations of the model as pruned so far.
-
-Every linear inside the blocks is pruned; embeddings and head are not. Zeros take as much room as other numbers: the
-checkpoint keeps its size, and stock kernels their speed.
+Every linear inside the blocks is pruned; embeddings and head are not. Each block sees what the pruned blocks before it
+pass on. Zeros take as much room as other numbers: the checkpoint keeps its size, and stock kernels their speed.
 """
 
 import copy
@@ -13,6 +9,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +18,33 @@ from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family
-from slimlm.linalg.masks import smallest, smallest_per_group, smallest_per_row, spread
+from slimlm.linalg.hessian import Hessian
+from slimlm.linalg.ridge import Moments
+from slimlm.methods.matrix import Choice, Pattern, curvature_of, prune_tall
 from slimlm.methods.plan import Method, Outcome, Plan
+from slimlm.methods.repair import PatternOf, prune_and_repair
 from slimlm.recipe import Recipe
 from slimlm.stream import Stream, hooked
 from slimlm.walk import StreamedModel
 from slimlm.work import Rows, Work
+
+
+def pruning(summary: str, paper: str, choice: Choice, repairs: bool = False) -> Method:
+    """A method that is one row of the table.
+
+    repairs: whether kept weights aim at what the dense model computes rather than at what they did themselves, and the
+    head is refitted; `refit: false` in the recipe turns that off.
+    """
+    return Method(
+        summary=summary,
+        paper=paper,
+        sparsity_of="weights in pruned matrices",
+        calibrates=lambda recipe, path: choice.curvature != "none",
+        plan=plan_prune,
+        run=partial(run_prune, choice=choice, repairs=repairs),
+        scratch=lambda recipe, model: 2 * recipe.num_calibration_samples if repairs and recipe.refit else 0,
+        holds_out=lambda recipe: repairs and recipe.refit,
+    )
 
 
 def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
@@ -59,76 +77,127 @@ def _is_pruned(family: Family, name: str) -> bool:
 
 
 @torch.no_grad()
-def run_prune(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work, by_activation: bool) -> Outcome:
-    """Prune block after block; with activations, each block sees what the pruned blocks before it pass on."""
+def run_prune(
+    model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work, choice: Choice, repairs: bool
+) -> Outcome:
+    """Prune block after block, and write each."""
     work.lay_out(plan.tensors)
+    repairs = repairs and plan.recipe.refit
+    later = [model.family.final_norm, model.family.head] if repairs and not model.head_is_tied else []
     for part in model.outside:
-        if not work.written(part):
+        if part not in later and not work.written(part):
             work.write(model, part, _unchanged(model, part))
+    pattern = partial(_pattern, model, plan.recipe)
+    notes: dict[str, Any] = {}
+    if choice.curvature == "none":
+        _prune_blind(model, choice, pattern, work)
+    elif repairs:
+        notes = prune_and_repair(model, plan.recipe, choice, pattern, batches, work)
+    else:
+        notes = _prune_seeing(model, choice, pattern, batches, work)
+    work.settle()
+    return Outcome(plan, notes, zeros=_zeros_written(model, work))
+
+
+def _prune_blind(model: StreamedModel, choice: Choice, pattern: PatternOf, work: Work) -> None:
+    """Without data blocks do not depend on one another: finished ones are left out."""
     work.progress.stage("pruning", len(model.blocks))
-    stream, first = None, 0
-    if by_activation:
-        whole = list(takewhile(work.written, (model.family.block(index) for index in range(len(model.blocks)))))
-        streams, _, first = work.start_streams("calibration", {"pruned": (model, batches)}, len(whole))
-        stream = streams["pruned"]
-        work.progress.step(first)
-    for index in range(first, len(model.blocks)):
+    for index in range(len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
-        if stream is None and work.written(part):
-            work.progress.step()
-            continue
-        with model.block(index) as block:
-            norms = {} if stream is None else _input_norms(model, index, stream, block)
-            for name, linear in _linears(block, model.family):
-                prune_matrix(linear.get_parameter("weight"), norms.get(name), plan.recipe)
-            if not work.written(part):
+        if not work.written(part):
+            with model.block(index) as block:
+                for names in _inputs_shared(model.family):
+                    _prune_together(block, part, names, pattern, choice, None)
                 work.write(model, part, ((f"{part}.{name}", value) for name, value in block.named_parameters()))
-            if stream is not None:
-                model.advance(index, stream)
-                work.save_streams("calibration", index, {"pruned": stream}, {})
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
-    work.settle()
-    return Outcome(plan, zeros=_zeros_written(model, work))
 
 
-def prune_matrix(weight: Tensor, input_norms: Tensor | None, recipe: Recipe) -> None:
-    """Set the share `recipe.sparsity` of weight: [out, in] to zero, in place, exactly (rounded to whole weights).
+def _prune_seeing(
+    model: StreamedModel, choice: Choice, pattern: PatternOf, batches: list[Tensor], work: Work
+) -> dict[str, Any]:
+    """Statistics of all linears' inputs in one pass over the stream, their pruning, and a pass through what is left."""
+    work.progress.stage("pruning", len(model.blocks))
+    whole = len(list(takewhile(work.written, map(model.family.block, range(len(model.blocks))))))
+    streams, _, first = work.start_streams("calibration", {"pruned": (model, batches)}, whole)
+    work.progress.step(first)
+    dampings: dict[str, float] = {}
+    for index in range(first, len(model.blocks)):
+        start, part = time.perf_counter(), model.family.block(index)
+        with model.block(index) as block:
+            seen = _input_statistics(model, index, streams["pruned"], block, choice.curvature == "diagonal")
+            for names in _inputs_shared(model.family):
+                statistics = seen.pop(names[0])
+                curvature = curvature_of(statistics, f"{part}.{names[0]}") if statistics.dim() == 2 else statistics
+                _prune_together(block, part, names, pattern, choice, curvature)
+                if isinstance(curvature, Hessian):
+                    dampings[f"{part}.{names[0]}"] = curvature.damping
+            work.pass_through(model, index, dict(block.named_parameters()), streams["pruned"])
+        work.save_streams("calibration", index, streams, {})
+        work.progress.step()
+        work.progress.done("pruned", part, time.perf_counter() - start)
+    return {"damping": dampings} if dampings else {}
 
-    Scores are |w|, times input_norms: [in] where there are any. They compete within groups of a pattern; else within
-    the matrix, or within rows once inputs are weighed, since rows then differ in scale for no reason of their own.
+
+def _inputs_shared(family: Family) -> Iterator[tuple[str, ...]]:
+    """The linears of a block, those that read the same input together."""
+    for norm in family.norms:
+        yield norm.readers
+        yield from ((writer,) for writer in norm.writers)
+
+
+def _prune_together(
+    block: nn.Module,
+    part: str,
+    names: tuple[str, ...],
+    pattern: PatternOf,
+    choice: Choice,
+    curvature: Hessian | Tensor | None,
+) -> None:
+    """Prune linears of a block that read the same input, in place."""
+    weights = [block.get_submodule(name).get_parameter("weight") for name in names]
+    dtype = curvature.matrix.dtype if isinstance(curvature, Hessian) else torch.float32
+    tall = torch.cat([weight.to(dtype) for weight in weights])
+    rows = [weight.shape[0] for weight in weights]
+    found, _ = prune_tall(tall, rows, pattern([f"{part}.{name}.weight" for name in names]), choice, curvature)
+    for weight, pruned in zip(weights, found.split(rows), strict=True):
+        weight.copy_(pruned)
+
+
+def _pattern(model: StreamedModel, recipe: Recipe, names: list[str]) -> Pattern:
+    """How much goes of matrices, by their full names."""
+    counts = tuple(round(recipe.sparsity * model.model.get_parameter(name).numel()) for name in names)
+    return Pattern(counts, *recipe.pattern_sizes) if recipe.pattern else Pattern(counts)
+
+
+def _input_statistics(
+    model: StreamedModel, index: int, stream: Stream, block: nn.Module, norms: bool
+) -> dict[str, Tensor]:
+    """For the first of the linears that share an input: its Gram [in, in] over the stream's tokens, or just its norms.
+
+    Raises RunFailure on NaN.
     """
-    scores = weight.abs().float()
-    total = round(recipe.sparsity * weight.numel())
-    if input_norms is not None:
-        scores *= input_norms
-    if recipe.pattern:
-        pruned = smallest_per_group(scores, *recipe.pattern_sizes)
-    elif input_norms is None:
-        pruned = smallest(scores, total)
-    else:
-        pruned = smallest_per_row(scores, spread(total, weight.shape[0]))
-    weight.masked_fill_(pruned, 0)
-
-
-def _linears(block: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
-    return [(name, block.get_submodule(name)) for name in (*family.readers, *family.writers)]
-
-
-def _input_norms(model: StreamedModel, index: int, stream: Stream, block: nn.Module) -> dict[str, Tensor]:
-    """For each linear of a block, the norm of every input over the stream's tokens: [in]. Raises RunFailure on NaN."""
-    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    moments: dict[str, Moments] = {}
 
     def observe(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-        squares = args[0].double().square().flatten(0, -2).sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
+        x = args[0].flatten(0, -2).float()
+        if norms:
+            added = x.double().square().sum(0)
+            squares[name] = squares[name] + added if name in squares else added
+        else:
+            moments.setdefault(name, Moments(x.shape[1], 0, x.device)).add(x, x[:, :0])
 
-    with hooked((linear, partial(observe, name=name)) for name, linear in _linears(block, model.family)):
+    first = [names[0] for names in _inputs_shared(model.family)]
+    with hooked((block.get_submodule(name), partial(observe, name=name)) for name in first):
         model.observe(index, stream)
-    for name, value in sums.items():
+    found = {name: value.sqrt().float() for name, value in squares.items()} | {
+        name: value.xx for name, value in moments.items()
+    }
+    for name, value in found.items():
         if not torch.isfinite(value).all():
             raise RunFailure(f"inputs of {model.family.block(index)}.{name} hold NaN or Inf")
-    return {name: value.sqrt().float() for name, value in sums.items()}
+    return found
 
 
 def _unchanged(model: StreamedModel, part: str) -> Iterator[tuple[str, Rows]]:
@@ -146,21 +215,3 @@ def _zeros_written(model: StreamedModel, work: Work) -> float:
             zeros += int((tensor == 0).sum())
             total += tensor.numel()
     return zeros / total
-
-
-MAGNITUDE = Method(
-    summary="set the smallest weights of each matrix to zero",
-    paper="https://arxiv.org/abs/1506.02626",
-    sparsity_of="weights in pruned matrices",
-    calibrates=lambda recipe, path: False,
-    plan=plan_prune,
-    run=partial(run_prune, by_activation=False),
-)
-WANDA = Method(
-    summary="set the weights to zero that are smallest times the norm of their input, row by row",
-    paper="https://arxiv.org/abs/2306.11695",
-    sparsity_of="weights in pruned matrices",
-    calibrates=lambda recipe, path: True,
-    plan=plan_prune,
-    run=partial(run_prune, by_activation=True),
-)

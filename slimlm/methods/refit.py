@@ -14,7 +14,7 @@ model's own activations. Everything a stage needs are sums over tokens: activati
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -25,8 +25,8 @@ from torch import Tensor
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.errors import RunFailure
 from slimlm.families import Axis, Norm
-from slimlm.linalg.ridge import Regression, held_out, ridge
-from slimlm.linalg.units import compensated, removal_order
+from slimlm.linalg.ridge import GUESS, Moments, Regression, held_out, ridge
+from slimlm.linalg.units import removals
 from slimlm.methods.plan import Plan
 from slimlm.methods.rotation import slice_block
 from slimlm.methods.widths import Layout, Widths
@@ -57,16 +57,14 @@ class Pair:
         counts = [len(batch) for batch in tokens]
         return list(held_out(sum(counts)).to(self.dense.device).split(counts))
 
-    def inputs(
-        self, block: int, place: int, dense: list[str], small: list[str]
-    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], Tensor]]:
-        """Per batch: what the named modules get, in the dense block and in the compressed one; and what is held out."""
-        for number, held in enumerate(self.held):
-            yield (
-                self.dense.inputs(block, self.streams["dense"], number, dense),
-                self.small.inputs(place, self.streams["small"], number, small),
-                held,
-            )
+    def guess(self, place: int, name: str) -> float:
+        """The strength that a linear or norm had in the block before, to search from."""
+        before = self.fits.get(f"{place - 1}.{name}", math.inf)
+        return before if math.isfinite(before) else GUESS
+
+    def stored(self, place: int, name: str, tensor: Tensor) -> Tensor:
+        """A parameter of a compressed block in the dtype it is written in: what follows makes up for rounding."""
+        return tensor.to(self.small.stored_dtype(f"{self.small.family.block(place)}.{name}"))
 
 
 @torch.no_grad()
@@ -89,10 +87,11 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
     work.progress.step(first)
     for block in range(first, len(blocks)):
         start = time.perf_counter()
-        with model.block(block):
-            if block in place:
-                work.pass_through(small, place[block], refit_block(pair, block, place[block]), streams["small"])
-            model.advance(block, streams["dense"])
+        if block in place:
+            work.pass_through(small, place[block], refit_block(pair, block, place[block]), streams["small"])
+        else:
+            with model.block(block):
+                model.advance(block, streams["dense"])
         work.save_streams(
             "refit", block, streams, {name: torch.tensor(fit, dtype=torch.float64) for name, fit in pair.fits.items()}
         )
@@ -102,14 +101,26 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
 
 
 def refit_block(pair: Pair, block: int, place: int) -> dict[str, Tensor]:
-    """The compressed block's parameters, fp32, by name within the block; the dense block's weights are in memory."""
-    family = pair.dense.family
-    weights: dict[str, Tensor] = dict(pair.dense.blocks[block].named_parameters())
-    tensors = dict(slice_block(weights, family, pair.basis))
-    for number, norm in enumerate(family.norms):
-        after = family.norms[number + 1].name if number + 1 < len(family.norms) else ""
-        _fit_readers(pair, block, place, norm, tensors)
-        _fit_writer(pair, block, place, norm, after, tensors)
+    """The compressed block's parameters as they are stored, by name within the block; the dense stream goes past it.
+
+    The last writer's target is the stream behind the block, so it can wait until the dense block is let go of.
+    """
+    model, family, stream = pair.dense, pair.dense.family, pair.streams["dense"]
+    with model.block(block) as dense:
+        tensors = {
+            name: pair.stored(place, name, tensor)
+            for name, tensor in slice_block(dict(dense.named_parameters()), family, pair.basis)
+        }
+        for norm, following in zip(family.norms, (*family.norms[1:], None), strict=True):
+            _fit_readers(pair, block, place, norm, tensors)
+            if following is not None:
+
+                def seen(number: int, name: str = following.name) -> Tensor:
+                    return model.inputs(block, stream, number, [name])[name]
+
+                _fit_writer(pair, place, norm, seen, tensors)
+        model.advance(block, stream)
+    _fit_writer(pair, place, family.norms[-1], lambda number: stream.hidden[number], tensors)
     return tensors
 
 
@@ -120,26 +131,30 @@ def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: dict[s
     reader = norm.readers[0]
     data = Regression.of(width, hidden, pair.basis.device)
     with pair.small.placed(pair.small.family.block(place), tensors):
-        for dense, small, held in pair.inputs(block, place, [reader], [reader]):
+        for number, held in enumerate(pair.held):
+            dense = pair.dense.inputs(block, pair.streams["dense"], number, [reader])
+            small = pair.small.inputs(place, pair.streams["small"], number, [reader])
             data.add(small[reader], dense[reader], held)
     dense_weights = [weights[f"{name}.weight"].float() for name in norm.readers]
     metric = sum(weight.T @ weight for weight in dense_weights)
     assert isinstance(metric, Tensor)
     prior = weights[f"{norm.name}.weight"].float()[:, None] * (pair.basis * math.sqrt(hidden / width)).float()
-    fit = ridge(data, prior, metric)
+    fit = ridge(data, prior, metric, pair.guess(place, norm.name))
     pair.fits[f"{place}.{norm.name}"] = fit.strength
     for name, weight in zip(norm.readers, dense_weights, strict=True):
-        tensors[f"{name}.weight"] = weight @ fit.weight
+        tensors[f"{name}.weight"] = pair.stored(place, f"{name}.weight", weight @ fit.weight)
 
 
-def _fit_writer(pair: Pair, block: int, place: int, norm: Norm, after: str, tensors: dict[str, Tensor]) -> None:
+def _fit_writer(pair: Pair, place: int, norm: Norm, after: Callable[[int], Tensor], tensors: dict[str, Tensor]) -> None:
+    """after(batch number): the dense stream [windows, time, hidden] behind the writer."""
     (writer,) = norm.writers
     name = f"{writer}.weight"
     data = Regression.of(tensors[name].shape[1], pair.basis.shape[1], pair.basis.device)
     basis = pair.basis.float()
     with pair.small.placed(pair.small.family.block(place), tensors):
-        for dense, small, held in pair.inputs(block, place, [after], [norm.name, writer]):
-            target = dense[after].float()
+        for number, held in enumerate(pair.held):
+            small = pair.small.inputs(place, pair.streams["small"], number, [norm.name, writer])
+            target = after(number).float()
             wanted = target @ basis - small[norm.name].float()
             if f"{writer}.bias" in tensors:
                 wanted -= tensors[f"{writer}.bias"].to(wanted)
@@ -147,9 +162,9 @@ def _fit_writer(pair: Pair, block: int, place: int, norm: Norm, after: str, tens
     for axis_name, axis in pair.layout.axes.items():
         if writer in axis.columns and pair.widths.of(axis_name) < pair.layout.dense.of(axis_name):
             data = _narrow(pair, axis_name, axis, name, data, tensors)
-    fit = ridge(data, tensors[name])
+    fit = ridge(data, tensors[name].float(), guess=pair.guess(place, writer))
     pair.fits[f"{place}.{writer}"] = fit.strength
-    tensors[name] = fit.weight
+    tensors[name] = pair.stored(place, name, fit.weight)
 
 
 def _narrow(
@@ -158,10 +173,11 @@ def _narrow(
     """Delete units of an axis from all its linears; what is left of the data."""
     full, width = pair.layout.dense.of(axis_name), pair.widths.of(axis_name)
     size = tensors[name].shape[1] // full
-    gram = data.fit.xx + data.held.xx
+    gram = data.fit.xx + data.held.xx if isinstance(data.held, Moments) else data.fit.xx.clone()
     kept = torch.ones(full, dtype=torch.bool, device=gram.device)
     try:
-        kept[removal_order(gram, tensors[name], size, full - width)] = False
+        order, (weight,) = removals(gram, tensors[name], size, [full - width])
+        kept[order] = False
     except ValueError as error:
         raise RunFailure(f"inputs of {name.removesuffix('.weight')} cannot be pruned: {error}") from error
     for linear in axis.rows:
@@ -169,7 +185,7 @@ def _narrow(
             if parameter in tensors:
                 tensors[parameter] = tensors[parameter][_spread(kept, tensors[parameter].shape[0])]
     columns = _spread(kept, tensors[name].shape[1]).nonzero().flatten()
-    tensors[name] = compensated(gram, tensors[name], columns).float()
+    tensors[name] = weight[:, columns].float()
     return data.take(columns)
 
 

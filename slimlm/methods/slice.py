@@ -226,6 +226,7 @@ SLICE = Method(
     plan=plan_slice,
     run=run_slice,
     scratch=_scratch,
+    holds_out=lambda recipe: recipe.refit and recipe.basis == "shared",
 )
 ROTATE = Method(
     summary="move the residual stream into its principal directions, most important first, and delete nothing",

@@ -34,7 +34,7 @@ def test_the_fit_is_the_minimiser_written_out_for_the_strength_it_chose():
     x, y, truth = data()
     prior = truth + 0.3 * randn(4, 6, seed=9)
     found = ridge(regression(x, y), prior)
-    assert found.strength in STRENGTHS[1:]
+    assert found.strength in STRENGTHS
     held = held_out(len(x))
     unit = (x[~held].flatten(0, 1).double().square().sum(0)).mean()
     unit *= x.double().square().sum() / x[~held].double().square().sum()
@@ -83,6 +83,21 @@ def test_inputs_taken_out_are_as_if_they_had_never_been():
     taken, direct = regression(x, y).take(kept), regression(x[..., kept], y)
     assert torch.allclose(taken.fit.xx, direct.fit.xx, atol=1e-4)
     assert torch.allclose(taken.held.xy, direct.held.xy, atol=1e-4)
+
+
+@pytest.mark.parametrize("windows", [20, 400])
+def test_wide_inputs_are_fitted_as_well_from_a_sample_of_the_held_out_tokens(windows: int, monkeypatch):
+    x, y, truth = data(windows)
+    prior = truth + 0.3 * randn(4, 6, seed=9)
+    metric = torch.diag(torch.tensor([1.0, 2, 3, 4]))
+    narrow = ridge(regression(x, y), prior, metric)
+    monkeypatch.setattr("slimlm.linalg.ridge.WIDE", 2)
+    monkeypatch.setattr("slimlm.linalg.ridge.HELD_ELEMENTS", 6 * 400)
+    sampled = regression(x, y)
+    kept = sum(len(part) for part, _ in sampled.held.parts)
+    assert kept == (64 if windows == 20 else 320)
+    wide = ridge(sampled, prior, metric)
+    assert (wide.weight - narrow.weight).abs().max() < (1e-4 if windows == 20 else 0.02)
 
 
 def test_errors_count_in_the_metric_they_are_given():

@@ -2,6 +2,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +13,8 @@ from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.compression import compress
-from slimlm.errors import UserError
+from slimlm.errors import RunFailure, UserError
+from slimlm.linalg.hessian import SingularCurvature
 from slimlm.recipe import Recipe, make_recipe
 from tests.conftest import CONFIGS, build_tiny
 
@@ -69,6 +71,96 @@ def test_wanda_is_the_papers_algorithm(tmp_path: Path, text: Path):
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def sparsegpt_by_the_paper(path: Path, tokens: torch.Tensor, sparsity: float) -> dict[str, torch.Tensor]:
+    """Algorithm 1, its inverse computed anew for every column; a block's inputs come from its own dense weights."""
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    for block in model.model.layers:
+        inputs: dict[str, list[torch.Tensor]] = {}
+        linears = {name: module for name, module in block.named_modules() if name.endswith(LINEAR)}
+        handles = [module.register_forward_pre_hook(keep_in(inputs, name)) for name, module in linears.items()]
+        with torch.no_grad():
+            model(tokens)
+        for handle in handles:
+            handle.remove()
+        for name, module in linears.items():
+            x = torch.cat([part.reshape(-1, part.shape[-1]) for part in inputs[name]]).double()
+            gram = x.T @ x
+            gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+            weight, columns = module.weight.data.double(), len(gram)  # all columns are one block of 128
+            scores = torch.stack(
+                [weight[:, c].square() / torch.linalg.inv(gram[c:, c:])[0, 0] for c in range(columns)], dim=1
+            )
+            gone = torch.zeros(weight.numel(), dtype=torch.bool)
+            gone[scores.flatten().argsort(stable=True)[: round(sparsity * weight.numel())]] = True
+            gone = gone.view_as(weight)
+            for c in range(columns):
+                left = torch.linalg.inv(gram[c:, c:])
+                weight[:, c:] -= (weight[:, c] * gone[:, c] / left[0, 0])[:, None] * left[0]
+            module.weight.data = weight.masked_fill(gone, 0).float()
+    return model.state_dict()
+
+
+def test_sparsegpt_is_the_papers_algorithm(tmp_path: Path, text: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    compress(recipe_for(path, text, tmp_path / "out", method="sparsegpt", sparsity=0.4))
+    tokens = load_windows(str(text), load_tokenizer(path), 5, 24).tokens
+    expected = sparsegpt_by_the_paper(path, tokens, 0.4)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in found.items():
+        assert torch.equal(tensor == 0, expected[name] == 0), name
+        assert torch.allclose(tensor, expected[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "obc", "slimlm", "wanda", "magnitude"])
+def test_exactly_the_requested_number_of_zeros_in_every_matrix(tmp_path: Path, text: Path, method: str):
+    path = build_tiny(CONFIGS["llama-biased"], tmp_path / "model")
+    compress(recipe_for(path, text, tmp_path / "out", method=method, sparsity=0.37))
+    before, after = (load_file(directory / "model.safetensors") for directory in (path, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        if name.endswith(".weight") and name.split(".")[-2] in LINEAR:
+            assert int((tensor == 0).sum()) == round(0.37 * tensor.numel()), name
+
+
+def test_aiming_at_the_dense_model_repairs_what_went_wrong_before(tmp_path: Path, text: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    numpy.save(tmp_path / "tokens.npy", numpy.random.default_rng(0).integers(0, 90, (60, 32)))
+    errors = {}
+    for name, settings in {
+        "sparsegpt": {"method": "sparsegpt"},
+        "joint": {"method": "slimlm", "refit": False},
+        "slimlm": {"method": "slimlm"},
+    }.items():
+        manifest = compress(
+            recipe_for(path, tmp_path / "tokens.npy", tmp_path / name, num_calibration_samples=60, max_seq_length=32,
+                       eval_text=str(text), eval_windows=60, **settings)
+        ).manifest  # fmt: skip
+        errors[name] = [block["relative_error"] for block in manifest["blocks"]]
+        if name == "slimlm":
+            assert manifest["method"]["head"]["kl"] >= 0
+            assert set(manifest["method"]) == {"ridge", "damping", "predicted_error", "head"}
+    assert errors["slimlm"][-1] < errors["joint"][-1] < errors["sparsegpt"][-1]
+
+
+def test_a_layer_whose_gram_is_singular_says_what_damping_it_needed(tmp_path: Path, text: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    manifest = compress(
+        recipe_for(path, text, tmp_path / "out", method="sparsegpt", num_calibration_samples=1)
+    ).manifest
+    assert manifest["method"]["damping"]["model.layers.0.mlp.down_proj"] >= 0.01
+
+
+def test_a_hopeless_layer_stops_the_run_with_its_name(tmp_path: Path, text: Path, monkeypatch):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+
+    def hopeless(gram: torch.Tensor, damping: float = 0.01):
+        raise SingularCurvature("the Gram matrix of its inputs is singular")
+
+    monkeypatch.setattr("slimlm.methods.matrix.hessian", hopeless)
+    with pytest.raises(RunFailure, match=r"model\.layers\.0\.self_attn\.q_proj cannot be pruned: the Gram"):
+        compress(recipe_for(path, text, tmp_path / "out", method="sparsegpt"))
+
+
 def test_magnitude_zeroes_the_smallest_of_each_matrix_and_leaves_the_rest_alone(tmp_path: Path, text: Path):
     path = build_tiny(CONFIGS["llama-biased"], tmp_path / "model")
     manifest = compress(recipe_for(path, text, tmp_path / "out", method="magnitude", sparsity=0.3)).manifest
@@ -86,7 +178,7 @@ def test_magnitude_zeroes_the_smallest_of_each_matrix_and_leaves_the_rest_alone(
     assert manifest["sparsity"]["parameters_removed"] == 0
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "obc", "slimlm"])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_a_pattern_holds_in_every_group_of_every_matrix(tmp_path: Path, text: Path, name: str, method: str):
     path = build_tiny(CONFIGS[name], tmp_path / "model")
@@ -106,12 +198,12 @@ def test_a_pattern_holds_in_every_group_of_every_matrix(tmp_path: Path, text: Pa
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "slimlm"])
 def test_death_at_any_step_is_survived_with_the_same_bytes(tmp_path: Path, text: Path, monkeypatch, method: str):
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     compress(recipe_for(path, text, tmp_path / "whole", method=method))
     reference = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    steps = 1 + 3 + (6 if method == "wanda" else 3) + 1
+    steps = {"magnitude": 1 + 3 + 3 + 1, "wanda": 1 + 3 + 6 + 1, "slimlm": 1 + 1 + 6 + 1 + 1}[method]
     for number in range(1, steps + 1):
         recipe = recipe_for(path, text, tmp_path / f"out{number}", method=method)
         with monkeypatch.context() as patch:

@@ -1,0 +1,160 @@
+"""Optimal brain surgeon updates of one matrix: minimise tr((V - W) H (V - W)^T) over V with zeros where a mask says.
+
+W: [out, in], H: [in, in] positive definite, pruned: [out, in] bool. W need not be the dense weight: the minimiser of
+any quadratic with this H will do, such as a least-squares fit to what the dense model computes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from slimlm.linalg.hessian import Hessian, quadratic_loss
+
+BATCH_ELEMENTS = 1 << 23  # of the rows' own inverses held at once
+ITERATIONS = 200  # of conjugate gradients, at most
+TOLERANCE = 1e-5  # error in the norm of H, of that at the start, at which they end
+ROUGHLY = 1e-2  # the same while a mask is still being refined
+Choice = Callable[[Tensor, int], Tensor]  # (scores of a block of columns [out, width], first column) -> bool mask
+
+
+def left_to_right(weight: Tensor, hessian: Hessian, choose: Choice, width: int = 128) -> tuple[Tensor, Tensor]:
+    """SparseGPT (Frantar & Alistarh, arXiv 2301.00774, algorithm 1): the pruned weight [out, in], and what is pruned.
+
+    Columns are settled in order; what a pruned weight did is passed on to the columns right of it. choose: says for
+    `width` columns at once what to prune of them, from the OBS scores w^2 / [H^-1]_cc among the columns from c on.
+    """
+    weight, upper = weight.clone(), hessian.upper
+    pruned = torch.zeros_like(weight, dtype=torch.bool)
+    for start in range(0, weight.shape[1], width):
+        stop = min(start + width, weight.shape[1])
+        columns, block = weight[:, start:stop], upper[start:stop, start:stop]
+        mask = choose((columns / block.diagonal()).square(), start)
+        errors = torch.zeros_like(columns)
+        for column in range(stop - start):
+            gone = columns[:, column] * mask[:, column] / block[column, column]
+            columns[:, column:] -= gone[:, None] * block[column, column:]
+            errors[:, column] = gone
+        columns.masked_fill_(mask, 0)
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+        pruned[:, start:stop] = mask
+    return weight, pruned
+
+
+def greedy_order(weight: Tensor, hessian: Hessian, count: int, group: int = 0, most: int = 0) -> tuple[Tensor, Tensor]:
+    """OBC (Frantar et al., arXiv 2208.11580, algorithm 1): per row, columns in the order they go, and what each costs.
+
+    order: int64 [out, count]; cost: [out, count], w^2 / (2 [H^-1]_cc) when its turn came. Every row has an inverse of
+    its own, downdated after each column. group, most: of so many neighbouring columns only so many may go.
+    """
+    order = torch.empty(weight.shape[0], count, dtype=torch.long, device=weight.device)
+    cost = torch.empty(weight.shape[0], count, dtype=weight.dtype, device=weight.device)
+    inverse, inputs = hessian.inverse, weight.shape[1]
+    rows = max(1, BATCH_ELEMENTS // (inputs * inputs))
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows].clone()
+        row = torch.arange(part.shape[0], device=weight.device)
+        own = inverse.repeat(part.shape[0], 1, 1)
+        gone = torch.zeros_like(part, dtype=torch.bool)
+        barred = gone
+        for step in range(count):
+            scores = part.square() / own.diagonal(dim1=1, dim2=2)
+            column = scores.masked_fill(barred, torch.inf).argmin(1)
+            order[start + row, step], cost[start + row, step] = column, scores[row, column] / 2
+            direction, pivot = own[row, column], own[row, column, column]
+            part -= direction * (part[row, column] / pivot)[:, None]
+            own -= direction[:, :, None] * (direction / pivot[:, None])[:, None, :]
+            gone[row, column] = True
+            part[gone] = 0
+            own.diagonal(dim1=1, dim2=2)[gone] = 1  # what rounding left of them must not be divided by
+            if group:
+                full = gone.view(-1, inputs // group, group).sum(2) == most
+                barred = gone | full.repeat_interleave(group, dim=1)
+    return order, cost
+
+
+def cheapest_first(order: Tensor, cost: Tensor, total: int, inputs: int) -> Tensor:
+    """Mask [out, in] of the `total` weights that are cheapest when each row goes in its own order (OBC, section 4).
+
+    A row's k-th weight goes only after its first k - 1: its cost counts as the largest so far.
+    """
+    rising = cost.cummax(1).values
+    place = rising.flatten().argsort(stable=True)[:total]
+    counts = torch.bincount(place // cost.shape[1], minlength=cost.shape[0])
+    going = torch.arange(cost.shape[1], device=cost.device) < counts[:, None]
+    pruned = torch.zeros(cost.shape[0], inputs, dtype=torch.bool, device=cost.device)
+    rows = torch.arange(cost.shape[0], device=cost.device)[:, None].expand_as(order)
+    pruned[rows[going], order[going]] = True
+    return pruned
+
+
+def joint(
+    weight: Tensor, hessian: Hessian, pruned: Tensor, start: Tensor | None = None, tolerance: float = TOLERANCE
+) -> Tensor:
+    """The minimiser on a mask: V_K = H_KK^-1 (H W)_K for each row's kept weights K. start: [out, in], near it.
+
+    Conjugate gradients for all rows at once, preconditioned by (H^-1)_KK, which is (H_KK)^-1 but for what pruned and
+    kept inputs have to do with one another: ten iterations of two GEMMs do what a Cholesky factorisation for every row
+    does. They end when the error, in the norm of H, is `tolerance` of the first one. A dead input's weight is zero.
+    """
+    tiny = torch.finfo(weight.dtype).tiny
+    kept = (~(pruned | hessian.dead)).to(weight.dtype)
+    found = (weight if start is None else start) * kept
+    residual = ((weight - found) @ hessian.matrix) * kept
+    direction = step = (residual @ hessian.inverse) * kept
+    product = (residual * step).sum(1)
+    small = tolerance**2 * product
+    for _ in range(ITERATIONS):
+        if (product <= small).all():
+            break
+        image = (direction @ hessian.matrix) * kept
+        length = (product / (direction * image).sum(1).clamp_min(tiny))[:, None]
+        found = found.addcmul(length, direction)
+        residual = residual.addcmul(length, image, value=-1)
+        step = (residual @ hessian.inverse) * kept
+        before, product = product, (residual * step).sum(1)
+        direction = step.addcmul((product / before.clamp_min(tiny))[:, None], direction)
+    return found
+
+
+def summed(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
+    """One OBS step for all pruned weights at once, each as if it went alone: V = W - sum_p w_p / [H^-1]_pp H^-1_p.
+
+    WoodFisher (Singh & Alistarh, arXiv 2004.14340, eq. 12) and M-FAC (arXiv 2107.03356, section 3). inverse: [in, in],
+    or one for each row [out, in, in]. Correlations between pruned weights are left out: `joint` has them.
+    """
+    diagonal = inverse.diagonal(dim1=-2, dim2=-1)
+    gone = weight * pruned / diagonal
+    moved = gone @ inverse if inverse.dim() == 2 else torch.einsum("ri,rij->rj", gone, inverse)
+    return (weight - moved).masked_fill_(pruned, 0)
+
+
+def swapped(weight: Tensor, hessian: Hessian, pruned: Tensor, found: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+    """One refinement of a mask: weights that are cheap to lose for ones that would win more; (found, pruned) anew.
+
+    found: the joint minimiser on `pruned`. Losing kept weight k costs v_k^2 / [H_KK^-1]_kk; gaining pruned weight p
+    wins g_p^2 / s_p, with g the gradient H (W - V) and s_p >= 1 / [H^-1]_pp what is left of H_pp after K; the middle of
+    the two bounds of s_p is taken. Pairs are made in each row from the surest on while they win (with `group`, one
+    within each group of that many columns), a quarter of what would win at a time; a row keeps the old mask where the
+    joint solution on the new one is no better.
+    """
+    gradient = (weight - found) @ hessian.matrix
+    inverse = hessian.inverse.diagonal()
+    spread = (hessian.matrix.diagonal() / inverse).sqrt()  # geometric mean of H_pp and 1 / [H^-1]_pp
+    gain = (gradient.square() / spread).masked_fill(~pruned | hessian.dead, -torch.inf)
+    cost = (found.square() * spread).masked_fill(pruned, torch.inf)
+    shape = (-1, group or weight.shape[1])
+    best_gain, incoming = gain.view(shape).sort(dim=1, descending=True, stable=True)
+    least_cost, outgoing = cost.view(shape).sort(dim=1, stable=True)
+    wins = best_gain - least_cost
+    count = (wins > 0).sum(1)
+    count = (count > 0).long() if group else -(-count // 4)
+    chosen = torch.arange(wins.shape[1], device=wins.device) < count[:, None]
+    rows = torch.arange(wins.shape[0], device=wins.device)[:, None].expand_as(chosen)
+    mask = pruned.reshape(shape).clone()
+    mask[rows[chosen], incoming[chosen]] = False
+    mask[rows[chosen], outgoing[chosen]] = True
+    mask = mask.view(pruned.shape)
+    solution = joint(weight, hessian, mask, found, ROUGHLY)
+    better = quadratic_loss(weight - solution, hessian.matrix) < quadratic_loss(weight - found, hessian.matrix)
+    return torch.where(better[:, None], solution, found), torch.where(better[:, None], mask, pruned)

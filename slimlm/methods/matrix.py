@@ -1,0 +1,142 @@
+"""Pruning the matrices of one input: curvature x mask x update.
+
+Linears that read the same input (query, key and value; gate and up) share its Gram matrix and everything computed from
+it, and are pruned as one tall matrix: their rows do not know of each other. How many weights go is settled per matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimlm.errors import RunFailure
+from slimlm.linalg.hessian import DAMPING, Hessian, SingularCurvature, hessian
+from slimlm.linalg.masks import smallest, smallest_per_group, smallest_per_row, spread
+from slimlm.linalg.obs import ROUGHLY, cheapest_first, greedy_order, joint, left_to_right, summed, swapped
+
+Curvature = Literal["none", "diagonal", "gram"]
+MaskName = Literal["magnitude", "wanda", "obs", "columns", "greedy"]
+UpdateName = Literal["none", "left-to-right", "summed", "joint"]
+COLUMNS = 128  # of which SparseGPT chooses a mask at once
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of the table of methods.
+
+    curvature: what is known of the loss. `diagonal` and `gram` are of the inputs' second moments.
+    mask: `magnitude` |w| in the matrix; `wanda` |w| ||x|| in the row; `obs` w^2 / [H^-1] in the matrix; `columns` the
+    same in blocks of columns, on the way from left to right; `greedy` weight after weight with exact downdates.
+    update: what the kept weights do about it. `joint` is optimal for the mask, and so what greedy downdates come to.
+    swaps: times that the mask is refined by swaps, each followed by a joint update.
+    """
+
+    curvature: Curvature
+    mask: MaskName
+    update: UpdateName
+    swaps: int = 0
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How much goes: of each matrix its count of weights; or all but `keep` of every `group` neighbours in a row."""
+
+    counts: tuple[int, ...]
+    keep: int = 0
+    group: int = 0
+
+
+def prune_tall(
+    weight: Tensor, rows: Sequence[int], pattern: Pattern, choice: Choice, curvature: Hessian | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Prune matrices stacked to weight: [out, in], of so many `rows` each: the pruned weight, and what is pruned.
+
+    curvature: the damped Gram; or the inputs' norms [in] for `wanda` alone; or None for `magnitude` without update.
+    """
+    if choice.mask == "columns":
+        assert isinstance(curvature, Hessian)
+        choose = partial(_in_columns, rows=rows, pattern=pattern, inputs=weight.shape[1])
+        found, pruned = left_to_right(weight, curvature, choose, pattern.group or COLUMNS)
+    elif choice.mask == "greedy":
+        assert isinstance(curvature, Hessian)
+        found, pruned = weight, _greedily(weight, rows, pattern, curvature)
+    else:
+        found, pruned = weight, _by_scores(_scores(weight, choice, curvature), rows, pattern, choice)
+    return _updated(weight, found, pruned, pattern, choice, curvature)
+
+
+def _updated(
+    weight: Tensor, found: Tensor, pruned: Tensor, pattern: Pattern, choice: Choice, curvature: Hessian | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if choice.update == "none":
+        return weight.masked_fill(pruned, 0), pruned
+    assert isinstance(curvature, Hessian)
+    if choice.update == "left-to-right":
+        if choice.mask != "columns":
+            found, _ = left_to_right(
+                weight, curvature, lambda scores, start: pruned[:, start : start + scores.shape[1]]
+            )
+        return found, pruned
+    if choice.update == "summed":
+        return summed(weight, curvature.inverse, pruned), pruned
+    for _ in range(choice.swaps):
+        found = joint(weight, curvature, pruned, found, ROUGHLY)
+        found, pruned = swapped(weight, curvature, pruned, found, pattern.group)
+    return joint(weight, curvature, pruned, found), pruned
+
+
+def _scores(weight: Tensor, choice: Choice, curvature: Hessian | Tensor | None) -> Tensor:
+    scores = weight.abs()
+    if choice.mask == "wanda":
+        norms = curvature.matrix.diagonal().sqrt() if isinstance(curvature, Hessian) else curvature
+        assert norms is not None
+        return scores * norms
+    if choice.mask == "obs":
+        assert isinstance(curvature, Hessian)
+        return weight.square() / curvature.inverse.diagonal()
+    return scores
+
+
+def _by_scores(scores: Tensor, rows: Sequence[int], pattern: Pattern, choice: Choice) -> Tensor:
+    if pattern.group:
+        return smallest_per_group(scores, pattern.keep, pattern.group)
+    masks = []
+    for part, count in zip(scores.split(list(rows)), pattern.counts, strict=True):
+        per_row = choice.mask == "wanda"  # rows differ in scale for no reason of their own once inputs are weighed
+        masks.append(smallest_per_row(part, spread(count, part.shape[0])) if per_row else smallest(part, count))
+    return torch.cat(masks)
+
+
+def _in_columns(scores: Tensor, start: int, rows: Sequence[int], pattern: Pattern, inputs: int) -> Tensor:
+    """What to prune of some columns: each matrix its share of what it loses in all, to whole weights in the end."""
+    if pattern.group:
+        return smallest_per_group(scores, pattern.keep, pattern.group)
+    stop, masks = start + scores.shape[1], []
+    for part, count in zip(scores.split(list(rows)), pattern.counts, strict=True):
+        masks.append(smallest(part, count * stop // inputs - count * start // inputs))
+    return torch.cat(masks)
+
+
+def _greedily(weight: Tensor, rows: Sequence[int], pattern: Pattern, hessian: Hessian) -> Tensor:
+    inputs = weight.shape[1]
+    if pattern.group:
+        count = inputs // pattern.group * (pattern.group - pattern.keep)
+        order, _ = greedy_order(weight, hessian, count, pattern.group, pattern.group - pattern.keep)
+        return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order, True)
+    order, cost = greedy_order(weight, hessian, inputs)
+    masks = [
+        cheapest_first(part, price, count, inputs)
+        for part, price, count in zip(order.split(list(rows)), cost.split(list(rows)), pattern.counts, strict=True)
+    ]
+    return torch.cat(masks)
+
+
+def curvature_of(gram: Tensor, name: str, damping: float = DAMPING) -> Hessian:
+    """Raises RunFailure with the linear's name when no damping helps."""
+    try:
+        return hessian(gram, damping)
+    except SingularCurvature as error:
+        raise RunFailure(f"{name} cannot be pruned: {error}") from error

@@ -1,0 +1,162 @@
+"""Pruning towards what the dense model computes: dense and pruned streams side by side.
+
+With x the dense stream's input of a linear, x' the pruned one's, the kept weights of readers minimise
+`||V x' - W x||^2`, those of writers `||s' + V x' - s_after||^2 / ms(s_after)`, s' and s_after being the pruned residual
+stream before the writer and the dense one behind it: what went wrong before is made up for. Both are quadratic in V:
+the dense weight gives way to the ridge regression's (`linalg/ridge.py`), the curvature is that of x' with the ridge on
+its diagonal, and the mask is chosen and refined for that problem. The head, which is not pruned, is refitted last, as
+in slicing.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimlm.errors import RunFailure
+from slimlm.families import Norm
+from slimlm.linalg.hessian import DAMPING, quadratic_loss
+from slimlm.linalg.ridge import Fit, Regression, ridge
+from slimlm.methods.head import refit_head
+from slimlm.methods.matrix import Choice, Pattern, curvature_of, prune_tall
+from slimlm.methods.refit import Pair
+from slimlm.methods.rotation import write_head
+from slimlm.methods.widths import Layout
+from slimlm.recipe import Recipe
+from slimlm.walk import StreamedModel
+from slimlm.work import Work
+
+PatternOf = Callable[[list[str]], Pattern]  # of matrices, by their full names
+
+
+@torch.no_grad()
+def prune_and_repair(
+    model: StreamedModel, recipe: Recipe, choice: Choice, pattern: PatternOf, batches: list[Tensor], work: Work
+) -> dict[str, Any]:
+    """Write every block pruned, and the head refitted unless it is tied to the embedding; figures for the manifest."""
+    layout = Layout(model)
+    eye = torch.eye(model.config.hidden_size, dtype=torch.float64, device=model.device)
+    whole = len(list(takewhile(work.written, map(model.family.block, range(len(model.blocks))))))
+    work.progress.stage("pruning", len(model.blocks))
+    starts = {"dense": (model, batches), "small": (model, batches)}
+    streams, state, first = work.start_streams("pruned", starts, whole)
+    pair = Pair(layout, layout.dense, model, eye, streams)
+    pair.fits |= {name: float(value) for name, value in state.items()}
+    work.progress.step(first)
+    for index in range(first, len(model.blocks)):
+        start, part = time.perf_counter(), model.family.block(index)
+        with model.block(index):
+            work.pass_through(model, index, _prune_block(pair, index, choice, pattern), streams["small"])
+        state = {name: torch.tensor(value, dtype=torch.float64) for name, value in pair.fits.items()}
+        work.save_streams("pruned", index, streams, state)
+        work.progress.step()
+        work.progress.done("pruned", part, time.perf_counter() - start)
+    notes: dict[str, Any] = _by_kind(pair.fits)
+    if not model.head_is_tied and not work.written(model.family.head):
+        fit = refit_head(pair, recipe.seed, work)
+        work.write(model, model.family.head, write_head(model, fit.seen))
+        notes["head"] = fit.notes
+    return notes
+
+
+def _by_kind(figures: dict[str, float]) -> dict[str, dict[str, float | None]]:
+    """`0.mlp.down_proj damping` and so on, by what they are. JSON has no infinity: that of the ridge becomes null."""
+    found: dict[str, dict[str, float | None]] = {}
+    for key, value in figures.items():
+        name, _, kind = key.partition(" ")
+        found.setdefault(kind or "ridge", {})[name] = value if math.isfinite(value) else None
+    return found
+
+
+def _prune_block(pair: Pair, index: int, choice: Choice, pattern: PatternOf) -> dict[str, Tensor]:
+    """The block's parameters as they are stored, by name within it; the dense stream goes past it."""
+    model, stream = pair.dense, pair.streams["dense"]
+    norms = model.family.norms
+    tensors = {name: weight.clone() for name, weight in model.blocks[index].named_parameters()}
+    for norm, following in zip(norms, (*norms[1:], None), strict=True):
+        _prune_readers(pair, index, norm, choice, pattern, tensors)
+        if following is not None:
+
+            def seen(number: int, name: str = following.name) -> Tensor:
+                return model.inputs(index, stream, number, [name])[name]
+
+            _prune_writer(pair, index, norm, seen, choice, pattern, tensors)
+    model.advance(index, stream)
+    _prune_writer(pair, index, norms[-1], lambda number: stream.hidden[number], choice, pattern, tensors)
+    return tensors
+
+
+def _prune_readers(
+    pair: Pair, index: int, norm: Norm, choice: Choice, pattern: PatternOf, tensors: dict[str, Tensor]
+) -> None:
+    """One map from what the readers see now to what they saw serves all: their target is W T."""
+    model, reader = pair.dense, norm.readers[0]
+    inputs = tensors[f"{reader}.weight"].shape[1]
+    data = Regression.of(inputs, inputs, model.device)
+    for number, held in enumerate(pair.held):
+        dense = model.inputs(index, pair.streams["dense"], number, [reader])
+        with model.placed(model.family.block(index), tensors):
+            small = model.inputs(index, pair.streams["small"], number, [reader])
+        data.add(small[reader], dense[reader], held)
+    weights = torch.cat([tensors[f"{name}.weight"].float() for name in norm.readers])
+    fit = ridge(data, torch.eye(inputs, device=model.device), weights.T @ weights, pair.guess(index, norm.name))
+    pair.fits[f"{index}.{norm.name}"] = fit.strength
+    target = Fit(weights @ fit.weight, fit.strength)
+    _prune_together(pair, index, norm.readers, target, data, choice, pattern, tensors)
+
+
+def _prune_writer(
+    pair: Pair,
+    index: int,
+    norm: Norm,
+    after: Callable[[int], Tensor],
+    choice: Choice,
+    pattern: PatternOf,
+    tensors: dict[str, Tensor],
+) -> None:
+    """after(batch number): the dense stream [windows, time, hidden] behind the writer."""
+    model, (writer,) = pair.dense, norm.writers
+    weight = tensors[f"{writer}.weight"].float()
+    data = Regression.of(weight.shape[1], weight.shape[0], model.device)
+    for number, held in enumerate(pair.held):
+        target = after(number).float()
+        with model.placed(model.family.block(index), tensors):
+            small = model.inputs(index, pair.streams["small"], number, [norm.name, writer])
+        wanted = target - small[norm.name].float()
+        if f"{writer}.bias" in tensors:
+            wanted -= tensors[f"{writer}.bias"].to(wanted)
+        data.add(small[writer], wanted, held, 1 / target.square().mean(-1).clamp_min(1e-30))
+    fit = ridge(data, weight, guess=pair.guess(index, writer))
+    pair.fits[f"{index}.{writer}"] = fit.strength
+    _prune_together(pair, index, norm.writers, fit, data, choice, pattern, tensors)
+
+
+def _prune_together(
+    pair: Pair,
+    index: int,
+    names: tuple[str, ...],
+    target: Fit,
+    data: Regression,
+    choice: Choice,
+    pattern: PatternOf,
+    tensors: dict[str, Tensor],
+) -> None:
+    """Prune linears that read the same input, whose kept weights are to come near target.weight: [out, in]."""
+    part = pair.dense.family.block(index)
+    gram = data.join().xx
+    if not torch.isfinite(gram).all():
+        raise RunFailure(f"inputs of {part}.{names[0]} hold NaN or Inf")
+    strength = max(DAMPING, target.strength) if math.isfinite(target.strength) else DAMPING
+    curvature = curvature_of(gram, f"{part}.{names[0]}", strength)
+    rows = [tensors[f"{name}.weight"].shape[0] for name in names]
+    wanted = target.weight.to(gram.dtype)
+    found, _ = prune_tall(wanted, rows, pattern([f"{part}.{name}.weight" for name in names]), choice, curvature)
+    pair.fits[f"{index}.{names[0]} damping"] = curvature.damping
+    lost = quadratic_loss(found - wanted, curvature.matrix).sum() / quadratic_loss(wanted, curvature.matrix).sum()
+    pair.fits[f"{index}.{names[0]} predicted_error"] = float(lost)
+    for name, part_found in zip(names, found.split(rows), strict=True):
+        tensors[f"{name}.weight"] = pair.stored(index, f"{name}.weight", part_found)

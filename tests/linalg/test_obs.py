@@ -1,0 +1,214 @@
+"""Second-order pruning of one matrix, against slow loops written from the papers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimlm.linalg.hessian import SingularCurvature, hessian, quadratic_loss
+from slimlm.linalg.masks import smallest, smallest_per_group
+from slimlm.linalg.obs import cheapest_first, greedy_order, joint, left_to_right, summed, swapped
+
+
+def problem(outputs: int = 6, inputs: int = 16, tokens: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [outputs, inputs] and the Gram of correlated inputs, fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, inputs, dtype=torch.float64, generator=generator)
+    x = x @ torch.randn(inputs, inputs, dtype=torch.float64, generator=generator)
+    return torch.randn(outputs, inputs, dtype=torch.float64, generator=generator), x.T @ x
+
+
+def damped(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+    return gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+
+
+def without(weight: torch.Tensor, matrix: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """Per row, the constrained minimiser by Lagrange multipliers: W - (W E)(E^T H^-1 E)^-1 E^T H^-1."""
+    inverse, result = torch.linalg.inv(matrix), weight.clone()
+    for row, gone in enumerate(pruned):
+        if gone.any():
+            multipliers = torch.linalg.inv(inverse[gone][:, gone]) @ weight[row, gone]
+            result[row] -= multipliers @ inverse[gone]
+    return result
+
+
+def sparsegpt_as_printed(weight: torch.Tensor, matrix: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Columns in order; after each, the inverse Hessian of those still to come, computed anew."""
+    weight = weight.clone()
+    for column in range(weight.shape[1]):
+        left = torch.linalg.inv(matrix[column:, column:])
+        error = weight[:, column] * masks[:, column] / left[0, 0]
+        weight[:, column:] -= error[:, None] * left[0]
+    return weight.masked_fill(masks, 0)
+
+
+def test_the_hessian_is_damped_and_its_inverse_and_factor_are_those_of_the_dense_matrix():
+    _, gram = problem()
+    found = hessian(gram, 0.03)
+    assert torch.allclose(found.matrix, damped(gram, 0.03), rtol=1e-12)
+    assert torch.allclose(found.inverse @ found.matrix, torch.eye(16, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(found.upper.T @ found.upper, found.inverse, atol=1e-12)
+    assert torch.equal(found.upper, found.upper.triu())
+    assert found.damping == 0.03
+    assert not found.dead.any()
+
+
+def test_a_singular_gram_gets_the_damping_it_needs_and_a_hopeless_one_is_refused():
+    _, gram = problem(tokens=3)
+    assert hessian(gram).damping == 0.01
+    indefinite = gram - 0.05 * gram.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    assert hessian(indefinite).damping == pytest.approx(0.1)
+    for bad in (gram * float("nan"), -gram.diagonal().mean() * 1000 * torch.ones(16, 16).double() + gram):
+        bad.diagonal().clamp_(min=1.0)
+        with pytest.raises(SingularCurvature, match="even with 100 of damping"):
+            hessian(bad)
+
+
+def test_dead_inputs_are_left_out_of_everything():
+    weight, gram = problem()
+    gram[3] = gram[:, 3] = 0
+    found = hessian(gram)
+    assert found.dead.nonzero().flatten().tolist() == [3]
+    others = [i for i in range(16) if i != 3]
+    pruned = torch.zeros_like(weight, dtype=torch.bool)
+    pruned[:, ::4] = True
+    solution = joint(weight, found, pruned, tolerance=1e-13)
+    assert not solution[:, 3].any()
+    expected = without(weight[:, others], found.matrix[others][:, others], pruned[:, others])
+    assert torch.allclose(solution[:, others], expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("width", [4, 5, 16, 128])
+def test_left_to_right_is_sparsegpt_as_printed(width: int):
+    weight, gram = problem()
+    found, pruned = left_to_right(
+        weight, hessian(gram), lambda scores, start: smallest(scores, scores.numel() // 2), width
+    )
+    assert torch.allclose(found, sparsegpt_as_printed(weight, damped(gram), pruned), atol=1e-10)
+    assert int(pruned.sum()) == sum(6 * min(width, 16 - start) // 2 for start in range(0, 16, width))
+
+
+def test_left_to_right_chooses_by_the_scores_of_the_paper():
+    weight, gram = problem()
+    seen = []
+
+    def choose(scores: torch.Tensor, start: int) -> torch.Tensor:
+        seen.append((start, scores.clone()))
+        return smallest_per_group(scores, 2, 4)
+
+    _, pruned = left_to_right(weight, hessian(gram), choose, 4)
+    current, matrix = weight.clone(), damped(gram)
+    for start, scores in seen:
+        expected = torch.stack(
+            [current[:, c].square() / torch.linalg.inv(matrix[c:, c:])[0, 0] for c in range(start, start + 4)], dim=1
+        )
+        assert torch.allclose(scores, expected, rtol=1e-8)
+        for column in range(start, start + 4):
+            left = torch.linalg.inv(matrix[column:, column:])
+            current[:, column:] -= (current[:, column] * pruned[:, column] / left[0, 0])[:, None] * left[0]
+
+
+def test_greedy_is_obc_written_as_a_loop_and_its_costs_add_up():
+    weight, gram = problem()
+    matrix = damped(gram)
+    order, cost = greedy_order(weight, hessian(gram), 9)
+    for row in range(len(weight)):
+        current, inverse, gone = weight[row].clone(), torch.linalg.inv(matrix), []
+        for step in range(9):
+            left = [c for c in range(16) if c not in gone]
+            column = min(left, key=lambda c: float(current[c] ** 2 / inverse[c, c]))
+            assert int(order[row, step]) == column
+            assert float(cost[row, step]) == pytest.approx(float(current[column] ** 2 / inverse[column, column] / 2))
+            current = current - inverse[column] * current[column] / inverse[column, column]
+            inverse = inverse - torch.outer(inverse[column], inverse[column]) / inverse[column, column]
+            gone.append(column)
+        pruned = torch.zeros(1, 16, dtype=torch.bool)
+        pruned[0, gone] = True
+        best = without(weight[row : row + 1], matrix, pruned)
+        assert float(quadratic_loss(best - weight[row], matrix)) / 2 == pytest.approx(float(cost[row].sum()))
+        assert torch.allclose(current[left], best[0, left], atol=1e-10)
+
+
+def test_one_weight_obs_is_the_constrained_minimiser():
+    weight, gram = problem()
+    curvature = hessian(gram)
+    pruned = torch.zeros_like(weight, dtype=torch.bool)
+    pruned[torch.arange(6), torch.tensor([0, 3, 5, 8, 15, 2])] = True
+    expected = without(weight, curvature.matrix, pruned)
+    assert torch.allclose(summed(weight, curvature.inverse, pruned), expected, atol=1e-10)
+    assert torch.allclose(joint(weight, curvature, pruned, tolerance=1e-13), expected, atol=1e-10)
+
+
+def test_summed_takes_an_inverse_for_each_row():
+    weight, gram = problem()
+    inverses = torch.stack([hessian(gram * (row + 1) + torch.eye(16).double()).inverse for row in range(6)])
+    pruned = torch.rand(6, 16, generator=torch.Generator().manual_seed(1)) < 0.4
+    found = summed(weight, inverses, pruned)
+    for row in range(6):
+        assert torch.allclose(found[row], summed(weight[row : row + 1], inverses[row], pruned[row : row + 1])[0])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.floats(0.05, 0.95), st.sampled_from([3, 12, 40, 400]))
+def test_a_joint_update_is_exact_and_never_worse_than_any_other_on_the_same_mask(seed: int, share: float, tokens: int):
+    weight, gram = problem(tokens=tokens, seed=seed)
+    curvature = hessian(gram)
+    before = weight.clone()
+    update, pruned = left_to_right(
+        weight, curvature, lambda scores, start: smallest(scores, round(share * scores.numel())), 16
+    )
+    found = joint(weight, curvature, pruned, update, 1e-13)
+    assert torch.allclose(found, without(weight, curvature.matrix, pruned).masked_fill(pruned, 0), atol=1e-8)
+    loss = quadratic_loss(found - weight, curvature.matrix)
+    for other in (update, summed(weight, curvature.inverse, pruned), weight.masked_fill(pruned, 0)):
+        assert (loss <= quadratic_loss(other - weight, curvature.matrix) * (1 + 1e-9) + 1e-9).all()
+    assert torch.equal(weight, before)
+    assert not found[pruned].any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.sampled_from([0, 4, 8]))
+def test_swaps_keep_every_count_and_never_lose(seed: int, group: int):
+    weight, gram = problem(seed=seed)
+    curvature = hessian(gram)
+    scores = weight.abs()
+    pruned = smallest_per_group(scores, group // 2, group) if group else smallest(scores, 50)
+    found = joint(weight, curvature, pruned)
+    better, mask = swapped(weight, curvature, pruned, found, group)
+    assert torch.equal(mask.sum(1), pruned.sum(1))
+    if group:
+        assert (mask.view(-1, group).sum(1) == group // 2).all()
+    assert not better[mask].any()
+    now, was = (quadratic_loss(weights - weight, curvature.matrix) for weights in (better, found))
+    assert (now <= was).all()
+
+
+def test_swaps_find_what_a_poor_mask_missed():
+    weight, gram = problem(outputs=64)
+    curvature = hessian(gram)
+    poor = smallest_per_group(-weight.abs(), 8, 16)
+    found, mask = joint(weight, curvature, poor), poor
+    losses = [float(quadratic_loss(found - weight, curvature.matrix).sum())]
+    for _ in range(12):
+        found, mask = swapped(weight, curvature, mask, found)
+        losses.append(float(quadratic_loss(found - weight, curvature.matrix).sum()))
+    greedy = torch.zeros_like(mask).scatter_(1, greedy_order(weight, curvature, 8)[0], True)
+    best = float(quadratic_loss(joint(weight, curvature, greedy) - weight, curvature.matrix).sum())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 2 * best
+
+
+def test_rows_compete_for_how_many_go_by_what_the_next_one_costs():
+    order = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    cost = torch.tensor([[1.0, 5.0, 2.0], [3.0, 4.0, 9.0]])  # a later weight can be cheaper than one before it
+    assert cheapest_first(order, cost, 3, 3).tolist() == [[False, False, True], [False, True, True]]
+    assert cheapest_first(order, cost, 5, 3).tolist() == [[True, True, True], [False, True, True]]
+    assert int(cheapest_first(order, cost, 0, 3).sum()) == 0
+
+
+def test_greedy_keeps_to_a_pattern():
+    weight, gram = problem()
+    order, _ = greedy_order(weight, hessian(gram), 8, group=4, most=2)
+    pruned = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order, True)
+    assert (pruned.view(-1, 4).sum(1) == 2).all()
