@@ -30,6 +30,14 @@ class Hessian:
     damping: float
     dead: Tensor
 
+    def diagonal(self) -> Tensor:
+        """Of the inverse: [in]."""
+        return self.inverse.diagonal()
+
+    def times(self, vector: Tensor) -> Tensor:
+        """H^-1 x for x: [..., in]."""
+        return vector @ self.inverse
+
 
 def hessian(gram: Tensor, damping: float = DAMPING) -> Hessian:
     """The damped curvature of gram: [in, in], its damping raised tenfold until it is positive definite.

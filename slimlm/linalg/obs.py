@@ -5,6 +5,7 @@ any quadratic with this H will do, such as a least-squares fit to what the dense
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -117,16 +118,23 @@ def joint(
     return found
 
 
-def summed(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
-    """One OBS step for all pruned weights at once, each as if it went alone: V = W - sum_p w_p / [H^-1]_pp H^-1_p.
+class Inverse(Protocol):
+    """An inverse curvature of a matrix's rows, shared by them or one for each."""
 
-    WoodFisher (Singh & Alistarh, arXiv 2004.14340, eq. 12) and M-FAC (arXiv 2107.03356, section 3). inverse: [in, in],
-    or one for each row [out, in, in]. Correlations between pruned weights are left out: `joint` has them.
+    def diagonal(self) -> Tensor:
+        """[in] or [out, in]."""
+
+    def times(self, vector: Tensor) -> Tensor:
+        """F^-1 x for x: [out, in], row by row."""
+
+
+def summed(weight: Tensor, inverse: Inverse, pruned: Tensor) -> Tensor:
+    """One OBS step for all pruned weights at once, each as if it went alone: V = W - sum_p w_p / [F^-1]_pp F^-1_p.
+
+    WoodFisher (Singh & Alistarh, arXiv 2004.14340, eq. 12) and M-FAC (arXiv 2107.03356, section 3). Correlations
+    between pruned weights are left out: `joint` has them.
     """
-    diagonal = inverse.diagonal(dim1=-2, dim2=-1)
-    gone = weight * pruned / diagonal
-    moved = gone @ inverse if inverse.dim() == 2 else torch.einsum("ri,rij->rj", gone, inverse)
-    return (weight - moved).masked_fill_(pruned, 0)
+    return (weight - inverse.times(weight * pruned / inverse.diagonal())).masked_fill_(pruned, 0)
 
 
 def swapped(weight: Tensor, hessian: Hessian, pruned: Tensor, found: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,24 @@
-"""The covariance of the loss's gradient along the residual stream: which directions matter, not which are large."""
+"""Gradients of the loss along the residual stream and at the linears, in one sweep forward and one back."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from slimlm.activations import HiddenStates
 from slimlm.linalg.gram import Gram
-from slimlm.stream import Stream, hooked
+from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
 TOKENS = 16_384
+Labels = Literal["model", "text"]
+Seen = dict[str, tuple[Tensor, Tensor]]  # by module: its input and its output, gradients retained
+Visit = Callable[[int, int, Seen], None]  # (block, batch number, what its modules saw)
 
 
 def gradient_covariance(model: StreamedModel, batches: list[Tensor], seed: int, work: Work) -> Tensor:
@@ -22,12 +27,41 @@ def gradient_covariance(model: StreamedModel, batches: list[Tensor], seed: int, 
     along it.
 
     The loss is that of tokens drawn from the model's own predictions, which makes this the true Fisher information of
-    the stream (Kunstner et al., arXiv 1905.12558, section 2). One sweep forward that leaves every block's input on
+    the stream (Kunstner et al., arXiv 1905.12558, section 2).
+    """
+    gram = Gram(model.config.hidden_size, model.device)
+
+    def visit(block: int, number: int, seen: Seen) -> None:
+        for at, _ in seen.values():
+            assert at.grad is not None
+            gram.add(_scaled(at.grad, at.detach()))
+
+    def at_end(gradient: Tensor, hidden: Tensor) -> None:
+        gram.add(_scaled(gradient, hidden))
+
+    reverse_sweep(model, batches, seed, "model", [norm.name for norm in model.family.norms], visit, work, at_end)
+    return gram.matrix
+
+
+def reverse_sweep(
+    model: StreamedModel,
+    batches: list[Tensor],
+    seed: int,
+    labels: Labels,
+    names: list[str],
+    visit: Visit,
+    work: Work,
+    at_end: Callable[[Tensor, Tensor], None] = lambda gradient, hidden: None,
+) -> None:
+    """Show `visit`, for every block from the last to the first and every batch, the inputs and outputs of the modules
+    `names` of the block, with the gradients of the summed loss. One sweep forward that leaves every block's input on
     disk, one backward, a block at a time.
+
+    labels: `model` draws the tokens to predict from the model's own predictions (the true Fisher information), `text`
+    takes the next tokens (the empirical one). at_end: shown each batch's gradient and states behind the last block.
     """
     blocks = len(model.blocks)
     work.progress.stage("gradients", 2 * blocks)
-    gram = Gram(model.config.hidden_size, model.device)
     stream = model.embed(batches, work.scratch("input-0", model.device))
     inputs = [stream.hidden]
     for index in range(blocks):
@@ -41,62 +75,64 @@ def gradient_covariance(model: StreamedModel, batches: list[Tensor], seed: int, 
     gradients = work.scratch("gradients", model.device)
     stream.hidden = inputs[-1]
     generator = torch.Generator(model.device).manual_seed(seed)
-    for number, gradient in enumerate(_at_the_head(model, stream, generator)):
-        gram.add(_scaled(gradient, inputs[-1][number]))
+    for number, gradient in enumerate(_at_the_head(model, stream, generator, labels)):
+        at_end(gradient, inputs[-1][number])
         gradients.append(gradient)
     for index in reversed(range(blocks)):
         start = time.perf_counter()
         with model.block(index, step=-1) as block:
-            _through_block(model, index, block, stream, inputs[index], gradients, gram)
+            for number, hidden in enumerate(inputs[index]):
+                hidden.requires_grad_()
+                seen: Seen = {}
+                with torch.enable_grad(), _watched(block, names, seen):
+                    out = model.run(index, hidden, stream.calls[number][index])
+                out.backward(gradients[number])
+                visit(index, number, seen)
+                assert hidden.grad is not None
+                gradients.replace(number, hidden.grad)
         gradients.turn()
         work.progress.step()
         work.progress.done("gradients back", model.family.block(index), time.perf_counter() - start)
     work.clear_scratch()
-    return gram.matrix
 
 
 def _scaled(gradient: Tensor, at: Tensor) -> Tensor:
     return gradient.float() * at.float().square().mean(-1, keepdim=True).sqrt()
 
 
-def _at_the_head(model: StreamedModel, stream: Stream, generator: torch.Generator) -> Iterator[Tensor]:
+def _at_the_head(model: StreamedModel, stream: Stream, generator: torch.Generator, labels: Labels) -> Iterator[Tensor]:
     """Per batch, the gradient [batch, time, hidden] of the summed loss at what leaves the last block."""
     parts: list[Tensor] = []
     for number, part, logits in model.differentiable_logits(stream):
-        labels = torch.multinomial(logits.detach().float().flatten(0, 1).softmax(-1), 1, generator=generator).flatten()
+        tokens, done = stream.tokens[number], sum(piece.shape[1] for piece in parts)
+        if labels == "model":
+            flat = logits.detach().float().flatten(0, 1)
+            wanted = torch.multinomial(flat.softmax(-1), 1, generator=generator).flatten()
+        else:  # nothing follows the last token: -100 is left out of the loss
+            following = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+            wanted = following[:, done : done + part.shape[1]].flatten()
         with torch.enable_grad():
-            loss = cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum")
+            loss = cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum")
         loss.backward()
         assert part.grad is not None
         parts.append(part.grad)
-        if sum(piece.shape[1] for piece in parts) == stream.tokens[number].shape[1]:
+        if done + part.shape[1] == tokens.shape[1]:
             yield torch.cat(parts, dim=1)
             parts = []
 
 
-def _through_block(
-    model: StreamedModel,
-    index: int,
-    block: nn.Module,
-    stream: Stream,
-    inputs: HiddenStates,
-    gradients: HiddenStates,
-    gram: Gram,
-) -> None:
-    """Replace the gradients leaving a block by those entering it, and add those at its norms to the Gram."""
-    for number, hidden in enumerate(inputs):
-        seen: list[Tensor] = []
+@contextmanager
+def _watched(block: nn.Module, names: list[str], seen: Seen) -> Iterator[None]:
+    """Inside the context, modules leave their input and output in `seen`."""
 
-        def tap(_: nn.Module, args: tuple[Tensor, ...], seen: list[Tensor] = seen) -> None:
-            args[0].retain_grad()
-            seen.append(args[0])
+    def tap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str) -> None:
+        for tensor in (args[0], output):
+            tensor.retain_grad()
+        seen[name] = args[0], output
 
-        hidden.requires_grad_()
-        with torch.enable_grad(), hooked((block.get_submodule(norm.name), tap) for norm in model.family.norms):
-            out = model.run(index, hidden, stream.calls[number][index])
-        out.backward(gradients[number])
-        for at in seen:
-            assert at.grad is not None
-            gram.add(_scaled(at.grad, at.detach()))
-        assert hidden.grad is not None
-        gradients.replace(number, hidden.grad)
+    handles = [block.get_submodule(name).register_forward_hook(partial(tap, name=name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

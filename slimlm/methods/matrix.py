@@ -81,7 +81,7 @@ def _updated(
             )
         return found, pruned
     if choice.update == "summed":
-        return summed(weight, curvature.inverse, pruned), pruned
+        return summed(weight, curvature, pruned), pruned
     for _ in range(choice.swaps):
         found = joint(weight, curvature, pruned, found, ROUGHLY)
         found, pruned = swapped(weight, curvature, pruned, found, pattern.group)
@@ -96,7 +96,7 @@ def _scores(weight: Tensor, choice: Choice, curvature: Hessian | Tensor | None) 
         return scores * norms
     if choice.mask == "obs":
         assert isinstance(curvature, Hessian)
-        return weight.square() / curvature.inverse.diagonal()
+        return weight.square() / curvature.diagonal()
     return scores
 
 

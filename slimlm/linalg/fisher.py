@@ -1,0 +1,151 @@
+"""Low-rank Fisher matrices and their inverses: M-FAC without its loop.
+
+F = B + (1/m) G^T G, with G: [m, d] one gradient a row, and B a multiple of the identity (M-FAC, Frantar et al., arXiv
+2107.03356) or any matrix whose inverse is known. By Woodbury's identity, with
+
+    K = m I + G B^-1 G^T = L L^T,   V = L^-1 G B^-1,   F^-1 = B^-1 - V^T V,
+
+which is what the paper's recursion over gradients arrives at, by one GEMM, one Cholesky factorisation of [m, m] and one
+triangular product. Leading dimensions are a batch: blocks of a large Fisher matrix. K is factored in fp64: in fp32 what
+is left of the diagonal cancels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # gradients whose products are computed together, where only a triangle is wanted
+CHUNK_ELEMENTS = 1 << 24  # of the factors [rows, m, in] held at once
+
+
+@dataclass(frozen=True)
+class LowRankInverse:
+    """F^-1 = base - factor^T factor. base: 1 / lambda, or B^-1: [d, d]. factor: [..., m, d]."""
+
+    base: float | Tensor
+    factor: Tensor
+
+    def diagonal(self) -> Tensor:
+        """[..., d], in O(d m)."""
+        base = self.base.diagonal() if isinstance(self.base, Tensor) else self.base
+        return base - self.factor.square().sum(-2)
+
+    def times(self, vector: Tensor) -> Tensor:
+        """F^-1 x for x: [..., d], in O(d m) beside the base."""
+        inner = self.factor @ vector[..., None]
+        through_base = vector @ self.base if isinstance(self.base, Tensor) else vector * self.base
+        return through_base - (self.factor.mT @ inner)[..., 0]
+
+    def element(self, row: int, column: int) -> Tensor:
+        """[F^-1]_ij: [...], in O(m)."""
+        if isinstance(self.base, Tensor):
+            base: Tensor | float = self.base[row, column]
+        else:
+            base = self.base if row == column else 0.0
+        return base - (self.factor[..., row] * self.factor[..., column]).sum(-1)
+
+    def matrix(self) -> Tensor:
+        """F^-1 written out: [..., d, d]."""
+        product = -(self.factor.mT @ self.factor)
+        if isinstance(self.base, Tensor):
+            return product + self.base
+        product.diagonal(dim1=-2, dim2=-1).add_(self.base)
+        return product
+
+
+def low_rank_inverse(gradients: Tensor, base: float | Tensor) -> LowRankInverse:
+    """The inverse of B + (1/m) G^T G. gradients: [..., m, d]; base: lambda, or B^-1: [d, d].
+
+    The restriction of F to some of its coordinates is that of G and B: `low_rank_inverse(gradients[..., kept], ...)`.
+    Raises ValueError for a lambda that is not positive, or gradients that are not finite.
+    """
+    if isinstance(base, Tensor):
+        through = gradients @ base
+        return LowRankInverse(base, _times_lower(_inverse_root(_lower_product(gradients, through)), through))
+    if base <= 0:
+        raise ValueError(f"the damping of a Fisher matrix must be positive, not {base:g}")
+    root = _inverse_root(_lower_product(gradients, gradients) / base)
+    return LowRankInverse(1 / base, _times_lower(root / base, gradients))
+
+
+def token_inverse(x: Tensor, delta: Tensor, base: float | Tensor) -> LowRankInverse:
+    """The same for each row of a linear, from per-token gradients delta_tr x_t of row r. x: [m, in], delta: [m, out].
+
+    The tokens' inner products are shared by all rows. factor: [out, m, in].
+    """
+    through = x @ base if isinstance(base, Tensor) else x / base
+    inverse = base if isinstance(base, Tensor) else 1 / base
+    scale = delta.T[..., None]
+    root = _inverse_root(scale * (x @ through.T) * scale.mT)
+    return LowRankInverse(inverse, (root * scale.mT) @ through)
+
+
+def token_diagonal(x: Tensor, delta: Tensor, base: float | Tensor) -> Tensor:
+    """Diagonals of `token_inverse` for all rows, some rows at a time: [out, in]."""
+    rows = max(1, CHUNK_ELEMENTS // x.numel())
+    return torch.cat([token_inverse(x, part, base).diagonal() for part in delta.split(rows, dim=1)])
+
+
+@dataclass(frozen=True)
+class BlockInverse:
+    """Inverses of a row's Fisher matrix within blocks of neighbouring inputs. blocks: [out, in / size, size, size]."""
+
+    blocks: Tensor
+
+    def diagonal(self) -> Tensor:
+        """[out, in]."""
+        return self.blocks.diagonal(dim1=-2, dim2=-1).flatten(1)
+
+    def times(self, vector: Tensor) -> Tensor:
+        """F^-1 x for x: [out, in]."""
+        out, count, size, _ = self.blocks.shape
+        return (self.blocks @ vector.view(out, count, size, 1)).reshape(vector.shape)
+
+
+def block_inverse(x: Tensor, delta: Tensor, damping: float, size: int) -> BlockInverse:
+    """Inverse of lambda I + (1/m) sum_t delta_tr^2 x_t x_t^T for every row r, in blocks of `size` inputs.
+
+    The empirical block Fisher of WoodFisher (Singh & Alistarh, arXiv 2004.14340) and oBERT (Kurtic et al., arXiv
+    2203.07259), whose blocks also run along a row. x: [m, in], delta: [m, out]; size divides in.
+    """
+    tokens, inputs = x.shape
+    parts = x.view(tokens, inputs // size, size).permute(1, 0, 2)  # [blocks, m, size]
+    rows = max(1, CHUNK_ELEMENTS // x.numel())
+    found = []
+    for part in delta.split(rows, dim=1):
+        weighted = part.square().T[:, None, :, None] / tokens * parts
+        fisher = weighted.mT @ parts
+        fisher.diagonal(dim1=-2, dim2=-1).add_(damping)
+        found.append(torch.cholesky_inverse(torch.linalg.cholesky(fisher)))
+    return BlockInverse(torch.cat(found))
+
+
+def _inverse_root(inner: Tensor) -> Tensor:
+    """L^-1 for L L^T = m I + inner, of whose [..., m, m] the lower triangle counts."""
+    system = inner.double()
+    system.diagonal(dim1=-2, dim2=-1).add_(inner.shape[-1])
+    lower, failed = torch.linalg.cholesky_ex(system)
+    if failed.any():
+        raise ValueError("a Fisher matrix is not positive definite: its gradients are not finite")
+    eye = torch.eye(inner.shape[-1], dtype=lower.dtype, device=lower.device)
+    root: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return root.to(inner.dtype)
+
+
+def _lower_product(a: Tensor, b: Tensor) -> Tensor:
+    """The lower triangle of the symmetric a b^T, by blocks: [..., m, m] for two [..., m, d]."""
+    product = a.new_zeros(*a.shape[:-1], a.shape[-2])
+    for start in range(0, a.shape[-2], BLOCK):
+        stop = start + BLOCK
+        product[..., start:stop, :stop] = a[..., start:stop, :] @ b[..., :stop, :].mT
+    return product
+
+
+def _times_lower(lower: Tensor, matrix: Tensor) -> Tensor:
+    """lower @ matrix, [..., m, m] and [..., m, d], without what is zero above the diagonal."""
+    product = torch.empty_like(matrix)
+    for start in range(0, matrix.shape[-2], BLOCK):
+        stop = start + BLOCK
+        torch.matmul(lower[..., start:stop, :stop], matrix[..., :stop, :], out=product[..., start:stop, :])
+    return product
