@@ -122,11 +122,15 @@ def compress_command(
         typer.Option(
             "--refit/--no-refit",
             rich_help_panel=WHAT,
-            help="Slicing: refit the weights to the sliced stream, or only rotate them.  [default: refit]",
+            help="Slice, slimlm: aim what is left at what the dense model computes, or not.  [default: refit]",
             show_default=False,
         ),
     ] = None,
     weighting: Weighting = None,
+    allocation: Annotated[str | None, _flag("allocation", WHAT)] = None,
+    fisher_samples: Annotated[int | None, _flag("fisher_samples", WHAT)] = None,
+    fisher_labels: Annotated[str | None, _flag("fisher_labels", WHAT)] = None,
+    fisher_damping: Annotated[float | None, _flag("fisher_damping", WHAT)] = None,
     dataset: Dataset = None,
     text_column: TextColumn = None,
     num_calibration_samples: Samples = None,
@@ -169,15 +173,17 @@ def compress_command(
 
     **slice** rotates the residual stream onto its principal directions and deletes the weakest, deletes neurons of the
     MLPs, key/value groups or blocks where that costs less, and refits what is left: fewer parameters, fewer bytes, less
-    computation. **magnitude** and **wanda** set single weights to zero,
-    which neither shrinks nor speeds up a stock checkpoint. The result is a directory with weights, config, tokenizer,
-    a model card and `slimlm.json`, which says what was done and what was lost.
+    computation. **slimlm**, **sparsegpt**, **obc**, **mfac**, **woodfisher**, **wanda** and **magnitude** set single
+    weights to zero, which neither shrinks nor speeds up a stock checkpoint; slimlm loses least. The result is
+    a directory with weights, config, tokenizer, a model card and `slimlm.json`, which says what was done and what was lost.
 
     Examples:
 
         slimlm compress --model llama --sparsity 0.25
 
         slimlm compress -m meta-llama/Llama-3.2-3B -s 0.2 --dataset wikitext2 -o smaller
+
+        slimlm compress -m llama --method slimlm --pattern 2:4
 
         slimlm compress --recipe llama-slice-25
     """

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from slimlm.errors import UserError, nearest
 
 RECIPE_DIRECTORIES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+Allocation = Literal["uniform", "global", "owl", "alphapruning", "pq"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -50,6 +51,17 @@ class Recipe(BaseModel):
     weighting: Literal["loss", "none"] = Field(
         "loss", description="slicing: weigh directions by what the loss feels, or by the size of the stream alone"
     )
+
+    allocation: Allocation | None = Field(
+        None,
+        description="pruning: how much each matrix takes: uniform, global, owl, alphapruning or pq; by default as in "
+        "the method's paper",
+    )
+    fisher_samples: int = Field(1024, ge=1, description="pruning: tokens whose gradients are the Fisher information")
+    fisher_labels: Literal["model", "text"] = Field(
+        "model", description="pruning: gradients for tokens the model would predict, or for those of the text"
+    )
+    fisher_damping: float = Field(0.1, gt=0, description="pruning: of the Fisher information, in mean diagonals")
 
     dataset: str | None = Field(
         None,

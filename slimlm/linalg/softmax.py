@@ -18,13 +18,13 @@ class MapFit:
     are learned at one rate. head: [vocab, out]; bias: [vocab] or None; gram: [in, in] of the inputs.
     """
 
-    def __init__(self, head: Tensor, bias: Tensor | None, start: Tensor, gram: Tensor) -> None:
+    def __init__(self, head: Tensor, bias: Tensor | None, start: Tensor, gram: Tensor, rate: float = RATE) -> None:
         self.head, self.bias = head, bias
         energies, vectors = torch.linalg.eigh(gram.double() / gram.diagonal().mean())
         energies = energies.clamp_min(SMALLEST_SHARE * energies.max())
         self.whiten = (vectors * energies.rsqrt()).float()
         self.point = start.float() @ (vectors * energies.sqrt()).float()
-        self.rate = RATE * float(self.point.square().mean().sqrt())
+        self.rate = rate * float(self.point.square().mean().sqrt())
         self.first, self.second = torch.zeros_like(self.point), torch.zeros_like(self.point)
         self.steps = 0
 

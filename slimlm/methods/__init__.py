@@ -2,12 +2,14 @@
 
 from slimlm.errors import UserError, nearest
 from slimlm.methods.magnitude import MAGNITUDE
+from slimlm.methods.mfac import MFAC
 from slimlm.methods.obc import OBC
 from slimlm.methods.plan import Method
 from slimlm.methods.slice import ROTATE, SLICE
 from slimlm.methods.slimlm import SLIMLM
 from slimlm.methods.sparsegpt import SPARSEGPT
 from slimlm.methods.wanda import WANDA
+from slimlm.methods.woodfisher import WOODFISHER
 
 METHODS: dict[str, Method] = {
     "slice": SLICE,
@@ -15,6 +17,8 @@ METHODS: dict[str, Method] = {
     "slimlm": SLIMLM,
     "sparsegpt": SPARSEGPT,
     "obc": OBC,
+    "mfac": MFAC,
+    "woodfisher": WOODFISHER,
     "wanda": WANDA,
     "magnitude": MAGNITUDE,
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimlm.errors import RunFailure
 from slimlm.linalg.ridge import Regression, ridge
-from slimlm.linalg.softmax import MapFit
+from slimlm.linalg.softmax import RATE, MapFit
 from slimlm.methods.refit import Pair
 from slimlm.methods.rotation import head_map
 from slimlm.work import Work
@@ -33,8 +33,8 @@ class HeadFit:
 
 
 @torch.no_grad()
-def refit_head(pair: Pair, seed: int, work: Work) -> HeadFit:
-    """Fit the map for streams that went through all blocks."""
+def refit_head(pair: Pair, seed: int, work: Work, rate: float = RATE) -> HeadFit:
+    """Fit the map for streams that went through all blocks. rate: of its steps; less where less was lost."""
     dense, width = pair.dense, pair.basis.shape[1]
     head = dense.family.head
     prior = head_map(dense, pair.basis)
@@ -49,7 +49,7 @@ def refit_head(pair: Pair, seed: int, work: Work) -> HeadFit:
         gram = data.fit.xx.clone()
         least_squares = ridge(data, prior, rows.T @ rows).weight
         bias = module.bias.float() if getattr(module, "bias", None) is not None else None
-        fit = MapFit(rows, bias, least_squares, gram)
+        fit = MapFit(rows, bias, least_squares, gram, rate)
         before = _divergence(pair, fit)
         work.progress.step()
         generator = torch.Generator().manual_seed(seed)

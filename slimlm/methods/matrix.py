@@ -15,11 +15,12 @@ from torch import Tensor
 from slimlm.errors import RunFailure
 from slimlm.linalg.hessian import DAMPING, Hessian, SingularCurvature, hessian
 from slimlm.linalg.masks import smallest, smallest_per_group, smallest_per_row, spread
-from slimlm.linalg.obs import ROUGHLY, cheapest_first, greedy_order, joint, left_to_right, summed, swapped
+from slimlm.linalg.obs import ROUGHLY, Inverse, cheapest_first, greedy_order, joint, left_to_right, summed, swapped
 
-Curvature = Literal["none", "diagonal", "gram"]
+Curvature = Literal["none", "diagonal", "gram", "gram+fisher", "fisher", "block-fisher"]
 MaskName = Literal["magnitude", "wanda", "obs", "columns", "greedy"]
 UpdateName = Literal["none", "left-to-right", "summed", "joint"]
+Known = Hessian | Inverse | Tensor | None
 COLUMNS = 128  # of which SparseGPT chooses a mask at once
 
 
@@ -27,7 +28,8 @@ COLUMNS = 128  # of which SparseGPT chooses a mask at once
 class Choice:
     """One row of the table of methods.
 
-    curvature: what is known of the loss. `diagonal` and `gram` are of the inputs' second moments.
+    curvature: what is known of the loss. `diagonal` and `gram` are of the inputs' second moments; `fisher` and
+    `block-fisher` of per-token gradients, row by row; `gram+fisher` adds those to the Gram as a low-rank term.
     mask: `magnitude` |w| in the matrix; `wanda` |w| ||x|| in the row; `obs` w^2 / [H^-1] in the matrix; `columns` the
     same in blocks of columns, on the way from left to right; `greedy` weight after weight with exact downdates.
     update: what the kept weights do about it. `joint` is optimal for the mask, and so what greedy downdates come to.
@@ -50,11 +52,12 @@ class Pattern:
 
 
 def prune_tall(
-    weight: Tensor, rows: Sequence[int], pattern: Pattern, choice: Choice, curvature: Hessian | Tensor | None
+    weight: Tensor, rows: Sequence[int], pattern: Pattern, choice: Choice, curvature: Known
 ) -> tuple[Tensor, Tensor]:
     """Prune matrices stacked to weight: [out, in], of so many `rows` each: the pruned weight, and what is pruned.
 
-    curvature: the damped Gram; or the inputs' norms [in] for `wanda` alone; or None for `magnitude` without update.
+    curvature: the damped Gram; an inverse for `obs` and `summed`; the inputs' norms [in] for `wanda`; None for
+    `magnitude` without an update.
     """
     if choice.mask == "columns":
         assert isinstance(curvature, Hessian)
@@ -69,10 +72,14 @@ def prune_tall(
 
 
 def _updated(
-    weight: Tensor, found: Tensor, pruned: Tensor, pattern: Pattern, choice: Choice, curvature: Hessian | Tensor | None
+    weight: Tensor, found: Tensor, pruned: Tensor, pattern: Pattern, choice: Choice, curvature: Known
 ) -> tuple[Tensor, Tensor]:
     if choice.update == "none":
         return weight.masked_fill(pruned, 0), pruned
+    if choice.update == "summed":
+        assert curvature is not None
+        assert not isinstance(curvature, Tensor)
+        return summed(weight, curvature, pruned), pruned
     assert isinstance(curvature, Hessian)
     if choice.update == "left-to-right":
         if choice.mask != "columns":
@@ -80,22 +87,21 @@ def _updated(
                 weight, curvature, lambda scores, start: pruned[:, start : start + scores.shape[1]]
             )
         return found, pruned
-    if choice.update == "summed":
-        return summed(weight, curvature, pruned), pruned
     for _ in range(choice.swaps):
         found = joint(weight, curvature, pruned, found, ROUGHLY)
         found, pruned = swapped(weight, curvature, pruned, found, pattern.group)
     return joint(weight, curvature, pruned, found), pruned
 
 
-def _scores(weight: Tensor, choice: Choice, curvature: Hessian | Tensor | None) -> Tensor:
+def _scores(weight: Tensor, choice: Choice, curvature: Known) -> Tensor:
     scores = weight.abs()
     if choice.mask == "wanda":
         norms = curvature.matrix.diagonal().sqrt() if isinstance(curvature, Hessian) else curvature
-        assert norms is not None
+        assert isinstance(norms, Tensor)
         return scores * norms
     if choice.mask == "obs":
-        assert isinstance(curvature, Hessian)
+        assert curvature is not None
+        assert not isinstance(curvature, Tensor)
         return weight.square() / curvature.diagonal()
     return scores
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,31 +21,52 @@ from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family
 from slimlm.linalg.hessian import Hessian
 from slimlm.linalg.ridge import Moments
+from slimlm.methods.allocation import allocate
+from slimlm.methods.fisher import gather_gradients, gradients_of, row_fisher
+from slimlm.methods.gradients import sweep_windows
 from slimlm.methods.matrix import Choice, Pattern, curvature_of, prune_tall
 from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.methods.repair import PatternOf, prune_and_repair
-from slimlm.recipe import Recipe
+from slimlm.recipe import Allocation, Recipe
 from slimlm.stream import Stream, hooked
 from slimlm.walk import StreamedModel
 from slimlm.work import Rows, Work
 
 
-def pruning(summary: str, paper: str, choice: Choice, repairs: bool = False) -> Method:
+def pruning(
+    summary: str, paper: str, choice: Choice, repairs: bool = False, allocation: Allocation = "uniform"
+) -> Method:
     """A method that is one row of the table.
 
     repairs: whether kept weights aim at what the dense model computes rather than at what they did themselves, and the
-    head is refitted; `refit: false` in the recipe turns that off.
+    head is refitted; `refit: false` in the recipe turns that off. allocation: where the recipe names none.
     """
+
+    def settled(recipe: Recipe) -> Recipe:
+        chosen = recipe.allocation or ("uniform" if recipe.pattern else allocation)
+        return recipe.model_copy(update={"allocation": chosen})
+
+    def calibrates(recipe: Recipe, path: Path) -> bool:
+        return choice.curvature != "none" or settled(recipe).allocation == "owl"
+
+    def scratch(recipe: Recipe, model: StreamedModel) -> int:
+        streams = 2 * recipe.num_calibration_samples if repairs and recipe.refit else 0
+        return max(streams, sweep_windows(recipe, model) if needs_gradients(settled(recipe), choice) else 0)
+
     return Method(
         summary=summary,
         paper=paper,
         sparsity_of="weights in pruned matrices",
-        calibrates=lambda recipe, path: choice.curvature != "none",
-        plan=plan_prune,
+        calibrates=calibrates,
+        plan=lambda model, recipe: plan_prune(model, settled(recipe)),
         run=partial(run_prune, choice=choice, repairs=repairs),
-        scratch=lambda recipe, model: 2 * recipe.num_calibration_samples if repairs and recipe.refit else 0,
+        scratch=scratch,
         holds_out=lambda recipe: repairs and recipe.refit,
     )
+
+
+def needs_gradients(recipe: Recipe, choice: Choice) -> bool:
+    return "fisher" in choice.curvature or (recipe.allocation == "global" and choice.curvature != "none")
 
 
 def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
@@ -52,6 +74,8 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     for flag, value in (("--round-to", recipe.round_to), ("--widths", recipe.widths)):
         if value:
             raise UserError(f"{flag} is for methods that change widths; pruning keeps them")
+    if recipe.pattern and recipe.allocation != "uniform":
+        raise UserError(f"--allocation {recipe.allocation}: a pattern prunes every matrix alike")
     named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in _tied(model)}
     for name, tensor in named.items():
         if model.family.role(name) is None:
@@ -81,22 +105,63 @@ def run_prune(
     model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work, choice: Choice, repairs: bool
 ) -> Outcome:
     """Prune block after block, and write each."""
+    recipe = plan.recipe
     work.lay_out(plan.tensors)
-    repairs = repairs and plan.recipe.refit
+    repairs = repairs and recipe.refit
     later = [model.family.final_norm, model.family.head] if repairs and not model.head_is_tied else []
     for part in model.outside:
         if part not in later and not work.written(part):
             work.write(model, part, _unchanged(model, part))
-    pattern = partial(_pattern, model, plan.recipe)
-    notes: dict[str, Any] = {}
+    if needs_gradients(recipe, choice):
+        gather_gradients(model, recipe, batches, work)
+    counts = allocate(model, recipe, choice, work, partial(_dense_norms, model, {}, batches))
+    pattern = partial(_pattern, counts, recipe)
+    notes: dict[str, Any] = {} if recipe.allocation == "uniform" else {"allocation": _shares(model, counts)}
     if choice.curvature == "none":
         _prune_blind(model, choice, pattern, work)
+    elif choice.curvature in ("fisher", "block-fisher"):
+        _prune_by_gradients(model, recipe, choice, pattern, work)
     elif repairs:
-        notes = prune_and_repair(model, plan.recipe, choice, pattern, batches, work)
+        notes |= prune_and_repair(model, recipe, choice, pattern, batches, work)
     else:
-        notes = _prune_seeing(model, choice, pattern, batches, work)
+        notes |= _prune_seeing(model, choice, pattern, batches, work)
     work.settle()
     return Outcome(plan, notes, zeros=_zeros_written(model, work))
+
+
+def _shares(model: StreamedModel, counts: dict[str, int]) -> dict[str, float]:
+    return {name: round(count / model.model.get_parameter(name).numel(), 4) for name, count in counts.items()}
+
+
+def _dense_norms(
+    model: StreamedModel, started: dict[str, Stream], batches: list[Tensor], index: int, block: nn.Module
+) -> dict[str, Tensor]:
+    """Norms of the inputs of a block's linears in the dense model, which is walked through block after block."""
+    if not started:
+        started["dense"] = model.embed(batches)
+    shared = {name: names[0] for names in _inputs_shared(model.family) for name in names}
+    found = _input_statistics(model, index, started["dense"], block, norms=True)
+    model.advance(index, started["dense"])
+    return {name: found[first] for name, first in shared.items()}
+
+
+def _prune_by_gradients(model: StreamedModel, recipe: Recipe, choice: Choice, pattern: PatternOf, work: Work) -> None:
+    """With the dense model's gradients at hand blocks do not depend on one another."""
+    work.progress.stage("pruning", len(model.blocks))
+    for index in range(len(model.blocks)):
+        start, part = time.perf_counter(), model.family.block(index)
+        if not work.written(part):
+            with model.block(index) as block:
+                for name, gradients in gradients_of(model, index, work).items():
+                    weight = block.get_submodule(name).get_parameter("weight")
+                    inverse = row_fisher(gradients, recipe.fisher_damping, choice.curvature == "block-fisher")
+                    found, _ = prune_tall(
+                        weight.double(), [len(weight)], pattern([f"{part}.{name}.weight"]), choice, inverse
+                    )
+                    weight.copy_(found)
+                work.write(model, part, ((f"{part}.{name}", value) for name, value in block.named_parameters()))
+        work.progress.step()
+        work.progress.done("pruned", part, time.perf_counter() - start)
 
 
 def _prune_blind(model: StreamedModel, choice: Choice, pattern: PatternOf, work: Work) -> None:
@@ -164,10 +229,10 @@ def _prune_together(
         weight.copy_(pruned)
 
 
-def _pattern(model: StreamedModel, recipe: Recipe, names: list[str]) -> Pattern:
+def _pattern(counts: dict[str, int], recipe: Recipe, names: list[str]) -> Pattern:
     """How much goes of matrices, by their full names."""
-    counts = tuple(round(recipe.sparsity * model.model.get_parameter(name).numel()) for name in names)
-    return Pattern(counts, *recipe.pattern_sizes) if recipe.pattern else Pattern(counts)
+    of = tuple(counts[name] for name in names)
+    return Pattern(of, *recipe.pattern_sizes) if recipe.pattern else Pattern(of)
 
 
 def _input_statistics(

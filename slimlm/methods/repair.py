@@ -21,6 +21,7 @@ from slimlm.errors import RunFailure
 from slimlm.families import Norm
 from slimlm.linalg.hessian import DAMPING, quadratic_loss
 from slimlm.linalg.ridge import Fit, Regression, ridge
+from slimlm.linalg.softmax import RATE
 from slimlm.methods.head import refit_head
 from slimlm.methods.matrix import Choice, Pattern, curvature_of, prune_tall
 from slimlm.methods.refit import Pair
@@ -30,6 +31,7 @@ from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
+HEAD_RATE = 0.3 * RATE  # pruned streams are nearer to the dense one than sliced ones
 PatternOf = Callable[[list[str]], Pattern]  # of matrices, by their full names
 
 
@@ -57,7 +59,7 @@ def prune_and_repair(
         work.progress.done("pruned", part, time.perf_counter() - start)
     notes: dict[str, Any] = _by_kind(pair.fits)
     if not model.head_is_tied and not work.written(model.family.head):
-        fit = refit_head(pair, recipe.seed, work)
+        fit = refit_head(pair, recipe.seed, work, HEAD_RATE)
         work.write(model, model.family.head, write_head(model, fit.seen))
         notes["head"] = fit.notes
     return notes

@@ -20,7 +20,7 @@ from slimlm.checkpoint.manifest import read_manifest
 from slimlm.errors import UserError
 from slimlm.methods.basis import Basis, find_basis
 from slimlm.methods.budget import CUTS, WINDOWS, candidates, choose, removed_share
-from slimlm.methods.gradients import TOKENS
+from slimlm.methods.gradients import sweep_windows
 from slimlm.methods.head import refit_head
 from slimlm.methods.per_block import plan_per_block, run_per_block
 from slimlm.methods.plan import Method, Outcome, Plan
@@ -120,9 +120,8 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
 
 def _scratch(recipe: Recipe, model: StreamedModel) -> int:
     """Windows on disk at once: two streams in the refit, or every block's input for the gradients, or all cuts."""
-    assert recipe.max_seq_length is not None
     refit = 2 * recipe.num_calibration_samples if recipe.refit else 0
-    gradients = (TOKENS // recipe.max_seq_length + 1) * (len(model.blocks) + 2) // 2  # not in pairs
+    gradients = sweep_windows(recipe, model)
     cuts = WINDOWS * CUTS
     return max(refit, gradients if recipe.weighting == "loss" else 0, cuts)
 

@@ -15,7 +15,11 @@ from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
 from slimlm.linalg.hessian import SingularCurvature
+from slimlm.methods.fisher import gather_gradients, gradients_of
+from slimlm.prepare import open_model
+from slimlm.progress import Progress
 from slimlm.recipe import Recipe, make_recipe
+from slimlm.work import Work
 from tests.conftest import CONFIGS, build_tiny
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -258,3 +262,68 @@ def test_bad_patterns_are_refused_by_name(tmp_path: Path, text: Path):
             recipe_for(path, text, tmp_path / "out", method="wanda", pattern=pattern)
     with pytest.raises(UserError, match=r"pattern 2:4 is a sparsity of 0\.5, not 0\.3"):
         recipe_for(path, text, tmp_path / "out", method="wanda", pattern="2:4", sparsity=0.3)
+
+
+@pytest.mark.parametrize("method", ["mfac", "woodfisher"])
+def test_fisher_methods_prune_as_many_over_the_whole_model_and_survive_death(
+    tmp_path: Path, text: Path, monkeypatch, method: str
+):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    manifest = compress(recipe_for(path, text, tmp_path / "whole", method=method)).manifest
+    assert manifest["sparsity"]["achieved"] == pytest.approx(0.5, abs=1e-6)
+    shares = manifest["method"]["allocation"]
+    assert len(shares) == 3 * 7
+    assert len(set(shares.values())) > 7
+    reference = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    for number in (2, 4, 5, 6, 8, 9, 10):
+        recipe = recipe_for(path, text, tmp_path / f"out{number}", method=method)
+        with monkeypatch.context() as patch:
+            die_after_record(patch, number)
+            with pytest.raises(KeyboardInterrupt):
+                compress(recipe)
+        output = compress(recipe, resume=True).output_dir
+        assert (output / "model.safetensors").read_bytes() == reference
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global", "owl", "alphapruning", "pq"])
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "slimlm"])
+def test_every_allocation_prunes_as_many_in_all(tmp_path: Path, text: Path, method: str, allocation: str):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    recipe = recipe_for(path, text, tmp_path / "out", method=method, allocation=allocation, sparsity=0.6)
+    manifest = compress(recipe).manifest
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    linears = {
+        name: tensor for name, tensor in after.items() if name.endswith(".weight") and name.split(".")[-2] in LINEAR
+    }
+    zeros = {name: int((tensor == 0).sum()) for name, tensor in linears.items()}
+    assert sum(zeros.values()) == sum(round(0.6 * tensor.numel()) for tensor in linears.values())
+    if allocation != "uniform":
+        shares = manifest["method"]["allocation"]
+        assert {name: pytest.approx(zeros[name] / linears[name].numel(), abs=1e-4) for name in zeros} == shares
+        assert len(set(shares.values())) > 1
+
+
+def test_a_pattern_leaves_nothing_to_allocate(tmp_path: Path, text: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    with pytest.raises(UserError, match="--allocation owl: a pattern prunes every matrix alike"):
+        compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="2:4", allocation="owl"))
+
+
+def test_token_gradients_are_autograds(tmp_path: Path, text: Path):
+    """x and delta of all tokens give the gradient of every weight, as autograd has it, but for bf16."""
+    path = build_tiny(CONFIGS["llama-biased"], tmp_path / "model")
+    tokens = load_windows(str(text), load_tokenizer(path), 4, 24).tokens
+    model = open_model(path, torch.device("cpu"), "fast")
+    recipe = recipe_for(path, text, tmp_path / "out", method="mfac", fisher_samples=10_000, fisher_labels="text")
+    with Work(tmp_path, Journal(tmp_path, {}), Progress()) as work:
+        gather_gradients(model, recipe, list(tokens.split(2)), work)
+        found = [gradients_of(model, index, work) for index in range(3)]
+    dense = AutoModelForCausalLM.from_pretrained(path).eval()
+    logits = dense(tokens).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").backward()
+    for index, block in enumerate(dense.model.layers):
+        for name, gradients in found[index].items():
+            assert len(gradients.x) == tokens.numel()
+            expected = block.get_submodule(name).weight.grad.double()
+            error = (gradients.delta.T @ gradients.x - expected).norm() / expected.norm()
+            assert error < 0.01, name

@@ -1,0 +1,112 @@
+"""How much of a sparsity each matrix takes: published figures of merit, and exact counts from them."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+BINS = 1 << 16  # of scores, by the leading bits of their fp32: a threshold is exact to 1 in 128
+OUTLIER = 5.0  # times a matrix's mean from which on a score is an outlier (OWL, section 3.2: M = 5 or 7)
+OWL_SPAN = 0.08  # how far a block's sparsity may be from the mean (OWL, section 4: lambda)
+ALPHA_SPAN = 0.3  # the same for AlphaPruning, as a share of the sparsity (section 3.2: tau)
+LEAST_KEPT = 0.01  # of a matrix, whatever its figures say
+
+
+def pq_index(weight: Tensor, p: float = 0.5, q: float = 1.0) -> float:
+    """PQ Index (Diao et al., arXiv 2302.05601, definition 1): 1 - d^(1/q - 1/p) ||w||_p / ||w||_q.
+
+    0 when all weights are equal; the larger, the fewer weights carry the matrix.
+    """
+    size = weight.abs().double().flatten()
+    largest = size.max()
+    if largest == 0:
+        return 0.0
+    size = size / largest
+    ratio = size.pow(p).sum() ** (1 / p) / size.pow(q).sum() ** (1 / q)
+    return float(1 - size.numel() ** (1 / q - 1 / p) * ratio)
+
+
+def pq_kept(index: float, p: float = 0.5, q: float = 1.0) -> float:
+    """The share of weights that a PQ index says to keep at least (theorem 2, eta = 0): (1 - I)^(pq / (q - p))."""
+    return float((1 - index) ** (p * q / (q - p)))
+
+
+def hill_alpha(weight: Tensor) -> float:
+    """Exponent of the tail of a matrix's spectrum: PL_Alpha_Hill of AlphaPruning (Lu et al., arXiv 2410.10912, eq. 1).
+
+    Fitted to the larger half of the eigenvalues of W^T W. The heavier the tail (the smaller alpha), the better trained.
+    """
+    energies = torch.linalg.svdvals(weight.double()).square().flip(0)
+    half = max(1, len(energies) // 2)
+    tail = energies[-half:] / energies[-half - 1 if half < len(energies) else 0].clamp_min(1e-300)
+    return float(1 + half / tail.log().sum().clamp_min(1e-12))
+
+
+def outlier_ratio(scores: Tensor, times: float = OUTLIER) -> float:
+    """Share of scores above so many times their mean (OWL, Yin et al., arXiv 2310.05175, eq. 1)."""
+    return float((scores > times * scores.mean()).double().mean())
+
+
+def owl_shares(ratios: Sequence[float], sparsity: float, span: float = OWL_SPAN) -> list[float]:
+    """Sparsity of each block: more outliers, less of it; spread over 2 `span` around the mean (OWL, section 3.3)."""
+    low, high = min(ratios), max(ratios)
+    scaled = [(ratio - low) / max(high - low, 1e-30) * 2 * span for ratio in ratios]
+    mean = sum(scaled) / len(scaled)
+    return [sparsity + mean - value for value in scaled]
+
+
+def alpha_shares(alphas: Sequence[float], sparsity: float, span: float = ALPHA_SPAN) -> list[float]:
+    """Sparsity of each block before it is scaled to the total: linear in alpha (AlphaPruning, eq. 3)."""
+    low, high = min(alphas), max(alphas)
+    return [sparsity * (1 - span + 2 * span * (alpha - low) / max(high - low, 1e-30)) for alpha in alphas]
+
+
+def exact_counts(
+    sizes: Mapping[str, int], share: Callable[[str, float], float], total: int, low: float, high: float
+) -> dict[str, int]:
+    """Whole numbers of weights per matrix, `total` in all: round(share(name, c) * size) for the c that gives it.
+
+    share(name, c) rises with c between low and high; it is cut off at 0 and at what LEAST_KEPT leaves. Raises
+    ValueError for a total that cannot be had.
+    """
+
+    def exact(c: float) -> dict[str, float]:
+        return {name: min(max(share(name, c), 0.0), 1 - LEAST_KEPT) * size for name, size in sizes.items()}
+
+    if not 0 <= total <= (1 - LEAST_KEPT) * sum(sizes.values()):
+        raise ValueError(f"cannot prune {total} of {sum(sizes.values())} weights")
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(exact(middle).values()) < total else (low, middle)
+    wanted = exact(high)
+    counts = {name: int(value) for name, value in wanted.items()}
+    rest = sorted(counts, key=lambda name: counts[name] - wanted[name])  # the largest remainders first
+    for place in range(total - sum(counts.values())):
+        counts[rest[place % len(rest)]] += 1
+    for name in reversed(rest):
+        excess = sum(counts.values()) - total
+        counts[name] -= min(max(excess, 0), counts[name])
+    return counts
+
+
+def histogram(scores: Tensor) -> Tensor:
+    """How many scores, none of them negative, fall into each bin: int64 [BINS] on the CPU."""
+    bits = scores.float().contiguous().view(torch.int32).flatten() >> 15
+    return torch.bincount(bits, minlength=BINS).cpu()
+
+
+def global_counts(histograms: Mapping[str, Tensor], total: int) -> dict[str, int]:
+    """Of each matrix, how many of its scores are among the `total` smallest of all.
+
+    Exact but for scores in the threshold's own bin, which count as equal and are taken from matrices in proportion.
+    """
+    whole = torch.stack(list(histograms.values())).sum(0).cumsum(0)
+    edge = int(torch.searchsorted(whole, total))  # the first bin by whose end `total` are reached
+    counts = {name: int(bins[:edge].sum()) for name, bins in histograms.items()}
+    at_edge = {name: int(bins[edge]) for name, bins in histograms.items()} if edge < BINS else dict.fromkeys(counts, 0)
+    left, room = total - sum(counts.values()), sum(at_edge.values())
+    for name, bins in at_edge.items():
+        taken = -(-left * bins // room) if room else 0
+        counts[name] += min(taken, left)
+        left, room = left - min(taken, left), room - bins
+    return counts

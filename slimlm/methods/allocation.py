@@ -1,0 +1,133 @@
+"""How much of the sparsity each matrix takes, as `allocation:` in the recipe says.
+
+uniform: every matrix the same share. global: one threshold for the scores of all matrices: |w| without data, else the
+loss that the Fisher information predicts. owl, alphapruning: by block, from outliers among |w| ||x|| and from the
+spectrum. pq: by matrix, from the PQ Index. What each is, and whose, says `linalg/allocation.py`.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.errors import UserError
+from slimlm.linalg.allocation import (
+    alpha_shares,
+    exact_counts,
+    global_counts,
+    hill_alpha,
+    histogram,
+    outlier_ratio,
+    owl_shares,
+    pq_index,
+    pq_kept,
+)
+from slimlm.linalg.hessian import hessian
+from slimlm.methods.fisher import TokenGradients, gradients_of, row_fisher
+from slimlm.methods.matrix import Choice
+from slimlm.recipe import Recipe
+from slimlm.walk import StreamedModel
+from slimlm.work import Work
+
+InputNorms = Callable[[int, nn.Module], dict[str, Tensor]]  # of a block's linears, by name: [in]
+
+
+def allocate(
+    model: StreamedModel, recipe: Recipe, choice: Choice, work: Work, input_norms: InputNorms
+) -> dict[str, int]:
+    """How many weights go of each matrix, by its full name; as many as uniform sparsity prunes in all.
+
+    input_norms: called for each block in turn, with its weights loaded; it passes the calibration data on.
+    """
+    record = work.journal.last("allocation")
+    if record:
+        return dict(record["counts"])
+    sizes = {name: model.model.get_parameter(name).numel() for name in _matrices(model)}
+    total = sum(round(recipe.sparsity * size) for size in sizes.values())
+    try:
+        counts = _counts(model, recipe, choice, work, input_norms, sizes, total)
+    except ValueError as error:
+        raise UserError(f"--allocation {recipe.allocation}: {error}") from error
+    work.journal.commit("allocation", counts=counts)
+    return counts
+
+
+def _counts(
+    model: StreamedModel,
+    recipe: Recipe,
+    choice: Choice,
+    work: Work,
+    input_norms: InputNorms,
+    sizes: dict[str, int],
+    total: int,
+) -> dict[str, int]:
+    if recipe.allocation == "uniform":
+        return {name: round(recipe.sparsity * size) for name, size in sizes.items()}
+    work.progress.stage("allocating", len(model.blocks))
+    histograms: dict[str, Tensor] = {}
+    kept: dict[str, float] = {}  # of matrices, from the PQ Index
+    merits: list[float] = []  # of blocks
+    for index, block in _blocks(model, work):
+        weights = {name: block.get_submodule(name).get_parameter("weight").float() for name in _linears(model)}
+        part = model.family.block(index)
+        if recipe.allocation == "global":
+            gradients = gradients_of(model, index, work) if choice.curvature != "none" else {}
+            for name, weight in weights.items():
+                scores = global_scores(weight, gradients.get(name), recipe, choice)
+                histograms[f"{part}.{name}.weight"] = histogram(scores)
+        elif recipe.allocation == "pq":
+            kept |= {f"{part}.{name}.weight": pq_kept(pq_index(weight)) for name, weight in weights.items()}
+        elif recipe.allocation == "alphapruning":
+            merits.append(sum(map(hill_alpha, weights.values())) / len(weights))
+        else:
+            norms = input_norms(index, block)
+            scores = torch.cat([(weight.abs() * norms[name]).flatten() for name, weight in weights.items()])
+            merits.append(outlier_ratio(scores))
+    if recipe.allocation == "global":
+        return global_counts(histograms, total)
+    if recipe.allocation == "pq":
+        return exact_counts(sizes, lambda name, c: 1 - (1 - c) * kept[name] / max(kept.values()), total, -20.0, 1.0)
+    shares = (
+        owl_shares(merits, recipe.sparsity) if recipe.allocation == "owl" else alpha_shares(merits, recipe.sparsity)
+    )
+    of = {name: shares[_block_number(model, name)] for name in sizes}
+    if recipe.allocation == "owl":
+        return exact_counts(sizes, lambda name, c: of[name] + c, total, -1.0, 1.0)
+    return exact_counts(sizes, lambda name, c: of[name] * c, total, 0.0, 1 / min(shares))
+
+
+def global_scores(weight: Tensor, gradients: TokenGradients | None, recipe: Recipe, choice: Choice) -> Tensor:
+    """What pruning each weight alone is predicted to cost, on one scale for the whole model: [out, in].
+
+    |w| without data; w^2 / (2 [F^-1]) for Fisher information; else the inputs' Gram times the mean square of the
+    output's gradient, as in K-FAC (Martens & Grosse, arXiv 1503.05671).
+    """
+    if gradients is None:
+        return weight.abs()
+    if choice.curvature in ("fisher", "block-fisher"):
+        inverse = row_fisher(gradients, recipe.fisher_damping, choice.curvature == "block-fisher")
+        return weight.double().square() / inverse.diagonal() / 2
+    curvature = hessian(gradients.x.T @ gradients.x / len(gradients.x))
+    scale = gradients.delta.square().mean(0)[:, None]
+    return scale * weight.double().square() / curvature.diagonal() / 2
+
+
+def _blocks(model: StreamedModel, work: Work) -> Iterator[tuple[int, nn.Module]]:
+    for index in range(len(model.blocks)):
+        with model.block(index) as block:
+            yield index, block
+        work.progress.step()
+
+
+def _linears(model: StreamedModel) -> tuple[str, ...]:
+    return (*model.family.readers, *model.family.writers)
+
+
+def _matrices(model: StreamedModel) -> list[str]:
+    return [
+        f"{model.family.block(index)}.{name}.weight" for index in range(len(model.blocks)) for name in _linears(model)
+    ]
+
+
+def _block_number(model: StreamedModel, name: str) -> int:
+    return int(name.removeprefix(model.family.blocks + ".").partition(".")[0])

@@ -1,0 +1,125 @@
+"""Per-token gradients of every linear, and the Fisher information of a row from them.
+
+The gradient of a token's loss with respect to row r of a linear is delta_r x, with x the linear's input and delta the
+loss's gradient at its output. So a few tokens' x and delta say all there is to know; no gradient as large as a
+weight is ever formed for a whole model. They are gathered in one reverse sweep and wait
+on disk, in bf16, a file for each block.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimlm.errors import RunFailure
+from slimlm.linalg.fisher import CHUNK_ELEMENTS, BlockInverse, LowRankInverse, block_inverse, token_inverse
+from slimlm.methods.gradients import TOKENS, Seen, reverse_sweep
+from slimlm.recipe import Recipe
+from slimlm.walk import StreamedModel
+from slimlm.work import Work
+
+BLOCK = 64  # inputs of a row whose Fisher matrix WoodFisher keeps
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """x: [tokens, in] and delta: [tokens, out] of one linear, fp64."""
+
+    x: Tensor
+    delta: Tensor
+
+    def mean_square(self) -> Tensor:
+        """Mean over tokens of the squared gradients, and over all weights: the Fisher matrix's mean diagonal."""
+        return (self.x.square().mean(1) * self.delta.square().mean(1)).mean()
+
+
+@dataclass(frozen=True)
+class RowFisher:
+    """Inverse Fisher matrices of all rows, some rows at a time: lambda I + (1/m) sum_t delta_tr^2 x_t x_t^T.
+
+    block: neighbouring inputs whose correlations count; 0 for all of a row (M-FAC over rows), in low-rank form where
+    there are fewer tokens than inputs.
+    """
+
+    gradients: TokenGradients
+    damping: float
+    block: int = 0
+
+    def _parts(self) -> Iterator[tuple[slice, LowRankInverse | BlockInverse]]:
+        x, delta = self.gradients.x, self.gradients.delta
+        per_row = max(x.numel(), x.shape[1] * (self.block or x.shape[1]))
+        rows = max(1, CHUNK_ELEMENTS // per_row)
+        for start in range(0, delta.shape[1], rows):
+            part = slice(start, min(start + rows, delta.shape[1]))
+            if self.block or x.shape[0] >= x.shape[1]:
+                yield part, block_inverse(x, delta[:, part], self.damping, self.block or x.shape[1])
+            else:
+                yield part, token_inverse(x, delta[:, part], self.damping)
+
+    def diagonal(self) -> Tensor:
+        """[out, in]."""
+        return torch.cat([inverse.diagonal() for _, inverse in self._parts()])
+
+    def times(self, vector: Tensor) -> Tensor:
+        """F^-1 x for x: [out, in]."""
+        return torch.cat([inverse.times(vector[rows]) for rows, inverse in self._parts()])
+
+
+def row_fisher(gradients: TokenGradients, damping: float, blocks: bool) -> RowFisher:
+    """damping: in mean diagonals of the matrix's Fisher information."""
+    inputs = gradients.x.shape[1]
+    size = next(size for size in range(min(BLOCK, inputs), 0, -1) if inputs % size == 0) if blocks else 0
+    return RowFisher(gradients, damping * float(gradients.mean_square()), size)
+
+
+def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work: Work) -> None:
+    """Leave the gradients of `recipe.fisher_samples` tokens in the journal, unless an earlier process did."""
+    family = model.family
+    if all(work.journal.recall(_step(index)) for index in range(len(model.blocks))):
+        return
+    windows = torch.cat(batches)
+    chosen = windows[: max(1, TOKENS // windows.shape[1])].split(len(batches[0]))
+    tokens = [batch.numel() for batch in chosen]
+    wanted = min(1.0, recipe.fisher_samples / sum(tokens))
+    generator = torch.Generator().manual_seed(recipe.seed)
+    places = [torch.randperm(count, generator=generator)[: max(1, round(wanted * count))] for count in tokens]
+    names = [*family.readers, *family.writers]
+    found: dict[str, list[Tensor]] = {}
+
+    def visit(index: int, number: int, seen: Seen) -> None:
+        place = places[number].to(model.device)
+        for name, (x, out) in seen.items():
+            assert out.grad is not None
+            if name in first:
+                found.setdefault(f"{name}.x", []).append(x.detach().flatten(0, 1)[place].bfloat16())
+            found.setdefault(f"{name}.delta", []).append(out.grad.flatten(0, 1)[place].bfloat16())
+        if number == len(chosen) - 1:
+            tensors = {key: torch.cat(parts) for key, parts in found.items()}
+            if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+                raise RunFailure(f"gradients in {family.block(index)} overflow in {model.dtype}")
+            work.journal.keep(_step(index), tensors)
+            found.clear()
+
+    first = {norm.readers[0] for norm in family.norms} | set(family.writers)
+    reverse_sweep(model, list(chosen), recipe.seed, recipe.fisher_labels, names, visit, work)
+
+
+def gradients_of(model: StreamedModel, index: int, work: Work) -> dict[str, TokenGradients]:
+    """What `gather_gradients` left of a block, by linear."""
+    recalled = work.journal.recall(_step(index))
+    if recalled is None:
+        raise RunFailure(f"the gradients of {model.family.block(index)} are gone from {work.directory}: start over")
+    _, saved = recalled
+    shared = {name: norm.readers[0] for norm in model.family.norms for name in norm.readers}
+    return {
+        name: TokenGradients(
+            saved[f"{shared.get(name, name)}.x"].to(model.device).double(),
+            saved[f"{name}.delta"].to(model.device).double(),
+        )
+        for name in (*model.family.readers, *model.family.writers)
+    }
+
+
+def _step(index: int) -> str:
+    return f"gradients-{index}"

@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimlm.linalg.allocation import (
+    alpha_shares,
+    exact_counts,
+    global_counts,
+    hill_alpha,
+    histogram,
+    outlier_ratio,
+    owl_shares,
+    pq_index,
+    pq_kept,
+)
+
+
+def test_the_pq_index_is_none_for_equal_weights_and_whole_for_a_single_one():
+    assert pq_index(torch.ones(4, 5)) == pytest.approx(0)
+    assert pq_kept(0.0) == 1
+    single = torch.zeros(10)
+    single[3] = -2.0
+    assert pq_index(single) == pytest.approx(1 - 10 ** (1 - 2) * 1)
+    assert pq_index(torch.zeros(3, 3)) == 0
+    weight = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+    size = [abs(float(w)) for w in weight.flatten()]
+    by_hand = 1 - 42 ** (1 - 2) * sum(math.sqrt(w) for w in size) ** 2 / sum(size)
+    assert pq_index(weight) == pytest.approx(by_hand)
+    assert pq_index(1000 * weight) == pytest.approx(by_hand)
+
+
+def test_hills_estimate_is_that_of_the_tail():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(40, 30, generator=generator)
+    energies = sorted((float(s) ** 2 for s in torch.linalg.svdvals(matrix.double())), reverse=True)
+    tail = sum(math.log(value / energies[15]) for value in energies[:15])
+    assert hill_alpha(matrix) == pytest.approx(1 + 15 / tail)
+    heavy = torch.diag(torch.arange(1.0, 31) ** -3)
+    assert hill_alpha(heavy) < hill_alpha(matrix)
+    assert math.isfinite(hill_alpha(torch.zeros(4, 4)))
+    assert math.isfinite(hill_alpha(torch.ones(1, 1)))
+
+
+def test_blocks_with_outliers_and_heavy_tails_are_pruned_less():
+    scores = torch.ones(100)
+    scores[:3] = 50
+    assert outlier_ratio(scores) == pytest.approx(0.03)
+    shares = owl_shares([0.01, 0.03, 0.02], 0.5)
+    assert shares == pytest.approx([0.58, 0.42, 0.5])
+    assert alpha_shares([2.0, 4.0, 3.0], 0.5) == pytest.approx([0.35, 0.65, 0.5])
+    assert owl_shares([0.1, 0.1], 0.5) == pytest.approx([0.5, 0.5])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(100, 5000), st.floats(-0.3, 1.4)), min_size=1, max_size=6),
+    st.floats(0, 0.98),
+)
+def test_counts_are_exact_whatever_was_proposed(matrices: list[tuple[int, float]], sparsity: float):
+    sizes = {str(place): size for place, (size, _) in enumerate(matrices)}
+    total = round(sparsity * sum(sizes.values()))
+    counts = exact_counts(sizes, lambda name, c: matrices[int(name)][1] + c, total, -3.0, 3.0)
+    assert sum(counts.values()) == total
+    assert all(0 <= counts[name] <= sizes[name] for name in sizes)
+
+
+def test_too_much_is_refused():
+    with pytest.raises(ValueError, match="cannot prune 100 of 100 weights"):
+        exact_counts({"a": 100}, lambda name, c: c, 100, 0, 1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 1000), st.floats(0, 1), st.booleans())
+def test_global_counts_are_those_of_one_sorted_list(seed: int, sparsity: float, ties: bool):
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(size, generator=generator) * scale for name, size, scale in
+              (("a", 300, 1.0), ("b", 200, 5.0), ("c", 50, 1e-3))}  # fmt: skip
+    if ties:
+        scores = {name: value.mul(4).round() for name, value in scores.items()}
+    total = round(sparsity * 550)
+    counts = global_counts({name: histogram(value) for name, value in scores.items()}, total)
+    assert sum(counts.values()) == total
+    threshold = torch.cat(list(scores.values())).sort().values[max(0, total - 1)]
+    for name, value in scores.items():
+        low, high = int((value < threshold * (1 - 1 / 64)).sum()), int((value <= threshold * (1 + 1 / 64)).sum())
+        assert low <= counts[name] <= high or total == 0
