@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from slimlm.errors import UserError, nearest
 
 RECIPE_DIRECTORIES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+CurvatureName = Literal["none", "diagonal", "gram", "gram+fisher", "fisher", "block-fisher"]
+MaskName = Literal["magnitude", "wanda", "obs", "columns", "greedy"]
+UpdateName = Literal["none", "left-to-right", "summed", "joint"]
 Allocation = Literal["uniform", "global", "owl", "alphapruning", "pq"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -52,6 +55,16 @@ class Recipe(BaseModel):
         "loss", description="slicing: weigh directions by what the loss feels, or by the size of the stream alone"
     )
 
+    curvature: CurvatureName | None = Field(
+        None, description="pruning: what is known of the loss, where not as in the method's paper"
+    )
+    mask: MaskName | None = Field(None, description="pruning: how weights are chosen, where not as in the paper")
+    update: UpdateName | None = Field(
+        None, description="pruning: what the weights that stay do about it, where not as in the paper"
+    )
+    swaps: int | None = Field(
+        None, ge=0, description="pruning: times that a mask with a joint update is refined by swaps"
+    )
     allocation: Allocation | None = Field(
         None,
         description="pruning: how much each matrix takes: uniform, global, owl, alphapruning or pq; by default as in "

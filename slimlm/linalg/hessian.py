@@ -10,6 +10,7 @@ from torch import Tensor
 
 DAMPING = 0.01
 TRIES = 5
+FISHER_SHARE = 0.5  # of the trace of a Gram with gradients beside it
 
 
 class SingularCurvature(ValueError):
@@ -29,6 +30,10 @@ class Hessian:
     upper: Tensor
     damping: float
     dead: Tensor
+
+    def apply(self, change: Tensor) -> Tensor:
+        """d H for d: [out, in], row by row."""
+        return change @ self.matrix
 
     def diagonal(self) -> Tensor:
         """Of the inverse: [in]."""
@@ -62,6 +67,33 @@ def hessian(gram: Tensor, damping: float = DAMPING) -> Hessian:
     raise SingularCurvature(f"the Gram matrix of its inputs is singular, even with {most:g} of damping")
 
 
-def quadratic_loss(change: Tensor, matrix: Tensor) -> Tensor:
-    """Per row, d H d^T: [rows], for change d: [rows, in] and H: [in, in]."""
-    return ((change @ matrix) * change).sum(-1)
+@dataclass(frozen=True)
+class RowHessian(Hessian):
+    """A Hessian of its own for every row r: H + sum_t weight_tr x_t x_t^T; inverse, upper and dead are H's.
+
+    x: [tokens, in]; weight: [tokens, out], not negative. Only `apply` sees the second term, by two GEMMs: what needs an
+    inverse takes H's for near enough.
+    """
+
+    x: Tensor
+    weight: Tensor
+
+    def apply(self, change: Tensor) -> Tensor:
+        return change @ self.matrix + ((change @ self.x.T) * self.weight.T) @ self.x
+
+
+def with_gradients(curvature: Hessian, x: Tensor, delta: Tensor, share: float = FISHER_SHARE) -> RowHessian:
+    """The Gram as base, and per-token gradients delta_tr x_t of each row as low-rank term; `share` of the trace is its.
+
+    Rows are scaled each by itself: how much a row matters to the loss does not change its own minimiser.
+    """
+    energy = delta.square() * x.square().sum(1, keepdim=True)
+    weight = delta.square() / energy.sum(0).clamp_min(torch.finfo(delta.dtype).tiny)
+    scale = curvature.matrix.diagonal().sum() * share / (1 - share)
+    fields = {name: getattr(curvature, name) for name in ("matrix", "inverse", "upper", "damping", "dead")}
+    return RowHessian(**fields, x=x.to(scale), weight=(weight * scale).to(scale))
+
+
+def quadratic_loss(change: Tensor, curvature: Hessian) -> Tensor:
+    """Per row, d H d^T: [rows], for change d: [rows, in]."""
+    return (curvature.apply(change) * change).sum(-1)

@@ -101,14 +101,14 @@ def joint(
     tiny = torch.finfo(weight.dtype).tiny
     kept = (~(pruned | hessian.dead)).to(weight.dtype)
     found = (weight if start is None else start) * kept
-    residual = ((weight - found) @ hessian.matrix) * kept
+    residual = hessian.apply(weight - found) * kept
     direction = step = (residual @ hessian.inverse) * kept
     product = (residual * step).sum(1)
     small = tolerance**2 * product
     for _ in range(ITERATIONS):
         if (product <= small).all():
             break
-        image = (direction @ hessian.matrix) * kept
+        image = hessian.apply(direction) * kept
         length = (product / (direction * image).sum(1).clamp_min(tiny))[:, None]
         found = found.addcmul(length, direction)
         residual = residual.addcmul(length, image, value=-1)
@@ -146,7 +146,7 @@ def swapped(weight: Tensor, hessian: Hessian, pruned: Tensor, found: Tensor, gro
     within each group of that many columns), a quarter of what would win at a time; a row keeps the old mask where the
     joint solution on the new one is no better.
     """
-    gradient = (weight - found) @ hessian.matrix
+    gradient = hessian.apply(weight - found)
     inverse = hessian.inverse.diagonal()
     spread = (hessian.matrix.diagonal() / inverse).sqrt()  # geometric mean of H_pp and 1 / [H^-1]_pp
     gain = (gradient.square() / spread).masked_fill(~pruned | hessian.dead, -torch.inf)
@@ -164,5 +164,5 @@ def swapped(weight: Tensor, hessian: Hessian, pruned: Tensor, found: Tensor, gro
     mask[rows[chosen], outgoing[chosen]] = True
     mask = mask.view(pruned.shape)
     solution = joint(weight, hessian, mask, found, ROUGHLY)
-    better = quadratic_loss(weight - solution, hessian.matrix) < quadratic_loss(weight - found, hessian.matrix)
+    better = quadratic_loss(weight - solution, hessian) < quadratic_loss(weight - found, hessian)
     return torch.where(better[:, None], solution, found), torch.where(better[:, None], mask, pruned)

@@ -71,7 +71,7 @@ def _counts(
         weights = {name: block.get_submodule(name).get_parameter("weight").float() for name in _linears(model)}
         part = model.family.block(index)
         if recipe.allocation == "global":
-            gradients = gradients_of(model, index, work) if choice.curvature != "none" else {}
+            gradients = gradients_of(model, work, index) if choice.curvature != "none" else {}
             for name, weight in weights.items():
                 scores = global_scores(weight, gradients.get(name), recipe, choice)
                 histograms[f"{part}.{name}.weight"] = histogram(scores)

@@ -105,7 +105,7 @@ def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor]
     reverse_sweep(model, list(chosen), recipe.seed, recipe.fisher_labels, names, visit, work)
 
 
-def gradients_of(model: StreamedModel, index: int, work: Work) -> dict[str, TokenGradients]:
+def gradients_of(model: StreamedModel, work: Work, index: int) -> dict[str, TokenGradients]:
     """What `gather_gradients` left of a block, by linear."""
     recalled = work.journal.recall(_step(index))
     if recalled is None:

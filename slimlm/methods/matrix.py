@@ -4,23 +4,34 @@ Linears that read the same input (query, key and value; gate and up) share its G
 it, and are pruned as one tall matrix: their rows do not know of each other. How many weights go is settled per matrix.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from slimlm.errors import RunFailure
-from slimlm.linalg.hessian import DAMPING, Hessian, SingularCurvature, hessian
+from slimlm.errors import RunFailure, UserError
+from slimlm.linalg.hessian import DAMPING, Hessian, SingularCurvature, hessian, with_gradients
 from slimlm.linalg.masks import smallest, smallest_per_group, smallest_per_row, spread
 from slimlm.linalg.obs import ROUGHLY, Inverse, cheapest_first, greedy_order, joint, left_to_right, summed, swapped
+from slimlm.methods.fisher import TokenGradients
+from slimlm.recipe import CurvatureName, MaskName, Recipe, UpdateName
 
-Curvature = Literal["none", "diagonal", "gram", "gram+fisher", "fisher", "block-fisher"]
-MaskName = Literal["magnitude", "wanda", "obs", "columns", "greedy"]
-UpdateName = Literal["none", "left-to-right", "summed", "joint"]
 Known = Hessian | Inverse | Tensor | None
+GRAMS = ("gram", "gram+fisher")
+FISHERS = ("fisher", "block-fisher")
+NEEDS: dict[str, tuple[str, ...]] = {  # curvatures that masks and updates can do with
+    "magnitude": ("none", "diagonal", *GRAMS, *FISHERS),
+    "wanda": ("diagonal", *GRAMS),
+    "obs": (*GRAMS, *FISHERS),
+    "columns": GRAMS,
+    "greedy": GRAMS,
+    "none": ("none", "diagonal", *GRAMS, *FISHERS),
+    "left-to-right": GRAMS,
+    "summed": (*GRAMS, *FISHERS),
+    "joint": GRAMS,
+}
 COLUMNS = 128  # of which SparseGPT chooses a mask at once
 
 
@@ -36,10 +47,22 @@ class Choice:
     swaps: times that the mask is refined by swaps, each followed by a joint update.
     """
 
-    curvature: Curvature
+    curvature: CurvatureName
     mask: MaskName
     update: UpdateName
     swaps: int = 0
+
+
+def combined(choice: Choice, recipe: Recipe) -> Choice:
+    """The choice with what the recipe sets otherwise. Raises UserError for what does not go together."""
+    given = {name: getattr(recipe, name) for name in ("curvature", "mask", "update", "swaps")}
+    choice = replace(choice, **{name: value for name, value in given.items() if value is not None})
+    for kind, value in (("mask", choice.mask), ("update", choice.update)):
+        if choice.curvature not in NEEDS[value]:
+            raise UserError(f"{kind} {value} needs a curvature of {' or '.join(NEEDS[value])}, not {choice.curvature}")
+    if choice.swaps and choice.update != "joint":
+        raise UserError(f"swaps refine the mask of update joint, not of {choice.update}")
+    return choice
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,16 @@ class Pattern:
     counts: tuple[int, ...]
     keep: int = 0
     group: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run prunes by. pattern: of matrices, by their full names. gradients: of a block's linears, where the
+    choice looks at gradients."""
+
+    choice: Choice
+    pattern: Callable[[list[str]], Pattern]
+    gradients: Callable[[int], Mapping[str, TokenGradients]] = lambda index: {}
 
 
 def prune_tall(
@@ -140,9 +173,15 @@ def _greedily(weight: Tensor, rows: Sequence[int], pattern: Pattern, hessian: He
     return torch.cat(masks)
 
 
-def curvature_of(gram: Tensor, name: str, damping: float = DAMPING) -> Hessian:
-    """Raises RunFailure with the linear's name when no damping helps."""
+def curvature_of(
+    gram: Tensor, name: str, damping: float = DAMPING, gradients: Sequence[TokenGradients] = ()
+) -> Hessian:
+    """The damped Gram, and the gradients beside it of linears stacked as in `prune_tall`, if there are any.
+
+    Raises RunFailure with the linear's name when no damping helps.
+    """
     try:
-        return hessian(gram, damping)
+        found = hessian(gram, damping)
     except SingularCurvature as error:
         raise RunFailure(f"{name} cannot be pruned: {error}") from error
+    return with_gradients(found, gradients[0].x, torch.cat([g.delta for g in gradients], 1)) if gradients else found

@@ -7,6 +7,7 @@ pass on. Zeros take as much room as other numbers: the checkpoint keeps its size
 import copy
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -24,9 +25,9 @@ from slimlm.linalg.ridge import Moments
 from slimlm.methods.allocation import allocate
 from slimlm.methods.fisher import gather_gradients, gradients_of, row_fisher
 from slimlm.methods.gradients import sweep_windows
-from slimlm.methods.matrix import Choice, Pattern, curvature_of, prune_tall
+from slimlm.methods.matrix import Choice, Pattern, Task, combined, curvature_of, prune_tall
 from slimlm.methods.plan import Method, Outcome, Plan
-from slimlm.methods.repair import PatternOf, prune_and_repair
+from slimlm.methods.repair import prune_and_repair
 from slimlm.recipe import Allocation, Recipe
 from slimlm.stream import Stream, hooked
 from slimlm.walk import StreamedModel
@@ -42,26 +43,33 @@ def pruning(
     head is refitted; `refit: false` in the recipe turns that off. allocation: where the recipe names none.
     """
 
-    def settled(recipe: Recipe) -> Recipe:
+    def settled(recipe: Recipe) -> tuple[Recipe, Choice]:
         chosen = recipe.allocation or ("uniform" if recipe.pattern else allocation)
-        return recipe.model_copy(update={"allocation": chosen})
+        return recipe.model_copy(update={"allocation": chosen}), combined(choice, recipe)
 
     def calibrates(recipe: Recipe, path: Path) -> bool:
-        return choice.curvature != "none" or settled(recipe).allocation == "owl"
+        recipe, chosen = settled(recipe)
+        return chosen.curvature != "none" or recipe.allocation == "owl"
+
+    def repairing(recipe: Recipe) -> bool:
+        return recipe.refit and repairs and settled(recipe)[1].update == "joint"
 
     def scratch(recipe: Recipe, model: StreamedModel) -> int:
-        streams = 2 * recipe.num_calibration_samples if repairs and recipe.refit else 0
-        return max(streams, sweep_windows(recipe, model) if needs_gradients(settled(recipe), choice) else 0)
+        sweep = sweep_windows(recipe, model) if needs_gradients(*settled(recipe)) else 0
+        return max(sweep, 2 * recipe.num_calibration_samples if repairing(recipe) else 0)
+
+    def run(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
+        return run_prune(model, plan, batches, work, combined(choice, plan.recipe), repairing(plan.recipe))
 
     return Method(
         summary=summary,
         paper=paper,
         sparsity_of="weights in pruned matrices",
         calibrates=calibrates,
-        plan=lambda model, recipe: plan_prune(model, settled(recipe)),
-        run=partial(run_prune, choice=choice, repairs=repairs),
+        plan=lambda model, recipe: plan_prune(model, settled(recipe)[0]),
+        run=run,
         scratch=scratch,
-        holds_out=lambda recipe: repairs and recipe.refit,
+        holds_out=repairing,
     )
 
 
@@ -107,7 +115,6 @@ def run_prune(
     """Prune block after block, and write each."""
     recipe = plan.recipe
     work.lay_out(plan.tensors)
-    repairs = repairs and recipe.refit
     later = [model.family.final_norm, model.family.head] if repairs and not model.head_is_tied else []
     for part in model.outside:
         if part not in later and not work.written(part):
@@ -115,16 +122,18 @@ def run_prune(
     if needs_gradients(recipe, choice):
         gather_gradients(model, recipe, batches, work)
     counts = allocate(model, recipe, choice, work, partial(_dense_norms, model, {}, batches))
-    pattern = partial(_pattern, counts, recipe)
+    task = Task(choice, partial(_pattern, counts, recipe))
+    if "fisher" in choice.curvature:
+        task = replace(task, gradients=partial(gradients_of, model, work))
     notes: dict[str, Any] = {} if recipe.allocation == "uniform" else {"allocation": _shares(model, counts)}
     if choice.curvature == "none":
-        _prune_blind(model, choice, pattern, work)
+        _prune_blind(model, task, work)
     elif choice.curvature in ("fisher", "block-fisher"):
-        _prune_by_gradients(model, recipe, choice, pattern, work)
+        _prune_by_gradients(model, recipe, task, work)
     elif repairs:
-        notes |= prune_and_repair(model, recipe, choice, pattern, batches, work)
+        notes |= prune_and_repair(model, recipe, task, batches, work)
     else:
-        notes |= _prune_seeing(model, choice, pattern, batches, work)
+        notes |= _prune_seeing(model, task, batches, work)
     work.settle()
     return Outcome(plan, notes, zeros=_zeros_written(model, work))
 
@@ -145,26 +154,25 @@ def _dense_norms(
     return {name: found[first] for name, first in shared.items()}
 
 
-def _prune_by_gradients(model: StreamedModel, recipe: Recipe, choice: Choice, pattern: PatternOf, work: Work) -> None:
+def _prune_by_gradients(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -> None:
     """With the dense model's gradients at hand blocks do not depend on one another."""
     work.progress.stage("pruning", len(model.blocks))
     for index in range(len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
         if not work.written(part):
             with model.block(index) as block:
-                for name, gradients in gradients_of(model, index, work).items():
+                for name, gradients in task.gradients(index).items():
                     weight = block.get_submodule(name).get_parameter("weight")
-                    inverse = row_fisher(gradients, recipe.fisher_damping, choice.curvature == "block-fisher")
-                    found, _ = prune_tall(
-                        weight.double(), [len(weight)], pattern([f"{part}.{name}.weight"]), choice, inverse
-                    )
+                    inverse = row_fisher(gradients, recipe.fisher_damping, task.choice.curvature == "block-fisher")
+                    pattern = task.pattern([f"{part}.{name}.weight"])
+                    found, _ = prune_tall(weight.double(), [len(weight)], pattern, task.choice, inverse)
                     weight.copy_(found)
                 work.write(model, part, ((f"{part}.{name}", value) for name, value in block.named_parameters()))
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
 
 
-def _prune_blind(model: StreamedModel, choice: Choice, pattern: PatternOf, work: Work) -> None:
+def _prune_blind(model: StreamedModel, task: Task, work: Work) -> None:
     """Without data blocks do not depend on one another: finished ones are left out."""
     work.progress.stage("pruning", len(model.blocks))
     for index in range(len(model.blocks)):
@@ -172,15 +180,13 @@ def _prune_blind(model: StreamedModel, choice: Choice, pattern: PatternOf, work:
         if not work.written(part):
             with model.block(index) as block:
                 for names in _inputs_shared(model.family):
-                    _prune_together(block, part, names, pattern, choice, None)
+                    _prune_together(block, part, names, task, None)
                 work.write(model, part, ((f"{part}.{name}", value) for name, value in block.named_parameters()))
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
 
 
-def _prune_seeing(
-    model: StreamedModel, choice: Choice, pattern: PatternOf, batches: list[Tensor], work: Work
-) -> dict[str, Any]:
+def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work: Work) -> dict[str, Any]:
     """Statistics of all linears' inputs in one pass over the stream, their pruning, and a pass through what is left."""
     work.progress.stage("pruning", len(model.blocks))
     whole = len(list(takewhile(work.written, map(model.family.block, range(len(model.blocks))))))
@@ -190,11 +196,14 @@ def _prune_seeing(
     for index in range(first, len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
         with model.block(index) as block:
-            seen = _input_statistics(model, index, streams["pruned"], block, choice.curvature == "diagonal")
+            seen = _input_statistics(model, index, streams["pruned"], block, task.choice.curvature == "diagonal")
+            gradients = task.gradients(index)
             for names in _inputs_shared(model.family):
                 statistics = seen.pop(names[0])
-                curvature = curvature_of(statistics, f"{part}.{names[0]}") if statistics.dim() == 2 else statistics
-                _prune_together(block, part, names, pattern, choice, curvature)
+                chosen = [gradients[name] for name in names if gradients]
+                is_gram = statistics.dim() == 2
+                curvature = curvature_of(statistics, f"{part}.{names[0]}", gradients=chosen) if is_gram else statistics
+                _prune_together(block, part, names, task, curvature)
                 if isinstance(curvature, Hessian):
                     dampings[f"{part}.{names[0]}"] = curvature.damping
             work.pass_through(model, index, dict(block.named_parameters()), streams["pruned"])
@@ -215,8 +224,7 @@ def _prune_together(
     block: nn.Module,
     part: str,
     names: tuple[str, ...],
-    pattern: PatternOf,
-    choice: Choice,
+    task: Task,
     curvature: Hessian | Tensor | None,
 ) -> None:
     """Prune linears of a block that read the same input, in place."""
@@ -224,7 +232,7 @@ def _prune_together(
     dtype = curvature.matrix.dtype if isinstance(curvature, Hessian) else torch.float32
     tall = torch.cat([weight.to(dtype) for weight in weights])
     rows = [weight.shape[0] for weight in weights]
-    found, _ = prune_tall(tall, rows, pattern([f"{part}.{name}.weight" for name in names]), choice, curvature)
+    found, _ = prune_tall(tall, rows, task.pattern([f"{part}.{name}.weight" for name in names]), task.choice, curvature)
     for weight, pruned in zip(weights, found.split(rows), strict=True):
         weight.copy_(pruned)
 

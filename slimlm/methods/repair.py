@@ -23,7 +23,7 @@ from slimlm.linalg.hessian import DAMPING, quadratic_loss
 from slimlm.linalg.ridge import Fit, Regression, ridge
 from slimlm.linalg.softmax import RATE
 from slimlm.methods.head import refit_head
-from slimlm.methods.matrix import Choice, Pattern, curvature_of, prune_tall
+from slimlm.methods.matrix import Task, curvature_of, prune_tall
 from slimlm.methods.refit import Pair
 from slimlm.methods.rotation import write_head
 from slimlm.methods.widths import Layout
@@ -32,12 +32,11 @@ from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
 HEAD_RATE = 0.3 * RATE  # pruned streams are nearer to the dense one than sliced ones
-PatternOf = Callable[[list[str]], Pattern]  # of matrices, by their full names
 
 
 @torch.no_grad()
 def prune_and_repair(
-    model: StreamedModel, recipe: Recipe, choice: Choice, pattern: PatternOf, batches: list[Tensor], work: Work
+    model: StreamedModel, recipe: Recipe, task: Task, batches: list[Tensor], work: Work
 ) -> dict[str, Any]:
     """Write every block pruned, and the head refitted unless it is tied to the embedding; figures for the manifest."""
     layout = Layout(model)
@@ -52,7 +51,7 @@ def prune_and_repair(
     for index in range(first, len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
         with model.block(index):
-            work.pass_through(model, index, _prune_block(pair, index, choice, pattern), streams["small"])
+            work.pass_through(model, index, _prune_block(pair, index, task), streams["small"])
         state = {name: torch.tensor(value, dtype=torch.float64) for name, value in pair.fits.items()}
         work.save_streams("pruned", index, streams, state)
         work.progress.step()
@@ -74,27 +73,25 @@ def _by_kind(figures: dict[str, float]) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def _prune_block(pair: Pair, index: int, choice: Choice, pattern: PatternOf) -> dict[str, Tensor]:
+def _prune_block(pair: Pair, index: int, task: Task) -> dict[str, Tensor]:
     """The block's parameters as they are stored, by name within it; the dense stream goes past it."""
     model, stream = pair.dense, pair.streams["dense"]
     norms = model.family.norms
     tensors = {name: weight.clone() for name, weight in model.blocks[index].named_parameters()}
     for norm, following in zip(norms, (*norms[1:], None), strict=True):
-        _prune_readers(pair, index, norm, choice, pattern, tensors)
+        _prune_readers(pair, index, norm, task, tensors)
         if following is not None:
 
             def seen(number: int, name: str = following.name) -> Tensor:
                 return model.inputs(index, stream, number, [name])[name]
 
-            _prune_writer(pair, index, norm, seen, choice, pattern, tensors)
+            _prune_writer(pair, index, norm, seen, task, tensors)
     model.advance(index, stream)
-    _prune_writer(pair, index, norms[-1], lambda number: stream.hidden[number], choice, pattern, tensors)
+    _prune_writer(pair, index, norms[-1], lambda number: stream.hidden[number], task, tensors)
     return tensors
 
 
-def _prune_readers(
-    pair: Pair, index: int, norm: Norm, choice: Choice, pattern: PatternOf, tensors: dict[str, Tensor]
-) -> None:
+def _prune_readers(pair: Pair, index: int, norm: Norm, task: Task, tensors: dict[str, Tensor]) -> None:
     """One map from what the readers see now to what they saw serves all: their target is W T."""
     model, reader = pair.dense, norm.readers[0]
     inputs = tensors[f"{reader}.weight"].shape[1]
@@ -108,7 +105,7 @@ def _prune_readers(
     fit = ridge(data, torch.eye(inputs, device=model.device), weights.T @ weights, pair.guess(index, norm.name))
     pair.fits[f"{index}.{norm.name}"] = fit.strength
     target = Fit(weights @ fit.weight, fit.strength)
-    _prune_together(pair, index, norm.readers, target, data, choice, pattern, tensors)
+    _prune_together(pair, index, norm.readers, target, data, task, tensors)
 
 
 def _prune_writer(
@@ -116,8 +113,7 @@ def _prune_writer(
     index: int,
     norm: Norm,
     after: Callable[[int], Tensor],
-    choice: Choice,
-    pattern: PatternOf,
+    task: Task,
     tensors: dict[str, Tensor],
 ) -> None:
     """after(batch number): the dense stream [windows, time, hidden] behind the writer."""
@@ -134,7 +130,7 @@ def _prune_writer(
         data.add(small[writer], wanted, held, 1 / target.square().mean(-1).clamp_min(1e-30))
     fit = ridge(data, weight, guess=pair.guess(index, writer))
     pair.fits[f"{index}.{writer}"] = fit.strength
-    _prune_together(pair, index, norm.writers, fit, data, choice, pattern, tensors)
+    _prune_together(pair, index, norm.writers, fit, data, task, tensors)
 
 
 def _prune_together(
@@ -143,8 +139,7 @@ def _prune_together(
     names: tuple[str, ...],
     target: Fit,
     data: Regression,
-    choice: Choice,
-    pattern: PatternOf,
+    task: Task,
     tensors: dict[str, Tensor],
 ) -> None:
     """Prune linears that read the same input, whose kept weights are to come near target.weight: [out, in]."""
@@ -153,12 +148,14 @@ def _prune_together(
     if not torch.isfinite(gram).all():
         raise RunFailure(f"inputs of {part}.{names[0]} hold NaN or Inf")
     strength = max(DAMPING, target.strength) if math.isfinite(target.strength) else DAMPING
-    curvature = curvature_of(gram, f"{part}.{names[0]}", strength)
+    gradients = task.gradients(index)
+    curvature = curvature_of(gram, f"{part}.{names[0]}", strength, [gradients[name] for name in names if gradients])
     rows = [tensors[f"{name}.weight"].shape[0] for name in names]
     wanted = target.weight.to(gram.dtype)
-    found, _ = prune_tall(wanted, rows, pattern([f"{part}.{name}.weight" for name in names]), choice, curvature)
+    pattern = task.pattern([f"{part}.{name}.weight" for name in names])
+    found, _ = prune_tall(wanted, rows, pattern, task.choice, curvature)
     pair.fits[f"{index}.{names[0]} damping"] = curvature.damping
-    lost = quadratic_loss(found - wanted, curvature.matrix).sum() / quadratic_loss(wanted, curvature.matrix).sum()
+    lost = quadratic_loss(found - wanted, curvature).sum() / quadratic_loss(wanted, curvature).sum()
     pair.fits[f"{index}.{names[0]} predicted_error"] = float(lost)
     for name, part_found in zip(names, found.split(rows), strict=True):
         tensors[f"{name}.weight"] = pair.stored(index, f"{name}.weight", part_found)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimlm.linalg.fisher import token_inverse
-from slimlm.linalg.hessian import SingularCurvature, hessian, quadratic_loss
+from slimlm.linalg.hessian import SingularCurvature, hessian, quadratic_loss, with_gradients
 from slimlm.linalg.masks import smallest, smallest_per_group
 from slimlm.linalg.obs import cheapest_first, greedy_order, joint, left_to_right, summed, swapped
 
@@ -126,7 +126,7 @@ def test_greedy_is_obc_written_as_a_loop_and_its_costs_add_up():
         pruned = torch.zeros(1, 16, dtype=torch.bool)
         pruned[0, gone] = True
         best = without(weight[row : row + 1], matrix, pruned)
-        assert float(quadratic_loss(best - weight[row], matrix)) / 2 == pytest.approx(float(cost[row].sum()))
+        assert float(quadratic_loss(best - weight[row], hessian(gram))) / 2 == pytest.approx(float(cost[row].sum()))
         assert torch.allclose(current[left], best[0, left], atol=1e-10)
 
 
@@ -164,9 +164,9 @@ def test_a_joint_update_is_exact_and_never_worse_than_any_other_on_the_same_mask
     )
     found = joint(weight, curvature, pruned, update, 1e-13)
     assert torch.allclose(found, without(weight, curvature.matrix, pruned).masked_fill(pruned, 0), atol=1e-8)
-    loss = quadratic_loss(found - weight, curvature.matrix)
+    loss = quadratic_loss(found - weight, curvature)
     for other in (update, summed(weight, curvature, pruned), weight.masked_fill(pruned, 0)):
-        assert (loss <= quadratic_loss(other - weight, curvature.matrix) * (1 + 1e-9) + 1e-9).all()
+        assert (loss <= quadratic_loss(other - weight, curvature) * (1 + 1e-9) + 1e-9).all()
     assert torch.equal(weight, before)
     assert not found[pruned].any()
 
@@ -184,7 +184,7 @@ def test_swaps_keep_every_count_and_never_lose(seed: int, group: int):
     if group:
         assert (mask.view(-1, group).sum(1) == group // 2).all()
     assert not better[mask].any()
-    now, was = (quadratic_loss(weights - weight, curvature.matrix) for weights in (better, found))
+    now, was = (quadratic_loss(weights - weight, curvature) for weights in (better, found))
     assert (now <= was).all()
 
 
@@ -193,12 +193,12 @@ def test_swaps_find_what_a_poor_mask_missed():
     curvature = hessian(gram)
     poor = smallest_per_group(-weight.abs(), 8, 16)
     found, mask = joint(weight, curvature, poor), poor
-    losses = [float(quadratic_loss(found - weight, curvature.matrix).sum())]
+    losses = [float(quadratic_loss(found - weight, curvature).sum())]
     for _ in range(12):
         found, mask = swapped(weight, curvature, mask, found)
-        losses.append(float(quadratic_loss(found - weight, curvature.matrix).sum()))
+        losses.append(float(quadratic_loss(found - weight, curvature).sum()))
     greedy = torch.zeros_like(mask).scatter_(1, greedy_order(weight, curvature, 8)[0], True)
-    best = float(quadratic_loss(joint(weight, curvature, greedy) - weight, curvature.matrix).sum())
+    best = float(quadratic_loss(joint(weight, curvature, greedy) - weight, curvature).sum())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.5 * losses[0]
     assert losses[-1] < 2 * best
@@ -217,3 +217,17 @@ def test_greedy_keeps_to_a_pattern():
     order, _ = greedy_order(weight, hessian(gram), 8, group=4, most=2)
     pruned = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order, True)
     assert (pruned.view(-1, 4).sum(1) == 2).all()
+
+
+def test_gradients_beside_the_gram_are_a_curvature_for_every_row():
+    weight, gram = problem()
+    x, delta = problem(30, 16, seed=3)[0], problem(30, 6, seed=4)[0]
+    curvature = with_gradients(hessian(gram), x, delta, share=0.5)
+    pruned = smallest(weight.abs(), 48)
+    found = joint(weight, curvature, pruned, tolerance=1e-13)
+    for row in range(6):
+        own = (delta[:, row, None] * x).T @ (delta[:, row, None] * x)
+        matrix = damped(gram) + own / own.trace() * damped(gram).trace()
+        expected = without(weight[row : row + 1], matrix, pruned[row : row + 1]).masked_fill(pruned[row], 0)
+        assert torch.allclose(found[row], expected[0], atol=1e-9)
+        assert torch.allclose(curvature.apply(weight)[row], weight[row] @ matrix, atol=1e-8)

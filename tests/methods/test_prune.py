@@ -317,7 +317,7 @@ def test_token_gradients_are_autograds(tmp_path: Path, text: Path):
     recipe = recipe_for(path, text, tmp_path / "out", method="mfac", fisher_samples=10_000, fisher_labels="text")
     with Work(tmp_path, Journal(tmp_path, {}), Progress()) as work:
         gather_gradients(model, recipe, list(tokens.split(2)), work)
-        found = [gradients_of(model, index, work) for index in range(3)]
+        found = [gradients_of(model, work, index) for index in range(3)]
     dense = AutoModelForCausalLM.from_pretrained(path).eval()
     logits = dense(tokens).logits[:, :-1].flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").backward()
@@ -327,3 +327,35 @@ def test_token_gradients_are_autograds(tmp_path: Path, text: Path):
             expected = block.get_submodule(name).weight.grad.double()
             error = (gradients.delta.T @ gradients.x - expected).norm() / expected.norm()
             assert error < 0.01, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "wanda", "mask": "columns"}, "mask columns needs a curvature of gram or gram.fisher, not diagonal"),
+        ({"method": "magnitude", "update": "joint"}, "update joint needs a curvature of gram"),
+        ({"method": "sparsegpt", "swaps": 2}, "swaps refine the mask of update joint, not of left-to-right"),
+        ({"method": "mfac", "mask": "wanda"}, "mask wanda needs a curvature of diagonal"),
+    ],
+)
+def test_what_does_not_go_together_is_said(tmp_path: Path, text: Path, settings: dict, message: str):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    with pytest.raises(UserError, match=message):
+        compress(recipe_for(path, text, tmp_path / "out", **settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "slimlm", "curvature": "gram+fisher"},
+        {"method": "sparsegpt", "curvature": "gram+fisher", "update": "joint", "swaps": 1},
+        {"method": "sparsegpt", "mask": "magnitude"},
+        {"method": "sparsegpt", "mask": "obs", "update": "summed"},
+        {"method": "magnitude", "curvature": "gram", "update": "joint"},
+        {"method": "wanda", "curvature": "gram", "update": "left-to-right"},
+    ],
+)
+def test_curvature_mask_and_update_combine_by_recipe(tmp_path: Path, text: Path, settings: dict):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    manifest = compress(recipe_for(path, text, tmp_path / "out", **settings)).manifest
+    assert manifest["sparsity"]["achieved"] == pytest.approx(0.5, abs=1e-3)
