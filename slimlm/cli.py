@@ -392,6 +392,54 @@ def _print_evaluation(data: dict[str, Any], json_path: Path | None) -> None:
         print(f"written to {json_path}")
 
 
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Hub id, directory, or `llama`.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Text to run through the model, for outliers and predicted losses.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 16,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Picks the windows.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Show what each matrix of a model looks like to a pruner.
+
+    **pq** and **prunable**: PQ Index, and the share of weights it says can go. **alpha**: how heavy the spectrum's tail
+    is; well-trained matrices are below 4. **rank**: stable rank. With `--dataset`, **outliers**: share of |w| ||x||
+    above 5 times their mean; **25%, 50%, 75%**: predicted share of the output lost at that sparsity.
+
+    Examples:
+
+        slimlm inspect llama
+
+        slimlm inspect meta-llama/Llama-3.2-1B --dataset wikitext2 --json figures.json
+    """
+    from rich.console import Console
+
+    from slimlm.report.table import inspection_table
+
+    _set_verbosity(False)
+    if json_path is not None:
+        _try_writing(json_path)
+    with _progress() as progress:
+        from slimlm.inspection import SPARSITIES, inspect_model
+
+        found = inspect_model(
+            model, dataset, windows, window, seed, device, revision, trust_remote_code, progress=progress
+        )
+    rows = [figures.describe() for figures in found]
+    Console().print(inspection_table(rows, SPARSITIES))
+    if json_path is not None:
+        json_path.write_text(json.dumps(rows, indent=2) + "\n")
+        print(f"written to {json_path}")
+
+
 @app.command("models")
 def models_command() -> None:
     """List the architectures slimlm knows, by `model_type`, and the bundled model."""

@@ -70,7 +70,7 @@ class Recipe(BaseModel):
         description="pruning: how much each matrix takes: uniform, global, owl, alphapruning or pq; by default as in "
         "the method's paper",
     )
-    fisher_samples: int = Field(1024, ge=1, description="pruning: tokens whose gradients are the Fisher information")
+    fisher_samples: int = Field(256, ge=1, description="pruning: tokens whose gradients are the Fisher information")
     fisher_labels: Literal["model", "text"] = Field(
         "model", description="pruning: gradients for tokens the model would predict, or for those of the text"
     )

@@ -21,7 +21,7 @@ ORDER = [
     {"methods", "evaluation"},
     {"report"},
     {"prepare"},
-    {"compression"},
+    {"compression", "inspection"},
     {"forecast"},
     {"cli"},
 ]

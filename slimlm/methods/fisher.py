@@ -8,6 +8,7 @@ on disk, in bf16, a file for each block.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,6 +60,10 @@ class RowFisher:
 
     def diagonal(self) -> Tensor:
         """[out, in]."""
+        return self._diagonal
+
+    @cached_property
+    def _diagonal(self) -> Tensor:
         return torch.cat([inverse.diagonal() for _, inverse in self._parts()])
 
     def times(self, vector: Tensor) -> Tensor:

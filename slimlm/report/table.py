@@ -22,6 +22,22 @@ def comparison_table(models: list[dict[str, Any]], title: str | None = None) -> 
     return table
 
 
+def inspection_table(rows: list[dict[str, Any]], sparsities: tuple[float, ...]) -> Table:
+    """Matrices down, figures across; rows: as `slimlm inspect` writes them to JSON."""
+    seen = rows[0]["predicted"] is not None
+    names = ["matrix", "shape", "zeros", "pq", "prunable", "alpha", "rank"]
+    table = Table(*names, *(["outliers", *(f"{sparsity:.0%}" for sparsity in sparsities)] if seen else []))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        cells = [row["name"], "x".join(map(str, row["shape"])), f"{row['zeros']:.1%}", f"{row['pq']:.3f}"]
+        cells += [f"{row['prunable']:.1%}", f"{row['alpha']:.2f}", f"{row['stable_rank']:.1f}"]
+        if seen:
+            cells += [f"{row['outliers']:.2%}", *(f"{loss:.2%}" for loss in row["predicted"])]
+        table.add_row(*cells)
+    return table
+
+
 def _rows(columns: list[dict[str, Any]]) -> list[tuple[str, list[str], str]]:
     rows = [
         _ratio_row("parameters", [column["parameters"] for column in columns], "{:,}"),

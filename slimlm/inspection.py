@@ -1,0 +1,139 @@
+"""What each matrix of a model looks like to a pruner: figures of its weights, and with data of what it sees."""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.calibration import load_windows
+from slimlm.checkpoint.resolve import resolve_model
+from slimlm.checkpoint.skeleton import load_config, load_tokenizer
+from slimlm.device import pick_device
+from slimlm.errors import RunFailure
+from slimlm.families import family_of
+from slimlm.linalg.allocation import hill_alpha, outlier_ratio, pq_index, pq_kept
+from slimlm.linalg.hessian import SingularCurvature, hessian
+from slimlm.linalg.ridge import Moments
+from slimlm.prepare import open_model
+from slimlm.progress import Progress
+from slimlm.stream import Stream, hooked
+from slimlm.walk import StreamedModel
+
+SPARSITIES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class MatrixFigures:
+    """One matrix inside a block.
+
+    zeros: share of weights that are zero. pq: PQ Index; prunable: the share that it says can go. alpha: exponent of the
+    spectrum's tail. stable_rank: sum of squared singular values over the largest. outliers: share of |w| ||x|| above 5
+    times their mean. predicted: for each of SPARSITIES, the share of the output's energy lost when that many of the
+    weights with the smallest second-order scores go, each made up for as if alone. The last two need data.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    zeros: float
+    pq: float
+    prunable: float
+    alpha: float
+    stable_rank: float
+    outliers: float | None = None
+    predicted: tuple[float, ...] | None = None
+
+    def describe(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def inspect_model(
+    name: str,
+    dataset: str | None = None,
+    windows: int = 16,
+    window: int = 256,
+    seed: int = 0,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[MatrixFigures]:
+    """Figures of every linear inside the blocks, in the order of the model; one block is in memory at a time.
+
+    Raises UserError for a model or data that cannot be used, RunFailure for NaN.
+    """
+    progress = progress or Progress()
+
+    def accept(path: Path) -> None:
+        family_of(load_config(path, trust_remote_code).model_type)
+
+    resolved = resolve_model(name, revision, accept)
+    progress.line(f"model: {resolved}")
+    model = open_model(resolved.path, pick_device(device), "fast", trust_remote_code)
+    stream = None
+    if dataset is not None:
+        tokenizer = load_tokenizer(resolved.path, trust_remote_code)
+        stream = model.embed(load_windows(dataset, tokenizer, windows, window, seed).batches(8))
+    progress.stage("inspecting", len(model.blocks))
+    found: list[MatrixFigures] = []
+    for index in range(len(model.blocks)):
+        with model.block(index) as block:
+            grams = _grams(model, index, stream, block) if stream else {}
+            for linear in (*model.family.readers, *model.family.writers):
+                weight = block.get_submodule(linear).get_parameter("weight").float()
+                found.append(figures_of(f"{model.family.block(index)}.{linear}", weight, grams.get(linear)))
+        progress.step()
+    return found
+
+
+def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixFigures:
+    """weight: [out, in]; gram: [in, in] of its inputs."""
+    if not torch.isfinite(weight).all():
+        raise RunFailure(f"{name}.weight holds NaN or Inf")
+    energies = torch.linalg.svdvals(weight.double()).square()
+    index = pq_index(weight)
+    outliers, predicted = None, None
+    if gram is not None:
+        outliers = outlier_ratio(weight.abs() * gram.diagonal().sqrt().float())
+        predicted = predicted_losses(name, weight.to(gram), gram)
+    return MatrixFigures(
+        name,
+        (weight.shape[0], weight.shape[1]),
+        float((weight == 0).double().mean()),
+        index,
+        1 - pq_kept(index),
+        hill_alpha(weight),
+        float(energies.sum() / energies[0].clamp_min(1e-300)),
+        outliers,
+        predicted,
+    )
+
+
+def predicted_losses(name: str, weight: Tensor, gram: Tensor) -> tuple[float, ...]:
+    """Summed OBS scores w^2 / [H^-1] of the weights that go, over the energy of the outputs, for each of SPARSITIES."""
+    try:
+        curvature = hessian(gram)
+    except SingularCurvature as error:
+        raise RunFailure(f"{name}: {error}") from error
+    scores = (weight.square() / curvature.diagonal()).flatten().sort().values.cumsum(0)
+    energy = float(((weight @ gram) * weight).sum().clamp_min(1e-300))
+    places = [max(0, round(sparsity * weight.numel()) - 1) for sparsity in SPARSITIES]
+    return tuple(float(scores[place]) / energy for place in places)
+
+
+def _grams(model: StreamedModel, index: int, stream: Stream, block: nn.Module) -> dict[str, Tensor]:
+    """Gram of the inputs of every linear of a block; the stream goes past it."""
+    shared = {name: norm.readers[0] for norm in model.family.norms for name in norm.readers}
+    linears = (*model.family.readers, *model.family.writers)
+    first = {shared.get(name, name) for name in linears}
+    moments: dict[str, Moments] = {}
+
+    def observe(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+        x = args[0].flatten(0, -2).float()
+        moments.setdefault(name, Moments(x.shape[1], 0, x.device)).add(x, x[:, :0])
+
+    with hooked((block.get_submodule(name), partial(observe, name=name)) for name in first):
+        model.advance(index, stream)
+    return {name: moments[shared.get(name, name)].xx for name in linears}

@@ -1,0 +1,57 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from slimlm.cli import app
+from slimlm.errors import RunFailure
+from slimlm.inspection import figures_of, inspect_model
+from tests.conftest import CONFIGS, build_tiny
+
+
+def test_figures_are_those_of_the_weights(tmp_path: Path):
+    path = build_tiny(CONFIGS["llama-biased"], tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The old house stood at the end of the lane, and nobody had lived there. " * 40)
+    blind = inspect_model(str(path))
+    seen = inspect_model(str(path), str(tmp_path / "text.txt"), windows=3, window=24)
+    assert [figures.name for figures in blind] == [figures.name for figures in seen]
+    assert len(blind) == 3 * 7
+    assert blind[0].name == "model.layers.0.self_attn.q_proj"
+    for one, other in zip(blind, seen, strict=True):
+        assert (one.pq, one.alpha, one.stable_rank) == (other.pq, other.alpha, other.stable_rank)
+        assert one.outliers is None
+        assert one.predicted is None
+        assert 0 <= other.outliers < 0.2
+        low, middle, high = other.predicted
+        assert 0 < low < middle < high
+
+
+def test_the_predicted_loss_of_uncorrelated_inputs_is_the_energy_that_goes():
+    weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    found = figures_of("w", weight, 10 * torch.eye(6, dtype=torch.float64))
+    squares = weight.square().flatten().sort().values
+    expected = [float(squares[:count].sum() / squares.sum()) for count in (12, 24, 36)]
+    assert found.predicted == pytest.approx([1.01 * share for share in expected])  # the damping counts as energy
+    assert found.stable_rank == pytest.approx(float(weight.norm() ** 2 / torch.linalg.matrix_norm(weight, 2) ** 2))
+
+
+def test_zeros_are_counted_and_nan_is_named():
+    weight = torch.ones(4, 4)
+    weight[0] = 0
+    assert figures_of("w", weight).zeros == 0.25
+    assert math.isfinite(figures_of("w", torch.zeros(4, 4)).alpha)
+    with pytest.raises(RunFailure, match=r"model\.w\.weight holds NaN"):
+        figures_of("model.w", weight * float("nan"))
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    result = CliRunner().invoke(app, ["inspect", str(path), "--json", str(tmp_path / "figures.json")])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "figures.json").read_text())
+    assert len(rows) == 21
+    assert {"pq", "alpha", "stable_rank"} < rows[0].keys()
+    assert "prunable" in result.output
