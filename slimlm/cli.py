@@ -440,6 +440,38 @@ def inspect_command(
         print(f"written to {json_path}")
 
 
+Source = Annotated[Path, typer.Argument(help="Directory to read.")]
+Target = Annotated[Path, typer.Argument(help="Directory to make.")]
+
+
+@app.command("pack")
+def pack_command(source: Source, output: Target) -> None:
+    """Put a pruned checkpoint away without its zeros: a bit per weight, and the weights that are left.
+
+    At 50% zeros in bf16 a matrix takes 0.56 of its room. `slimlm unpack` gives the same checkpoint back, bit by bit.
+    """
+    from slimlm.checkpoint.pack import pack
+
+    _repack(pack, "packing", source, output)
+
+
+@app.command("unpack")
+def unpack_command(source: Source, output: Target) -> None:
+    """Get the checkpoint back that `slimlm pack` put away."""
+    from slimlm.checkpoint.pack import unpack
+
+    _repack(unpack, "unpacking", source, output)
+
+
+def _repack(how: Any, stage: str, source: Path, output: Path) -> None:
+    from slimlm.checkpoint.reader import Checkpoint
+
+    with _progress() as progress:
+        progress.stage(stage, len(Checkpoint(source).tensors))
+        before, after = how(source.resolve(), output.resolve(), progress.step)
+    print(f"{before:,} bytes of weights -> {after:,} ({after / max(1, before):.2f} of them), written to {output}")
+
+
 @app.command("models")
 def models_command() -> None:
     """List the architectures slimlm knows, by `model_type`, and the bundled model."""

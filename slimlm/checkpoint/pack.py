@@ -1,0 +1,145 @@
+"""A pruned checkpoint as an archive without its zeros: a bit per weight and the weights that are not zero.
+
+The archive is a directory: safetensors with `<name>#mask` (uint8, a bit per weight) and `<name>#values` for every
+tensor that gets smaller this way, all others as they are; `packed.json` with the shapes; and under `files/` whatever else the
+checkpoint consists of, so that nothing takes the archive for a model. Unpacking gives the same tensors to the last bit.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from slimlm.checkpoint.disk import disk_errors
+from slimlm.checkpoint.output import staged_output
+from slimlm.checkpoint.reader import INDEX_NAME, Checkpoint
+from slimlm.checkpoint.shard import StoredTensor
+from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
+from slimlm.errors import UserError
+
+PACKED_NAME = "packed.json"
+FORMAT = 1
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Advance = Callable[[int], None]
+
+
+def pack(source: Path, output: Path, advance: Advance = lambda tensors: None) -> tuple[int, int]:
+    """Write the archive of a checkpoint directory; bytes of weights before and after. One tensor is in memory at once.
+
+    Raises UserError for a directory that is no checkpoint or an output that is taken, RunFailure when the disk is full.
+    """
+    _refuse_taken(output)
+    checkpoint = Checkpoint(source)
+    counts = {name: _nonzero(stored) for name, stored in checkpoint.tensors.items()}
+    specs: dict[str, TensorSpec] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, stored in checkpoint.tensors.items():
+        parts = {
+            f"{name}#mask": TensorSpec((-(-_size(stored) // 8),), torch.uint8),
+            f"{name}#values": TensorSpec((counts[name],), stored.dtype),
+        }
+        if sum(spec.nbytes for spec in parts.values()) < stored.nbytes:
+            specs |= parts
+            shapes[name] = list(stored.shape)
+        else:
+            specs[name] = TensorSpec(stored.shape, stored.dtype)
+    with staged_output(output) as staging:
+        writer = CheckpointWriter(staging.model, specs)
+        for name, stored in checkpoint.tensors.items():
+            tensor = stored.read()
+            if name in shapes:
+                kept = _kept(tensor)
+                writer.write(f"{name}#mask", torch.from_numpy(numpy.packbits(kept.numpy())))
+                writer.write(f"{name}#values", tensor.flatten()[kept])
+            else:
+                writer.write(name, tensor)
+            advance(1)
+        writer.finish()
+        others = [path for path in source.iterdir() if path.is_file() and not _is_weights(path)]
+        with disk_errors(staging.model):
+            (staging.model / "files").mkdir()
+            for path in others:
+                shutil.copy2(path, staging.model / "files" / path.name)
+            (staging.model / PACKED_NAME).write_text(json.dumps({"format": FORMAT, "shapes": shapes}, indent=2) + "\n")
+    return checkpoint.bytes_on_disk(), Checkpoint(output).bytes_on_disk()
+
+
+def unpack(source: Path, output: Path, advance: Advance = lambda tensors: None) -> tuple[int, int]:
+    """Write the checkpoint that an archive was made of; bytes of weights before and after.
+
+    Raises UserError for a directory that is no archive or a damaged one, or an output that is taken.
+    """
+    _refuse_taken(output)
+    shapes = _shapes(source)
+    archive = Checkpoint(source)
+    specs: dict[str, TensorSpec] = {}
+    for key, stored in archive.tensors.items():
+        name, _, part = key.rpartition("#")
+        if part == "values" and name not in shapes:
+            raise UserError(f"{source / PACKED_NAME} is damaged: it has no shape for {name}")
+        if part == "values":
+            specs[name] = TensorSpec(tuple(shapes[name]), stored.dtype)
+        elif part != "mask":
+            specs[key] = TensorSpec(stored.shape, stored.dtype)
+    with staged_output(output) as staging:
+        writer = CheckpointWriter(staging.model, specs)
+        for name in specs:
+            writer.write(name, _restored(archive, name, shapes) if name in shapes else archive.read(name))
+            advance(1)
+        writer.finish()
+        with disk_errors(staging.model):
+            for path in (source / "files").iterdir():
+                shutil.copy2(path, staging.model / path.name)
+    return archive.bytes_on_disk(), Checkpoint(output).bytes_on_disk()
+
+
+def _restored(archive: Checkpoint, name: str, shapes: dict[str, list[int]]) -> Tensor:
+    mask, values = archive.read(f"{name}#mask"), archive.read(f"{name}#values")
+    size = int(torch.Size(shapes[name]).numel())
+    if mask.numel() != -(-size // 8):
+        raise UserError(f"{archive.path}: the mask of {name} is not one of {size} weights")
+    kept = torch.from_numpy(numpy.unpackbits(mask.numpy(), count=size)).bool()
+    if int(kept.sum()) != values.numel():
+        raise UserError(f"{archive.path}: {name} has {values.numel()} values for {int(kept.sum())} places")
+    tensor = torch.zeros(size, dtype=values.dtype)
+    tensor[kept] = values
+    return tensor.view(shapes[name])
+
+
+def _shapes(source: Path) -> dict[str, list[int]]:
+    path = source / PACKED_NAME
+    if not path.is_file():
+        raise UserError(f"{source} is not an archive of `slimlm pack`: it has no {PACKED_NAME}")
+    try:
+        packed = json.loads(path.read_text())
+        if packed["format"] != FORMAT:
+            raise UserError(f"{path} is of format {packed['format']}, this slimlm reads {FORMAT}: use a newer one")
+        return {str(name): [int(width) for width in shape] for name, shape in packed["shapes"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _refuse_taken(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty: choose another")
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.name == INDEX_NAME
+
+
+def _size(stored: StoredTensor) -> int:
+    return int(torch.Size(stored.shape).numel())
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """Which of the flattened values are not zero to the last bit: a minus zero stays what it is."""
+    return tensor.contiguous().view(_BITS[tensor.dtype.itemsize]).flatten() != 0
+
+
+def _nonzero(stored: StoredTensor) -> int:
+    return sum(int(_kept(chunk).sum()) for chunk in stored.chunks())
