@@ -1,8 +1,8 @@
 """A pruned checkpoint as an archive without its zeros: a bit per weight and the weights that are not zero.
 
 The archive is a directory: safetensors with `<name>#mask` (uint8, a bit per weight) and `<name>#values` for every
-tensor that gets smaller this way, all others as they are; `packed.json` with the shapes; and under `files/` whatever else the
-checkpoint consists of, so that nothing takes the archive for a model. Unpacking gives the same tensors to the last bit.
+tensor that gets smaller this way, all others as they are; `packed.json` with the shapes; and under `files/` whatever
+else the checkpoint consists of, so that nothing takes the archive for a model. Unpacking gives the same tensors to the last bit.
 """
 
 import json
