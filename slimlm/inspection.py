@@ -113,12 +113,12 @@ def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixF
 
 def predicted_losses(name: str, weight: Tensor, gram: Tensor) -> tuple[float, ...]:
     """Summed OBS scores w^2 / [H^-1] of the weights that go, over the energy of the outputs, for each of SPARSITIES."""
+    energy = float(((weight @ gram) * weight).sum().clamp_min(1e-300))
     try:
-        curvature = hessian(gram)
+        curvature = hessian(gram.clone())  # readers share it
     except SingularCurvature as error:
         raise RunFailure(f"{name}: {error}") from error
     scores = (weight.square() / curvature.diagonal()).flatten().sort().values.cumsum(0)
-    energy = float(((weight @ gram) * weight).sum().clamp_min(1e-300))
     places = [max(0, round(sparsity * weight.numel()) - 1) for sparsity in SPARSITIES]
     return tuple(float(scores[place]) / energy for place in places)
 

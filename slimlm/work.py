@@ -108,13 +108,16 @@ class Work:
         self.settle()
         self._flushing.append(self._flusher.submit(self._flush, part, hashes))
 
-    def pass_through(self, model: StreamedModel, index: int, tensors: Mapping[str, Tensor], stream: Stream) -> None:
+    def pass_through(
+        self, model: StreamedModel, index: int, tensors: Mapping[str, Tensor], stream: Stream, dtype: str = "auto"
+    ) -> None:
         """Write block `index` of the model that is being written, by names within it, and run the stream through it.
 
-        The stream sees the weights as they are stored, so that what rounds off can still be made up for.
+        The stream sees the weights as they are stored, so that what rounds off can still be made up for. dtype: to
+        store them in, where it is not the one that `model` has them in.
         """
         part = model.family.block(index)
-        stored = {name: tensor.to(model.stored_dtype(f"{part}.{name}")) for name, tensor in tensors.items()}
+        stored = {name: tensor.to(model.stored_dtype(f"{part}.{name}", dtype)) for name, tensor in tensors.items()}
         if not self.written(part):
             self.write(model, part, ((f"{part}.{name}", tensor) for name, tensor in stored.items()))
         with model.placed(part, stored):

@@ -2,7 +2,8 @@
 
 The archive is a directory: safetensors with `<name>#mask` (uint8, a bit per weight) and `<name>#values` for every
 tensor that gets smaller this way, all others as they are; `packed.json` with the shapes; and under `files/` whatever
-else the checkpoint consists of, so that nothing takes the archive for a model. Unpacking gives the same tensors to the last bit.
+else the checkpoint consists of, so that nothing takes the archive for a model. Unpacking gives the same tensors to
+the last bit.
 """
 
 import json

@@ -69,15 +69,16 @@ def low_rank_inverse(gradients: Tensor, base: float | Tensor) -> LowRankInverse:
     return LowRankInverse(1 / base, _times_lower(root / base, gradients))
 
 
-def token_inverse(x: Tensor, delta: Tensor, base: float | Tensor) -> LowRankInverse:
+def token_inverse(x: Tensor, delta: Tensor, base: float | Tensor, products: Tensor | None = None) -> LowRankInverse:
     """The same for each row of a linear, from per-token gradients delta_tr x_t of row r. x: [m, in], delta: [m, out].
 
-    The tokens' inner products are shared by all rows. factor: [out, m, in].
+    The tokens' inner products x x^T: [m, m] are shared by all rows, and may be given. factor: [out, m, in].
     """
     through = x @ base if isinstance(base, Tensor) else x / base
     inverse = base if isinstance(base, Tensor) else 1 / base
     scale = delta.T[..., None]
-    root = _inverse_root(scale * (x @ through.T) * scale.mT)
+    products = x @ through.T if products is None or isinstance(base, Tensor) else products / base
+    root = _inverse_root(scale * products * scale.mT)
     return LowRankInverse(inverse, (root * scale.mT) @ through)
 
 
@@ -117,7 +118,10 @@ def block_inverse(x: Tensor, delta: Tensor, damping: float, size: int) -> BlockI
         weighted = part.square().T[:, None, :, None] / tokens * parts
         fisher = weighted.mT @ parts
         fisher.diagonal(dim1=-2, dim2=-1).add_(damping)
-        found.append(torch.cholesky_inverse(torch.linalg.cholesky(fisher)))
+        lower, failed = torch.linalg.cholesky_ex(fisher)
+        if failed.any():
+            raise ValueError("a Fisher matrix is not positive definite: its gradients are not finite")
+        found.append(torch.cholesky_inverse(lower))
     return BlockInverse(torch.cat(found))
 
 

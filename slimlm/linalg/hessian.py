@@ -47,22 +47,26 @@ class Hessian:
 def hessian(gram: Tensor, damping: float = DAMPING) -> Hessian:
     """The damped curvature of gram: [in, in], its damping raised tenfold until it is positive definite.
 
-    Raises SingularCurvature when that does not help, or the gram is not finite.
+    The gram is used up, as it may be the largest thing there is: it becomes `matrix`. Raises SingularCurvature when
+    that does not help, or the gram is not finite.
     """
     dead = gram.diagonal() <= 0
     mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    gram[dead] = gram[:, dead] = 0
+    added = 0.0
     for power in range(TRIES):
-        matrix = gram.clone()
-        matrix.diagonal().add_(damping * 10**power * mean)
-        matrix[dead] = matrix[:, dead] = 0
-        matrix[dead, dead] = 1
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if failed or not torch.isfinite(factor).all():
+        gram.diagonal().add_((damping * 10**power - added) * mean)
+        gram[dead, dead] = 1
+        added = damping * 10**power
+        inverse = gram.clone()
+        columns, info = inverse.mT, torch.empty((), dtype=torch.int32, device=gram.device)
+        _, failed = torch.linalg.cholesky_ex(columns, out=(columns, info))  # in its place, as LAPACK has it
+        if failed or not torch.isfinite(inverse).all():
             continue
-        inverse = torch.cholesky_inverse(factor)
+        torch.cholesky_inverse(columns, out=columns)
         upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed:
-            return Hessian(matrix, inverse, upper, damping * 10**power, dead)
+            return Hessian(gram, inverse, upper, added, dead)
     most = damping * 10 ** (TRIES - 1)
     raise SingularCurvature(f"the Gram matrix of its inputs is singular, even with {most:g} of damping")
 

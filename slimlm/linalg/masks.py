@@ -27,7 +27,7 @@ def smallest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
     """Boolean mask of the `counts[r]` smallest in each row r of scores: [rows, n]; among equal ones the first go."""
     pruned = torch.zeros_like(scores, dtype=torch.bool)
     rows = max(1, CHUNK_ELEMENTS // max(1, scores.shape[1]))
-    position = torch.arange(scores.shape[1], device=scores.device)
+    position, counts = torch.arange(scores.shape[1], device=scores.device), counts.to(scores.device)
     for part, count, mask in zip(scores.split(rows), counts.split(rows), pruned.split(rows), strict=True):
         order = part.argsort(dim=1, stable=True)
         mask.scatter_(1, order, (position < count[:, None]).expand_as(order))

@@ -5,13 +5,14 @@ loss that the Fisher information predicts. owl, alphapruning: by block, from out
 spectrum. pq: by matrix, from the PQ Index. What each is, and whose, says `linalg/allocation.py`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from slimlm.errors import UserError
+from slimlm.errors import RunFailure, UserError
 from slimlm.linalg.allocation import (
+    LEAST_KEPT,
     alpha_shares,
     exact_counts,
     global_counts,
@@ -22,9 +23,9 @@ from slimlm.linalg.allocation import (
     pq_index,
     pq_kept,
 )
-from slimlm.linalg.hessian import hessian
+from slimlm.linalg.ridge import WIDE
 from slimlm.methods.fisher import TokenGradients, gradients_of, row_fisher
-from slimlm.methods.matrix import Choice
+from slimlm.methods.matrix import Choice, curvature_of
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
@@ -44,10 +45,9 @@ def allocate(
         return dict(record["counts"])
     sizes = {name: model.model.get_parameter(name).numel() for name in _matrices(model)}
     total = sum(round(recipe.sparsity * size) for size in sizes.values())
-    try:
-        counts = _counts(model, recipe, choice, work, input_norms, sizes, total)
-    except ValueError as error:
-        raise UserError(f"--allocation {recipe.allocation}: {error}") from error
+    if recipe.allocation != "uniform" and total > (1 - LEAST_KEPT) * sum(sizes.values()):
+        raise UserError(f"--allocation {recipe.allocation} leaves {LEAST_KEPT:.0%} of every matrix: lower --sparsity")
+    counts = _counts(model, recipe, choice, work, input_norms, sizes, total)
     work.journal.commit("allocation", counts=counts)
     return counts
 
@@ -72,8 +72,7 @@ def _counts(
         part = model.family.block(index)
         if recipe.allocation == "global":
             gradients = gradients_of(model, work, index) if choice.curvature != "none" else {}
-            for name, weight in weights.items():
-                scores = global_scores(weight, gradients.get(name), recipe, choice)
+            for name, scores in global_scores(weights, gradients, part, recipe, choice):
                 histograms[f"{part}.{name}.weight"] = histogram(scores)
         elif recipe.allocation == "pq":
             kept |= {f"{part}.{name}.weight": pq_kept(pq_index(weight)) for name, weight in weights.items()}
@@ -96,20 +95,35 @@ def _counts(
     return exact_counts(sizes, lambda name, c: of[name] * c, total, 0.0, 1 / min(shares))
 
 
-def global_scores(weight: Tensor, gradients: TokenGradients | None, recipe: Recipe, choice: Choice) -> Tensor:
-    """What pruning each weight alone is predicted to cost, on one scale for the whole model: [out, in].
+def global_scores(
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, TokenGradients],
+    part: str,
+    recipe: Recipe,
+    choice: Choice,
+) -> Iterator[tuple[str, Tensor]]:
+    """What pruning each weight [out, in] of a block's linears alone is predicted to cost, on one scale for the model.
 
     |w| without data; w^2 / (2 [F^-1]) for Fisher information; else the inputs' Gram times the mean square of the
-    output's gradient, as in K-FAC (Martens & Grosse, arXiv 1503.05671).
+    output's gradient, as in K-FAC (Martens & Grosse, arXiv 1503.05671). Raises RunFailure with a linear's name.
     """
-    if gradients is None:
-        return weight.abs()
-    if choice.curvature in ("fisher", "block-fisher"):
-        inverse = row_fisher(gradients, recipe.fisher_damping, choice.curvature == "block-fisher")
-        return weight.double().square() / inverse.diagonal() / 2
-    curvature = hessian(gradients.x.T @ gradients.x / len(gradients.x))
-    scale = gradients.delta.square().mean(0)[:, None]
-    return scale * weight.double().square() / curvature.diagonal() / 2
+    last: tuple[Tensor, Tensor] | None = None  # inputs and the diagonal of their inverse Gram: neighbours share them
+    for name, weight in weights.items():
+        if choice.curvature == "none":
+            yield name, weight.abs()
+            continue
+        found = gradients[name]
+        if choice.curvature in ("fisher", "block-fisher"):
+            try:
+                diagonal = row_fisher(found, recipe.fisher_damping, choice.curvature == "block-fisher").diagonal()
+            except ValueError as error:
+                raise RunFailure(f"{part}.{name} cannot be pruned: {error}") from error
+            yield name, weight.double().square() / diagonal / 2
+            continue
+        if last is None or not torch.equal(last[0], found.x):
+            x = found.x.float() if found.x.shape[1] > WIDE else found.x
+            last = found.x, curvature_of(x.T @ x / len(x), f"{part}.{name}").diagonal()
+        yield name, found.delta.square().mean(0)[:, None] * weight.square() / last[1] / 2
 
 
 def _blocks(model: StreamedModel, work: Work) -> Iterator[tuple[int, nn.Module]]:

@@ -56,7 +56,12 @@ class RowFisher:
             if self.block or x.shape[0] >= x.shape[1]:
                 yield part, block_inverse(x, delta[:, part], self.damping, self.block or x.shape[1])
             else:
-                yield part, token_inverse(x, delta[:, part], self.damping)
+                yield part, token_inverse(x, delta[:, part], self.damping, self._inner)
+
+    @cached_property
+    def _inner(self) -> Tensor:
+        """Inner products of the tokens' inputs: [tokens, tokens], the same for all rows."""
+        return self.gradients.x @ self.gradients.x.T
 
     def diagonal(self) -> Tensor:
         """[out, in]."""
@@ -75,7 +80,20 @@ def row_fisher(gradients: TokenGradients, damping: float, blocks: bool) -> RowFi
     """damping: in mean diagonals of the matrix's Fisher information."""
     inputs = gradients.x.shape[1]
     size = next(size for size in range(min(BLOCK, inputs), 0, -1) if inputs % size == 0) if blocks else 0
-    return RowFisher(gradients, damping * float(gradients.mean_square()), size)
+    return RowFisher(gradients, damping * max(float(gradients.mean_square()), 1e-30), size)
+
+
+def gradient_windows(recipe: Recipe, model: StreamedModel) -> int:
+    """Room on disk that gathered gradients take, in windows of hidden states."""
+    assert recipe.max_seq_length is not None
+    block = model.blocks[0]
+    sizes = [block.get_submodule(name).get_parameter("weight").shape for name in _linears(model)]
+    numbers = len(model.blocks) * recipe.fisher_samples * sum(map(sum, sizes))
+    return 1 + numbers // (recipe.max_seq_length * int(model.config.hidden_size))
+
+
+def _linears(model: StreamedModel) -> tuple[str, ...]:
+    return (*model.family.readers, *model.family.writers)
 
 
 def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work: Work) -> None:
@@ -89,7 +107,7 @@ def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor]
     wanted = min(1.0, recipe.fisher_samples / sum(tokens))
     generator = torch.Generator().manual_seed(recipe.seed)
     places = [torch.randperm(count, generator=generator)[: max(1, round(wanted * count))] for count in tokens]
-    names = [*family.readers, *family.writers]
+    names = list(_linears(model))
     found: dict[str, list[Tensor]] = {}
 
     def visit(index: int, number: int, seen: Seen) -> None:
@@ -107,7 +125,7 @@ def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor]
             found.clear()
 
     first = {norm.readers[0] for norm in family.norms} | set(family.writers)
-    reverse_sweep(model, list(chosen), recipe.seed, recipe.fisher_labels, names, visit, work)
+    reverse_sweep(model, list(chosen), recipe.seed, recipe.fisher_labels, (names, 1), visit, work)
 
 
 def gradients_of(model: StreamedModel, work: Work, index: int) -> dict[str, TokenGradients]:
@@ -122,7 +140,7 @@ def gradients_of(model: StreamedModel, work: Work, index: int) -> dict[str, Toke
             saved[f"{shared.get(name, name)}.x"].to(model.device).double(),
             saved[f"{name}.delta"].to(model.device).double(),
         )
-        for name in (*model.family.readers, *model.family.writers)
+        for name in _linears(model)
     }
 
 

@@ -18,7 +18,7 @@ from slimlm.work import Work
 
 TOKENS = 16_384
 Labels = Literal["model", "text"]
-Seen = dict[str, tuple[Tensor, Tensor]]  # by module: its input and its output, gradients retained
+Seen = dict[str, tuple[Tensor, Tensor]]  # by module: its input and its output
 Visit = Callable[[int, int, Seen], None]  # (block, batch number, what its modules saw)
 
 
@@ -40,7 +40,8 @@ def gradient_covariance(model: StreamedModel, batches: list[Tensor], seed: int, 
     def at_end(gradient: Tensor, hidden: Tensor) -> None:
         gram.add(_scaled(gradient, hidden))
 
-    reverse_sweep(model, batches, seed, "model", [norm.name for norm in model.family.norms], visit, work, at_end)
+    norms = [norm.name for norm in model.family.norms]
+    reverse_sweep(model, batches, seed, "model", (norms, 0), visit, work, at_end)
     return gram.matrix
 
 
@@ -55,15 +56,16 @@ def reverse_sweep(
     batches: list[Tensor],
     seed: int,
     labels: Labels,
-    names: list[str],
+    watched: tuple[list[str], Literal[0, 1]],
     visit: Visit,
     work: Work,
     at_end: Callable[[Tensor, Tensor], None] = lambda gradient, hidden: None,
 ) -> None:
-    """Show `visit`, for every block from the last to the first and every batch, the inputs and outputs of the modules
-    `names` of the block, with the gradients of the summed loss. One sweep forward that leaves every block's input on
-    disk, one backward, a block at a time.
+    """Show `visit`, for every block from the last to the first and every batch, the inputs and outputs of some modules
+    of the block, with the gradient of the summed loss on one of them. One sweep forward that leaves every block's input
+    on disk, one backward, a block at a time.
 
+    watched: the modules' names, and where the gradient is wanted: 0 for the input, 1 for the output.
     labels: `model` draws the tokens to predict from the model's own predictions (the true Fisher information), `text`
     takes the next tokens (the empirical one). at_end: shown each batch's gradient and states behind the last block.
     """
@@ -91,7 +93,7 @@ def reverse_sweep(
             for number, hidden in enumerate(inputs[index]):
                 hidden.requires_grad_()
                 seen: Seen = {}
-                with torch.enable_grad(), _watched(block, names, seen):
+                with torch.enable_grad(), _watched(block, *watched, seen):
                     out = model.run(index, hidden, stream.calls[number][index])
                 out.backward(gradients[number])
                 visit(index, number, seen)
@@ -129,13 +131,12 @@ def _at_the_head(model: StreamedModel, stream: Stream, generator: torch.Generato
 
 
 @contextmanager
-def _watched(block: nn.Module, names: list[str], seen: Seen) -> Iterator[None]:
+def _watched(block: nn.Module, names: list[str], side: Literal[0, 1], seen: Seen) -> Iterator[None]:
     """Inside the context, modules leave their input and output in `seen`."""
 
     def tap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str) -> None:
-        for tensor in (args[0], output):
-            tensor.retain_grad()
         seen[name] = args[0], output
+        seen[name][side].retain_grad()
 
     handles = [block.get_submodule(name).register_forward_hook(partial(tap, name=name)) for name in names]
     try:

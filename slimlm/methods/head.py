@@ -7,7 +7,6 @@ which is convex in T. Least squares would spend itself on logits of tokens nobod
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,21 +19,16 @@ from slimlm.methods.refit import Pair
 from slimlm.methods.rotation import head_map
 from slimlm.work import Work
 
+STEP = "head fitted"
 EPOCHS = 3
 STEP_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class HeadFit:
-    """seen: [hidden, width], what the dense head is to take for its input. notes: divergences on held-out windows."""
-
-    seen: Tensor
-    notes: dict[str, Any]
-
-
 @torch.no_grad()
-def refit_head(pair: Pair, seed: int, work: Work, rate: float = RATE) -> HeadFit:
-    """Fit the map for streams that went through all blocks. rate: of its steps; less where less was lost."""
+def refit_head(pair: Pair, seed: int, work: Work, rate: float = RATE) -> Tensor:
+    """Fit the map for streams that went through all blocks: [hidden, width], what the dense head is to take for its
+    input. rate: of its steps; less where less was lost.
+    """
     dense, width = pair.dense, pair.basis.shape[1]
     head = dense.family.head
     prior = head_map(dense, pair.basis)
@@ -62,8 +56,14 @@ def refit_head(pair: Pair, seed: int, work: Work, rate: float = RATE) -> HeadFit
     if not math.isfinite(before + after):
         raise RunFailure(f"refitting {head} gave NaN or Inf: use --no-refit")
     better = after < before
-    notes = {"kl_least_squares": before, "kl": after if better else before}
-    return HeadFit(fit.map if better else least_squares, notes)
+    work.journal.commit(STEP, notes={"kl_least_squares": before, "kl": after if better else before})
+    return fit.map if better else least_squares
+
+
+def head_notes(work: Work) -> dict[str, float]:
+    """Divergences on held-out windows that a fit found, in this process or an earlier one."""
+    record = work.journal.last(STEP)
+    return record["notes"] if record else {}
 
 
 def _head_inputs(pair: Pair, numbers: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

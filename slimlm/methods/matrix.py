@@ -81,6 +81,7 @@ class Task:
 
     choice: Choice
     pattern: Callable[[list[str]], Pattern]
+    dtype: str = "auto"  # to write in
     gradients: Callable[[int], Mapping[str, TokenGradients]] = lambda index: {}
 
 
@@ -92,6 +93,8 @@ def prune_tall(
     curvature: the damped Gram; an inverse for `obs` and `summed`; the inputs' norms [in] for `wanda`; None for
     `magnitude` without an update.
     """
+    if isinstance(curvature, Hessian):  # what a dead input is multiplied by does not matter: it goes first
+        weight = weight.masked_fill(curvature.dead, 0)
     if choice.mask == "columns":
         assert isinstance(curvature, Hessian)
         choose = partial(_in_columns, rows=rows, pattern=pattern, inputs=weight.shape[1])

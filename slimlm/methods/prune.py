@@ -23,7 +23,7 @@ from slimlm.families import Family
 from slimlm.linalg.hessian import Hessian
 from slimlm.linalg.ridge import Moments
 from slimlm.methods.allocation import allocate
-from slimlm.methods.fisher import gather_gradients, gradients_of, row_fisher
+from slimlm.methods.fisher import gather_gradients, gradient_windows, gradients_of, row_fisher
 from slimlm.methods.gradients import sweep_windows
 from slimlm.methods.matrix import Choice, Pattern, Task, combined, curvature_of, prune_tall
 from slimlm.methods.plan import Method, Outcome, Plan
@@ -55,8 +55,10 @@ def pruning(
         return recipe.refit and repairs and settled(recipe)[1].update == "joint"
 
     def scratch(recipe: Recipe, model: StreamedModel) -> int:
-        sweep = sweep_windows(recipe, model) if needs_gradients(*settled(recipe)) else 0
-        return max(sweep, 2 * recipe.num_calibration_samples if repairing(recipe) else 0)
+        streams = 2 * recipe.num_calibration_samples if repairing(recipe) else 0
+        if not needs_gradients(*settled(recipe)):
+            return streams
+        return max(streams, sweep_windows(recipe, model)) + gradient_windows(recipe, model)
 
     def run(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
         return run_prune(model, plan, batches, work, combined(choice, plan.recipe), repairing(plan.recipe))
@@ -121,8 +123,9 @@ def run_prune(
             work.write(model, part, _unchanged(model, part))
     if needs_gradients(recipe, choice):
         gather_gradients(model, recipe, batches, work)
-    counts = allocate(model, recipe, choice, work, partial(_dense_norms, model, {}, batches))
-    task = Task(choice, partial(_pattern, counts, recipe))
+    counts = allocate(model, recipe, choice, work, partial(_dense_norms, model, {}, batches, work))
+    work.clear_scratch()
+    task = Task(choice, partial(_pattern, counts, recipe), recipe.dtype)
     if "fisher" in choice.curvature:
         task = replace(task, gradients=partial(gradients_of, model, work))
     notes: dict[str, Any] = {} if recipe.allocation == "uniform" else {"allocation": _shares(model, counts)}
@@ -143,11 +146,11 @@ def _shares(model: StreamedModel, counts: dict[str, int]) -> dict[str, float]:
 
 
 def _dense_norms(
-    model: StreamedModel, started: dict[str, Stream], batches: list[Tensor], index: int, block: nn.Module
+    model: StreamedModel, started: dict[str, Stream], batches: list[Tensor], work: Work, index: int, block: nn.Module
 ) -> dict[str, Tensor]:
     """Norms of the inputs of a block's linears in the dense model, which is walked through block after block."""
     if not started:
-        started["dense"] = model.embed(batches)
+        started["dense"] = model.embed(batches, work.scratch("dense", model.device))
     shared = {name: names[0] for names in _inputs_shared(model.family) for name in names}
     found = _input_statistics(model, index, started["dense"], block, norms=True)
     model.advance(index, started["dense"])
@@ -165,7 +168,10 @@ def _prune_by_gradients(model: StreamedModel, recipe: Recipe, task: Task, work: 
                     weight = block.get_submodule(name).get_parameter("weight")
                     inverse = row_fisher(gradients, recipe.fisher_damping, task.choice.curvature == "block-fisher")
                     pattern = task.pattern([f"{part}.{name}.weight"])
-                    found, _ = prune_tall(weight.double(), [len(weight)], pattern, task.choice, inverse)
+                    try:
+                        found, _ = prune_tall(weight.double(), [len(weight)], pattern, task.choice, inverse)
+                    except ValueError as error:
+                        raise RunFailure(f"{part}.{name} cannot be pruned: {error}") from error
                     weight.copy_(found)
                 work.write(model, part, ((f"{part}.{name}", value) for name, value in block.named_parameters()))
         work.progress.step()
@@ -190,9 +196,9 @@ def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work:
     """Statistics of all linears' inputs in one pass over the stream, their pruning, and a pass through what is left."""
     work.progress.stage("pruning", len(model.blocks))
     whole = len(list(takewhile(work.written, map(model.family.block, range(len(model.blocks))))))
-    streams, _, first = work.start_streams("calibration", {"pruned": (model, batches)}, whole)
+    streams, state, first = work.start_streams("calibration", {"pruned": (model, batches)}, whole)
     work.progress.step(first)
-    dampings: dict[str, float] = {}
+    dampings = {name: float(value) for name, value in state.items()}
     for index in range(first, len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
         with model.block(index) as block:
@@ -206,8 +212,9 @@ def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work:
                 _prune_together(block, part, names, task, curvature)
                 if isinstance(curvature, Hessian):
                     dampings[f"{part}.{names[0]}"] = curvature.damping
-            work.pass_through(model, index, dict(block.named_parameters()), streams["pruned"])
-        work.save_streams("calibration", index, streams, {})
+            work.pass_through(model, index, dict(block.named_parameters()), streams["pruned"], task.dtype)
+        state = {name: torch.tensor(value, dtype=torch.float64) for name, value in dampings.items()}
+        work.save_streams("calibration", index, streams, state)
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
     return {"damping": dampings} if dampings else {}

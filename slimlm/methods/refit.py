@@ -44,6 +44,7 @@ class Pair:
     small: StreamedModel
     basis: Tensor
     streams: dict[str, Stream]
+    dtype: str = "auto"  # to write in; as the compressed model has its weights
     fits: dict[str, float] = field(default_factory=dict)  # strength of the ridge, by linear or norm
 
     @property
@@ -64,7 +65,7 @@ class Pair:
 
     def stored(self, place: int, name: str, tensor: Tensor) -> Tensor:
         """A parameter of a compressed block in the dtype it is written in: what follows makes up for rounding."""
-        return tensor.to(self.small.stored_dtype(f"{self.small.family.block(place)}.{name}"))
+        return tensor.to(self.small.stored_dtype(f"{self.small.family.block(place)}.{name}", self.dtype))
 
 
 @torch.no_grad()

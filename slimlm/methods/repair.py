@@ -22,7 +22,7 @@ from slimlm.families import Norm
 from slimlm.linalg.hessian import DAMPING, quadratic_loss
 from slimlm.linalg.ridge import Fit, Regression, ridge
 from slimlm.linalg.softmax import RATE
-from slimlm.methods.head import refit_head
+from slimlm.methods.head import head_notes, refit_head
 from slimlm.methods.matrix import Task, curvature_of, prune_tall
 from slimlm.methods.refit import Pair
 from slimlm.methods.rotation import write_head
@@ -45,22 +45,24 @@ def prune_and_repair(
     work.progress.stage("pruning", len(model.blocks))
     starts = {"dense": (model, batches), "small": (model, batches)}
     streams, state, first = work.start_streams("pruned", starts, whole)
-    pair = Pair(layout, layout.dense, model, eye, streams)
+    pair = Pair(layout, layout.dense, model, eye, streams, recipe.dtype)
     pair.fits |= {name: float(value) for name, value in state.items()}
     work.progress.step(first)
     for index in range(first, len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
         with model.block(index):
-            work.pass_through(model, index, _prune_block(pair, index, task), streams["small"])
+            tensors = _prune_block(pair, index, task)
+            work.pass_through(model, index, tensors, streams["small"], recipe.dtype)
         state = {name: torch.tensor(value, dtype=torch.float64) for name, value in pair.fits.items()}
         work.save_streams("pruned", index, streams, state)
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
     notes: dict[str, Any] = _by_kind(pair.fits)
-    if not model.head_is_tied and not work.written(model.family.head):
-        fit = refit_head(pair, recipe.seed, work, HEAD_RATE)
-        work.write(model, model.family.head, write_head(model, fit.seen))
-        notes["head"] = fit.notes
+    if not model.head_is_tied:
+        if not work.written(model.family.head):
+            seen = refit_head(pair, recipe.seed, work, HEAD_RATE)
+            work.write(model, model.family.head, write_head(model, seen))
+        notes["head"] = head_notes(work)
     return notes
 
 

@@ -21,7 +21,7 @@ from slimlm.errors import UserError
 from slimlm.methods.basis import Basis, find_basis
 from slimlm.methods.budget import CUTS, WINDOWS, candidates, choose, removed_share
 from slimlm.methods.gradients import sweep_windows
-from slimlm.methods.head import refit_head
+from slimlm.methods.head import head_notes, refit_head
 from slimlm.methods.per_block import plan_per_block, run_per_block
 from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.methods.refit import refit_blocks
@@ -175,13 +175,14 @@ def _refit(
     for name in layout.model.family.embeddings:
         _write_part(layout.model, work, name, slice_embedding(layout.model, name, basis))
     pair = refit_blocks(layout, widths, plan, basis, batches, work)
-    model, notes = layout.model, {}
+    model, notes = layout.model, dict[str, Any]()
     if layout.keeps_tie:
         _write_part(model, work, model.family.head, write_tied_norm(model, basis))
-    elif not work.written(model.family.head):
-        fit = refit_head(pair, plan.recipe.seed, work)
-        _write_part(model, work, model.family.head, write_head(model, fit.seen))
-        notes["head"] = fit.notes
+    else:
+        if not work.written(model.family.head):
+            seen = refit_head(pair, plan.recipe.seed, work)
+            _write_part(model, work, model.family.head, write_head(model, seen))
+        notes["head"] = head_notes(work)
     # JSON has no infinity: no strength means that the rotated weight stayed.
     notes["ridge"] = {name: fit if math.isfinite(fit) else None for name, fit in pair.fits.items()}
     return notes

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimlm.linalg.fisher import token_inverse
-from slimlm.linalg.hessian import SingularCurvature, hessian, quadratic_loss, with_gradients
+from slimlm.linalg.hessian import Hessian, SingularCurvature, quadratic_loss, with_gradients
+from slimlm.linalg.hessian import hessian as hessian_in_place
 from slimlm.linalg.masks import smallest, smallest_per_group
 from slimlm.linalg.obs import cheapest_first, greedy_order, joint, left_to_right, summed, swapped
 
@@ -17,6 +18,10 @@ def problem(outputs: int = 6, inputs: int = 16, tokens: int = 40, seed: int = 0)
     x = torch.randn(tokens, inputs, dtype=torch.float64, generator=generator)
     x = x @ torch.randn(inputs, inputs, dtype=torch.float64, generator=generator)
     return torch.randn(outputs, inputs, dtype=torch.float64, generator=generator), x.T @ x
+
+
+def hessian(gram: torch.Tensor, damping: float = 0.01) -> Hessian:
+    return hessian_in_place(gram.clone(), damping)
 
 
 def damped(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slimlm.calibration import load_windows
@@ -14,8 +14,9 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
-from slimlm.linalg.hessian import SingularCurvature
+from slimlm.linalg.hessian import SingularCurvature, hessian
 from slimlm.methods.fisher import gather_gradients, gradients_of
+from slimlm.methods.matrix import Choice, Pattern, prune_tall
 from slimlm.prepare import open_model
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe, make_recipe
@@ -202,12 +203,13 @@ def test_a_pattern_holds_in_every_group_of_every_matrix(tmp_path: Path, text: Pa
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "slimlm"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "slimlm"])
 def test_death_at_any_step_is_survived_with_the_same_bytes(tmp_path: Path, text: Path, monkeypatch, method: str):
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     compress(recipe_for(path, text, tmp_path / "whole", method=method))
     reference = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    steps = {"magnitude": 1 + 3 + 3 + 1, "wanda": 1 + 3 + 6 + 1, "slimlm": 1 + 1 + 6 + 1 + 1}[method]
+    figures = json.loads((tmp_path / "whole" / "slimlm.json").read_text())["method"]
+    steps = {"magnitude": 1 + 3 + 1 + 3 + 1, "slimlm": 1 + 1 + 1 + 6 + 2 + 1}.get(method, 1 + 3 + 1 + 6 + 1)
     for number in range(1, steps + 1):
         recipe = recipe_for(path, text, tmp_path / f"out{number}", method=method)
         with monkeypatch.context() as patch:
@@ -216,6 +218,7 @@ def test_death_at_any_step_is_survived_with_the_same_bytes(tmp_path: Path, text:
                 compress(recipe)
         output = compress(recipe, resume=True).output_dir
         assert (output / "model.safetensors").read_bytes() == reference
+        assert json.loads((output / "slimlm.json").read_text())["method"] == figures
         assert json.loads((output / "slimlm.json").read_text())["sparsity"]["achieved"] == pytest.approx(0.5, abs=1e-3)
 
 
@@ -359,3 +362,43 @@ def test_curvature_mask_and_update_combine_by_recipe(tmp_path: Path, text: Path,
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     manifest = compress(recipe_for(path, text, tmp_path / "out", **settings)).manifest
     assert manifest["sparsity"]["achieved"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_dead_inputs_go_first_whatever_the_scale_of_the_gram():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 16, generator=generator).double()
+    x[:, 3] = 0
+    weight = torch.randn(64, 16, generator=generator).double()
+    for scale in (1.0, 1e-6):
+        curvature = hessian(scale * x.T @ x)
+        for choice in (
+            Choice("gram", "columns", "left-to-right"),
+            Choice("gram", "greedy", "joint"),
+            Choice("gram", "columns", "joint", swaps=2),
+        ):
+            found, pruned = prune_tall(weight, [64], Pattern((512,)), choice, curvature)
+            assert int(pruned.sum()) == int((found == 0).sum()) == 512
+            assert pruned[:, 3].all()
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "slimlm"])
+def test_what_is_computed_is_written_in_the_dtype_asked_for(tmp_path: Path, text: Path, method: str):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(path / "model.safetensors").items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    compress(recipe_for(path, text, tmp_path / "out", method=method, dtype="float32"))
+    weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("method", ["mfac", "woodfisher", "slimlm"])
+@pytest.mark.parametrize("samples", [20, 500])
+def test_matrices_nothing_depends_on_are_no_obstacle(tmp_path: Path, text: Path, method: str, samples: int):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    more = {"curvature": "gram+fisher"} if method == "slimlm" else {}
+    recipe = recipe_for(path, text, tmp_path / "out", method=method, fisher_samples=samples, **more)
+    assert compress(recipe).manifest["sparsity"]["achieved"] >= 0.5 - 1e-3
