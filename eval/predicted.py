@@ -5,7 +5,7 @@
 Each matrix is pruned by itself (second-order mask, joint update) and the rise of the log-perplexity measured on
 calibration windows that were not used for anything else. Predicted from the dense model: by the Gram, the error of the
 outputs as a share of their energy; by the Fisher information of token gradients, half the mean of (delta . change x)^2,
-which is in units of the loss. Prints rank correlations, and the slope of the measured rise over the Fisher's prediction.
+which is in units of the loss. Prints rank correlations, and the slope of the measured rise over that prediction.
 """
 
 import argparse

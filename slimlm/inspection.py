@@ -81,7 +81,7 @@ def inspect_model(
     for index in range(len(model.blocks)):
         with model.block(index) as block:
             grams = _grams(model, index, stream, block) if stream else {}
-            for linear in (*model.family.readers, *model.family.writers):
+            for linear in model.family.linears:
                 weight = block.get_submodule(linear).get_parameter("weight").float()
                 found.append(figures_of(f"{model.family.block(index)}.{linear}", weight, grams.get(linear)))
         progress.step()
@@ -125,15 +125,14 @@ def predicted_losses(name: str, weight: Tensor, gram: Tensor) -> tuple[float, ..
 
 def _grams(model: StreamedModel, index: int, stream: Stream, block: nn.Module) -> dict[str, Tensor]:
     """Gram of the inputs of every linear of a block; the stream goes past it."""
-    shared = {name: norm.readers[0] for norm in model.family.norms for name in norm.readers}
-    linears = (*model.family.readers, *model.family.writers)
-    first = {shared.get(name, name) for name in linears}
     moments: dict[str, Moments] = {}
 
     def observe(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
         x = args[0].flatten(0, -2).float()
         moments.setdefault(name, Moments(x.shape[1], 0, x.device)).add(x, x[:, :0])
 
-    with hooked((block.get_submodule(name), partial(observe, name=name)) for name in first):
+    with hooked(
+        (block.get_submodule(name), partial(observe, name=name)) for name in sorted(set(model.family.first_of.values()))
+    ):
         model.advance(index, stream)
-    return {name: moments[shared.get(name, name)].xx for name in linears}
+    return {name: moments[first].xx for name, first in model.family.first_of.items()}

@@ -63,6 +63,22 @@ class Family:
     def writers(self) -> tuple[str, ...]:
         return tuple(writer for norm in self.norms for writer in norm.writers)
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.readers, *self.writers)
+
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """The linears of a block, those that read the same input together."""
+        return tuple(
+            names for norm in self.norms for names in (norm.readers, *((writer,) for writer in norm.writers)) if names
+        )
+
+    @property
+    def first_of(self) -> dict[str, str]:
+        """For each linear of a block, the first of those that read the same input."""
+        return {name: names[0] for names in self.inputs for name in names}
+
     def block(self, index: int) -> str:
         return f"{self.blocks}.{index}"
 

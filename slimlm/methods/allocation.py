@@ -68,7 +68,7 @@ def _counts(
     kept: dict[str, float] = {}  # of matrices, from the PQ Index
     merits: list[float] = []  # of blocks
     for index, block in _blocks(model, work):
-        weights = {name: block.get_submodule(name).get_parameter("weight").float() for name in _linears(model)}
+        weights = {name: block.get_submodule(name).get_parameter("weight").float() for name in model.family.linears}
         part = model.family.block(index)
         if recipe.allocation == "global":
             gradients = gradients_of(model, work, index) if choice.curvature != "none" else {}
@@ -133,13 +133,11 @@ def _blocks(model: StreamedModel, work: Work) -> Iterator[tuple[int, nn.Module]]
         work.progress.step()
 
 
-def _linears(model: StreamedModel) -> tuple[str, ...]:
-    return (*model.family.readers, *model.family.writers)
-
-
 def _matrices(model: StreamedModel) -> list[str]:
     return [
-        f"{model.family.block(index)}.{name}.weight" for index in range(len(model.blocks)) for name in _linears(model)
+        f"{model.family.block(index)}.{name}.weight"
+        for index in range(len(model.blocks))
+        for name in model.family.linears
     ]
 
 

@@ -87,13 +87,9 @@ def gradient_windows(recipe: Recipe, model: StreamedModel) -> int:
     """Room on disk that gathered gradients take, in windows of hidden states."""
     assert recipe.max_seq_length is not None
     block = model.blocks[0]
-    sizes = [block.get_submodule(name).get_parameter("weight").shape for name in _linears(model)]
+    sizes = [block.get_submodule(name).get_parameter("weight").shape for name in model.family.linears]
     numbers = len(model.blocks) * recipe.fisher_samples * sum(map(sum, sizes))
     return 1 + numbers // (recipe.max_seq_length * int(model.config.hidden_size))
-
-
-def _linears(model: StreamedModel) -> tuple[str, ...]:
-    return (*model.family.readers, *model.family.writers)
 
 
 def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work: Work) -> None:
@@ -107,7 +103,7 @@ def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor]
     wanted = min(1.0, recipe.fisher_samples / sum(tokens))
     generator = torch.Generator().manual_seed(recipe.seed)
     places = [torch.randperm(count, generator=generator)[: max(1, round(wanted * count))] for count in tokens]
-    names = list(_linears(model))
+    names = list(family.linears)
     found: dict[str, list[Tensor]] = {}
 
     def visit(index: int, number: int, seen: Seen) -> None:
@@ -124,7 +120,7 @@ def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor]
             work.journal.keep(_step(index), tensors)
             found.clear()
 
-    first = {norm.readers[0] for norm in family.norms} | set(family.writers)
+    first = {names[0] for names in family.inputs}
     reverse_sweep(model, list(chosen), recipe.seed, recipe.fisher_labels, (names, 1), visit, work)
 
 
@@ -134,13 +130,12 @@ def gradients_of(model: StreamedModel, work: Work, index: int) -> dict[str, Toke
     if recalled is None:
         raise RunFailure(f"the gradients of {model.family.block(index)} are gone from {work.directory}: start over")
     _, saved = recalled
-    shared = {name: norm.readers[0] for norm in model.family.norms for name in norm.readers}
     return {
         name: TokenGradients(
-            saved[f"{shared.get(name, name)}.x"].to(model.device).double(),
+            saved[f"{first}.x"].to(model.device).double(),
             saved[f"{name}.delta"].to(model.device).double(),
         )
-        for name in _linears(model)
+        for name, first in model.family.first_of.items()
     }
 
 

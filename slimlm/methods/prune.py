@@ -151,10 +151,9 @@ def _dense_norms(
     """Norms of the inputs of a block's linears in the dense model, which is walked through block after block."""
     if not started:
         started["dense"] = model.embed(batches, work.scratch("dense", model.device))
-    shared = {name: names[0] for names in _inputs_shared(model.family) for name in names}
     found = _input_statistics(model, index, started["dense"], block, norms=True)
     model.advance(index, started["dense"])
-    return {name: found[first] for name, first in shared.items()}
+    return {name: found[first] for name, first in model.family.first_of.items()}
 
 
 def _prune_by_gradients(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -> None:
@@ -185,7 +184,7 @@ def _prune_blind(model: StreamedModel, task: Task, work: Work) -> None:
         start, part = time.perf_counter(), model.family.block(index)
         if not work.written(part):
             with model.block(index) as block:
-                for names in _inputs_shared(model.family):
+                for names in model.family.inputs:
                     _prune_together(block, part, names, task, None)
                 work.write(model, part, ((f"{part}.{name}", value) for name, value in block.named_parameters()))
         work.progress.step()
@@ -204,7 +203,7 @@ def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work:
         with model.block(index) as block:
             seen = _input_statistics(model, index, streams["pruned"], block, task.choice.curvature == "diagonal")
             gradients = task.gradients(index)
-            for names in _inputs_shared(model.family):
+            for names in model.family.inputs:
                 statistics = seen.pop(names[0])
                 chosen = [gradients[name] for name in names if gradients]
                 is_gram = statistics.dim() == 2
@@ -218,13 +217,6 @@ def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work:
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
     return {"damping": dampings} if dampings else {}
-
-
-def _inputs_shared(family: Family) -> Iterator[tuple[str, ...]]:
-    """The linears of a block, those that read the same input together."""
-    for norm in family.norms:
-        yield norm.readers
-        yield from ((writer,) for writer in norm.writers)
 
 
 def _prune_together(
@@ -268,8 +260,7 @@ def _input_statistics(
         else:
             moments.setdefault(name, Moments(x.shape[1], 0, x.device)).add(x, x[:, :0])
 
-    first = [names[0] for names in _inputs_shared(model.family)]
-    with hooked((block.get_submodule(name), partial(observe, name=name)) for name in first):
+    with hooked((block.get_submodule(names[0]), partial(observe, name=names[0])) for names in model.family.inputs):
         model.observe(index, stream)
     found = {name: value.sqrt().float() for name, value in squares.items()} | {
         name: value.xx for name, value in moments.items()
