@@ -131,8 +131,6 @@ def _grams(model: StreamedModel, index: int, stream: Stream, block: nn.Module) -
         x = args[0].flatten(0, -2).float()
         moments.setdefault(name, Moments(x.shape[1], 0, x.device)).add(x, x[:, :0])
 
-    with hooked(
-        (block.get_submodule(name), partial(observe, name=name)) for name in sorted(set(model.family.first_of.values()))
-    ):
+    with hooked((block.get_submodule(names[0]), partial(observe, name=names[0])) for names in model.family.inputs):
         model.advance(index, stream)
     return {name: moments[first].xx for name, first in model.family.first_of.items()}

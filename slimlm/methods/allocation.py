@@ -134,11 +134,8 @@ def _blocks(model: StreamedModel, work: Work) -> Iterator[tuple[int, nn.Module]]
 
 
 def _matrices(model: StreamedModel) -> list[str]:
-    return [
-        f"{model.family.block(index)}.{name}.weight"
-        for index in range(len(model.blocks))
-        for name in model.family.linears
-    ]
+    parts = map(model.family.block, range(len(model.blocks)))
+    return [f"{part}.{name}.weight" for part in parts for name in model.family.linears]
 
 
 def _block_number(model: StreamedModel, name: str) -> int:
