@@ -1,5 +1,6 @@
 """Tables for the terminal."""
 
+import os
 from typing import Any
 
 from rich.table import Table
@@ -29,8 +30,10 @@ def inspection_table(rows: list[dict[str, Any]], sparsities: tuple[float, ...]) 
     table = Table(*names, *(["outliers", *(f"{sparsity:.0%}" for sparsity in sparsities)] if seen else []))
     for column in table.columns[1:]:
         column.justify = "right"
+    table.columns[0].no_wrap = True
+    prefix = len(os.path.commonprefix([row["name"] for row in rows]).rpartition(".")[0]) + 1
     for row in rows:
-        cells = [row["name"], "x".join(map(str, row["shape"])), f"{row['zeros']:.1%}", f"{row['pq']:.3f}"]
+        cells = [row["name"][prefix:], "x".join(map(str, row["shape"])), f"{row['zeros']:.1%}", f"{row['pq']:.3f}"]
         cells += [f"{row['prunable']:.1%}", f"{row['alpha']:.2f}", f"{row['stable_rank']:.1f}"]
         if seen:
             cells += [f"{row['outliers']:.2%}", *(f"{loss:.2%}" for loss in row["predicted"])]
