@@ -1,6 +1,5 @@
 """Tables for the terminal."""
 
-import os
 from typing import Any
 
 from rich.table import Table
@@ -31,9 +30,10 @@ def inspection_table(rows: list[dict[str, Any]], sparsities: tuple[float, ...]) 
     for column in table.columns[1:]:
         column.justify = "right"
     table.columns[0].no_wrap = True
-    prefix = len(os.path.commonprefix([row["name"] for row in rows]).rpartition(".")[0]) + 1
-    for row in rows:
-        cells = [row["name"][prefix:], "x".join(map(str, row["shape"])), f"{row['zeros']:.1%}", f"{row['pq']:.3f}"]
+    paths = [row["name"].split(".") for row in rows]
+    shared = next((place for place, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 0)
+    for row, path in zip(rows, paths, strict=True):
+        cells = [".".join(path[shared:]), "x".join(map(str, row["shape"])), f"{row['zeros']:.1%}", f"{row['pq']:.3f}"]
         cells += [f"{row['prunable']:.1%}", f"{row['alpha']:.2f}", f"{row['stable_rank']:.1f}"]
         if seen:
             cells += [f"{row['outliers']:.2%}", *(f"{loss:.2%}" for loss in row["predicted"])]
