@@ -3,7 +3,7 @@
 H = gram + damping * mean(diag(gram)) * I. Everything is computed in the precision of the gram.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Hessian:
     upper: Tensor
     damping: float
     dead: Tensor
+
+    def rows(self, rows: slice) -> "Hessian":
+        """The curvature of some rows only."""
+        return self
 
     def apply(self, change: Tensor) -> Tensor:
         """d H for d: [out, in], row by row."""
@@ -81,6 +85,9 @@ class RowHessian(Hessian):
 
     x: Tensor
     weight: Tensor
+
+    def rows(self, rows: slice) -> "RowHessian":
+        return replace(self, weight=self.weight[:, rows])
 
     def apply(self, change: Tensor) -> Tensor:
         return change @ self.matrix + ((change @ self.x.T) * self.weight.T) @ self.x

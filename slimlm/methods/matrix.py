@@ -32,6 +32,7 @@ NEEDS: dict[str, tuple[str, ...]] = {  # curvatures that masks and updates can d
     "summed": (*GRAMS, *FISHERS),
     "joint": GRAMS,
 }
+CHUNK_ELEMENTS = 1 << 24  # of a weight whose rows are solved for at once
 COLUMNS = 128  # of which SparseGPT chooses a mask at once
 
 
@@ -123,9 +124,22 @@ def _updated(
                 weight, curvature, lambda scores, start: pruned[:, start : start + scores.shape[1]]
             )
         return found, pruned
-    for _ in range(choice.swaps):
+    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    parts = [slice(start, start + step) for start in range(0, len(weight), step)]
+    solved = [
+        _solved(weight[rows], curvature.rows(rows), pruned[rows], found[rows], choice.swaps, pattern.group)
+        for rows in parts
+    ]
+    return torch.cat([part for part, _ in solved]), torch.cat([mask for _, mask in solved])
+
+
+def _solved(
+    weight: Tensor, curvature: Hessian, pruned: Tensor, found: Tensor, swaps: int, group: int
+) -> tuple[Tensor, Tensor]:
+    """The joint update of some rows, their mask refined before it."""
+    for _ in range(swaps):
         found = joint(weight, curvature, pruned, found, ROUGHLY)
-        found, pruned = swapped(weight, curvature, pruned, found, pattern.group)
+        found, pruned = swapped(weight, curvature, pruned, found, group)
     return joint(weight, curvature, pruned, found), pruned
 
 

@@ -14,7 +14,7 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
-from slimlm.linalg.hessian import SingularCurvature, hessian
+from slimlm.linalg.hessian import SingularCurvature, hessian, with_gradients
 from slimlm.methods.fisher import gather_gradients, gradients_of
 from slimlm.methods.matrix import Choice, Pattern, prune_tall
 from slimlm.prepare import open_model
@@ -405,3 +405,21 @@ def test_matrices_nothing_depends_on_are_no_obstacle(tmp_path: Path, text: Path,
     more = {"curvature": "gram+fisher"} if method == "slimlm" else {}
     recipe = recipe_for(path, text, tmp_path / "out", method=method, fisher_samples=samples, **more)
     assert compress(recipe).manifest["sparsity"]["achieved"] >= 0.5 - 1e-3
+
+
+@pytest.mark.parametrize("curvature", ["gram", "gram+fisher"])
+def test_rows_solved_in_parts_are_as_if_solved_together(monkeypatch, curvature: str):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 16, generator=generator).double()
+    weight, delta = (
+        torch.randn(10, 16, generator=generator).double(),
+        torch.randn(100, 10, generator=generator).double(),
+    )
+    known = hessian(x.T @ x)
+    known = with_gradients(known, x, delta) if curvature == "gram+fisher" else known
+    choice = Choice(curvature, "columns", "joint", swaps=2)
+    whole, mask = prune_tall(weight, [6, 4], Pattern((40, 30)), choice, known)
+    monkeypatch.setattr("slimlm.methods.matrix.CHUNK_ELEMENTS", 3 * 16)
+    parts, same = prune_tall(weight, [6, 4], Pattern((40, 30)), choice, known)
+    assert torch.equal(mask, same)
+    assert torch.allclose(whole, parts, atol=1e-4)
