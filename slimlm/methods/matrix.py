@@ -94,8 +94,10 @@ def prune_tall(
     curvature: the damped Gram; an inverse for `obs` and `summed`; the inputs' norms [in] for `wanda`; None for
     `magnitude` without an update.
     """
-    if isinstance(curvature, Hessian):  # what a dead input is multiplied by does not matter: it goes first
-        weight = weight.masked_fill(curvature.dead, 0)
+    if len(rows) > 1 and weight.numel() > CHUNK_ELEMENTS:  # one after another: copies of the whole would be too large
+        return _one_by_one(weight, rows, pattern, choice, curvature)
+    if isinstance(curvature, Hessian) and curvature.dead.any():
+        weight = weight.masked_fill(curvature.dead, 0)  # what a dead input meets does not matter: it goes first
     if choice.mask == "columns":
         assert isinstance(curvature, Hessian)
         choose = partial(_in_columns, rows=rows, pattern=pattern, inputs=weight.shape[1])
@@ -106,6 +108,18 @@ def prune_tall(
     else:
         found, pruned = weight, _by_scores(_scores(weight, choice, curvature), rows, pattern, choice)
     return _updated(weight, found, pruned, pattern, choice, curvature)
+
+
+def _one_by_one(
+    weight: Tensor, rows: Sequence[int], pattern: Pattern, choice: Choice, curvature: Known
+) -> tuple[Tensor, Tensor]:
+    found, pruned = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
+    for place, (count, own) in enumerate(zip(rows, pattern.counts, strict=True)):
+        part = slice(sum(rows[:place]), sum(rows[:place]) + count)
+        known = curvature.rows(part) if isinstance(curvature, Hessian) else curvature
+        one = replace(pattern, counts=(own,))
+        found[part], pruned[part] = prune_tall(weight[part], [count], one, choice, known)
+    return found, pruned
 
 
 def _updated(
