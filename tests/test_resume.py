@@ -78,8 +78,8 @@ def test_death_around_every_journal_record(recipe: Recipe, undisturbed, monkeypa
                 except Killed:
                     deaths += 1
                 else:
-                    # start, calibrated blocks, basis, widths, embedding and head, refitted blocks twice, end
-                    assert deaths == 2 * (1 + 3 + 1 + 1 + 2 + 2 * 3 + 1)
+                    # start, calibrated blocks, basis, widths, embedding, head twice, refitted blocks twice, end
+                    assert deaths == 2 * (1 + 3 + 1 + 1 + 1 + 2 + 2 * 3 + 1)
                     return
             assert not (tmp_path / "out").exists()
             assert result(compress(recipe, resume=True).output_dir) == undisturbed
