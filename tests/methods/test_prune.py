@@ -281,7 +281,7 @@ def test_fisher_methods_prune_as_many_over_the_whole_model_and_survive_death(
     assert len(shares) == 3 * 7
     assert len(set(shares.values())) > 7
     reference = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    for number in (2, 4, 5, 6, 8, 9, 10):
+    for number in (4, 6, 9):
         recipe = recipe_for(path, text, tmp_path / f"out{number}", method=method)
         with monkeypatch.context() as patch:
             die_after_record(patch, number)
