@@ -10,38 +10,20 @@ settings of the recipe, as in `slimlm:refit=false`.
 
 import argparse
 import json
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
 import yaml
-from slicing import log_perplexities, mean, perplexities
-from transformers import AutoTokenizer
-
-import slimlm
-from slimlm.compression import compress
-from slimlm.evaluation.text import load_test_windows
-from slimlm.recipe import Recipe
+from slicing import mean, measured, measured_dense, parser_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--texts", nargs="+", required=True)
+    parser = parser_of(__doc__, Path("/tmp/slimlm-pruning"), [0])
     parser.add_argument("--amounts", nargs="+", default=["0.5", "0.7", "2:4"], help="sparsities and patterns")
     parser.add_argument("--arms", nargs="+", default=["magnitude", "wanda", "sparsegpt", "slimlm"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--windows", type=int, default=256, help="to calibrate on, and of each text")
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/slimlm-pruning"))
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    texts = [load_test_windows(text, tokenizer, arguments.windows, arguments.window).tokens for text in arguments.texts]
-    dense = log_perplexities(Path(arguments.model), texts)
-    print(f"dense: {perplexities(dense)}; slimlm {slimlm.__version__}", file=sys.stderr, flush=True)
+    texts, dense = measured_dense(arguments)
     rows = [
         run(arguments, arm, amount, seed, texts, dense)
         for amount in arguments.amounts
@@ -57,25 +39,9 @@ def run(
     method, _, settings = arm.partition(":")
     output = arguments.work / f"{method}-{seed}"
     more = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in settings.split(",") if pair)}
-    recipe = Recipe(
-        model=arguments.model, method=method, dataset=arguments.calibration, measure=False, seed=seed,
-        num_calibration_samples=arguments.windows, max_seq_length=arguments.window, output_dir=str(output),
-        **({"pattern": amount} if ":" in amount else {"sparsity": float(amount)}), **more,
-    )  # fmt: skip
-    start = time.perf_counter()
-    manifest = compress(recipe, overwrite=True).manifest
-    seconds = time.perf_counter() - start
-    found = log_perplexities(output, texts)
-    shutil.rmtree(output)
-    row = {
-        "arm": arm,
-        "seed": seed,
-        "amount": amount,
-        "zeros": manifest["sparsity"]["zeros_in_pruned_matrices"],
-        "perplexities": perplexities(found),
-        "loss": sum(after - before for after, before in zip(found, dense, strict=True)) / len(dense),
-        "seconds": round(seconds, 1),
-    }
+    how_much = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}
+    manifest, row = measured(arguments, output, {"method": method, **how_much, **more}, seed, texts, dense)
+    row = {"arm": arm, "amount": amount, "zeros": manifest["sparsity"]["zeros_in_pruned_matrices"], **row}
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
 

@@ -35,22 +35,12 @@ ARMS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--texts", nargs="+", required=True)
+    parser = parser_of(__doc__, Path("/tmp/slimlm-slicing"), [0, 1, 2])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.15, 0.2, 0.25, 0.3, 0.4])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--windows", type=int, default=256, help="to calibrate on, and of each text")
-    parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipes")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/slimlm-slicing"))
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    texts = [load_test_windows(text, tokenizer, arguments.windows, arguments.window).tokens for text in arguments.texts]
-    dense = log_perplexities(Path(arguments.model), texts)
-    print(f"dense: {perplexities(dense)}; slimlm {slimlm.__version__}", file=sys.stderr, flush=True)
+    texts, dense = measured_dense(arguments)
     rows = [
         run(arguments, arm, sparsity, seed, texts, dense)
         for sparsity in arguments.sparsities
@@ -65,28 +55,64 @@ def run(
 ) -> dict:
     output = arguments.work / f"{arm}-{sparsity}-{seed}"
     more = dict(pair.split("=", 1) for pair in arguments.set)
+    manifest, row = measured(arguments, output, {"sparsity": sparsity, **ARMS[arm], **more}, seed, texts, dense)
+    row = {
+        "arm": arm,
+        "requested": sparsity,
+        "achieved": manifest["sparsity"]["parameters_removed"],
+        "widths": manifest["method"].get("widths"),
+        **row,
+    }
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
+def parser_of(description: str, work: Path, seeds: list[int]) -> argparse.ArgumentParser:
+    """What every benchmark of methods on texts takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--windows", type=int, default=256, help="to calibrate on, and of each text")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--work", type=Path, default=work)
+    return parser
+
+
+def measured_dense(arguments: argparse.Namespace) -> tuple[list[torch.Tensor], list[float]]:
+    """Windows of each text, and what the dense model makes of them."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    texts = [load_test_windows(text, tokenizer, arguments.windows, arguments.window).tokens for text in arguments.texts]
+    dense = log_perplexities(Path(arguments.model), texts)
+    print(f"dense: {perplexities(dense)}; slimlm {slimlm.__version__}", file=sys.stderr, flush=True)
+    return texts, dense
+
+
+def measured(
+    arguments: argparse.Namespace,
+    output: Path,
+    settings: dict,
+    seed: int,
+    texts: list[torch.Tensor],
+    dense: list[float],
+) -> tuple[dict, dict]:
+    """Compress and measure: the manifest, and the figures that every benchmark reports."""
     recipe = Recipe(
-        model=arguments.model, sparsity=sparsity, dataset=arguments.calibration, measure=False, seed=seed,
-        num_calibration_samples=arguments.windows, max_seq_length=arguments.window, output_dir=str(output),
-        **{**ARMS[arm], **more},
+        model=arguments.model, dataset=arguments.calibration, measure=False, seed=seed, output_dir=str(output),
+        num_calibration_samples=arguments.windows, max_seq_length=arguments.window, **settings,
     )  # fmt: skip
     start = time.perf_counter()
     manifest = compress(recipe, overwrite=True).manifest
     seconds = time.perf_counter() - start
     found = log_perplexities(output, texts)
     shutil.rmtree(output)
-    row = {
-        "arm": arm,
+    return manifest, {
         "seed": seed,
-        "requested": sparsity,
-        "achieved": manifest["sparsity"]["parameters_removed"],
         "perplexities": perplexities(found),
         "loss": sum(after - before for after, before in zip(found, dense, strict=True)) / len(dense),
-        "widths": manifest["method"].get("widths"),
         "seconds": round(seconds, 1),
     }
-    print(json.dumps(row), file=sys.stderr, flush=True)
-    return row
 
 
 def log_perplexities(path: Path, texts: list[torch.Tensor]) -> list[float]:

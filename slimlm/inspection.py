@@ -1,25 +1,19 @@
 """What each matrix of a model looks like to a pruner: figures of its weights, and with data of what it sees."""
 
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimlm.calibration import load_windows
-from slimlm.checkpoint.resolve import resolve_model
-from slimlm.checkpoint.skeleton import load_config, load_tokenizer
+from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.device import pick_device
 from slimlm.errors import RunFailure
-from slimlm.families import family_of
-from slimlm.linalg.allocation import hill_alpha, outlier_ratio, pq_index, pq_kept
+from slimlm.linalg.allocation import outlier_ratio, pq_index, pq_kept, spectrum, tail_exponent
 from slimlm.linalg.hessian import SingularCurvature, hessian
-from slimlm.linalg.ridge import Moments
-from slimlm.prepare import open_model
+from slimlm.methods.inputs import input_statistics
+from slimlm.prepare import open_model, resolve_known
 from slimlm.progress import Progress
-from slimlm.stream import Stream, hooked
-from slimlm.walk import StreamedModel
 
 SPARSITIES = (0.25, 0.5, 0.75)
 
@@ -66,10 +60,7 @@ def inspect_model(
     """
     progress = progress or Progress()
 
-    def accept(path: Path) -> None:
-        family_of(load_config(path, trust_remote_code).model_type)
-
-    resolved = resolve_model(name, revision, accept)
+    resolved = resolve_known(name, revision, trust_remote_code)
     progress.line(f"model: {resolved}")
     model = open_model(resolved.path, pick_device(device), "fast", trust_remote_code)
     stream = None
@@ -80,10 +71,10 @@ def inspect_model(
     found: list[MatrixFigures] = []
     for index in range(len(model.blocks)):
         with model.block(index) as block:
-            grams = _grams(model, index, stream, block) if stream else {}
-            for linear in model.family.linears:
+            grams = input_statistics(model, index, stream, block, onward=True) if stream else {}
+            for linear, first in model.family.first_of.items():
                 weight = block.get_submodule(linear).get_parameter("weight").float()
-                found.append(figures_of(f"{model.family.block(index)}.{linear}", weight, grams.get(linear)))
+                found.append(figures_of(f"{model.family.block(index)}.{linear}", weight, grams.get(first)))
         progress.step()
     return found
 
@@ -92,7 +83,7 @@ def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixF
     """weight: [out, in]; gram: [in, in] of its inputs."""
     if not torch.isfinite(weight).all():
         raise RunFailure(f"{name}.weight holds NaN or Inf")
-    energies = torch.linalg.svdvals(weight.double()).square()
+    energies = spectrum(weight)
     index = pq_index(weight)
     outliers, predicted = None, None
     if gram is not None:
@@ -104,7 +95,7 @@ def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixF
         float((weight == 0).double().mean()),
         index,
         1 - pq_kept(index),
-        hill_alpha(weight),
+        tail_exponent(energies),
         float(energies.sum() / energies[0].clamp_min(1e-300)),
         outliers,
         predicted,
@@ -121,16 +112,3 @@ def predicted_losses(name: str, weight: Tensor, gram: Tensor) -> tuple[float, ..
     scores = (weight.square() / curvature.diagonal()).flatten().sort().values.cumsum(0)
     places = [max(0, round(sparsity * weight.numel()) - 1) for sparsity in SPARSITIES]
     return tuple(float(scores[place]) / energy for place in places)
-
-
-def _grams(model: StreamedModel, index: int, stream: Stream, block: nn.Module) -> dict[str, Tensor]:
-    """Gram of the inputs of every linear of a block; the stream goes past it."""
-    moments: dict[str, Moments] = {}
-
-    def observe(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-        x = args[0].flatten(0, -2).float()
-        moments.setdefault(name, Moments(x.shape[1], 0, x.device)).add(x, x[:, :0])
-
-    with hooked((block.get_submodule(names[0]), partial(observe, name=names[0])) for names in model.family.inputs):
-        model.advance(index, stream)
-    return {name: moments[first].xx for name, first in model.family.first_of.items()}

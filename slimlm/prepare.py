@@ -49,10 +49,7 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -
     """
     method = method_named(recipe.method)
 
-    def accept(path: Path) -> None:
-        family_of(load_config(path, recipe.trust_remote_code).model_type)
-
-    resolved = resolve_model(recipe.model, recipe.revision, accept)
+    resolved = resolve_known(recipe.model, recipe.revision, recipe.trust_remote_code)
     progress.line(f"model: {resolved}")
     if sum(file.stat().st_size for file in resolved.path.glob("*.safetensors") if file.is_file()) > LARGE:
         return_memory_at_once()  # first of all: what is allocated before stays as it was
@@ -79,6 +76,15 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -
     progress.stage("checking weights", parameter_count(model.model))
     model.checkpoint.check_finite(progress.step)
     return Job(recipe, resolved, method, output, model, tokenizer, plan, test, windows)
+
+
+def resolve_known(model: str, revision: str | None, trust_remote_code: bool) -> ResolvedModel:
+    """A model's directory, nothing large fetched for a family that is not known. Raises UserError."""
+
+    def accept(path: Path) -> None:
+        family_of(load_config(path, trust_remote_code).model_type)
+
+    return resolve_model(model, revision, accept)
 
 
 def describe(plan: Plan, method: Method, model: StreamedModel, size: int) -> list[str]:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -97,6 +98,10 @@ class Work:
         record = self.journal.last(f"written {part}")
         return record is not None and self.writer.holds(record["sha256"])
 
+    def leading(self, model: StreamedModel) -> int:
+        """How many blocks of the model, from the first on, an earlier process wrote."""
+        return len(list(takewhile(self.written, map(model.family.block, range(len(model.blocks))))))
+
     def write(self, model: StreamedModel, part: str, tensors: Iterable[tuple[str, Tensor | Rows]]) -> None:
         """Write all tensors of a part, (module name, tensor or its rows in runs) each, and record that it is finished.
 
@@ -173,6 +178,16 @@ class Work:
             }
         stored = self.journal.save(f"{name}-state.{block % 2}", state)
         self.journal.commit(f"streams {name}", block=block, streams=saved, state=stored)
+
+
+def as_state(figures: Mapping[str, float]) -> dict[str, Tensor]:
+    """Figures as `save_streams` keeps them."""
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
+
+
+def as_figures(state: Mapping[str, Tensor]) -> dict[str, float]:
+    """Figures as `start_streams` brings them back."""
+    return {name: float(value) for name, value in state.items()}
 
 
 def _as_stored(

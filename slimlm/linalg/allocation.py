@@ -31,12 +31,23 @@ def pq_kept(index: float, p: float = 0.5, q: float = 1.0) -> float:
     return float((1 - index) ** (p * q / (q - p)))
 
 
+def spectrum(weight: Tensor) -> Tensor:
+    """Eigenvalues of W^T W, largest first, fp64."""
+    energies: Tensor = torch.linalg.svdvals(weight.double()).square()
+    return energies
+
+
 def hill_alpha(weight: Tensor) -> float:
-    """Exponent of the tail of a matrix's spectrum: PL_Alpha_Hill of AlphaPruning (Lu et al., arXiv 2410.10912, eq. 1).
+    """Exponent of the tail of a matrix's spectrum."""
+    return tail_exponent(spectrum(weight))
+
+
+def tail_exponent(energies: Tensor) -> float:
+    """PL_Alpha_Hill of AlphaPruning (Lu et al., arXiv 2410.10912, eq. 1) for eigenvalues, largest first.
 
     Fitted to the larger half of the eigenvalues of W^T W. The heavier the tail (the smaller alpha), the better trained.
     """
-    energies = torch.linalg.svdvals(weight.double()).square().flip(0)
+    energies = energies.flip(0)
     half = max(1, len(energies) // 2)
     tail = energies[-half:] / energies[-half - 1 if half < len(energies) else 0].clamp_min(1e-300)
     return float(1 + half / tail.log().sum().clamp_min(1e-12))

@@ -26,6 +26,10 @@ class LowRankInverse:
     base: float | Tensor
     factor: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.factor.dtype
+
     def diagonal(self) -> Tensor:
         """[..., d], in O(d m)."""
         base = self.base.diagonal() if isinstance(self.base, Tensor) else self.base
@@ -112,29 +116,27 @@ def block_inverse(x: Tensor, delta: Tensor, damping: float, size: int) -> BlockI
     """
     tokens, inputs = x.shape
     parts = x.view(tokens, inputs // size, size).permute(1, 0, 2)  # [blocks, m, size]
-    rows = max(1, CHUNK_ELEMENTS // x.numel())
-    found = []
-    for part in delta.split(rows, dim=1):
-        weighted = part.square().T[:, None, :, None] / tokens * parts
-        fisher = weighted.mT @ parts
-        fisher.diagonal(dim1=-2, dim2=-1).add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(fisher)
-        if failed.any():
-            raise ValueError("a Fisher matrix is not positive definite: its gradients are not finite")
-        found.append(torch.cholesky_inverse(lower))
-    return BlockInverse(torch.cat(found))
+    fisher = (delta.square().T[:, None, :, None] / tokens * parts).mT @ parts
+    fisher.diagonal(dim1=-2, dim2=-1).add_(damping)
+    return BlockInverse(torch.cholesky_inverse(_lower_factor(fisher)))
 
 
 def _inverse_root(inner: Tensor) -> Tensor:
     """L^-1 for L L^T = m I + inner, of whose [..., m, m] the lower triangle counts."""
     system = inner.double()
     system.diagonal(dim1=-2, dim2=-1).add_(inner.shape[-1])
-    lower, failed = torch.linalg.cholesky_ex(system)
-    if failed.any():
-        raise ValueError("a Fisher matrix is not positive definite: its gradients are not finite")
+    lower = _lower_factor(system)
     eye = torch.eye(inner.shape[-1], dtype=lower.dtype, device=lower.device)
     root: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return root.to(inner.dtype)
+
+
+def _lower_factor(system: Tensor) -> Tensor:
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(system)
+    if failed.any():
+        raise ValueError("a Fisher matrix is not positive definite: its gradients are not finite")
+    return lower
 
 
 def _lower_product(a: Tensor, b: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from slimlm.linalg.cholesky import invert_in_place
+
 DAMPING = 0.01
 TRIES = 5
 FISHER_SHARE = 0.5  # of the trace of a Gram with gradients beside it
@@ -30,6 +32,10 @@ class Hessian:
     upper: Tensor
     damping: float
     dead: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
 
     def rows(self, rows: slice) -> "Hessian":
         """The curvature of some rows only."""
@@ -63,11 +69,8 @@ def hessian(gram: Tensor, damping: float = DAMPING) -> Hessian:
         gram[dead, dead] = 1
         added = damping * 10**power
         inverse = gram.clone()
-        columns, info = inverse.mT, torch.empty((), dtype=torch.int32, device=gram.device)
-        _, failed = torch.linalg.cholesky_ex(columns, out=(columns, info))  # in its place, as LAPACK has it
-        if failed or not torch.isfinite(inverse).all():
+        if not invert_in_place(inverse):
             continue
-        torch.cholesky_inverse(columns, out=columns)
         upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed:
             return Hessian(gram, inverse, upper, added, dead)
@@ -101,8 +104,7 @@ def with_gradients(curvature: Hessian, x: Tensor, delta: Tensor, share: float = 
     energy = delta.square() * x.square().sum(1, keepdim=True)
     weight = delta.square() / energy.sum(0).clamp_min(torch.finfo(delta.dtype).tiny)
     scale = curvature.matrix.diagonal().sum() * share / (1 - share)
-    fields = {name: getattr(curvature, name) for name in ("matrix", "inverse", "upper", "damping", "dead")}
-    return RowHessian(**fields, x=x.to(scale), weight=(weight * scale).to(scale))
+    return RowHessian(**vars(curvature), x=x.to(scale), weight=(weight * scale).to(scale))
 
 
 def quadratic_loss(change: Tensor, curvature: Hessian) -> Tensor:

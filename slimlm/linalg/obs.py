@@ -121,6 +121,9 @@ def joint(
 class Inverse(Protocol):
     """An inverse curvature of a matrix's rows, shared by them or one for each."""
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def diagonal(self) -> Tensor:
         """[in] or [out, in]."""
 

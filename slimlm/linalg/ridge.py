@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from slimlm.linalg.cholesky import factor_in_place
+
 WIDE = 4096  # inputs above which second moments are the largest thing there is: kept in fp32, held-out ones not at all
 HELD_ELEMENTS = 1 << 24  # of the inputs of held-out tokens, kept as they are instead
 STRENGTHS = (30.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
@@ -205,11 +207,9 @@ def _solve(data: Moments, damping: Tensor | float) -> Tensor | None:
     """(xx + damping I)^-1 xy: [in, out], or None where that is not positive definite in this precision."""
     system = data.xx.clone()
     system.diagonal().add_(damping)
-    columns = system.mT  # the same matrix, as LAPACK has them: factored where it is
-    info = torch.empty((), dtype=torch.int32, device=system.device)
-    _, failed = torch.linalg.cholesky_ex(columns, out=(columns, info))
-    if failed:
+    factor = factor_in_place(system)
+    if factor is None:
         return None
-    half = torch.linalg.solve_triangular(columns, data.xy, upper=False)  # cholesky_solve would copy the factor
-    solution: Tensor = torch.linalg.solve_triangular(columns.mT, half, upper=True)
+    half = torch.linalg.solve_triangular(factor, data.xy, upper=False)  # cholesky_solve would copy the factor
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
     return solution

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slimlm.linalg.cholesky import invert_in_place
+
 ROUNDS = 64
 DAMPING = 0.01
 
@@ -27,7 +29,9 @@ def removals(gram: Tensor, weight: Tensor, size: int, counts: Sequence[int]) -> 
     Raises ValueError for a gram that is not positive semi-definite.
     """
     units = gram.shape[0] // size
-    inverse = _inverse(damp(gram))
+    inverse = damp(gram)
+    if not invert_in_place(inverse):
+        raise ValueError("a Gram matrix is not positive definite, even damped")
     weight = weight.to(gram).clone()
     alive = torch.ones(units, dtype=torch.bool, device=gram.device)
     order: list[Tensor] = []
@@ -78,17 +82,6 @@ def _factor(system: Tensor) -> Tensor:
     if failed:
         raise ValueError("a Gram matrix is not positive definite, even damped")
     return factor
-
-
-def _inverse(system: Tensor) -> Tensor:
-    """Inverse of a symmetric [n, n], in its place: LAPACK works on the transpose, which is the same matrix."""
-    columns = system.mT
-    info = torch.empty((), dtype=torch.int32, device=system.device)
-    _, failed = torch.linalg.cholesky_ex(columns, out=(columns, info))
-    if failed:
-        raise ValueError("a Gram matrix is not positive definite, even damped")
-    torch.cholesky_inverse(columns, out=columns)
-    return system
 
 
 def _steps(counts: Sequence[int]) -> list[int]:

@@ -25,7 +25,7 @@ from slimlm.linalg.allocation import (
 )
 from slimlm.linalg.ridge import WIDE
 from slimlm.methods.fisher import TokenGradients, gradients_of, row_fisher
-from slimlm.methods.matrix import Choice, curvature_of
+from slimlm.methods.matrix import FISHERS, Choice, curvature_of
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
@@ -113,14 +113,14 @@ def global_scores(
             yield name, weight.abs()
             continue
         found = gradients[name]
-        if choice.curvature in ("fisher", "block-fisher"):
+        if choice.curvature in FISHERS:
             try:
                 diagonal = row_fisher(found, recipe.fisher_damping, choice.curvature == "block-fisher").diagonal()
             except ValueError as error:
                 raise RunFailure(f"{part}.{name} cannot be pruned: {error}") from error
             yield name, weight.double().square() / diagonal / 2
             continue
-        if last is None or not torch.equal(last[0], found.x):
+        if last is None or last[0] is not found.x:
             x = found.x.float() if found.x.shape[1] > WIDE else found.x
             last = found.x, curvature_of(x.T @ x / len(x), f"{part}.{name}").diagonal()
         yield name, found.delta.square().mean(0)[:, None] * weight.square() / last[1] / 2

@@ -63,6 +63,10 @@ class RowFisher:
         """Inner products of the tokens' inputs: [tokens, tokens], the same for all rows."""
         return self.gradients.x @ self.gradients.x.T
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.gradients.x.dtype
+
     def diagonal(self) -> Tensor:
         """[out, in]."""
         return self._diagonal
@@ -130,11 +134,9 @@ def gradients_of(model: StreamedModel, work: Work, index: int) -> dict[str, Toke
     if recalled is None:
         raise RunFailure(f"the gradients of {model.family.block(index)} are gone from {work.directory}: start over")
     _, saved = recalled
+    tensors = {name: tensor.to(model.device).double() for name, tensor in saved.items()}
     return {
-        name: TokenGradients(
-            saved[f"{first}.x"].to(model.device).double(),
-            saved[f"{name}.delta"].to(model.device).double(),
-        )
+        name: TokenGradients(tensors[f"{first}.x"], tensors[f"{name}.delta"])
         for name, first in model.family.first_of.items()
     }
 

@@ -10,7 +10,6 @@ import bisect
 import copy
 import time
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -127,8 +126,7 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
         work.write(model, embedding, [(weight, rows)])
     work.settle()
     small = StreamedModel(Checkpoint(work.output), config, FAMILIES[config.model_type], model.device, model.dtype)
-    whole = len(list(takewhile(work.written, (family.block(index) for index in range(len(model.blocks))))))
-    streams, state, first = work.start_streams("sliced", {"sliced": (small, batches)}, whole)
+    streams, state, first = work.start_streams("sliced", {"sliced": (small, batches)}, work.leading(model))
     basis = state["basis"].to(model.device) if state else start
     work.progress.stage("slicing", len(model.blocks))
     work.progress.step(first)

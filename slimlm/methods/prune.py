@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,17 @@ from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family
 from slimlm.linalg.hessian import Hessian
-from slimlm.linalg.ridge import Moments
 from slimlm.methods.allocation import allocate
 from slimlm.methods.fisher import gather_gradients, gradient_windows, gradients_of, row_fisher
 from slimlm.methods.gradients import sweep_windows
-from slimlm.methods.matrix import Choice, Pattern, Task, combined, curvature_of, prune_tall
+from slimlm.methods.inputs import input_statistics
+from slimlm.methods.matrix import FISHERS, Choice, Known, Pattern, Task, combined, curvature_of, prune_tall
 from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.methods.repair import prune_and_repair
 from slimlm.recipe import Allocation, Recipe
-from slimlm.stream import Stream, hooked
+from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
-from slimlm.work import Rows, Work
+from slimlm.work import Rows, Work, as_figures, as_state
 
 
 def pruning(
@@ -129,10 +128,8 @@ def run_prune(
     if "fisher" in choice.curvature:
         task = replace(task, gradients=partial(gradients_of, model, work))
     notes: dict[str, Any] = {} if recipe.allocation == "uniform" else {"allocation": _shares(model, counts)}
-    if choice.curvature == "none":
-        _prune_blind(model, task, work)
-    elif choice.curvature in ("fisher", "block-fisher"):
-        _prune_by_gradients(model, recipe, task, work)
+    if choice.curvature in ("none", *FISHERS):
+        _prune_apart(model, recipe, task, work)
     elif repairs:
         notes |= prune_and_repair(model, recipe, task, batches, work)
     else:
@@ -151,57 +148,48 @@ def _dense_norms(
     """Norms of the inputs of a block's linears in the dense model, which is walked through block after block."""
     if not started:
         started["dense"] = model.embed(batches, work.scratch("dense", model.device))
-    found = _input_statistics(model, index, started["dense"], block, norms=True)
-    model.advance(index, started["dense"])
+    found = input_statistics(model, index, started["dense"], block, norms=True, onward=True)
     return {name: found[first] for name, first in model.family.first_of.items()}
 
 
-def _prune_by_gradients(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -> None:
-    """With the dense model's gradients at hand blocks do not depend on one another."""
+def _prune_apart(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -> None:
+    """Without data, or with gradients of the dense model, blocks do not depend on one another: finished ones are left
+    out."""
     work.progress.stage("pruning", len(model.blocks))
     for index in range(len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
         if not work.written(part):
             with model.block(index) as block:
-                for name, gradients in task.gradients(index).items():
-                    weight = block.get_submodule(name).get_parameter("weight")
-                    inverse = row_fisher(gradients, recipe.fisher_damping, task.choice.curvature == "block-fisher")
-                    pattern = task.pattern([f"{part}.{name}.weight"])
-                    try:
-                        found, _ = prune_tall(weight.double(), [len(weight)], pattern, task.choice, inverse)
-                    except ValueError as error:
-                        raise RunFailure(f"{part}.{name} cannot be pruned: {error}") from error
-                    weight.copy_(found)
+                if task.choice.curvature == "none":
+                    for names in model.family.inputs:
+                        _prune_together(block, part, names, task, None)
+                else:
+                    _prune_by_gradients(model, index, block, recipe, task)
                 work.write(model, part, ((f"{part}.{name}", value) for name, value in block.named_parameters()))
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
 
 
-def _prune_blind(model: StreamedModel, task: Task, work: Work) -> None:
-    """Without data blocks do not depend on one another: finished ones are left out."""
-    work.progress.stage("pruning", len(model.blocks))
-    for index in range(len(model.blocks)):
-        start, part = time.perf_counter(), model.family.block(index)
-        if not work.written(part):
-            with model.block(index) as block:
-                for names in model.family.inputs:
-                    _prune_together(block, part, names, task, None)
-                work.write(model, part, ((f"{part}.{name}", value) for name, value in block.named_parameters()))
-        work.progress.step()
-        work.progress.done("pruned", part, time.perf_counter() - start)
+def _prune_by_gradients(model: StreamedModel, index: int, block: nn.Module, recipe: Recipe, task: Task) -> None:
+    part = model.family.block(index)
+    for name, gradients in task.gradients(index).items():
+        inverse = row_fisher(gradients, recipe.fisher_damping, task.choice.curvature == "block-fisher")
+        try:
+            _prune_together(block, part, (name,), task, inverse)
+        except ValueError as error:
+            raise RunFailure(f"{part}.{name} cannot be pruned: {error}") from error
 
 
 def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work: Work) -> dict[str, Any]:
     """Statistics of all linears' inputs in one pass over the stream, their pruning, and a pass through what is left."""
     work.progress.stage("pruning", len(model.blocks))
-    whole = len(list(takewhile(work.written, map(model.family.block, range(len(model.blocks))))))
-    streams, state, first = work.start_streams("calibration", {"pruned": (model, batches)}, whole)
+    streams, state, first = work.start_streams("calibration", {"pruned": (model, batches)}, work.leading(model))
     work.progress.step(first)
-    dampings = {name: float(value) for name, value in state.items()}
+    dampings = as_figures(state)
     for index in range(first, len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
         with model.block(index) as block:
-            seen = _input_statistics(model, index, streams["pruned"], block, task.choice.curvature == "diagonal")
+            seen = input_statistics(model, index, streams["pruned"], block, task.choice.curvature == "diagonal")
             gradients = task.gradients(index)
             for names in model.family.inputs:
                 statistics = seen.pop(names[0])
@@ -212,8 +200,7 @@ def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work:
                 if isinstance(curvature, Hessian):
                     dampings[f"{part}.{names[0]}"] = curvature.damping
             work.pass_through(model, index, dict(block.named_parameters()), streams["pruned"], task.dtype)
-        state = {name: torch.tensor(value, dtype=torch.float64) for name, value in dampings.items()}
-        work.save_streams("calibration", index, streams, state)
+        work.save_streams("calibration", index, streams, as_state(dampings))
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
     return {"damping": dampings} if dampings else {}
@@ -224,11 +211,11 @@ def _prune_together(
     part: str,
     names: tuple[str, ...],
     task: Task,
-    curvature: Hessian | Tensor | None,
+    curvature: Known,
 ) -> None:
     """Prune linears of a block that read the same input, in place."""
     weights = [block.get_submodule(name).get_parameter("weight") for name in names]
-    dtype = curvature.matrix.dtype if isinstance(curvature, Hessian) else torch.float32
+    dtype = torch.float32 if curvature is None or isinstance(curvature, Tensor) else curvature.dtype
     tall = torch.cat([weight.to(dtype) for weight in weights])
     rows = [weight.shape[0] for weight in weights]
     found, _ = prune_tall(tall, rows, task.pattern([f"{part}.{name}.weight" for name in names]), task.choice, curvature)
@@ -240,35 +227,6 @@ def _pattern(counts: dict[str, int], recipe: Recipe, names: list[str]) -> Patter
     """How much goes of matrices, by their full names."""
     of = tuple(counts[name] for name in names)
     return Pattern(of, *recipe.pattern_sizes) if recipe.pattern else Pattern(of)
-
-
-def _input_statistics(
-    model: StreamedModel, index: int, stream: Stream, block: nn.Module, norms: bool
-) -> dict[str, Tensor]:
-    """For the first of the linears that share an input: its Gram [in, in] over the stream's tokens, or just its norms.
-
-    Raises RunFailure on NaN.
-    """
-    squares: dict[str, Tensor] = {}
-    moments: dict[str, Moments] = {}
-
-    def observe(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-        x = args[0].flatten(0, -2).float()
-        if norms:
-            added = x.double().square().sum(0)
-            squares[name] = squares[name] + added if name in squares else added
-        else:
-            moments.setdefault(name, Moments(x.shape[1], 0, x.device)).add(x, x[:, :0])
-
-    with hooked((block.get_submodule(names[0]), partial(observe, name=names[0])) for names in model.family.inputs):
-        model.observe(index, stream)
-    found = {name: value.sqrt().float() for name, value in squares.items()} | {
-        name: value.xx for name, value in moments.items()
-    }
-    for name, value in found.items():
-        if not torch.isfinite(value).all():
-            raise RunFailure(f"inputs of {model.family.block(index)}.{name} hold NaN or Inf")
-    return found
 
 
 def _unchanged(model: StreamedModel, part: str) -> Iterator[tuple[str, Rows]]:

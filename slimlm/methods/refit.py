@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 
 import torch
@@ -32,7 +32,12 @@ from slimlm.methods.rotation import slice_block
 from slimlm.methods.widths import Layout, Widths
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
-from slimlm.work import Work
+from slimlm.work import Work, as_figures, as_state
+
+Tensors = dict[str, Tensor]  # parameters of a block, by name within it
+Begin = Callable[[Tensors], Tensors]
+FitReaders = Callable[[Norm, Tensors], None]
+FitWriter = Callable[[Norm, Callable[[int], Tensor], Tensors], None]
 
 
 @dataclass
@@ -63,6 +68,66 @@ class Pair:
         before = self.fits.get(f"{place - 1}.{name}", math.inf)
         return before if math.isfinite(before) else GUESS
 
+    def through_block(self, block: int, begin: Begin, readers: FitReaders, writer: FitWriter) -> Tensors:
+        """Fit a block's linears in the order it computes in: its parameters. The dense stream goes past it.
+
+        begin: makes the parameters to start from, of the dense ones. writer: gets, by batch number, the dense stream
+        [windows, time, hidden] behind the writer. That of the last one is the stream behind the block, so it can wait
+        until the dense block is let go of.
+        """
+        model, stream, norms = self.dense, self.streams["dense"], self.dense.family.norms
+        with model.block(block) as dense:
+            tensors = begin(dict(dense.named_parameters()))
+            for norm, following in zip(norms, (*norms[1:], None), strict=True):
+                readers(norm, tensors)
+                if following is not None:
+
+                    def seen(number: int, name: str = following.name) -> Tensor:
+                        return model.inputs(block, stream, number, [name])[name]
+
+                    writer(norm, seen, tensors)
+            model.advance(block, stream)
+        writer(norms[-1], lambda number: stream.hidden[number], tensors)
+        return tensors
+
+    def reader_data(self, block: int, place: int, norm: Norm, tensors: dict[str, Tensor]) -> Regression:
+        """What all readers of a norm see in the compressed block of `tensors`, and what they saw in the dense one."""
+        reader, (hidden, width) = norm.readers[0], self.basis.shape
+        data = Regression.of(width, hidden, self.dense.device)
+        with self.small.placed(self.small.family.block(place), tensors):
+            for number, held in enumerate(self.held):
+                dense = self.dense.inputs(block, self.streams["dense"], number, [reader])
+                small = self.small.inputs(place, self.streams["small"], number, [reader])
+                data.add(small[reader], dense[reader], held)
+        return data
+
+    def writer_data(
+        self, place: int, norm: Norm, after: Callable[[int], Tensor], tensors: dict[str, Tensor]
+    ) -> Regression:
+        """What a norm's writer gets in the compressed block of `tensors`, and what it has to add to the stream."""
+        (writer,) = norm.writers
+        data = Regression.of(tensors[f"{writer}.weight"].shape[1], self.basis.shape[1], self.dense.device)
+        with self.small.placed(self.small.family.block(place), tensors):
+            for number, held in enumerate(self.held):
+                small = self.small.inputs(place, self.streams["small"], number, [norm.name, writer])
+                target = after(number).float()
+                wanted = self.into(target) - small[norm.name].float()
+                if f"{writer}.bias" in tensors:
+                    wanted -= tensors[f"{writer}.bias"].to(wanted)
+                data.add(small[writer], wanted, held, 1 / target.square().mean(-1).clamp_min(1e-30))
+        return data
+
+    @cached_property
+    def _rotation(self) -> Tensor | None:
+        """The basis in fp32; None where it is the stream's own."""
+        hidden, width = self.basis.shape
+        own = hidden == width and torch.equal(self.basis, torch.eye(hidden).to(self.basis))
+        return None if own else self.basis.float()
+
+    def into(self, x: Tensor) -> Tensor:
+        """The dense stream x: [..., hidden] in the basis: [..., width]."""
+        return x if self._rotation is None else x @ self._rotation
+
     def stored(self, place: int, name: str, tensor: Tensor) -> Tensor:
         """A parameter of a compressed block in the dtype it is written in: what follows makes up for rounding."""
         return tensor.to(self.small.stored_dtype(f"{self.small.family.block(place)}.{name}", self.dtype))
@@ -83,7 +148,7 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
     whole = len(list(takewhile(is_whole, blocks)))
     streams, state, first = work.start_streams("refit", {"dense": (model, batches), "small": (small, batches)}, whole)
     pair = Pair(layout, widths, small, basis.to(model.device), streams)
-    pair.fits |= {name: float(figures) for name, figures in state.items()}
+    pair.fits |= as_figures(state)
     work.progress.stage("refitting", len(blocks))
     work.progress.step(first)
     for block in range(first, len(blocks)):
@@ -93,49 +158,29 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
         else:
             with model.block(block):
                 model.advance(block, streams["dense"])
-        work.save_streams(
-            "refit", block, streams, {name: torch.tensor(fit, dtype=torch.float64) for name, fit in pair.fits.items()}
-        )
+        work.save_streams("refit", block, streams, as_state(pair.fits))
         work.progress.step()
         work.progress.done("refitted", model.family.block(block), time.perf_counter() - start)
     return pair
 
 
-def refit_block(pair: Pair, block: int, place: int) -> dict[str, Tensor]:
-    """The compressed block's parameters as they are stored, by name within the block; the dense stream goes past it.
+def refit_block(pair: Pair, block: int, place: int) -> Tensors:
+    """The compressed block's parameters as they are stored, by name within the block; the dense stream goes past it."""
 
-    The last writer's target is the stream behind the block, so it can wait until the dense block is let go of.
-    """
-    model, family, stream = pair.dense, pair.dense.family, pair.streams["dense"]
-    with model.block(block) as dense:
-        tensors = {
-            name: pair.stored(place, name, tensor)
-            for name, tensor in slice_block(dict(dense.named_parameters()), family, pair.basis)
-        }
-        for norm, following in zip(family.norms, (*family.norms[1:], None), strict=True):
-            _fit_readers(pair, block, place, norm, tensors)
-            if following is not None:
+    def begin(dense: Tensors) -> Tensors:
+        sliced = slice_block(dense, pair.dense.family, pair.basis)
+        return {name: pair.stored(place, name, tensor) for name, tensor in sliced}
 
-                def seen(number: int, name: str = following.name) -> Tensor:
-                    return model.inputs(block, stream, number, [name])[name]
-
-                _fit_writer(pair, place, norm, seen, tensors)
-        model.advance(block, stream)
-    _fit_writer(pair, place, family.norms[-1], lambda number: stream.hidden[number], tensors)
-    return tensors
+    return pair.through_block(
+        block, begin, partial(_fit_readers, pair, block, place), partial(_fit_writer, pair, place)
+    )
 
 
 def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: dict[str, Tensor]) -> None:
     """All readers of a norm see the same, so one map T from what they see now to what they saw serves all: W' = W T."""
     weights = dict(pair.dense.blocks[block].named_parameters())
     hidden, width = pair.basis.shape
-    reader = norm.readers[0]
-    data = Regression.of(width, hidden, pair.basis.device)
-    with pair.small.placed(pair.small.family.block(place), tensors):
-        for number, held in enumerate(pair.held):
-            dense = pair.dense.inputs(block, pair.streams["dense"], number, [reader])
-            small = pair.small.inputs(place, pair.streams["small"], number, [reader])
-            data.add(small[reader], dense[reader], held)
+    data = pair.reader_data(block, place, norm, tensors)
     dense_weights = [weights[f"{name}.weight"].float() for name in norm.readers]
     metric = sum(weight.T @ weight for weight in dense_weights)
     assert isinstance(metric, Tensor)
@@ -147,19 +192,9 @@ def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: dict[s
 
 
 def _fit_writer(pair: Pair, place: int, norm: Norm, after: Callable[[int], Tensor], tensors: dict[str, Tensor]) -> None:
-    """after(batch number): the dense stream [windows, time, hidden] behind the writer."""
     (writer,) = norm.writers
     name = f"{writer}.weight"
-    data = Regression.of(tensors[name].shape[1], pair.basis.shape[1], pair.basis.device)
-    basis = pair.basis.float()
-    with pair.small.placed(pair.small.family.block(place), tensors):
-        for number, held in enumerate(pair.held):
-            small = pair.small.inputs(place, pair.streams["small"], number, [norm.name, writer])
-            target = after(number).float()
-            wanted = target @ basis - small[norm.name].float()
-            if f"{writer}.bias" in tensors:
-                wanted -= tensors[f"{writer}.bias"].to(wanted)
-            data.add(small[writer], wanted, held, 1 / target.square().mean(-1).clamp_min(1e-30))
+    data = pair.writer_data(place, norm, after, tensors)
     for axis_name, axis in pair.layout.axes.items():
         if writer in axis.columns and pair.widths.of(axis_name) < pair.layout.dense.of(axis_name):
             data = _narrow(pair, axis_name, axis, name, data, tensors)

@@ -8,10 +8,10 @@ its diagonal, and the mask is chosen and refined for that problem. The head, whi
 in slicing.
 """
 
+import copy
 import math
 import time
-from collections.abc import Callable
-from itertools import takewhile
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,14 +22,15 @@ from slimlm.families import Norm
 from slimlm.linalg.hessian import DAMPING, quadratic_loss
 from slimlm.linalg.ridge import Fit, Regression, ridge
 from slimlm.linalg.softmax import RATE
+from slimlm.methods.fisher import TokenGradients
 from slimlm.methods.head import head_notes, refit_head
 from slimlm.methods.matrix import Task, curvature_of, prune_tall
-from slimlm.methods.refit import Pair
+from slimlm.methods.refit import Pair, Tensors
 from slimlm.methods.rotation import write_head
 from slimlm.methods.widths import Layout
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
-from slimlm.work import Work
+from slimlm.work import Work, as_figures, as_state
 
 HEAD_RATE = 0.3 * RATE  # pruned streams are nearer to the dense one than sliced ones
 
@@ -41,20 +42,17 @@ def prune_and_repair(
     """Write every block pruned, and the head refitted unless it is tied to the embedding; figures for the manifest."""
     layout = Layout(model)
     eye = torch.eye(model.config.hidden_size, dtype=torch.float64, device=model.device)
-    whole = len(list(takewhile(work.written, map(model.family.block, range(len(model.blocks))))))
+    small = StreamedModel(model.checkpoint, copy.deepcopy(model.config), model.family, model.device, model.dtype)
     work.progress.stage("pruning", len(model.blocks))
-    starts = {"dense": (model, batches), "small": (model, batches)}
-    streams, state, first = work.start_streams("pruned", starts, whole)
-    pair = Pair(layout, layout.dense, model, eye, streams, recipe.dtype)
-    pair.fits |= {name: float(value) for name, value in state.items()}
+    starts = {"dense": (model, batches), "small": (small, batches)}
+    streams, state, first = work.start_streams("pruned", starts, work.leading(model))
+    pair = Pair(layout, layout.dense, small, eye, streams, recipe.dtype)
+    pair.fits |= as_figures(state)
     work.progress.step(first)
     for index in range(first, len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
-        with model.block(index):
-            tensors = _prune_block(pair, index, task)
-            work.pass_through(model, index, tensors, streams["small"], recipe.dtype)
-        state = {name: torch.tensor(value, dtype=torch.float64) for name, value in pair.fits.items()}
-        work.save_streams("pruned", index, streams, state)
+        work.pass_through(small, index, _prune_block(pair, index, task), streams["small"], recipe.dtype)
+        work.save_streams("pruned", index, streams, as_state(pair.fits))
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
     notes: dict[str, Any] = _by_kind(pair.fits)
@@ -75,64 +73,28 @@ def _by_kind(figures: dict[str, float]) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def _prune_block(pair: Pair, index: int, task: Task) -> dict[str, Tensor]:
+def _prune_block(pair: Pair, index: int, task: Task) -> Tensors:
     """The block's parameters as they are stored, by name within it; the dense stream goes past it."""
-    model, stream = pair.dense, pair.streams["dense"]
-    norms = model.family.norms
-    tensors = {name: weight.clone() for name, weight in model.blocks[index].named_parameters()}
-    for norm, following in zip(norms, (*norms[1:], None), strict=True):
-        _prune_readers(pair, index, norm, task, tensors)
-        if following is not None:
+    gradients = task.gradients(index)
 
-            def seen(number: int, name: str = following.name) -> Tensor:
-                return model.inputs(index, stream, number, [name])[name]
+    def readers(norm: Norm, tensors: Tensors) -> None:
+        """One map from what the readers see now to what they saw serves all: their target is W T."""
+        data = pair.reader_data(index, index, norm, tensors)
+        weights = torch.cat([tensors[f"{name}.weight"].float() for name in norm.readers])
+        prior = torch.eye(weights.shape[1], device=weights.device)
+        fit = ridge(data, prior, weights.T @ weights, pair.guess(index, norm.name))
+        pair.fits[f"{index}.{norm.name}"] = fit.strength
+        target = Fit(weights @ fit.weight, fit.strength)
+        _prune_together(pair, index, norm.readers, target, data, task, gradients, tensors)
 
-            _prune_writer(pair, index, norm, seen, task, tensors)
-    model.advance(index, stream)
-    _prune_writer(pair, index, norms[-1], lambda number: stream.hidden[number], task, tensors)
-    return tensors
+    def writer(norm: Norm, after: Callable[[int], Tensor], tensors: Tensors) -> None:
+        (name,) = norm.writers
+        data = pair.writer_data(index, norm, after, tensors)
+        fit = ridge(data, tensors[f"{name}.weight"].float(), guess=pair.guess(index, name))
+        pair.fits[f"{index}.{name}"] = fit.strength
+        _prune_together(pair, index, norm.writers, fit, data, task, gradients, tensors)
 
-
-def _prune_readers(pair: Pair, index: int, norm: Norm, task: Task, tensors: dict[str, Tensor]) -> None:
-    """One map from what the readers see now to what they saw serves all: their target is W T."""
-    model, reader = pair.dense, norm.readers[0]
-    inputs = tensors[f"{reader}.weight"].shape[1]
-    data = Regression.of(inputs, inputs, model.device)
-    for number, held in enumerate(pair.held):
-        dense = model.inputs(index, pair.streams["dense"], number, [reader])
-        with model.placed(model.family.block(index), tensors):
-            small = model.inputs(index, pair.streams["small"], number, [reader])
-        data.add(small[reader], dense[reader], held)
-    weights = torch.cat([tensors[f"{name}.weight"].float() for name in norm.readers])
-    fit = ridge(data, torch.eye(inputs, device=model.device), weights.T @ weights, pair.guess(index, norm.name))
-    pair.fits[f"{index}.{norm.name}"] = fit.strength
-    target = Fit(weights @ fit.weight, fit.strength)
-    _prune_together(pair, index, norm.readers, target, data, task, tensors)
-
-
-def _prune_writer(
-    pair: Pair,
-    index: int,
-    norm: Norm,
-    after: Callable[[int], Tensor],
-    task: Task,
-    tensors: dict[str, Tensor],
-) -> None:
-    """after(batch number): the dense stream [windows, time, hidden] behind the writer."""
-    model, (writer,) = pair.dense, norm.writers
-    weight = tensors[f"{writer}.weight"].float()
-    data = Regression.of(weight.shape[1], weight.shape[0], model.device)
-    for number, held in enumerate(pair.held):
-        target = after(number).float()
-        with model.placed(model.family.block(index), tensors):
-            small = model.inputs(index, pair.streams["small"], number, [norm.name, writer])
-        wanted = target - small[norm.name].float()
-        if f"{writer}.bias" in tensors:
-            wanted -= tensors[f"{writer}.bias"].to(wanted)
-        data.add(small[writer], wanted, held, 1 / target.square().mean(-1).clamp_min(1e-30))
-    fit = ridge(data, weight, guess=pair.guess(index, writer))
-    pair.fits[f"{index}.{writer}"] = fit.strength
-    _prune_together(pair, index, norm.writers, fit, data, task, tensors)
+    return pair.through_block(index, dict, readers, writer)
 
 
 def _prune_together(
@@ -142,6 +104,7 @@ def _prune_together(
     target: Fit,
     data: Regression,
     task: Task,
+    gradients: Mapping[str, TokenGradients],
     tensors: dict[str, Tensor],
 ) -> None:
     """Prune linears that read the same input, whose kept weights are to come near target.weight: [out, in]."""
@@ -150,7 +113,6 @@ def _prune_together(
     if not torch.isfinite(gram).all():
         raise RunFailure(f"inputs of {part}.{names[0]} hold NaN or Inf")
     strength = max(DAMPING, target.strength) if math.isfinite(target.strength) else DAMPING
-    gradients = task.gradients(index)
     curvature = curvature_of(gram, f"{part}.{names[0]}", strength, [gradients[name] for name in names if gradients])
     rows = [tensors[f"{name}.weight"].shape[0] for name in names]
     wanted = target.weight.to(gram.dtype)

@@ -1,5 +1,7 @@
 import copy
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -46,8 +48,10 @@ def keep_in(inputs: dict[str, list[torch.Tensor]], name: str):
     return lambda module, args: inputs.setdefault(name, []).append(args[0])
 
 
-def wanda_by_the_paper(path: Path, tokens: torch.Tensor, sparsity: float) -> dict[str, torch.Tensor]:
-    """Algorithm 1 of the paper with plain loops: block after block, inputs through the pruned blocks before it."""
+def by_the_paper(
+    path: Path, tokens: torch.Tensor, prune: Callable[[torch.nn.Module, torch.Tensor], None]
+) -> dict[str, torch.Tensor]:
+    """Block after block, each linear by itself, on its inputs [tokens, in] in fp64 through the pruned blocks before."""
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     for block in model.model.layers:
         inputs: dict[str, list[torch.Tensor]] = {}
@@ -58,12 +62,16 @@ def wanda_by_the_paper(path: Path, tokens: torch.Tensor, sparsity: float) -> dic
         for handle in handles:
             handle.remove()
         for name, module in linears.items():
-            x = torch.cat([part.reshape(-1, part.shape[-1]) for part in inputs[name]]).double()
-            for row in module.weight.data:
-                scores = [abs(float(w)) * float(x[:, j].norm()) for j, w in enumerate(row)]
-                for j in sorted(range(len(scores)), key=lambda j: scores[j])[: round(sparsity * len(scores))]:
-                    row[j] = 0
+            prune(module, torch.cat([part.reshape(-1, part.shape[-1]) for part in inputs[name]]).double())
     return model.state_dict()
+
+
+def wanda_by_the_paper(module: torch.nn.Module, x: torch.Tensor, sparsity: float) -> None:
+    """Algorithm 1 of the paper with plain loops."""
+    for row in module.weight.data:
+        scores = [abs(float(w)) * float(x[:, j].norm()) for j, w in enumerate(row)]
+        for j in sorted(range(len(scores)), key=lambda j: scores[j])[: round(sparsity * len(scores))]:
+            row[j] = 0
 
 
 def test_wanda_is_the_papers_algorithm(tmp_path: Path, text: Path):
@@ -71,45 +79,31 @@ def test_wanda_is_the_papers_algorithm(tmp_path: Path, text: Path):
     recipe = recipe_for(path, text, tmp_path / "out", method="wanda")
     compress(recipe)
     tokens = load_windows(str(text), load_tokenizer(path), 5, 24).tokens
-    expected = wanda_by_the_paper(path, tokens, 0.5)
+    expected = by_the_paper(path, tokens, partial(wanda_by_the_paper, sparsity=0.5))
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def sparsegpt_by_the_paper(path: Path, tokens: torch.Tensor, sparsity: float) -> dict[str, torch.Tensor]:
-    """Algorithm 1, its inverse computed anew for every column; a block's inputs come from its own dense weights."""
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
-    for block in model.model.layers:
-        inputs: dict[str, list[torch.Tensor]] = {}
-        linears = {name: module for name, module in block.named_modules() if name.endswith(LINEAR)}
-        handles = [module.register_forward_pre_hook(keep_in(inputs, name)) for name, module in linears.items()]
-        with torch.no_grad():
-            model(tokens)
-        for handle in handles:
-            handle.remove()
-        for name, module in linears.items():
-            x = torch.cat([part.reshape(-1, part.shape[-1]) for part in inputs[name]]).double()
-            gram = x.T @ x
-            gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-            weight, columns = module.weight.data.double(), len(gram)  # all columns are one block of 128
-            scores = torch.stack(
-                [weight[:, c].square() / torch.linalg.inv(gram[c:, c:])[0, 0] for c in range(columns)], dim=1
-            )
-            gone = torch.zeros(weight.numel(), dtype=torch.bool)
-            gone[scores.flatten().argsort(stable=True)[: round(sparsity * weight.numel())]] = True
-            gone = gone.view_as(weight)
-            for c in range(columns):
-                left = torch.linalg.inv(gram[c:, c:])
-                weight[:, c:] -= (weight[:, c] * gone[:, c] / left[0, 0])[:, None] * left[0]
-            module.weight.data = weight.masked_fill(gone, 0).float()
-    return model.state_dict()
+def sparsegpt_by_the_paper(module: torch.nn.Module, x: torch.Tensor, sparsity: float) -> None:
+    """Algorithm 1, its inverse computed anew for every column."""
+    gram = x.T @ x
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    weight, columns = module.weight.data.double(), len(gram)  # all columns are one block of 128
+    scores = torch.stack([weight[:, c].square() / torch.linalg.inv(gram[c:, c:])[0, 0] for c in range(columns)], dim=1)
+    gone = torch.zeros(weight.numel(), dtype=torch.bool)
+    gone[scores.flatten().argsort(stable=True)[: round(sparsity * weight.numel())]] = True
+    gone = gone.view_as(weight)
+    for c in range(columns):
+        left = torch.linalg.inv(gram[c:, c:])
+        weight[:, c:] -= (weight[:, c] * gone[:, c] / left[0, 0])[:, None] * left[0]
+    module.weight.data = weight.masked_fill(gone, 0).float()
 
 
 def test_sparsegpt_is_the_papers_algorithm(tmp_path: Path, text: Path):
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     compress(recipe_for(path, text, tmp_path / "out", method="sparsegpt", sparsity=0.4))
     tokens = load_windows(str(text), load_tokenizer(path), 5, 24).tokens
-    expected = sparsegpt_by_the_paper(path, tokens, 0.4)
+    expected = by_the_paper(path, tokens, partial(sparsegpt_by_the_paper, sparsity=0.4))
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in found.items():
         assert torch.equal(tensor == 0, expected[name] == 0), name
