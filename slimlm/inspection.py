@@ -11,6 +11,7 @@ from slimlm.device import pick_device
 from slimlm.errors import RunFailure
 from slimlm.linalg.allocation import outlier_ratio, pq_index, pq_kept, spectrum, tail_exponent
 from slimlm.linalg.hessian import SingularCurvature, hessian
+from slimlm.matrices import matrix
 from slimlm.methods.inputs import input_statistics
 from slimlm.prepare import open_model, resolve_known
 from slimlm.progress import Progress
@@ -71,9 +72,9 @@ def inspect_model(
     found: list[MatrixFigures] = []
     for index in range(len(model.blocks)):
         with model.block(index) as block:
-            grams = input_statistics(model, index, stream, block, onward=True) if stream else {}
-            for linear, first in model.family.first_of.items():
-                weight = block.get_submodule(linear).get_parameter("weight").float()
+            grams = input_statistics(model, index, stream, onward=True).statistics if stream else {}
+            for linear, first in model.anatomy[index].first_of.items():
+                weight = matrix(block, linear).float()
                 found.append(figures_of(f"{model.family.block(index)}.{linear}", weight, grams.get(first)))
         progress.step()
     return found

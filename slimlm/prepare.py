@@ -82,7 +82,7 @@ def resolve_known(model: str, revision: str | None, trust_remote_code: bool) -> 
     """A model's directory, nothing large fetched for a family that is not known. Raises UserError."""
 
     def accept(path: Path) -> None:
-        family_of(load_config(path, trust_remote_code).model_type)
+        family_of(load_config(path, trust_remote_code))
 
     return resolve_model(model, revision, accept)
 
@@ -152,7 +152,7 @@ def open_model(
     config = load_config(path, trust_remote_code)
     full = precision == "fast" and device.type == "cpu"
     dtype = torch.float32 if full else auto_dtype(config, checkpoint)
-    return StreamedModel(checkpoint, config, family_of(config.model_type), device, dtype, trust_remote_code)
+    return StreamedModel(checkpoint, config, family_of(config), device, dtype, trust_remote_code)
 
 
 def settle(recipe: Recipe, method: Method, resolved: ResolvedModel, config: Any, output: Path) -> Recipe:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from slimlm.activations import HiddenStates, InMemory
 
@@ -39,7 +40,13 @@ def owner_of(module: nn.Module, name: str) -> nn.Module:
 
 def put(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Make `tensor` the module's parameter of that name."""
-    owner_of(module, name)._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor, requires_grad=False)
+    set_parameter(owner_of(module, name), name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+
+
+def set_parameter(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
+    owner._parameters[leaf] = parameter
+    if isinstance(owner, Conv1D):  # it computes the shape of its output from what it was built with
+        owner.nf = owner.weight.shape[1]
 
 
 @contextmanager

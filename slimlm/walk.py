@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from slimlm.activations import HiddenStates, InMemory
-from slimlm.checkpoint.hf_internals import checkpoint_tensors, load_tensors, module_names, release
+from slimlm.checkpoint.hf_internals import load_tensors, module_names, release
 from slimlm.checkpoint.lookup import looked_up
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.reader import Checkpoint
@@ -24,7 +24,8 @@ from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, r
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family
 from slimlm.linalg.likelihood import window_nll
-from slimlm.stream import BlockCall, Stream, hooked, owner_of, put, reuse
+from slimlm.matrices import See, canonical, is_turned, matrix, watched
+from slimlm.stream import BlockCall, Stream, owner_of, put, reuse, set_parameter
 
 LARGE_TABLE = 1 << 26  # bytes of an embedding above which only the rows that are needed are read
 LARGE_LOGITS = 1 << 28  # bytes of logits held at once
@@ -55,7 +56,7 @@ class StreamedModel:
         self.device = torch.device(device)
         self.dtype = dtype
         refuse_absurd_sizes(config, checkpoint)
-        if not getattr(config, family.norm_eps, 0) >= 0:
+        if family.norm_eps and not getattr(config, family.norm_eps, 0) >= 0:
             raise UserError(f"{checkpoint.path / 'config.json'}: {family.norm_eps} is negative")
         self.model = build_skeleton(config, dtype, trust_remote_code)
         check_against_skeleton(checkpoint, self.model)
@@ -66,6 +67,7 @@ class StreamedModel:
         if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
             raise UserError(f"{config.model_type!r} model has no blocks at {family.blocks}")
         self.blocks: list[nn.Module] = list(blocks)
+        self.anatomy = [family.in_block(_parts_of(block)) for block in self.blocks]
         self.keys_of = self._assign_keys()
         self.ahead = Prefetch(checkpoint, self.device)
 
@@ -92,10 +94,39 @@ class StreamedModel:
         """A parameter by its module name, as stored. For those the file holds under one name of their own."""
         return self.checkpoint.read(self.key_of[name])
 
-    def file_name(self, name: str) -> str:
-        """The name in files of a module tensor that is neither fused nor split there."""
-        (key,) = checkpoint_tensors(self.model, {name: self.model.state_dict()[name]})
-        return key
+    def is_turned(self, name: str) -> bool:
+        """Whether a parameter, by its module name, is stored transposed."""
+        return is_turned(self.model, name)
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Parameters of block `index`, loaded, by name within it; linears' weights as [out, in]. Views."""
+        block = self.blocks[index]
+        return {name: canonical(block, name) for name, _ in block.named_parameters()}
+
+    @property
+    def matrices(self) -> dict[str, torch.Size]:
+        """Shapes [out, in] of all that methods prune, by full name."""
+        return {
+            f"{self.family.block(index)}.{name}": matrix(self.blocks[index], name).shape
+            for index, anatomy in enumerate(self.anatomy)
+            for name in anatomy.linears
+        }
+
+    @contextmanager
+    def watched(self, index: int, names: Sequence[str], see: See) -> Iterator[None]:
+        """Inside, `see` is shown what the named modules and experts' matrices of block `index`, loaded, get and give.
+
+        Experts run one after another meanwhile: the implementations that batch them show no inputs.
+        """
+        before = self.model.config._experts_implementation
+        if self.anatomy[index].experts:
+            self.model.set_experts_implementation("eager")
+        try:
+            with watched(self.blocks[index], names, see):
+                yield
+        finally:
+            if self.anatomy[index].experts:
+                self.model.set_experts_implementation(before)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """A parameter by its module name, as stored, in runs of rows. For those the file holds as they are."""
@@ -157,17 +188,19 @@ class StreamedModel:
     def placed(self, part: str, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """A part with the given weights, by name within it, inside the context; they may be wider than its config says.
 
+        Linears' weights are [out, in], whatever the module has.
         Weights that are not given stay as they are; afterwards all are as they were.
         """
         module = self.model.get_submodule(part)
         before = {name: (owner_of(module, name), module.get_parameter(name)) for name in tensors}
         try:
             for name, tensor in tensors.items():
-                put(module, name, tensor.to(self.device, self.dtype))
+                tensor = tensor.to(self.device, self.dtype)
+                put(module, name, tensor.T if is_turned(module, name) else tensor)
             yield module
         finally:
             for name, (owner, parameter) in before.items():
-                owner._parameters[name.rpartition(".")[2]] = parameter
+                set_parameter(owner, name.rpartition(".")[2], parameter)
 
     @torch.no_grad()
     def embed(self, batches: Sequence[Tensor], hidden: HiddenStates | None = None) -> Stream:
@@ -176,7 +209,7 @@ class StreamedModel:
         hidden: where the hidden states are to wait between blocks; in memory by default.
         """
         stream = Stream([batch.to(self.device) for batch in batches], InMemory() if hidden is None else hidden)
-        large = [name for name in self.family.embeddings if self._is_large(name)]
+        large = [name for name in self.family.embeddings[:1] if self._is_large(name)]
         others = (self.family.final_norm, self.family.head, *large)
         with ExitStack() as stack:
             stack.enter_context(self.loaded([part for part in self.outside if part not in others]))
@@ -201,14 +234,14 @@ class StreamedModel:
         first: list[Tensor] = []
 
         def recorder(index: int) -> Any:
-            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if index in calls:
                     raise UserError(f"{self.config.model_type!r} calls block {index} more than once: not supported")
                 calls[index] = BlockCall(args, kwargs)
                 first.append(hidden_states)
                 if len(calls) == len(self.blocks):
                     raise _Stop
-                return hidden_states
+                return self._returned(hidden_states)
 
             return forward
 
@@ -228,6 +261,10 @@ class StreamedModel:
         finally:
             for block in self.blocks:
                 del block.forward
+
+    def _returned(self, hidden: Tensor) -> Any:
+        """Hidden states as this family's blocks return them."""
+        return (hidden, None) if self.family.tuples else hidden
 
     def advance(
         self, index: int, stream: Stream, watch: Callable[[Tensor, Tensor], None] = lambda before, after: None
@@ -253,20 +290,52 @@ class StreamedModel:
     def inputs(self, index: int, stream: Stream, number: int, names: Sequence[str]) -> dict[str, Tensor]:
         """What the named modules of block `index` get of batch `number`, the block running no further than they need.
 
-        The name "" stands for what comes out of the block.
+        Each [batch, time, width]. The name "" stands for what comes out of the block, and "name>" for what a module
+        gives.
         """
         found: dict[str, Tensor] = {}
+        hidden, block = stream.hidden[number], self.blocks[index]
 
-        def tap(_: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-            found[name] = args[0]
+        def keep(name: str, tensor: Tensor) -> None:
+            found[name] = tensor.reshape(*hidden.shape[:2], tensor.shape[-1])
             if len(found) == len(names):
                 raise _Stop
 
-        block = self.blocks[index]
-        taps = [(block.get_submodule(name), partial(tap, name=name)) for name in names if name]
-        with hooked(taps), suppress(_Stop):
-            found[""] = self.run(index, stream.hidden[number], stream.calls[number][index])
+        def given(_: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+            keep(name, args[0])
+
+        def gives(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str) -> None:
+            keep(name, output)
+
+        with ExitStack() as stack, suppress(_Stop):
+            for name in filter(None, names):
+                module = block.get_submodule(name.removesuffix(">"))
+                handle = (
+                    module.register_forward_hook(partial(gives, name=name))
+                    if name.endswith(">")
+                    else module.register_forward_pre_hook(partial(given, name=name))
+                )
+                stack.callback(handle.remove)
+            found[""] = self.run(index, hidden, stream.calls[number][index])
         return found
+
+    def before(
+        self, index: int, stream: Stream, number: int, writers: Sequence[str], reader: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream [batch, time, hidden] of batch `number` in block `index` once these writers, its first,
+        have added to it; and what another linear gets."""
+        names = [*(f"{name}>" for name in writers), *([reader] if reader else [])]
+        found = self.inputs(index, stream, number, names) if names else {}
+        hidden = stream.hidden[number]
+        for name in writers:
+            hidden = hidden + found[f"{name}>"] * self.residual_scale
+        return hidden, found.get(reader or "")
+
+    @property
+    def residual_scale(self) -> float:
+        """What writers' outputs are multiplied by before they are added."""
+        name = self.family.residual_scale
+        return float(getattr(self.config, name)) if name else 1.0
 
     def run(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
         """Block `index` (its weights loaded) on one batch of hidden states [batch, time, hidden]."""
@@ -313,7 +382,7 @@ class StreamedModel:
                 yield number, leaf, logits
 
     def _head_loaded(self) -> AbstractContextManager[None]:
-        others = [part for part in self.outside if part not in (*self.family.embeddings, *self.head_parts)]
+        others = [part for part in self.outside if part not in (self.family.embeddings[0], *self.head_parts)]
         return self.loaded([*others, *self.head_parts])
 
     def _pieces(self, stream: Stream) -> Iterator[tuple[int, int, Tensor]]:
@@ -323,10 +392,14 @@ class StreamedModel:
                 yield number, start, hidden[:, start : start + step]
 
     def _around_blocks(self, hidden: Tensor) -> Tensor:
-        with self._replaced([_passing(hidden)] * len(self.blocks)):
-            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+        width = self.model.get_parameter(f"{self.family.embeddings[0]}.weight").shape[1]
+        unused = hidden.new_zeros(*hidden.shape[:2], width)
+        with self._replaced([lambda *args, **kwargs: self._returned(hidden)] * len(self.blocks)):
+            logits: Tensor = self.model(inputs_embeds=unused, use_cache=False).logits
             return logits
 
 
-def _passing(hidden: Tensor) -> Any:
-    return lambda *args, **kwargs: hidden
+def _parts_of(block: nn.Module) -> dict[str, int]:
+    """Modules and parameters of a block, by name, each with the first of its sizes."""
+    modules = {name: 0 for name, _ in block.named_modules()}
+    return modules | {name: parameter.shape[0] for name, parameter in block.named_parameters()}

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from slimlm.activations import Spilled
 from slimlm.checkpoint.disk import sync
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.journal import Journal, Record
 from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
+from slimlm.matrices import is_turned
 from slimlm.progress import Progress
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
@@ -57,6 +59,7 @@ class Work:
     journal: Journal
     progress: Progress
     _writer: CheckpointWriter | None = None
+    _carrier: PreTrainedModel | None = None
     _flusher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="flush"))
     _flushing: list[Future[None]] = field(default_factory=list)
 
@@ -69,9 +72,13 @@ class Work:
     def directory(self) -> Path:
         return self.journal.directory
 
-    def lay_out(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Take the disk space for the result's tensors; what an earlier process wrote of the same ones stays."""
+    def lay_out(self, specs: Mapping[str, TensorSpec], carrier: PreTrainedModel) -> None:
+        """Take the disk space for the result's tensors; what an earlier process wrote of the same ones stays.
+
+        carrier: the result's skeleton, which says how its files name and lay out tensors.
+        """
         self._writer = CheckpointWriter(self.output, specs)
+        self._carrier = carrier
 
     @property
     def writer(self) -> CheckpointWriter:
@@ -108,7 +115,8 @@ class Work:
         Each goes to disk as it comes, except in models whose file layout fuses several into one.
         """
         hashes = {}
-        for key, tensor in _as_stored(model, tensors):
+        assert self._carrier is not None
+        for key, tensor in _as_stored(self._carrier, model.fused, tensors):
             hashes[key] = self.writer.write(key, tensor)
         self.settle()
         self._flushing.append(self._flusher.submit(self._flush, part, hashes))
@@ -191,15 +199,21 @@ def as_figures(state: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _as_stored(
-    model: StreamedModel, tensors: Iterable[tuple[str, Tensor | Rows]]
+    carrier: PreTrainedModel, fused: bool, tensors: Iterable[tuple[str, Tensor | Rows]]
 ) -> Iterator[tuple[str, Tensor | Rows]]:
-    """Module tensors under the names and in the layout of the files."""
+    """Module tensors, linears' as [out, in], under the names and in the layout of the files.
+
+    fused: whether these have several tensors where modules have one, or the other way round.
+    """
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
-            yield model.file_name(name), tensor
-        elif model.fused:
-            whole[name] = tensor
+            (key,) = checkpoint_tensors(carrier, {name: carrier.state_dict()[name]})
+            yield key, tensor
+            continue
+        turned = tensor.T if is_turned(carrier, name) else tensor
+        if fused:
+            whole[name] = turned
         else:
-            yield from checkpoint_tensors(model.model, {name: tensor}).items()
-    yield from checkpoint_tensors(model.model, whole).items()
+            yield from checkpoint_tensors(carrier, {name: turned}).items()
+    yield from checkpoint_tensors(carrier, whole).items()

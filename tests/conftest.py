@@ -68,7 +68,7 @@ def tiny_llama(tmp_path: Path) -> Path:
 
 def stream(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StreamedModel:
     config = load_config(path)
-    return StreamedModel(Checkpoint(path), config, family_of(config.model_type), device, dtype)
+    return StreamedModel(Checkpoint(path), config, family_of(config), device, dtype)
 
 
 def random_tokens(count: int = 5, length: int = 24, seed: int = 1) -> torch.Tensor:

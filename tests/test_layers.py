@@ -15,7 +15,7 @@ ORDER = [
     {"progress"},
     {"recipe", "checkpoint", "calibration"},
     {"activations"},
-    {"stream"},
+    {"stream", "matrices"},
     {"walk"},
     {"work"},
     {"methods", "evaluation"},

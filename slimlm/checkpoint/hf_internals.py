@@ -59,6 +59,7 @@ def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any], device: torc
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+    model.__dict__.pop("_weight_conversions", None)  # of these tensors alone; names to save by are all the model's
     for name, found, expected in info.mismatched_keys:
         raise UserError(f"tensor {name} has shape {list(found)} in the checkpoint, {list(expected)} by its config")
     for name, error in info.conversion_errors.items():

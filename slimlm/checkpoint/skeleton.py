@@ -86,10 +86,11 @@ def refuse_absurd_sizes(config: PretrainedConfig, checkpoint: Checkpoint) -> Non
             f"{checkpoint.path / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, "
             f"but the weights are {len(checkpoint.tensors)} tensors"
         )
-    if config.vocab_size * config.hidden_size > checkpoint.elements:
+    width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    if config.vocab_size * width > checkpoint.elements:
         raise UserError(
-            f"{checkpoint.path / 'config.json'}: a vocabulary of {config.vocab_size} by hidden_size "
-            f"{config.hidden_size} is more than the weights hold ({checkpoint.elements} parameters)"
+            f"{checkpoint.path / 'config.json'}: a vocabulary of {config.vocab_size} by hidden_size {width} is "
+            f"more than the weights hold ({checkpoint.elements} parameters)"
         )
 
 

@@ -57,7 +57,7 @@ def compare_streamed(
         if index in kept:
             with compressed.block(kept.index(index)):
                 compressed.advance(kept.index(index), streams[1])
-        error = relative_error(*streams, None if basis is None else basis(index))
+        error = relative_error(*streams, None if basis is None else basis(index), dense.family.centred)
         comparison.block_errors.append(error)
         progress.step()
         progress.done("measured", dense.family.block(index), time.perf_counter() - start, relative_error=error)
@@ -68,12 +68,18 @@ def compare_streamed(
     return comparison
 
 
-def relative_error(dense: Stream, compressed: Stream, basis: Tensor | None) -> float:
-    """Mean over tokens of `||x - S x'|| / ||x||`, with S the basis: 0 is no error, 1 as much error as signal."""
+def relative_error(dense: Stream, compressed: Stream, basis: Tensor | None, centred: bool = False) -> float:
+    """Mean over tokens of `||x - S x'|| / ||x||`, with S the basis: 0 is no error, 1 as much error as signal.
+
+    centred: where the norms subtract the mean of x, it does not count.
+    """
     total, tokens = 0.0, 0
     for x, y in zip(dense.hidden, compressed.hidden, strict=True):
         restored = y.float() if basis is None else y.float() @ basis.T.float()
-        error = (x.float() - restored).norm(dim=-1) / x.float().norm(dim=-1).clamp_min(1e-30)
+        x = x.float()
+        if centred:
+            x, restored = x - x.mean(-1, keepdim=True), restored - restored.mean(-1, keepdim=True)
+        error = (x - restored).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-30)
         total += float(error.sum())
         tokens += error.numel()
     return total / tokens

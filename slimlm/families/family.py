@@ -1,19 +1,25 @@
 """What slimlm must know about an architecture: names and axes, no forward passes and no maths."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-Role = Literal["embedding", "norm", "reader", "writer", "inner", "final_norm", "head"]
+Role = Literal["embedding", "norm", "reader", "writer", "inner", "final_norm", "head", "outer"]
 
 
 @dataclass(frozen=True)
 class Norm:
     """A norm of the residual stream inside a block, the linears that read its output, and those that write the result
-    back to the stream."""
+    back to the stream, in the order they run. Linears that a block does not have (layers without experts) are left
+    out of what is said about that block. name: "" where the linears read the stream as it is.
+
+    after: the norm that what is written goes through before it is added, which no rotation can pass.
+    """
 
     name: str
     readers: tuple[str, ...]
     writers: tuple[str, ...]
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,50 @@ class Axis:
 
     config: attributes that count the units, the first exactly, others in proportion to it.
     rows, columns: linears of which a unit is so many rows (outputs), or columns (inputs).
+    stacks: for linears that are several stacked in one, the sizes of these, as multiples of the units or by name of the
+    attribute that counts them; rows of a unit are then some of every one.
     """
 
     config: tuple[str, ...]
     rows: tuple[str, ...]
     columns: tuple[str, ...]
+    stacks: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture's experts, packed: parameters [experts, out, in] of one module.
+
+    reads: reads what the norm before it gives to the tokens routed to an expert. writes: writes to the stream.
+    count: experts of a block, where it is a block that is spoken of.
+    """
+
+    module: str
+    reads: str
+    writes: str
+    count: int = 0
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """One name for each expert's matrix."""
+        names = (self.reads, self.writes)
+        return tuple(f"{self.module}.{name}.{expert}" for expert in range(self.count) for name in names)
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A class that computes the same as another for a checkpoint of other widths.
+
+    config: attributes it needs to. zeros: biases [hidden] inside a block that only it has. unless: attributes of the
+    other's config that it has nothing for, when they are true. stock: whether transformers has it, or slimlm
+    (`modeling/`).
+    """
+
+    model_type: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    zeros: tuple[str, ...] = ()
+    unless: tuple[str, ...] = ()
+    stock: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,13 +79,25 @@ class Family:
     """An architecture, keyed by `config.model_type`. Module names inside a block are relative to the block.
 
     blocks: path of the ModuleList of blocks.
-    embeddings: modules whose weight [*, hidden] is added into the residual stream before the first block.
-    norms: the block's RMSNorms on the residual stream, in the order they run, each after what the one before it wrote.
+    embeddings: modules whose weight [*, hidden] is added into the residual stream before the first block, tokens first.
+    norms: the block's norms on the residual stream, in the order they run, each after what the one before it wrote.
+    parallel: whether all of them see what enters the block instead, and all is added up at its end.
+    centred: whether norms subtract the mean (LayerNorm). offset: what they add to the gain they store.
     mlp, groups: the MLP's neurons, and key/value groups with their query heads; None where they cannot be deleted.
+    experts: matrices of a mixture of experts.
     inner: modules of a block that touch neither end of the residual stream (head-wise norms, say).
-    final_norm, head: the norm after the last block and the linear that reads it.
-    norm_eps: config attribute with the epsilon of those norms.
+    unpruned: linears that no method prunes: a router decides too much for the little it weighs.
+    matched: writers whose output does not reach the residual stream as it is.
+    outer: modules outside the blocks that are neither embedding nor head.
+    final_norm, head: the norm after the last block and the linear that reads it; "" without such a norm.
+    norm_eps: config attribute with the epsilon of those norms; "" where the class has a constant.
     heads: config attribute whose value must divide `hidden_size`, where the config class checks that.
+    scales: config attributes of a factor on embeddings, on what writers add, and of a divisor of the logits.
+    scaled_by_width: whether embeddings are scaled by the square root of hidden_size besides.
+    tuples: whether a block returns a tuple.
+    carrier: the class that carries a sliced result, where that is not its own.
+    rotates: whether the residual stream can be moved into another basis; `why_not` says why it cannot.
+    variants: what is different where config attributes have certain values; the first that fits counts.
     """
 
     model_type: str
@@ -50,10 +107,55 @@ class Family:
     final_norm: str
     head: str
     norm_eps: str
+    parallel: bool = False
+    centred: bool = False
+    offset: float = 0.0
     mlp: Axis | None = None
     groups: Axis | None = None
+    experts: Experts | None = None
     inner: tuple[str, ...] = ()
+    unpruned: tuple[str, ...] = ()
+    matched: tuple[str, ...] = ()
+    outer: tuple[str, ...] = ()
     heads: str | None = None
+    embedding_scale: str | None = None
+    residual_scale: str | None = None
+    logit_divisor: str | None = None
+    scaled_by_width: bool = False
+    tuples: bool = False
+    carrier: Carrier | None = None
+    why_not: str | None = None
+    variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
+
+    def of(self, config: Any) -> "Family":
+        """The declaration for a model of this config."""
+        family = self
+        for conditions, changes in self.variants:
+            if all(getattr(config, name, None) == value for name, value in conditions.items()):
+                family = replace(self, **changes)
+                break
+        if family.carrier and any(getattr(config, name, None) for name in family.carrier.unless):
+            family = replace(family, carrier=None)
+        return replace(family, variants=())
+
+    def in_block(self, modules: Mapping[str, int]) -> "Family":
+        """The declaration for a block that has these modules and packed parameters; the number of experts of those."""
+
+        def had(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in names if name in modules)
+
+        norms = tuple(
+            replace(norm, readers=had(norm.readers), writers=had(norm.writers))
+            for norm in self.norms
+            if not norm.name or norm.name in modules
+        )
+        count = modules.get(f"{self.experts.module}.{self.experts.reads}", 0) if self.experts else 0
+        experts = replace(self.experts, count=count) if self.experts and count else None
+        return replace(self, norms=norms, experts=experts)
+
+    @property
+    def rotates(self) -> bool:
+        return self.why_not is None
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -63,16 +165,28 @@ class Family:
     def writers(self) -> tuple[str, ...]:
         return tuple(writer for norm in self.norms for writer in norm.writers)
 
+    def reading(self, norm: Norm) -> tuple[str, ...]:
+        """Parameters [..., hidden] that read what a norm of a block gives, experts' in the last."""
+        experts = (f"{self.experts.module}.{self.experts.reads}",) if self.experts and norm is self.norms[-1] else ()
+        return (*(f"{reader}.weight" for reader in norm.readers), *experts)
+
+    @property
+    def writing(self) -> tuple[str, ...]:
+        """Parameters of a block that write to the stream: [..., hidden, in], and biases [hidden] where it has them."""
+        experts = (f"{self.experts.module}.{self.experts.writes}",) if self.experts else ()
+        return (*(f"{writer}.{kind}" for writer in self.writers for kind in ("weight", "bias")), *experts)
+
     @property
     def linears(self) -> tuple[str, ...]:
-        return (*self.readers, *self.writers)
+        """All that methods prune, matrices of experts included."""
+        return tuple(name for names in self.inputs for name in names)
 
     @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:
-        """The linears of a block, those that read the same input together."""
-        return tuple(
-            names for norm in self.norms for names in (norm.readers, *((writer,) for writer in norm.writers)) if names
-        )
+        """What methods prune of a block, linears that read the same input together."""
+        groups = [names for norm in self.norms for names in (norm.readers, *((writer,) for writer in norm.writers))]
+        pruned = [tuple(name for name in names if name not in self.unpruned) for names in groups]
+        return (*filter(None, pruned), *((name,) for name in (self.experts.matrices if self.experts else ())))
 
     @property
     def first_of(self) -> dict[str, str]:
@@ -86,16 +200,24 @@ class Family:
         """What a parameter, by its full name, is to the residual stream; None when it is not declared."""
         module = parameter.rpartition(".")[0]
         if module.startswith(self.blocks + "."):
-            return self._role_in_block(module.removeprefix(self.blocks + ".").partition(".")[2])
+            inside = parameter.removeprefix(self.blocks + ".").partition(".")[2]
+            return self._role_in_block(inside.rpartition(".")[0], inside)
         if module in self.embeddings:
             return "embedding"
+        if module in self.outer:
+            return "outer"
         return {self.final_norm: "final_norm", self.head: "head"}.get(module)  # type: ignore[return-value]
 
-    def _role_in_block(self, module: str) -> Role | None:
+    def _role_in_block(self, module: str, parameter: str) -> Role | None:
         if module in {norm.name for norm in self.norms}:
             return "norm"
         if module in self.readers:
             return "reader"
         if module in self.writers:
             return "writer"
-        return "inner" if module in self.inner else None
+        if self.experts and parameter in (f"{self.experts.module}.{self.experts.reads}",):
+            return "reader"
+        if self.experts and parameter == f"{self.experts.module}.{self.experts.writes}":
+            return "writer"
+        inner = (*self.inner, *(norm.after for norm in self.norms if norm.after))
+        return "inner" if any(module == name or module.startswith(f"{name}.") for name in inner) else None

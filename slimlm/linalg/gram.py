@@ -33,7 +33,11 @@ class Gram:
         self.tokens += other.tokens
 
 
-def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """x: [..., width] divided by its root mean square, without a gain (Zhang & Sennrich, arXiv 1910.07467, eq. 4)."""
+def rms_normalise(x: Tensor, eps: float, centred: bool = False) -> Tensor:
+    """x: [..., width] divided by its root mean square, without a gain (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
+
+    centred: its mean subtracted before, as LayerNorm does (Ba et al., arXiv 1607.06450, eq. 4).
+    """
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x = x - x.mean(-1, keepdim=True) if centred else x
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

@@ -20,15 +20,40 @@ def principal_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * vectors.gather(0, largest).sign(), eigenvalues.flip(-1).clamp_min(0)
 
 
-def with_kept(kept: Tensor, gram: Tensor) -> Tensor:
-    """An orthonormal basis [d, d]: the `kept` directions [d, k] (orthonormal), then gram's [d, d] in what is left."""
+def with_kept(kept: Tensor, gram: Tensor, last: Tensor | None = None) -> Tensor:
+    """An orthonormal basis [d, d]: the `kept` directions [d, k] (orthonormal), then gram's [d, d] in what is left.
+
+    last: [d, l], orthonormal and at right angles to `kept`, comes at the end.
+    """
     gram = gram.double()
-    if kept.shape[1] == 0:
+    last = kept[:, :0] if last is None else last
+    fixed = torch.cat([kept, last], dim=1)
+    if fixed.shape[1] == 0:
         return principal_basis(gram)[0]
-    outside = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device) - kept @ kept.T
-    # A direction of its own below zero sorts what is kept behind all that is left.
-    rest, _ = principal_basis(outside @ gram @ outside - gram.trace() * (kept @ kept.T))
-    return torch.cat([kept, rest[:, : gram.shape[0] - kept.shape[1]]], dim=1)
+    outside = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device) - fixed @ fixed.T
+    # A direction of its own below zero sorts what is fixed behind all that is left.
+    rest, _ = principal_basis(outside @ gram @ outside - gram.trace() * (fixed @ fixed.T))
+    return torch.cat([kept, rest[:, : gram.shape[0] - fixed.shape[1]], last], dim=1)
+
+
+def without_mean(width: int, device: torch.device | str = "cpu") -> Tensor:
+    """An orthonormal [width, width] whose last column is the all-ones direction: a Householder reflection, fp64."""
+    ones = torch.full((width,), width**-0.5, dtype=torch.float64, device=device)
+    normal = ones.clone()
+    normal[-1] -= 1
+    eye = torch.eye(width, dtype=torch.float64, device=device)
+    return eye - 2 * torch.outer(normal, normal) / normal.square().sum().clamp_min(1e-30)
+
+
+def leading(vectors: Tensor, width: int, centred: bool) -> Tensor:
+    """The first directions of a basis [d, d] for a stream of `width`: [d, width].
+
+    centred: the stream goes through LayerNorm, and the last of `vectors` is the all-ones direction. Then the first
+    width - 1 are put at right angles to the all-ones direction of the narrower stream, whose mean is always zero.
+    """
+    if not centred:
+        return vectors[:, :width].contiguous()
+    return vectors[:, : width - 1] @ without_mean(width, vectors.device)[:, : width - 1].T
 
 
 def felt(gram: Tensor, gradients: Tensor) -> Tensor:

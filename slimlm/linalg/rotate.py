@@ -26,5 +26,5 @@ def rotate_reader(weight: Tensor, gain: Tensor, basis: Tensor) -> Tensor:
 
 
 def rotate_writer(weight: Tensor, basis: Tensor) -> Tensor:
-    """weight: [hidden, in], or a bias: [hidden] -> [width, in] or [width]."""
+    """weight: [..., hidden, in], or a bias: [hidden] -> [..., width, in] or [width]."""
     return basis.T.to(weight) @ weight

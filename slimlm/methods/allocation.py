@@ -24,26 +24,27 @@ from slimlm.linalg.allocation import (
     pq_kept,
 )
 from slimlm.linalg.ridge import WIDE
+from slimlm.matrices import matrix
 from slimlm.methods.fisher import TokenGradients, gradients_of, row_fisher
 from slimlm.methods.matrix import FISHERS, Choice, curvature_of
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
-InputNorms = Callable[[int, nn.Module], dict[str, Tensor]]  # of a block's linears, by name: [in]
+InputNorms = Callable[[int], dict[str, Tensor]]  # of a block's linears, by name: [in]
 
 
 def allocate(
     model: StreamedModel, recipe: Recipe, choice: Choice, work: Work, input_norms: InputNorms
 ) -> dict[str, int]:
-    """How many weights go of each matrix, by its full name; as many as uniform sparsity prunes in all.
+    """How many weights go of each matrix, by full name; as many as uniform sparsity prunes in all.
 
     input_norms: called for each block in turn, with its weights loaded; it passes the calibration data on.
     """
     record = work.journal.last("allocation")
     if record:
         return dict(record["counts"])
-    sizes = {name: model.model.get_parameter(name).numel() for name in _matrices(model)}
+    sizes = {name: shape.numel() for name, shape in model.matrices.items()}
     total = sum(round(recipe.sparsity * size) for size in sizes.values())
     if recipe.allocation != "uniform" and total > (1 - LEAST_KEPT) * sum(sizes.values()):
         raise UserError(f"--allocation {recipe.allocation} leaves {LEAST_KEPT:.0%} of every matrix: lower --sparsity")
@@ -68,19 +69,21 @@ def _counts(
     kept: dict[str, float] = {}  # of matrices, from the PQ Index
     merits: list[float] = []  # of blocks
     for index, block in _blocks(model, work):
-        weights = {name: block.get_submodule(name).get_parameter("weight").float() for name in model.family.linears}
+        weights = {name: matrix(block, name).float() for name in model.anatomy[index].linears}
         part = model.family.block(index)
         if recipe.allocation == "global":
             gradients = gradients_of(model, work, index) if choice.curvature != "none" else {}
             for name, scores in global_scores(weights, gradients, part, recipe, choice):
-                histograms[f"{part}.{name}.weight"] = histogram(scores)
+                histograms[f"{part}.{name}"] = histogram(scores)
         elif recipe.allocation == "pq":
-            kept |= {f"{part}.{name}.weight": pq_kept(pq_index(weight)) for name, weight in weights.items()}
+            kept |= {f"{part}.{name}": pq_kept(pq_index(weight)) for name, weight in weights.items()}
         elif recipe.allocation == "alphapruning":
             merits.append(sum(map(hill_alpha, weights.values())) / len(weights))
         else:
-            norms = input_norms(index, block)
-            scores = torch.cat([(weight.abs() * norms[name]).flatten() for name, weight in weights.items()])
+            norms = input_norms(index)
+            scores = torch.cat(
+                [(weight.abs() * norms[name]).flatten() for name, weight in weights.items() if name in norms]
+            )
             merits.append(outlier_ratio(scores))
     if recipe.allocation == "global":
         return global_counts(histograms, total)
@@ -112,7 +115,10 @@ def global_scores(
         if choice.curvature == "none":
             yield name, weight.abs()
             continue
-        found = gradients[name]
+        found = gradients.get(name)
+        if found is None:  # an expert that no token reached: nothing is lost by pruning it, as far as can be told
+            yield name, torch.zeros_like(weight)
+            continue
         if choice.curvature in FISHERS:
             try:
                 diagonal = row_fisher(found, recipe.fisher_damping, choice.curvature == "block-fisher").diagonal()
@@ -131,11 +137,6 @@ def _blocks(model: StreamedModel, work: Work) -> Iterator[tuple[int, nn.Module]]
         with model.block(index) as block:
             yield index, block
         work.progress.step()
-
-
-def _matrices(model: StreamedModel) -> list[str]:
-    parts = map(model.family.block, range(len(model.blocks)))
-    return [f"{part}.{name}.weight" for part in parts for name in model.family.linears]
 
 
 def _block_number(model: StreamedModel, name: str) -> int:

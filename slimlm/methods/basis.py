@@ -1,7 +1,9 @@
 """The basis of the residual stream: an orthonormal [hidden, hidden], most important directions first."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from slimlm.errors import RunFailure
 from slimlm.linalg.gram import Gram, rms_normalise
-from slimlm.linalg.pca import felt, principal_basis, with_kept
+from slimlm.linalg.pca import felt, leading, principal_basis, with_kept
 from slimlm.methods.gradients import TOKENS, gradient_covariance
 from slimlm.recipe import Recipe
 from slimlm.stream import hooked
@@ -23,11 +25,19 @@ MASSIVE_ENERGY = 1e-3  # share of the massive tokens' energy from which on a dir
 
 @dataclass(frozen=True)
 class Basis:
-    """vectors: [hidden, hidden] fp64. influence: [blocks], 1 - cosine between what enters and leaves each block."""
+    """vectors: [hidden, hidden] fp64. influence: [blocks], 1 - cosine between what enters and leaves each block.
+
+    centred: whether the norms subtract the mean; the all-ones direction is then the last.
+    """
 
     vectors: Tensor
     influence: Tensor
     notes: dict[str, Any]
+    centred: bool = False
+
+    def of(self, width: int) -> Tensor:
+        """For a stream of this width: [hidden, width]."""
+        return leading(self.vectors, width, self.centred)
 
 
 @dataclass
@@ -66,7 +76,8 @@ def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work
     recalled = work.journal.recall("basis")
     if recalled:
         record, saved = recalled
-        return Basis(saved["basis"].to(model.device), saved["influence"], record["notes"])
+        centred = model.family.centred
+        return Basis(saved["basis"].to(model.device), saved["influence"], record["notes"], centred)
     found = collect_statistics(model, batches, work)
     matrix = found.gram.matrix
     if recipe.weighting == "loss":
@@ -78,7 +89,9 @@ def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work
     if not torch.isfinite(matrix + found.massive.matrix).all():
         raise RunFailure(f"the residual stream or its gradients overflow in {model.dtype}: the weights are broken")
     kept = massive_directions(found.massive)
-    vectors = with_kept(kept, matrix)
+    hidden = model.config.hidden_size
+    mean = torch.full((hidden, 1), hidden**-0.5, dtype=torch.float64, device=model.device)
+    vectors = with_kept(kept, matrix, mean if model.family.centred else None)
     norms = len(model.blocks) * len(model.family.norms) + 1
     notes: dict[str, Any] = {
         "calibration_tokens_per_norm": found.gram.tokens / norms,
@@ -86,7 +99,7 @@ def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work
     }
     influence = found.turned / (found.gram.tokens / norms)
     work.journal.keep("basis", {"basis": vectors, "influence": influence}, notes=notes)
-    return Basis(vectors, influence, notes)
+    return Basis(vectors, influence, notes, model.family.centred)
 
 
 def massive_directions(massive: Gram) -> Tensor:
@@ -97,9 +110,12 @@ def massive_directions(massive: Gram) -> Tensor:
 
 
 @torch.no_grad()
-def collect_statistics(model: StreamedModel, batches: list[Tensor], work: Work) -> StreamStatistics:
-    """One pass over the model: everything about its stream that a basis and a choice of blocks need."""
-    eps: float = getattr(model.config, model.family.norm_eps)
+def collect_statistics(model: StreamedModel, batches: list[Tensor], work: Work, norms: bool = True) -> StreamStatistics:
+    """One pass over the model: everything about its stream that a basis and a choice of blocks need.
+
+    norms: whether what enters the blocks' norms is looked at, or only what leaves the last block.
+    """
+    normalise = partial(rms_normalise, eps=norm_eps(model), centred=model.family.centred)
     hidden = model.config.hidden_size
     found = StreamStatistics(
         Gram(hidden, model.device), Gram(hidden, model.device), torch.zeros(len(model.blocks), dtype=torch.float64)
@@ -112,7 +128,7 @@ def collect_statistics(model: StreamedModel, batches: list[Tensor], work: Work) 
         work.progress.step(first)
 
     def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        _add(found, args[0], eps)
+        _add(found, args[0], normalise)
 
     for index in range(first, len(model.blocks)):
         start = time.perf_counter()
@@ -122,21 +138,41 @@ def collect_statistics(model: StreamedModel, batches: list[Tensor], work: Work) 
 
         with (
             model.block(index) as block,
-            hooked((block.get_submodule(norm.name), observe) for norm in model.family.norms),
+            hooked((block.get_submodule(norm.name), observe) for norm in model.anatomy[index].norms if norms),
         ):
             model.advance(index, stream, watch)
         work.save_streams("calibration", index, streams, found.state())
         work.progress.step()
         work.progress.done("calibrated", model.family.block(index), time.perf_counter() - start)
     for hidden_states in stream.hidden:
-        _add(found, hidden_states, eps)
+        _add(found, hidden_states, normalise)
     return found
 
 
-def _add(found: StreamStatistics, x: Tensor, eps: float) -> None:
-    normalised = rms_normalise(x, eps).flatten(0, 1)
+def norm_eps(model: StreamedModel) -> float:
+    """The epsilon of the residual stream's norms."""
+    name = model.family.norm_eps
+    return float(getattr(model.config, name)) if name else float(torch.nn.LayerNorm(1).eps)
+
+
+def find_influence(model: StreamedModel, batches: list[Tensor], work: Work) -> Basis:
+    """For a stream that stays in its own basis: how much each block changes it."""
+    recalled = work.journal.recall("influence")
+    if recalled:
+        influence = recalled[1]["influence"]
+    else:
+        found = collect_statistics(model, batches, work, norms=False)
+        influence = found.turned / found.gram.tokens
+        work.journal.keep("influence", {"influence": influence})
+    eye = torch.eye(model.config.hidden_size, dtype=torch.float64, device=model.device)
+    return Basis(eye, influence, {"basis": "the stream's own"})
+
+
+def _add(found: StreamStatistics, x: Tensor, normalise: Callable[[Tensor], Tensor]) -> None:
+    x = x.flatten(0, -2)
+    normalised = normalise(x)
     found.gram.add(normalised)
-    size = x.float().square().mean(-1).sqrt().flatten()
+    size = x.float().square().mean(-1).sqrt()
     massive = size > MASSIVE * size.median()
     if massive.any():
         found.massive.add(normalised[massive])

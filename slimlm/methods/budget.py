@@ -18,6 +18,8 @@ from slimlm.families import Axis
 from slimlm.linalg.budget import LossCurve, is_near, predicted_loss, spaced
 from slimlm.linalg.ridge import Moments, held_out
 from slimlm.linalg.units import removals
+from slimlm.matrices import matrix
+from slimlm.methods.basis import Basis
 from slimlm.methods.widths import Layout, Widths
 from slimlm.recipe import Recipe
 from slimlm.stream import hooked
@@ -62,7 +64,8 @@ def removed_share(layout: Layout, widths: Widths) -> float:
 
 def _narrower(layout: Layout, sparsity: float, granule: int) -> list[Widths]:
     dense, multiple = layout.dense, math.lcm(granule, layout.divisor(layout.dense.groups))
-    widths = (replace(dense, hidden=hidden) for hidden in range(multiple, dense.hidden, multiple))
+    sizes = range(multiple, dense.hidden, multiple) if layout.model.family.rotates else ()
+    widths = (replace(dense, hidden=hidden) for hidden in sizes)
     return [split for split in widths if is_near(removed_share(layout, split), sparsity)]
 
 
@@ -72,7 +75,8 @@ def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
     for depth in range(len(dense.blocks), max(1, math.ceil(len(dense.blocks) * (1 - sparsity))) - 1, -1):
         for groups in range(dense.groups, 0, -1) if dense.groups else (0,):
             multiple = math.lcm(granule, layout.divisor(groups))
-            for hidden in range(dense.hidden // multiple * multiple, 0, -multiple):
+            narrower = range((dense.hidden - 1) // multiple * multiple, 0, -multiple)
+            for hidden in (dense.hidden, *(narrower if layout.model.family.rotates else ())):
                 split = _with_mlp(layout, Widths(hidden, dense.mlp, groups, tuple(range(depth))), target, granule)
                 if split is not None and split != dense and is_near(removed_share(layout, split), sparsity):
                     yield split
@@ -93,16 +97,16 @@ def _with_mlp(layout: Layout, widths: Widths, target: float, granule: int) -> Wi
 
 
 def choose(
-    layout: Layout, splits: list[Widths], basis: Tensor, influence: Tensor, batches: list[Tensor], work: Work
+    layout: Layout, splits: list[Widths], found: Basis, batches: list[Tensor], work: Work
 ) -> tuple[Widths, dict[str, object]]:
     """The split with the least predicted loss, and the figures it was chosen by.
 
-    Where there are several splits, the refit follows. basis: [hidden, hidden], leading directions first. influence:
-    [blocks], how much each changes the stream.
+    Where there are several splits, the refit follows.
     """
+    influence = found.influence
     if len(splits) == 1:
         return replace(splits[0], blocks=_kept(influence, len(splits[0].blocks))), {}
-    curves = loss_curves(layout, splits, basis, influence, batches, work)
+    curves = loss_curves(layout, splits, found, batches, work)
     curves["hidden"] = LossCurve([(units, loss * REFIT_LEAVES) for units, loss in curves["hidden"].points])
     scored = sorted((predicted_loss(curves, removed(layout, split)), index) for index, split in enumerate(splits))
     best = splits[scored[0][1]]
@@ -133,7 +137,7 @@ def _kept(influence: Tensor, depth: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def loss_curves(
-    layout: Layout, splits: list[Widths], basis: Tensor, influence: Tensor, batches: list[Tensor], work: Work
+    layout: Layout, splits: list[Widths], found: Basis, batches: list[Tensor], work: Work
 ) -> dict[str, LossCurve]:
     """For each axis that a split cuts, the measured rise of the held-out loss at a few sizes."""
     model = layout.model
@@ -148,7 +152,7 @@ def loss_curves(
     streams = {cut: model.embed(test, work.scratch(f"cut-{cut}", model.device)) for cut in [None, *cuts]}
     for cut, stream in streams.items():
         if cut is not None and cut.axis == "hidden":
-            kept = basis[:, : layout.dense.hidden - cut.removed].to(model.device, model.dtype)
+            kept = found.of(layout.dense.hidden - cut.removed).to(model.device, model.dtype)
             for number in range(len(stream.hidden)):
                 stream.hidden.replace(number, stream.hidden[number] @ kept @ kept.T)
             stream.hidden.turn()
@@ -163,10 +167,10 @@ def loss_curves(
                 order.find([cut.removed for cut in cuts if cut.axis == axis])
             for cut, stream in streams.items():
                 if cut is not None and cut.axis == "blocks":
-                    if index in _kept(influence, len(model.blocks) - cut.removed):
+                    if index in _kept(found.influence, len(model.blocks) - cut.removed):
                         model.advance(index, stream)
                     continue
-                with model.placed(model.family.block(index), _cut_weights(model, block, cut, orders, basis)):
+                with model.placed(model.family.block(index), _cut_weights(model, index, cut, orders, found)):
                     model.advance(index, stream)
         work.progress.step()
     losses = {cut: float(model.nll(stream).mean()) / (test[0].shape[1] - 1) for cut, stream in streams.items()}
@@ -200,12 +204,12 @@ class _Order:
         axis: Axis = layout.axes[name]
         self.name = axis.columns[0]
         self.linear = block.get_submodule(self.name)
-        self.weight = self.linear.get_parameter("weight")
+        self.weight = matrix(block, self.name)
         self.size = self.weight.shape[1] // layout.dense.of(name)
         self.moments = Moments(self.weight.shape[1], 0, self.weight.device)
 
     def add(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].float().flatten(0, 1)
+        x = args[0].float().flatten(0, -2)
         self.moments.add(x, x[:, :0])
 
     def find(self, counts: list[int]) -> None:
@@ -215,16 +219,14 @@ class _Order:
 
 
 def _cut_weights(
-    model: StreamedModel, block: nn.Module, cut: Cut | None, orders: dict[str, _Order], basis: Tensor
+    model: StreamedModel, index: int, cut: Cut | None, orders: dict[str, _Order], found: Basis
 ) -> dict[str, Tensor]:
     """The block's parameters that a cut changes, by name within the block."""
     changed: dict[str, Tensor] = {}
     if cut is not None and cut.axis == "hidden":
-        kept = basis[:, : basis.shape[0] - cut.removed].to(model.device, model.dtype)
-        for writer in model.family.writers:
-            for name in (f"{writer}.weight", f"{writer}.bias"):
-                if name in dict(block.named_parameters()):
-                    changed[name] = kept @ (kept.T @ block.get_parameter(name))
+        kept = found.of(found.vectors.shape[0] - cut.removed).to(model.device, model.dtype)
+        weights = model.weights(index)
+        changed = {name: kept @ (kept.T @ weights[name]) for name in model.anatomy[index].writing if name in weights}
     elif cut is not None:
         order = orders[cut.axis]
         changed[f"{order.name}.weight"] = order.weights[cut.removed]

@@ -90,9 +90,7 @@ def row_fisher(gradients: TokenGradients, damping: float, blocks: bool) -> RowFi
 def gradient_windows(recipe: Recipe, model: StreamedModel) -> int:
     """Room on disk that gathered gradients take, in windows of hidden states."""
     assert recipe.max_seq_length is not None
-    block = model.blocks[0]
-    sizes = [block.get_submodule(name).get_parameter("weight").shape for name in model.family.linears]
-    numbers = len(model.blocks) * recipe.fisher_samples * sum(map(sum, sizes))
+    numbers = recipe.fisher_samples * sum(map(sum, model.matrices.values()))
     return 1 + numbers // (recipe.max_seq_length * int(model.config.hidden_size))
 
 
@@ -107,16 +105,18 @@ def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor]
     wanted = min(1.0, recipe.fisher_samples / sum(tokens))
     generator = torch.Generator().manual_seed(recipe.seed)
     places = [torch.randperm(count, generator=generator)[: max(1, round(wanted * count))] for count in tokens]
-    names = list(family.linears)
     found: dict[str, list[Tensor]] = {}
 
     def visit(index: int, number: int, seen: Seen) -> None:
+        first = {names[0] for names in model.anatomy[index].inputs}
         place = places[number].to(model.device)
         for name, (x, out) in seen.items():
             assert out.grad is not None
+            x, delta = x.detach().flatten(0, -2), out.grad.flatten(0, -2)
+            of = place if len(x) == tokens[number] else _evenly(len(x), wanted, x.device)  # an expert sees some tokens
             if name in first:
-                found.setdefault(f"{name}.x", []).append(x.detach().flatten(0, 1)[place].bfloat16())
-            found.setdefault(f"{name}.delta", []).append(out.grad.flatten(0, 1)[place].bfloat16())
+                found.setdefault(f"{name}.x", []).append(x[of].bfloat16())
+            found.setdefault(f"{name}.delta", []).append(delta[of].bfloat16())
         if number == len(chosen) - 1:
             tensors = {key: torch.cat(parts) for key, parts in found.items()}
             if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
@@ -124,12 +124,19 @@ def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor]
             work.journal.keep(_step(index), tensors)
             found.clear()
 
-    first = {names[0] for names in family.inputs}
-    reverse_sweep(model, list(chosen), recipe.seed, recipe.fisher_labels, (names, 1), visit, work)
+    def linears(index: int) -> tuple[str, ...]:
+        return model.anatomy[index].linears
+
+    reverse_sweep(model, list(chosen), recipe.seed, recipe.fisher_labels, (linears, 1), visit, work)
+
+
+def _evenly(count: int, share: float, device: torch.device) -> Tensor:
+    """Numbers of a share of `count` tokens, one at least, evenly spread."""
+    return torch.linspace(0, count - 1, max(1, round(share * count)), device=device).long()
 
 
 def gradients_of(model: StreamedModel, work: Work, index: int) -> dict[str, TokenGradients]:
-    """What `gather_gradients` left of a block, by linear."""
+    """What `gather_gradients` left of a block, by linear; experts that no token reached are not there."""
     recalled = work.journal.recall(_step(index))
     if recalled is None:
         raise RunFailure(f"the gradients of {model.family.block(index)} are gone from {work.directory}: start over")
@@ -137,7 +144,8 @@ def gradients_of(model: StreamedModel, work: Work, index: int) -> dict[str, Toke
     tensors = {name: tensor.to(model.device).double() for name, tensor in saved.items()}
     return {
         name: TokenGradients(tensors[f"{first}.x"], tensors[f"{name}.delta"])
-        for name, first in model.family.first_of.items()
+        for name, first in model.anatomy[index].first_of.items()
+        if f"{name}.delta" in tensors
     }
 
 

@@ -1,13 +1,12 @@
 """Gradients of the loss along the residual stream and at the linears, in one sweep forward and one back."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from slimlm.linalg.gram import Gram
@@ -18,7 +17,7 @@ from slimlm.work import Work
 
 TOKENS = 16_384
 Labels = Literal["model", "text"]
-Seen = dict[str, tuple[Tensor, Tensor]]  # by module: its input and its output
+Seen = dict[str, tuple[Tensor, Tensor]]  # by linear or norm: its input and its output
 Visit = Callable[[int, int, Seen], None]  # (block, batch number, what its modules saw)
 
 
@@ -35,13 +34,13 @@ def gradient_covariance(model: StreamedModel, batches: list[Tensor], seed: int, 
     def visit(block: int, number: int, seen: Seen) -> None:
         for at, _ in seen.values():
             assert at.grad is not None
-            gram.add(_scaled(at.grad, at.detach()))
+            gram.add(_scaled(at.grad, at.detach(), model.family.centred))
 
     def at_end(gradient: Tensor, hidden: Tensor) -> None:
-        gram.add(_scaled(gradient, hidden))
+        gram.add(_scaled(gradient, hidden, model.family.centred))
 
-    norms = [norm.name for norm in model.family.norms]
-    reverse_sweep(model, batches, seed, "model", (norms, 0), visit, work, at_end)
+    names = [norm.name for norm in model.family.norms]
+    reverse_sweep(model, batches, seed, "model", (lambda index: names, 0), visit, work, at_end)
     return gram.matrix
 
 
@@ -56,7 +55,7 @@ def reverse_sweep(
     batches: list[Tensor],
     seed: int,
     labels: Labels,
-    watched: tuple[list[str], Literal[0, 1]],
+    watched: tuple[Callable[[int], Sequence[str]], Literal[0, 1]],
     visit: Visit,
     work: Work,
     at_end: Callable[[Tensor, Tensor], None] = lambda gradient, hidden: None,
@@ -65,7 +64,8 @@ def reverse_sweep(
     of the block, with the gradient of the summed loss on one of them. One sweep forward that leaves every block's input
     on disk, one backward, a block at a time.
 
-    watched: the modules' names, and where the gradient is wanted: 0 for the input, 1 for the output.
+    watched: names of a block's modules and matrices, and where the gradient is wanted: 0 for the input, 1 for the
+    output.
     labels: `model` draws the tokens to predict from the model's own predictions (the true Fisher information), `text`
     takes the next tokens (the empirical one). at_end: shown each batch's gradient and states behind the last block.
     """
@@ -89,11 +89,12 @@ def reverse_sweep(
         gradients.append(gradient)
     for index in reversed(range(blocks)):
         start = time.perf_counter()
-        with model.block(index, step=-1) as block:
+        with model.block(index, step=-1):
             for number, hidden in enumerate(inputs[index]):
                 hidden.requires_grad_()
                 seen: Seen = {}
-                with torch.enable_grad(), _watched(block, *watched, seen):
+                see = partial(_retain, seen=seen, side=watched[1])
+                with torch.enable_grad(), model.watched(index, watched[0](index), see):
                     out = model.run(index, hidden, stream.calls[number][index])
                 out.backward(gradients[number])
                 visit(index, number, seen)
@@ -105,7 +106,8 @@ def reverse_sweep(
     work.clear_scratch()
 
 
-def _scaled(gradient: Tensor, at: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, at: Tensor, centred: bool) -> Tensor:
+    at = at - at.mean(-1, keepdim=True) if centred else at
     return gradient.float() * at.float().square().mean(-1, keepdim=True).sqrt()
 
 
@@ -130,17 +132,6 @@ def _at_the_head(model: StreamedModel, stream: Stream, generator: torch.Generato
             parts = []
 
 
-@contextmanager
-def _watched(block: nn.Module, names: list[str], side: Literal[0, 1], seen: Seen) -> Iterator[None]:
-    """Inside the context, modules leave their input and output in `seen`."""
-
-    def tap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str) -> None:
-        seen[name] = args[0], output
-        seen[name][side].retain_grad()
-
-    handles = [block.get_submodule(name).register_forward_hook(partial(tap, name=name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _retain(name: str, x: Tensor, output: Tensor, seen: Seen, side: Literal[0, 1]) -> None:
+    seen[name] = x, output
+    seen[name][side].retain_grad()

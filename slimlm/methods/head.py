@@ -16,7 +16,8 @@ from slimlm.errors import RunFailure
 from slimlm.linalg.ridge import Regression, ridge
 from slimlm.linalg.softmax import RATE, MapFit
 from slimlm.methods.refit import Pair
-from slimlm.methods.rotation import head_map
+from slimlm.methods.rotation import head_map, sliced_final_norm
+from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
 STEP = "head fitted"
@@ -35,14 +36,14 @@ def refit_head(pair: Pair, seed: int, work: Work, rate: float = RATE) -> Tensor:
     work.progress.stage("refitting the head", EPOCHS + 3)
     with dense.loaded([dense.family.final_norm, *dense.head_parts]):
         module = dense.model.get_submodule(head)
-        rows = module.get_parameter("weight").float()
+        rows = module.get_parameter("weight").float() / _logit_divisor(dense)
         data = Regression.of(width, pair.basis.shape[0], pair.basis.device)
         for x, seen, held in _head_inputs(pair, range(len(pair.held))):
             data.add(seen, x, held)
         work.progress.step()
         gram = data.fit.xx.clone()
         least_squares = ridge(data, prior, rows.T @ rows).weight
-        bias = module.bias.float() if getattr(module, "bias", None) is not None else None
+        bias = module.bias.float() / _logit_divisor(dense) if getattr(module, "bias", None) is not None else None
         fit = MapFit(rows, bias, least_squares, gram, rate)
         before = _divergence(pair, fit)
         work.progress.step()
@@ -60,20 +61,31 @@ def refit_head(pair: Pair, seed: int, work: Work, rate: float = RATE) -> Tensor:
     return fit.map if better else least_squares
 
 
+def fits_head(model: StreamedModel) -> bool:
+    """Whether logits are a linear function of what the final norm gives, which is what the fit takes them for."""
+    capped = getattr(model.config, "final_logit_softcapping", None) is not None
+    return bool(model.family.final_norm) and not capped
+
+
 def head_notes(work: Work) -> dict[str, float]:
     """Divergences on held-out windows that a fit found, in this process or an earlier one."""
     record = work.journal.last(STEP)
     return record["notes"] if record else {}
 
 
+def _logit_divisor(model: StreamedModel) -> float:
+    name = model.family.logit_divisor
+    return float(getattr(model.config, name)) if name else 1.0
+
+
 def _head_inputs(pair: Pair, numbers: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per batch: what the dense head sees [batch, time, hidden], what the other does [..., width]; what is held out."""
     dense_norm = pair.dense.model.get_submodule(pair.dense.family.final_norm)
-    small_norm = pair.small.family.final_norm
+    small_norm, parameters = pair.small.family.final_norm, sliced_final_norm(pair.dense, pair.basis)
     for number in numbers:
         x, y = (pair.streams[label].hidden[number] for label in ("dense", "small"))
         before = dense_norm(x).float()  # first: the two models' norm may be one module
-        with pair.small.placed(small_norm, {"weight": torch.ones(pair.basis.shape[1])}) as norm:
+        with pair.small.placed(small_norm, parameters) as norm:
             yield before, norm(y).float(), pair.held[number]
 
 

@@ -26,8 +26,8 @@ from slimlm.linalg.pca import principal_basis
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
 from slimlm.linalg.units import damp
 from slimlm.methods.plan import Outcome, Plan
-from slimlm.methods.rotation import final_gain
-from slimlm.modeling import SLICED_LLAMA_FILE, SlicedLlamaConfig
+from slimlm.methods.rotation import final_norm
+from slimlm.modeling import SlicedLlamaConfig, auto_map, own_file
 from slimlm.recipe import Recipe
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
@@ -76,10 +76,7 @@ def _config(model: StreamedModel, width: int) -> SlicedLlamaConfig:
         **settings,
         stream_widths=[*[width] * (2 * layers), hidden],
         architectures=["SlicedLlamaForCausalLM"],
-        auto_map={
-            "AutoConfig": "modeling_sliced_llama.SlicedLlamaConfig",
-            "AutoModelForCausalLM": "modeling_sliced_llama.SlicedLlamaForCausalLM",
-        },
+        auto_map=auto_map(SlicedLlamaConfig),
     )
 
 
@@ -107,8 +104,9 @@ def _plan(model: StreamedModel, width: int, recipe: Recipe) -> Plan:
     }
     config.dtype = next(iter(tensors.values())).dtype
     changes = {"model_type": ("llama", config.model_type), "stream width": (model.config.hidden_size, width)}
+    files = (own_file(SlicedLlamaConfig),)
     return Plan(
-        config, tensors, parameter_count(carrier), recipe, changes, files=(SLICED_LLAMA_FILE,), widths=f"hidden={width}"
+        config, tensors, parameter_count(carrier), recipe, carrier, changes, files=files, widths=f"hidden={width}"
     )
 
 
@@ -117,7 +115,7 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
     """Slice block after block; each sees what the sliced blocks before it pass on."""
     family, config = model.family, copy.deepcopy(plan.config)
     width = config.stream_widths[0]
-    work.lay_out(plan.tensors)
+    work.lay_out(plan.tensors, plan.carrier)
     start = _embedding_basis(model, batches, work)[:, :width].contiguous()
     (embedding,) = family.embeddings
     if not work.written(embedding):
@@ -133,15 +131,15 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
     for index in range(first, len(model.blocks)):
         begun, part = time.perf_counter(), family.block(index)
         slicer = _Slicer(small, index, streams["sliced"], config.stream_widths[2 * index + 1 : 2 * index + 3])
-        with model.block(index) as block:
-            tensors, basis = slicer.slice(dict(block.named_parameters()), basis)
+        with model.block(index):
+            tensors, basis = slicer.slice(model.weights(index), basis)
         work.pass_through(small, index, tensors, streams["sliced"])
         work.journal.keep(f"basis {index}", {"basis": basis})
         work.save_streams("sliced", index, streams, {"basis": basis})
         work.progress.step()
         work.progress.done("sliced", part, time.perf_counter() - begun)
     if not work.written(family.head):
-        weight, gain = f"{family.head}.weight", final_gain(model, basis)
+        weight, gain = f"{family.head}.weight", final_norm(model, basis.device)["weight"]
         work.write(
             model, family.head, [(weight, ((rows.to(gain) * gain) @ basis.float() for rows in model.chunks(weight)))]
         )

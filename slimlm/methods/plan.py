@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from slimlm.checkpoint.writer import TensorSpec
+from slimlm.errors import UserError
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
@@ -18,6 +19,7 @@ from slimlm.work import Work
 class Plan:
     """The result's config and tensors (names as in its files), its recipe, and what of the config changes.
 
+    carrier: the result's skeleton, which says how its files name and lay out tensors.
     widths: those inside blocks and of the stream, as `--widths` takes them, where they change.
     remark: what is still to be decided in the run, and how. files: what else belongs into the checkpoint.
     """
@@ -26,6 +28,7 @@ class Plan:
     tensors: dict[str, TensorSpec]
     parameters: int
     recipe: Recipe
+    carrier: PreTrainedModel
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     remark: str | None = None
     widths: str | None = None
@@ -68,3 +71,18 @@ class Method:
     run: Callable[[StreamedModel, Plan, list[Tensor], Work], Outcome]
     scratch: Callable[[Recipe, StreamedModel], int] = lambda recipe, model: 0
     holds_out: Callable[[Recipe], bool] = lambda recipe: False
+
+
+def require_declared(model: StreamedModel, verb: str) -> None:
+    """Raises UserError naming weights of the model that its family does not declare."""
+    unknown = [
+        name
+        for name in model.model.state_dict()
+        if model.family.role(name) is None and name not in model.model.all_tied_weights_keys
+    ]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UserError(
+            f"{model.config.model_type!r} has weights slimlm does not know how to {verb}: {unknown[0]}{more} "
+            "(a newer transformers may have added them)"
+        )

@@ -1,12 +1,13 @@
 """Setting single weights to zero, block after block: what data the methods of `methods/matrix.py` get.
 
-Every linear inside the blocks is pruned; embeddings and head are not. Each block sees what the pruned blocks before it
-pass on. Zeros take as much room as other numbers: the checkpoint keeps its size, and stock kernels their speed.
+Every linear inside the blocks is pruned, experts' too; embeddings, head and routers are not. Each block sees what the
+pruned blocks before it pass on, and an expert the tokens that are routed to it. Zeros take as much room as other
+numbers: the checkpoint keeps its size, and stock kernels their speed.
 """
 
 import copy
+import logging
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,19 +19,22 @@ from torch import Tensor, nn
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import RunFailure, UserError
-from slimlm.families import Family
-from slimlm.linalg.hessian import Hessian
 from slimlm.methods.allocation import allocate
 from slimlm.methods.fisher import gather_gradients, gradient_windows, gradients_of, row_fisher
 from slimlm.methods.gradients import sweep_windows
+from slimlm.methods.head import fits_head
 from slimlm.methods.inputs import input_statistics
-from slimlm.methods.matrix import FISHERS, Choice, Known, Pattern, Task, combined, curvature_of, prune_tall
-from slimlm.methods.plan import Method, Outcome, Plan
+from slimlm.methods.matrix import FISHERS, Choice, Pattern, Task, combined
+from slimlm.methods.plan import Method, Outcome, Plan, require_declared
+from slimlm.methods.prune_block import by_kind, prune_by_magnitude, prune_seen, prune_together
 from slimlm.methods.repair import prune_and_repair
+from slimlm.methods.rotation import unchanged
 from slimlm.recipe import Allocation, Recipe
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
-from slimlm.work import Rows, Work, as_figures, as_state
+from slimlm.work import Work, as_figures, as_state
+
+logger = logging.getLogger(__name__)
 
 
 def pruning(
@@ -86,11 +90,10 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     if recipe.pattern and recipe.allocation != "uniform":
         raise UserError(f"--allocation {recipe.allocation}: a pattern prunes every matrix alike")
     named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in _tied(model)}
-    for name, tensor in named.items():
-        if model.family.role(name) is None:
-            raise UserError(f"{model.config.model_type!r} has a weight slimlm does not know how to prune: {name}")
-        if recipe.pattern and _is_pruned(model.family, name) and tensor.shape[1] % recipe.pattern_sizes[1]:
-            raise UserError(f"{name} has {tensor.shape[1]} inputs, which pattern {recipe.pattern} does not divide")
+    require_declared(model, "prune")
+    for name, shape in model.matrices.items():
+        if recipe.pattern and shape[1] % recipe.pattern_sizes[1]:
+            raise UserError(f"{name} has {shape[1]} inputs, which pattern {recipe.pattern} does not divide")
     tensors = {
         name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, recipe.dtype))
         for name, tensor in checkpoint_tensors(model.model, named).items()
@@ -98,15 +101,11 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     config = copy.deepcopy(model.config)
     config.dtype = next(iter(tensors.values())).dtype
     parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
-    return Plan(config, tensors, parameters, recipe)
+    return Plan(config, tensors, parameters, recipe, model.model)
 
 
 def _tied(model: StreamedModel) -> set[str]:
     return set(model.model.all_tied_weights_keys)
-
-
-def _is_pruned(family: Family, name: str) -> bool:
-    return family.role(name) in ("reader", "writer") and name.endswith(".weight")
 
 
 @torch.no_grad()
@@ -115,11 +114,13 @@ def run_prune(
 ) -> Outcome:
     """Prune block after block, and write each."""
     recipe = plan.recipe
-    work.lay_out(plan.tensors)
-    later = [model.family.final_norm, model.family.head] if repairs and not model.head_is_tied else []
+    work.lay_out(plan.tensors, plan.carrier)
+    later = (
+        [model.family.final_norm, model.family.head] if repairs and not model.head_is_tied and fits_head(model) else []
+    )
     for part in model.outside:
         if part not in later and not work.written(part):
-            work.write(model, part, _unchanged(model, part))
+            work.write(model, part, unchanged(model, part))
     if needs_gradients(recipe, choice):
         gather_gradients(model, recipe, batches, work)
     counts = allocate(model, recipe, choice, work, partial(_dense_norms, model, {}, batches, work))
@@ -129,30 +130,37 @@ def run_prune(
         task = replace(task, gradients=partial(gradients_of, model, work))
     notes: dict[str, Any] = {} if recipe.allocation == "uniform" else {"allocation": _shares(model, counts)}
     if choice.curvature in ("none", *FISHERS):
-        _prune_apart(model, recipe, task, work)
+        notes |= _prune_apart(model, recipe, task, work)
     elif repairs:
         notes |= prune_and_repair(model, recipe, task, batches, work)
     else:
         notes |= _prune_seeing(model, task, batches, work)
+    if notes.get("starved_experts"):
+        logger.warning(
+            "%d matrices of experts saw too few calibration tokens and were pruned by magnitude: they are listed in "
+            "slimlm.json under starved_experts; more --num-calibration-samples reach more of them",
+            len(notes["starved_experts"]),
+        )
     work.settle()
     return Outcome(plan, notes, zeros=_zeros_written(model, work))
 
 
 def _shares(model: StreamedModel, counts: dict[str, int]) -> dict[str, float]:
-    return {name: round(count / model.model.get_parameter(name).numel(), 4) for name, count in counts.items()}
+    sizes = model.matrices
+    return {name: round(count / sizes[name].numel(), 4) for name, count in counts.items()}
 
 
 def _dense_norms(
-    model: StreamedModel, started: dict[str, Stream], batches: list[Tensor], work: Work, index: int, block: nn.Module
+    model: StreamedModel, started: dict[str, Stream], batches: list[Tensor], work: Work, index: int
 ) -> dict[str, Tensor]:
     """Norms of the inputs of a block's linears in the dense model, which is walked through block after block."""
     if not started:
         started["dense"] = model.embed(batches, work.scratch("dense", model.device))
-    found = input_statistics(model, index, started["dense"], block, norms=True, onward=True)
-    return {name: found[first] for name, first in model.family.first_of.items()}
+    found = input_statistics(model, index, started["dense"], norms=True, onward=True).statistics
+    return {name: found[first] for name, first in model.anatomy[index].first_of.items() if first in found}
 
 
-def _prune_apart(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -> None:
+def _prune_apart(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -> dict[str, Any]:
     """Without data, or with gradients of the dense model, blocks do not depend on one another: finished ones are left
     out."""
     work.progress.stage("pruning", len(model.blocks))
@@ -161,23 +169,38 @@ def _prune_apart(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -
         if not work.written(part):
             with model.block(index) as block:
                 if task.choice.curvature == "none":
-                    for names in model.family.inputs:
-                        _prune_together(block, part, names, task, None)
+                    for names in model.anatomy[index].inputs:
+                        prune_together(block, part, names, task, None)
                 else:
                     _prune_by_gradients(model, index, block, recipe, task)
-                work.write(model, part, ((f"{part}.{name}", value) for name, value in block.named_parameters()))
+                work.write(model, part, ((f"{part}.{name}", value) for name, value in model.weights(index).items()))
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
+    return _without_gradients(model, task)
 
 
 def _prune_by_gradients(model: StreamedModel, index: int, block: nn.Module, recipe: Recipe, task: Task) -> None:
-    part = model.family.block(index)
-    for name, gradients in task.gradients(index).items():
-        inverse = row_fisher(gradients, recipe.fisher_damping, task.choice.curvature == "block-fisher")
+    part, found = model.family.block(index), task.gradients(index)
+    for name in model.anatomy[index].linears:
+        if name not in found:  # an expert that no token reached
+            prune_by_magnitude(block, part, (name,), task)
+            continue
+        inverse = row_fisher(found[name], recipe.fisher_damping, task.choice.curvature == "block-fisher")
         try:
-            _prune_together(block, part, (name,), task, inverse)
+            prune_together(block, part, (name,), task, inverse)
         except ValueError as error:
             raise RunFailure(f"{part}.{name} cannot be pruned: {error}") from error
+
+
+def _without_gradients(model: StreamedModel, task: Task) -> dict[str, Any]:
+    """Experts that no token reached."""
+    starved = {
+        f"{model.family.block(index)}.{name}": 0
+        for index, anatomy in enumerate(model.anatomy)
+        if anatomy.experts and "fisher" in task.choice.curvature
+        for name in sorted(set(anatomy.experts.matrices) - task.gradients(index).keys())
+    }
+    return {"starved_experts": starved} if starved else {}
 
 
 def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work: Work) -> dict[str, Any]:
@@ -185,42 +208,16 @@ def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work:
     work.progress.stage("pruning", len(model.blocks))
     streams, state, first = work.start_streams("calibration", {"pruned": (model, batches)}, work.leading(model))
     work.progress.step(first)
-    dampings = as_figures(state)
+    figures = as_figures(state)
     for index in range(first, len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
-        with model.block(index) as block:
-            seen = input_statistics(model, index, streams["pruned"], block, task.choice.curvature == "diagonal")
-            gradients = task.gradients(index)
-            for names in model.family.inputs:
-                statistics = seen.pop(names[0])
-                chosen = [gradients[name] for name in names if gradients]
-                is_gram = statistics.dim() == 2
-                curvature = curvature_of(statistics, f"{part}.{names[0]}", gradients=chosen) if is_gram else statistics
-                _prune_together(block, part, names, task, curvature)
-                if isinstance(curvature, Hessian):
-                    dampings[f"{part}.{names[0]}"] = curvature.damping
-            work.pass_through(model, index, dict(block.named_parameters()), streams["pruned"], task.dtype)
-        work.save_streams("calibration", index, streams, as_state(dampings))
+        with model.block(index):
+            prune_seen(model, index, streams["pruned"], model.anatomy[index].inputs, task, figures)
+            work.pass_through(model, index, model.weights(index), streams["pruned"], task.dtype)
+        work.save_streams("calibration", index, streams, as_state(figures))
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
-    return {"damping": dampings} if dampings else {}
-
-
-def _prune_together(
-    block: nn.Module,
-    part: str,
-    names: tuple[str, ...],
-    task: Task,
-    curvature: Known,
-) -> None:
-    """Prune linears of a block that read the same input, in place."""
-    weights = [block.get_submodule(name).get_parameter("weight") for name in names]
-    dtype = torch.float32 if curvature is None or isinstance(curvature, Tensor) else curvature.dtype
-    tall = torch.cat([weight.to(dtype) for weight in weights])
-    rows = [weight.shape[0] for weight in weights]
-    found, _ = prune_tall(tall, rows, task.pattern([f"{part}.{name}.weight" for name in names]), task.choice, curvature)
-    for weight, pruned in zip(weights, found.split(rows), strict=True):
-        weight.copy_(pruned)
+    return by_kind(figures)
 
 
 def _pattern(counts: dict[str, int], recipe: Recipe, names: list[str]) -> Pattern:
@@ -229,18 +226,14 @@ def _pattern(counts: dict[str, int], recipe: Recipe, names: list[str]) -> Patter
     return Pattern(of, *recipe.pattern_sizes) if recipe.pattern else Pattern(of)
 
 
-def _unchanged(model: StreamedModel, part: str) -> Iterator[tuple[str, Rows]]:
-    for name, _ in model.model.get_submodule(part).named_parameters():
-        if f"{part}.{name}" not in _tied(model):
-            yield f"{part}.{name}", model.chunks(f"{part}.{name}")
-
-
 def _zeros_written(model: StreamedModel, work: Work) -> float:
     """Share of zeros in the pruned matrices, counted in what is on disk."""
+    state = model.model.state_dict()
+    owners = {name: name.rpartition(".")[0] for name in model.matrices}
+    pruned = {owner if owner in state else f"{name}.weight" for name, owner in owners.items()}
     zeros = total = 0
-    for name, place in work.writer.places.items():
-        if _is_pruned(model.family, name):
-            tensor = place.read()
-            zeros += int((tensor == 0).sum())
-            total += tensor.numel()
+    for name in checkpoint_tensors(model.model, {name: state[name] for name in pruned}):
+        tensor = work.writer.places[name].read()
+        zeros += int((tensor == 0).sum())
+        total += tensor.numel()
     return zeros / total

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.errors import RunFailure
-from slimlm.families import Axis, Norm
+from slimlm.families import Axis, Norm, family_of
 from slimlm.linalg.ridge import GUESS, Moments, Regression, held_out, ridge
 from slimlm.linalg.units import removals
 from slimlm.methods.plan import Plan
-from slimlm.methods.rotation import slice_block
+from slimlm.methods.rotation import seen_through, slice_block
 from slimlm.methods.widths import Layout, Widths
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
@@ -37,7 +37,7 @@ from slimlm.work import Work, as_figures, as_state
 Tensors = dict[str, Tensor]  # parameters of a block, by name within it
 Begin = Callable[[Tensors], Tensors]
 FitReaders = Callable[[Norm, Tensors], None]
-FitWriter = Callable[[Norm, Callable[[int], Tensor], Tensors], None]
+FitWriter = Callable[[str, Callable[[int], Tensor], Tensors], None]
 
 
 @dataclass
@@ -71,28 +71,42 @@ class Pair:
     def through_block(self, block: int, begin: Begin, readers: FitReaders, writer: FitWriter) -> Tensors:
         """Fit a block's linears in the order it computes in: its parameters. The dense stream goes past it.
 
-        begin: makes the parameters to start from, of the dense ones. writer: gets, by batch number, the dense stream
-        [windows, time, hidden] behind the writer. That of the last one is the stream behind the block, so it can wait
-        until the dense block is let go of.
+        begin: makes the parameters to start from, of the dense ones. writer: gets, by batch number, what
+        [windows, time, hidden] is to come near: the dense stream behind the writer, or what the writer gives where that
+        does not reach the stream as it is. The stream behind the last writer is the one behind the block, so that one
+        can wait until the dense block is let go of.
         """
-        model, stream, norms = self.dense, self.streams["dense"], self.dense.family.norms
-        with model.block(block) as dense:
-            tensors = begin(dict(dense.named_parameters()))
-            for norm, following in zip(norms, (*norms[1:], None), strict=True):
+        model, stream, anatomy = self.dense, self.streams["dense"], self.dense.anatomy[block]
+        last = anatomy.writers[-1] if anatomy.writers and anatomy.writers[-1] not in anatomy.matched else None
+        with model.block(block):
+            tensors = begin(model.weights(block))
+            for norm in anatomy.norms:
                 readers(norm, tensors)
-                if following is not None:
-
-                    def seen(number: int, name: str = following.name) -> Tensor:
-                        return model.inputs(block, stream, number, [name])[name]
-
-                    writer(norm, seen, tensors)
+                for name in norm.writers:
+                    if name in anatomy.matched:
+                        writer(name, partial(self._given, block, name), tensors)
+                    elif name != last:
+                        writer(name, partial(self._behind, block, name), tensors)
             model.advance(block, stream)
-        writer(norms[-1], lambda number: stream.hidden[number], tensors)
+        if last is not None:
+            writer(last, lambda number: stream.hidden[number], tensors)
         return tensors
 
-    def reader_data(self, block: int, place: int, norm: Norm, tensors: dict[str, Tensor]) -> Regression:
-        """What all readers of a norm see in the compressed block of `tensors`, and what they saw in the dense one."""
-        reader, (hidden, width) = norm.readers[0], self.basis.shape
+    def _given(self, block: int, name: str, number: int) -> Tensor:
+        return self.dense.inputs(block, self.streams["dense"], number, [f"{name}>"])[f"{name}>"]
+
+    def _behind(self, block: int, name: str, number: int) -> Tensor:
+        return self.dense.before(block, self.streams["dense"], number, [*self._earlier(block, name), name])[0]
+
+    def _earlier(self, block: int, name: str) -> list[str]:
+        """Writers of a dense block that add to the stream before another does."""
+        anatomy = self.dense.anatomy[block]
+        return list(takewhile(lambda other: other != name, anatomy.writers))
+
+    def reader_data(self, block: int, place: int, reader: str, tensors: Tensors) -> Regression:
+        """What readers of a norm, this the first, see in the compressed block of `tensors`, and saw in the dense
+        one."""
+        hidden, width = self.basis.shape
         data = Regression.of(width, hidden, self.dense.device)
         with self.small.placed(self.small.family.block(place), tensors):
             for number, held in enumerate(self.held):
@@ -102,19 +116,24 @@ class Pair:
         return data
 
     def writer_data(
-        self, place: int, norm: Norm, after: Callable[[int], Tensor], tensors: dict[str, Tensor]
+        self, block: int, place: int, name: str, target: Callable[[int], Tensor], tensors: Tensors
     ) -> Regression:
-        """What a norm's writer gets in the compressed block of `tensors`, and what it has to add to the stream."""
-        (writer,) = norm.writers
-        data = Regression.of(tensors[f"{writer}.weight"].shape[1], self.basis.shape[1], self.dense.device)
-        with self.small.placed(self.small.family.block(place), tensors):
+        """What a writer gets in the compressed block of `tensors`, and what it has to give."""
+        small, stream, matched = self.small, self.streams["small"], name in self.dense.anatomy[block].matched
+        data = Regression.of(tensors[f"{name}.weight"].shape[1], self.basis.shape[1], self.dense.device)
+        with small.placed(small.family.block(place), tensors):
             for number, held in enumerate(self.held):
-                small = self.small.inputs(place, self.streams["small"], number, [norm.name, writer])
-                target = after(number).float()
-                wanted = self.into(target) - small[norm.name].float()
-                if f"{writer}.bias" in tensors:
-                    wanted -= tensors[f"{writer}.bias"].to(wanted)
-                data.add(small[writer], wanted, held, 1 / target.square().mean(-1).clamp_min(1e-30))
+                before, x = small.before(place, stream, number, [] if matched else self._earlier(block, name), name)
+                assert x is not None
+                wanted = target(number).float()
+                centred = wanted - wanted.mean(-1, keepdim=True) if small.family.centred else wanted
+                size = centred.square().mean(-1).clamp_min(1e-30)
+                wanted = self.into(wanted)
+                if not matched:
+                    wanted = (wanted - before.float()) / small.residual_scale
+                if f"{name}.bias" in tensors:
+                    wanted = wanted - tensors[f"{name}.bias"].to(wanted)
+                data.add(x, wanted, held, 1 / size)
         return data
 
     @cached_property
@@ -139,7 +158,7 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
     model, blocks = layout.model, layout.dense.blocks
     work.settle()  # the compressed model is read from where it is written
     config = copy.deepcopy(plan.config)  # building a model sets its dtype
-    small = StreamedModel(Checkpoint(work.output), config, model.family, model.device, model.dtype)
+    small = StreamedModel(Checkpoint(work.output), config, family_of(config), model.device, model.dtype)
     place = {block: index for index, block in enumerate(widths.blocks)}
 
     def is_whole(block: int) -> bool:
@@ -168,33 +187,35 @@ def refit_block(pair: Pair, block: int, place: int) -> Tensors:
     """The compressed block's parameters as they are stored, by name within the block; the dense stream goes past it."""
 
     def begin(dense: Tensors) -> Tensors:
-        sliced = slice_block(dense, pair.dense.family, pair.basis)
+        sliced = slice_block(dense, pair.dense.anatomy[block], pair.basis, pair.layout.zeros(pair.widths))
         return {name: pair.stored(place, name, tensor) for name, tensor in sliced}
 
     return pair.through_block(
-        block, begin, partial(_fit_readers, pair, block, place), partial(_fit_writer, pair, place)
+        block, begin, partial(_fit_readers, pair, block, place), partial(_fit_writer, pair, block, place)
     )
 
 
-def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: dict[str, Tensor]) -> None:
+def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensors) -> None:
     """All readers of a norm see the same, so one map T from what they see now to what they saw serves all: W' = W T."""
-    weights = dict(pair.dense.blocks[block].named_parameters())
-    hidden, width = pair.basis.shape
-    data = pair.reader_data(block, place, norm, tensors)
-    dense_weights = [weights[f"{name}.weight"].float() for name in norm.readers]
-    metric = sum(weight.T @ weight for weight in dense_weights)
+    if not norm.readers:
+        return
+    weights = pair.dense.weights(block)
+    data = pair.reader_data(block, place, norm.readers[0], tensors)
+    dense_weights = {name: weights[name].float() for name in pair.dense.anatomy[block].reading(norm)}
+    metric = sum(weight.flatten(0, -2).T @ weight.flatten(0, -2) for weight in dense_weights.values())
     assert isinstance(metric, Tensor)
-    prior = weights[f"{norm.name}.weight"].float()[:, None] * (pair.basis * math.sqrt(hidden / width)).float()
+    prior = seen_through(weights, norm, pair.dense.family, pair.basis)
     fit = ridge(data, prior, metric, pair.guess(place, norm.name))
     pair.fits[f"{place}.{norm.name}"] = fit.strength
-    for name, weight in zip(norm.readers, dense_weights, strict=True):
-        tensors[f"{name}.weight"] = pair.stored(place, f"{name}.weight", weight @ fit.weight)
+    for name, weight in dense_weights.items():
+        tensors[name] = pair.stored(place, name, weight @ fit.weight)
 
 
-def _fit_writer(pair: Pair, place: int, norm: Norm, after: Callable[[int], Tensor], tensors: dict[str, Tensor]) -> None:
-    (writer,) = norm.writers
+def _fit_writer(
+    pair: Pair, block: int, place: int, writer: str, target: Callable[[int], Tensor], tensors: Tensors
+) -> None:
     name = f"{writer}.weight"
-    data = pair.writer_data(place, norm, after, tensors)
+    data = pair.writer_data(block, place, writer, target, tensors)
     for axis_name, axis in pair.layout.axes.items():
         if writer in axis.columns and pair.widths.of(axis_name) < pair.layout.dense.of(axis_name):
             data = _narrow(pair, axis_name, axis, name, data, tensors)
@@ -219,7 +240,8 @@ def _narrow(
     for linear in axis.rows:
         for parameter in (f"{linear}.weight", f"{linear}.bias"):
             if parameter in tensors:
-                tensors[parameter] = tensors[parameter][_spread(kept, tensors[parameter].shape[0])]
+                rows = torch.cat([_spread(kept, size) for size in pair.layout.stacks(axis, linear, tensors[parameter])])
+                tensors[parameter] = tensors[parameter][rows]
     columns = _spread(kept, tensors[name].shape[1]).nonzero().flatten()
     tensors[name] = weight[:, columns].float()
     return data.take(columns)

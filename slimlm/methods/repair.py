@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from slimlm.errors import RunFailure
-from slimlm.families import Norm
+from slimlm.families import Experts, Norm
 from slimlm.linalg.hessian import DAMPING, quadratic_loss
 from slimlm.linalg.ridge import Fit, Regression, ridge
 from slimlm.linalg.softmax import RATE
 from slimlm.methods.fisher import TokenGradients
-from slimlm.methods.head import head_notes, refit_head
+from slimlm.methods.head import fits_head, head_notes, refit_head
 from slimlm.methods.matrix import Task, curvature_of, prune_tall
+from slimlm.methods.prune_block import by_kind, prune_seen
 from slimlm.methods.refit import Pair, Tensors
 from slimlm.methods.rotation import write_head
 from slimlm.methods.widths import Layout
@@ -55,46 +56,51 @@ def prune_and_repair(
         work.save_streams("pruned", index, streams, as_state(pair.fits))
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
-    notes: dict[str, Any] = _by_kind(pair.fits)
-    if not model.head_is_tied:
+    notes: dict[str, Any] = by_kind(pair.fits)
+    if not model.head_is_tied and fits_head(model):
         if not work.written(model.family.head):
             seen = refit_head(pair, recipe.seed, work, HEAD_RATE)
-            work.write(model, model.family.head, write_head(model, seen))
+            work.write(model, model.family.head, write_head(model, seen, eye))
         notes["head"] = head_notes(work)
     return notes
 
 
-def _by_kind(figures: dict[str, float]) -> dict[str, dict[str, float | None]]:
-    """`0.mlp.down_proj damping` and so on, by what they are. JSON has no infinity: that of the ridge becomes null."""
-    found: dict[str, dict[str, float | None]] = {}
-    for key, value in figures.items():
-        name, _, kind = key.partition(" ")
-        found.setdefault(kind or "ridge", {})[name] = value if math.isfinite(value) else None
-    return found
-
-
 def _prune_block(pair: Pair, index: int, task: Task) -> Tensors:
     """The block's parameters as they are stored, by name within it; the dense stream goes past it."""
-    gradients = task.gradients(index)
+    gradients, anatomy = task.gradients(index), pair.dense.anatomy[index]
 
     def readers(norm: Norm, tensors: Tensors) -> None:
         """One map from what the readers see now to what they saw serves all: their target is W T."""
-        data = pair.reader_data(index, index, norm, tensors)
-        weights = torch.cat([tensors[f"{name}.weight"].float() for name in norm.readers])
-        prior = torch.eye(weights.shape[1], device=weights.device)
-        fit = ridge(data, prior, weights.T @ weights, pair.guess(index, norm.name))
-        pair.fits[f"{index}.{norm.name}"] = fit.strength
-        target = Fit(weights @ fit.weight, fit.strength)
-        _prune_together(pair, index, norm.readers, target, data, task, gradients, tensors)
+        names = tuple(name for name in norm.readers if name not in anatomy.unpruned)
+        if names:
+            data = pair.reader_data(index, index, names[0], tensors)
+            weights = torch.cat([tensors[f"{name}.weight"].float() for name in names])
+            prior = torch.eye(weights.shape[1], device=weights.device)
+            fit = ridge(data, prior, weights.T @ weights, pair.guess(index, norm.name))
+            pair.fits[f"{index}.{norm.name}"] = fit.strength
+            target = Fit(weights @ fit.weight, fit.strength)
+            _prune_together(pair, index, names, target, data, task, gradients, tensors)
+        if anatomy.experts and norm is anatomy.norms[-1]:
+            _prune_experts(pair, index, anatomy.experts, task, tensors)
 
-    def writer(norm: Norm, after: Callable[[int], Tensor], tensors: Tensors) -> None:
-        (name,) = norm.writers
-        data = pair.writer_data(index, norm, after, tensors)
+    def writer(name: str, target: Callable[[int], Tensor], tensors: Tensors) -> None:
+        data = pair.writer_data(index, index, name, target, tensors)
         fit = ridge(data, tensors[f"{name}.weight"].float(), guess=pair.guess(index, name))
         pair.fits[f"{index}.{name}"] = fit.strength
-        _prune_together(pair, index, norm.writers, fit, data, task, gradients, tensors)
+        _prune_together(pair, index, (name,), fit, data, task, gradients, tensors)
 
     return pair.through_block(index, dict, readers, writer)
+
+
+def _prune_experts(pair: Pair, index: int, experts: Experts, task: Task, tensors: Tensors) -> None:
+    """Each expert on the tokens that the pruned model routes to it. These need not be those it had in the dense model,
+    so it aims at what it computed itself."""
+    for name in (experts.reads, experts.writes):
+        parameter = f"{experts.module}.{name}"
+        tensors[parameter] = tensors[parameter].to(pair.small.dtype, copy=True)  # the dense block is still to run
+    with pair.small.placed(pair.small.family.block(index), tensors):
+        groups = [(name,) for name in experts.matrices]
+        prune_seen(pair.small, index, pair.streams["small"], groups, task, pair.fits)
 
 
 def _prune_together(
@@ -113,10 +119,12 @@ def _prune_together(
     if not torch.isfinite(gram).all():
         raise RunFailure(f"inputs of {part}.{names[0]} hold NaN or Inf")
     strength = max(DAMPING, target.strength) if math.isfinite(target.strength) else DAMPING
-    curvature = curvature_of(gram, f"{part}.{names[0]}", strength, [gradients[name] for name in names if gradients])
+    curvature = curvature_of(
+        gram, f"{part}.{names[0]}", strength, [gradients[name] for name in names if name in gradients]
+    )
     rows = [tensors[f"{name}.weight"].shape[0] for name in names]
     wanted = target.weight.to(gram.dtype)
-    pattern = task.pattern([f"{part}.{name}.weight" for name in names])
+    pattern = task.pattern([f"{part}.{name}" for name in names])
     found, _ = prune_tall(wanted, rows, pattern, task.choice, curvature)
     pair.fits[f"{index}.{names[0]} damping"] = curvature.damping
     lost = quadratic_loss(found - wanted, curvature).sum() / quadratic_loss(wanted, curvature).sum()

@@ -1,54 +1,125 @@
-"""A model's tensors in another basis of the residual stream, part by part."""
+"""A model's tensors in another basis of the residual stream, part by part.
+
+An RMSNorm without a gain commutes with a rotation, so gains move into the readers. LayerNorm subtracts the mean first:
+the basis then leaves the all-ones direction out of the dense stream, and puts what it keeps at right angles to the
+all-ones direction of the narrower one (`linalg/pca.py`), where a stock LayerNorm has no mean to subtract either. That
+unused direction carries the norm's bias: the new norm's bias is all ones, and each reader sees `W b` in it.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from slimlm.families import Family
-from slimlm.linalg.rotate import rotate_embedding, rotate_reader, rotate_writer
+from slimlm.families import Family, Norm
+from slimlm.linalg.rotate import rotate_embedding, rotate_writer
 from slimlm.walk import StreamedModel
 from slimlm.work import Rows
 
 
-def slice_block(weights: dict[str, Tensor], family: Family, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One block's parameters, (name within the block, fp32 tensor) each, in the basis: [hidden, width]."""
-    for name, weight in weights.items():
-        if name.rpartition(".")[0] in family.inner:
-            yield name, weight
+def is_own(basis: Tensor) -> bool:
+    """Whether the stream stays in the basis it is in, and norms therefore as they are."""
+    hidden, width = basis.shape
+    return hidden == width and torch.equal(basis, torch.eye(hidden).to(basis))
+
+
+def seen_through(weights: Mapping[str, Tensor], norm: Norm, family: Family, basis: Tensor) -> Tensor:
+    """What the dense readers of a norm see, from what the sliced ones do: [hidden, width] fp32.
+
+    The sliced norm divides by the root mean square over width components instead of hidden ones; the factor
+    `sqrt(hidden / width)` that makes up for it goes in here rather than into the norm's gain, where bf16 would round it
+    by up to 0.2% for the whole stream at once.
+    """
+    if is_own(basis):
+        return torch.eye(basis.shape[0], device=basis.device)
+    return through_norm(weights.get(f"{norm.name}.weight"), weights.get(f"{norm.name}.bias"), family, basis)
+
+
+def through_norm(gain: Tensor | None, bias: Tensor | None, family: Family, basis: Tensor) -> Tensor:
+    """gain, bias: [hidden], of the dense norm as stored; the sliced one's gain is 1 and its bias, if any, all ones."""
+    hidden, width = basis.shape
+    seen = (basis * math.sqrt(hidden / width)).float()
+    if gain is not None:
+        seen = (gain.float() + family.offset)[:, None] * seen
+    return seen if bias is None else seen + bias.float()[:, None] / width
+
+
+def sliced_norm(weights: Mapping[str, Tensor], name: str, family: Family, width: int) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a norm whose gain and bias went into its readers."""
+    if f"{name}.weight" in weights:
+        yield f"{name}.weight", torch.full((width,), 1 - family.offset, device=weights[f"{name}.weight"].device)
+    if f"{name}.bias" in weights:
+        yield f"{name}.bias", torch.ones(width, device=weights[f"{name}.bias"].device)
+
+
+def slice_block(
+    weights: Mapping[str, Tensor], family: Family, basis: Tensor, zeros: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """One block's parameters, (name within the block, tensor) each, in the basis: [hidden, width].
+
+    family: as it is in this block. weights: linears' as [out, in]. zeros: further biases that the result has.
+    """
+    yield from ((name, torch.zeros(basis.shape[1], device=basis.device)) for name in zeros)
+    if is_own(basis):
+        yield from weights.items()
+        return
+    written: set[str] = set()
     for norm in family.norms:
-        gain = weights[f"{norm.name}.weight"].float()
-        yield f"{norm.name}.weight", gain.new_ones(basis.shape[1])
-        for reader in norm.readers:
-            yield f"{reader}.weight", rotate_reader(weights[f"{reader}.weight"].float(), gain, basis)
-            if f"{reader}.bias" in weights:
-                yield f"{reader}.bias", weights[f"{reader}.bias"]
-    for writer in family.writers:
-        for name in (f"{writer}.weight", f"{writer}.bias"):
-            if name in weights:
-                yield name, rotate_writer(weights[name].float(), basis)
+        seen = seen_through(weights, norm, family, basis)
+        sliced = dict(sliced_norm(weights, norm.name, family, basis.shape[1]))
+        sliced |= {name: weights[name].float() @ seen for name in family.reading(norm)}
+        yield from sliced.items()
+        written |= sliced.keys()
+    for name in family.writing:
+        if name in weights:
+            yield name, rotate_writer(weights[name].float(), basis)
+    for name, weight in weights.items():  # biases of readers, norms of heads
+        if name not in written and name not in family.writing:
+            yield name, weight
 
 
 def slice_embedding(model: StreamedModel, name: str, basis: Tensor) -> Iterator[tuple[str, Rows]]:
+    hidden, width = basis.shape
     weight = f"{name}.weight"
-    yield weight, (rotate_embedding(rows.to(basis.device).float(), basis) for rows in model.chunks(weight))
+    if is_own(basis):
+        yield weight, model.chunks(weight)
+        return
+    moved = basis * math.sqrt(hidden / width) if model.family.scaled_by_width else basis
+    yield weight, (rotate_embedding(rows.to(basis.device).float(), moved) for rows in model.chunks(weight))
 
 
 def head_map(model: StreamedModel, basis: Tensor) -> Tensor:
     """What the dense head reads, from what the sliced one reads: [hidden, width] fp32, gain and norm scale included."""
-    hidden, width = basis.shape
-    return final_gain(model, basis)[:, None] * (basis * math.sqrt(hidden / width)).float()
+    if is_own(basis):
+        return torch.eye(basis.shape[0], device=basis.device)
+    norm = final_norm(model, basis.device)
+    return through_norm(norm.get("weight"), norm.get("bias"), model.family, basis)
 
 
-def final_gain(model: StreamedModel, basis: Tensor) -> Tensor:
-    return model.checkpoint_tensor(f"{model.family.final_norm}.weight").to(basis.device).float()
+def final_norm(model: StreamedModel, device: torch.device) -> dict[str, Tensor]:
+    """The final norm's parameters, by name within it, fp32."""
+    names = {name: f"{model.family.final_norm}.{name}" for name in ("weight", "bias")}
+    return {
+        name: model.checkpoint_tensor(full).to(device).float() for name, full in names.items() if full in model.key_of
+    }
 
 
-def write_head(model: StreamedModel, seen: Tensor) -> Iterator[tuple[str, Tensor | Rows]]:
+def sliced_final_norm(model: StreamedModel, basis: Tensor) -> dict[str, Tensor]:
+    """The final norm's parameters, by name within it, for a head that `head_map` went into."""
+    found = final_norm(model, basis.device)
+    if is_own(basis):
+        return found
+    found = {f"final.{name}": tensor for name, tensor in found.items()}
+    sliced = sliced_norm(found, "final", model.family, basis.shape[1])
+    return {name.removeprefix("final."): tensor for name, tensor in sliced}
+
+
+def write_head(model: StreamedModel, seen: Tensor, basis: Tensor) -> Iterator[tuple[str, Tensor | Rows]]:
     """Final norm and head for a sliced stream. seen: [hidden, width], what the dense head is to take for its input."""
     family, weight = model.family, f"{model.family.head}.weight"
-    yield f"{family.final_norm}.weight", torch.ones(seen.shape[1], device=seen.device)
+    for name, tensor in sliced_final_norm(model, basis).items():
+        yield f"{family.final_norm}.{name}", tensor
     yield weight, (rows.to(seen.device).float() @ seen for rows in model.chunks(weight))
     if f"{family.head}.bias" in model.key_of:
         yield f"{family.head}.bias", model.checkpoint_tensor(f"{family.head}.bias")
@@ -57,5 +128,17 @@ def write_head(model: StreamedModel, seen: Tensor) -> Iterator[tuple[str, Tensor
 def write_tied_norm(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A head that stays tied to the embedding leaves the constant gain in the final norm."""
     hidden, width = basis.shape
-    name = f"{model.family.final_norm}.weight"
-    yield name, final_gain(model, basis)[:1].expand(width) * math.sqrt(hidden / width)
+    family, norm = model.family, final_norm(model, basis.device)
+    if is_own(basis):
+        yield from ((f"{family.final_norm}.{name}", tensor) for name, tensor in norm.items())
+        return
+    scale = 1.0 if family.scaled_by_width else math.sqrt(hidden / width)  # else the embedding has it already
+    gain = norm["weight"][:1] + family.offset
+    yield f"{family.final_norm}.weight", (gain * scale - family.offset).expand(width)
+
+
+def unchanged(model: StreamedModel, part: str) -> Iterator[tuple[str, Rows]]:
+    """A part outside the blocks as it is, but for what is tied to another."""
+    for name, _ in model.model.get_submodule(part).named_parameters():
+        if f"{part}.{name}" not in model.model.all_tied_weights_keys:
+            yield f"{part}.{name}", model.chunks(f"{part}.{name}")

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from slimlm.checkpoint.manifest import read_manifest
 from slimlm.errors import UserError
-from slimlm.methods.basis import Basis, find_basis
+from slimlm.linalg.pca import without_mean
+from slimlm.methods.basis import Basis, find_basis, find_influence
 from slimlm.methods.budget import CUTS, WINDOWS, candidates, choose, removed_share
 from slimlm.methods.gradients import sweep_windows
-from slimlm.methods.head import head_notes, refit_head
+from slimlm.methods.head import fits_head, head_notes, refit_head
 from slimlm.methods.per_block import plan_per_block, run_per_block
 from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.methods.refit import refit_blocks
-from slimlm.methods.rotation import head_map, slice_block, slice_embedding, write_head, write_tied_norm
+from slimlm.methods.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
 from slimlm.methods.widths import Layout, Widths
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
@@ -73,13 +74,21 @@ def _by_hand(layout: Layout, recipe: Recipe) -> Widths:
     if not recipe.refit and (widths.mlp, widths.groups) != (dense.mlp, dense.groups):
         raise UserError("--widths mlp and groups need the refit that makes up for what goes: leave out --no-refit")
     divisor = layout.divisor(widths.groups)
+    if widths.hidden != dense.hidden and not layout.model.family.rotates:
+        raise UserError(f"--widths hidden={widths.hidden}: hidden_size stays {dense.hidden}, as {_why_not(layout)}")
     if widths.hidden % divisor:
         raise UserError(f"--widths hidden={widths.hidden}: this config class wants a multiple of its {divisor} heads")
     return widths
 
 
+def _why_not(layout: Layout) -> str:
+    return f"{layout.model.config.model_type!r} cannot be rotated: {layout.model.family.why_not}"
+
+
 def _nearest(layout: Layout, recipe: Recipe) -> str:
     """How near one can come, as a hint."""
+    if not layout.model.family.rotates and not recipe.refit:
+        return f"{_why_not(layout)}; what is left to cut needs the refit that makes up for it: leave out --no-refit"
     near: list[Widths] = []
     for step in range(1, 41):
         for sparsity in (recipe.sparsity - step / 100, recipe.sparsity + step / 100):
@@ -102,13 +111,14 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
     recipe, layout = plan.recipe, Layout(model)
     if recipe.basis == "per-block":
         return run_per_block(model, plan, batches, work)
-    found = _own_basis(model) if is_rotated(model.checkpoint.path) else find_basis(model, recipe, batches, work)
+    found = _basis(layout, recipe, batches, work)
     widths, notes = _settle(layout, recipe, found, batches, work)
     plan = layout.plan(widths, recipe)
     for name, (before, after) in plan.changes.items():
         work.progress.line(f"{name}: {before} -> {after}")
-    basis = found.vectors[:, : widths.hidden].contiguous()
-    work.lay_out(plan.tensors)
+    stays = layout.stays(widths)
+    basis = torch.eye(widths.hidden, dtype=torch.float64, device=model.device) if stays else found.of(widths.hidden)
+    work.lay_out(plan.tensors, plan.carrier)
     if recipe.refit:
         notes["refit"] = _refit(layout, widths, plan, basis, batches, work)
     else:
@@ -116,6 +126,16 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
     work.settle()
     kept = widths.blocks if len(widths.blocks) < len(model.blocks) else None
     return Outcome(plan, {**found.notes, **notes, "widths": str(widths)}, lambda block: basis, kept)
+
+
+def _basis(layout: Layout, recipe: Recipe, batches: list[Tensor], work: Work) -> Basis:
+    """To choose widths with; the stream's own where none of the splits moves it."""
+    model = layout.model
+    if is_rotated(model.checkpoint.path):
+        return _own_basis(model)
+    if work.journal.last("widths") is None and all(layout.stays(split) for split in _splits(layout, recipe)):
+        return find_influence(model, batches, work)
+    return find_basis(model, recipe, batches, work)
 
 
 def _scratch(recipe: Recipe, model: StreamedModel) -> int:
@@ -136,25 +156,30 @@ def _own_basis(model: StreamedModel) -> Basis:
     eye = torch.eye(model.config.hidden_size, dtype=torch.float64, device=model.device)
     manifest = read_manifest(model.checkpoint.path) or {}
     influence = torch.tensor(manifest["method"]["influence"], dtype=torch.float64)
-    return Basis(eye, influence, {"basis": "the checkpoint's own, as `slimlm rotate` left it"})
+    notes = {"basis": "the checkpoint's own, as `slimlm rotate` left it"}
+    centred = model.family.centred
+    return Basis(without_mean(len(eye), model.device) if centred else eye, influence, notes, centred)
 
 
 def plan_rotate(model: StreamedModel, recipe: Recipe) -> Plan:
     """The same widths; an untied head where the final norm's gain is not constant."""
     if recipe.sparsity or recipe.widths or recipe.pattern:
         raise UserError("rotating deletes nothing: give --sparsity to a later `slimlm compress` of the result")
-    layout = Layout(model)
+    if not model.family.rotates:
+        raise UserError(f"{model.config.model_type!r} cannot be rotated: {model.family.why_not}")
+    layout = Layout(model, turns=True)
     return layout.plan(layout.dense, recipe)
 
 
 @torch.no_grad()
 def run_rotate(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
     """Find the basis and write every tensor in it."""
-    found, layout = find_basis(model, plan.recipe, batches, work), Layout(model)
-    work.lay_out(plan.tensors)
-    rotate_model(layout, layout.dense, found.vectors, work)
+    found, layout = find_basis(model, plan.recipe, batches, work), Layout(model, turns=True)
+    basis = found.of(layout.dense.hidden)
+    work.lay_out(plan.tensors, plan.carrier)
+    rotate_model(layout, layout.dense, basis, work)
     work.settle()
-    return Outcome(plan, {**found.notes, "influence": found.influence.tolist()}, lambda block: found.vectors)
+    return Outcome(plan, {**found.notes, "influence": found.influence.tolist()}, lambda block: basis)
 
 
 def _settle(
@@ -164,7 +189,7 @@ def _settle(
     if record:
         return Widths(**{**record["widths"], "blocks": tuple(record["widths"]["blocks"])}), record["notes"]
     splits = _splits(layout, recipe)
-    widths, notes = choose(layout, splits, found.vectors, found.influence, batches, work)
+    widths, notes = choose(layout, splits, found, batches, work)
     work.journal.commit("widths", widths=vars(widths), notes=notes)
     return widths, notes
 
@@ -176,12 +201,15 @@ def _refit(
         _write_part(layout.model, work, name, slice_embedding(layout.model, name, basis))
     pair = refit_blocks(layout, widths, plan, basis, batches, work)
     model, notes = layout.model, dict[str, Any]()
-    if layout.keeps_tie:
+    _write_outer(model, work)
+    if layout.keeps_tie(widths):
         _write_part(model, work, model.family.head, write_tied_norm(model, basis))
+    elif not fits_head(model):
+        _write_part(model, work, model.family.head, write_head(model, head_map(model, basis), basis))
     else:
         if not work.written(model.family.head):
             seen = refit_head(pair, plan.recipe.seed, work)
-            _write_part(model, work, model.family.head, write_head(model, seen))
+            _write_part(model, work, model.family.head, write_head(model, seen, basis))
         notes["head"] = head_notes(work)
     # JSON has no infinity: no strength means that the rotated weight stayed.
     notes["ridge"] = {name: fit if math.isfinite(fit) else None for name, fit in pair.fits.items()}
@@ -196,10 +224,11 @@ def rotate_model(layout: Layout, widths: Widths, basis: Tensor, work: Work) -> N
     for name in model.family.embeddings:
         _write_part(model, work, name, slice_embedding(model, name, basis))
     for place, block in enumerate(widths.blocks):
-        _write_part(model, work, model.family.block(place), _slice_block_of(model, block, place, basis))
+        _write_part(model, work, model.family.block(place), _slice_block_of(layout, widths, block, place, basis))
         work.progress.step()
-    tied = layout.keeps_tie
-    tensors = write_tied_norm(model, basis) if tied else write_head(model, head_map(model, basis))
+    _write_outer(model, work)
+    tied = layout.keeps_tie(widths)
+    tensors = write_tied_norm(model, basis) if tied else write_head(model, head_map(model, basis), basis)
     _write_part(model, work, model.family.head, tensors)
     work.progress.step()
 
@@ -212,9 +241,19 @@ def _write_part(model: StreamedModel, work: Work, name: str, tensors: Iterator[t
         work.progress.done("sliced", name, time.perf_counter() - start)
 
 
-def _slice_block_of(model: StreamedModel, index: int, place: int, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
-    with model.block(index) as block:
-        for name, tensor in slice_block(dict(block.named_parameters()), model.family, basis):
+def _write_outer(model: StreamedModel, work: Work) -> None:
+    """What is neither in a block nor touches the stream that moves."""
+    for name in model.outside:
+        if name in model.family.outer:
+            _write_part(model, work, name, unchanged(model, name))
+
+
+def _slice_block_of(
+    layout: Layout, widths: Widths, index: int, place: int, basis: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    model = layout.model
+    with model.block(index):
+        for name, tensor in slice_block(model.weights(index), model.anatomy[index], basis, layout.zeros(widths)):
             yield f"{model.family.block(place)}.{name}", tensor
 
 

@@ -1,23 +1,33 @@
 """The widths slicing can change, and the checkpoint that has them: shapes, config, parameters."""
 
 import copy
+import inspect
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.skeleton import build_skeleton
 from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import UserError
-from slimlm.families import Axis
-from slimlm.methods.plan import Plan
+from slimlm.families import FAMILIES, Axis, Carrier
+from slimlm.matrices import matrix
+from slimlm.methods.basis import norm_eps
+from slimlm.methods.plan import Plan, require_declared
+from slimlm.modeling import OWN_CLASSES, auto_map, own_file
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 
-_RESIDUAL_AXIS = {"embedding": 1, "norm": 0, "reader": 1, "writer": 0, "final_norm": 0, "head": 1}
+_RESIDUAL_AXIS = {"embedding": -1, "norm": 0, "reader": -1, "writer": -2, "final_norm": 0, "head": -1}
+GROUPED = 8  # elements that rows of experts must be a multiple of, in bf16, for the kernel that batches them
+BY_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in configs with an entry for each block
+NUMBERS_OF_BLOCKS = ("mlp_only_layers",)
 
 
 @dataclass(frozen=True)
@@ -39,14 +49,28 @@ class Widths:
 
 @dataclass
 class Layout:
-    """A model's widths, and what any others would make of it."""
+    """A model's widths, and what any others would make of it.
+
+    turns: whether the stream is moved into another basis even where its width stays.
+    """
 
     model: StreamedModel
+    turns: bool = False
+
+    def stays(self, widths: Widths) -> bool:
+        """Whether the stream stays as it is."""
+        return widths.hidden == self.dense.hidden and not self.turns
+
+    def keeps_tie(self, widths: Widths) -> bool:
+        """Whether a head tied to the embedding stays so: where the stream does, or no direction counts for more.
+
+        A rotated head has the final norm's gain in it, which the embedding must not have.
+        """
+        return self.model.head_is_tied and (self.stays(widths) or self._final_norm_is_even)
 
     @cached_property
-    def keeps_tie(self) -> bool:
-        """A head tied to the embedding can stay so only if the final norm scales all directions alike."""
-        if not self.model.head_is_tied:
+    def _final_norm_is_even(self) -> bool:
+        if self.model.family.centred:
             return False
         gain = self.model.checkpoint_tensor(f"{self.model.family.final_norm}.weight")
         return bool((gain == gain[0]).all())
@@ -59,13 +83,35 @@ class Layout:
     @cached_property
     def dense(self) -> Widths:
         config = self.model.config
-        widths = {name: getattr(config, axis.config[0]) for name, axis in self.axes.items()}
+        widths = {name: getattr(config, axis.config[0]) or self._inputs_of(axis) for name, axis in self.axes.items()}
         return Widths(
             config.hidden_size, widths.get("mlp", 0), widths.get("groups", 0), tuple(range(len(self.model.blocks)))
         )
 
+    def _inputs_of(self, axis: Axis) -> int:
+        """For a config that leaves the width of its MLP open: what the linears have."""
+        return matrix(self.model.blocks[0], axis.columns[0]).shape[1]
+
+    def stacks(self, axis: Axis, linear: str, weight: Tensor) -> list[int]:
+        """Rows of the linears that are stacked in one; those of one alone."""
+        rows, names = weight.shape[0], dict(axis.stacks).get(linear, ())
+        counts = [getattr(self.model.config, name) for name in names] or [1]
+        return [rows * count // sum(counts) for count in counts]
+
+    def carrier(self, widths: Widths) -> Carrier | None:
+        """The class for these widths, where it is not the model's own: where heads and stream no longer fit together."""
+        dense = self.dense
+        return None if (widths.hidden, widths.groups) == (dense.hidden, dense.groups) else self.model.family.carrier
+
+    def zeros(self, widths: Widths) -> tuple[str, ...]:
+        """Biases of a block that only the carrier has."""
+        carrier = self.carrier(widths)
+        return carrier.zeros if carrier else ()
+
     def divisor(self, groups: int) -> int:
         """What hidden_size must be a multiple of."""
+        if self.model.family.experts:
+            return GROUPED
         if not self.model.family.heads:
             return 1
         heads: int = getattr(self.model.config, self.model.family.heads)
@@ -75,13 +121,12 @@ class Layout:
     def _dense_shapes(self) -> list[tuple[str, str, str, tuple[int, ...]]]:
         """(name, role, module within its block, shape). Raises UserError for weights the family does not declare."""
         model = self.model
-        found: list[tuple[str, str, str, tuple[int, ...]]] = []
-        for name, tensor in model.model.state_dict().items():
-            role = model.family.role(name)
-            if role is None:
-                raise UserError(f"{model.config.model_type!r} has a weight slimlm does not know how to slice: {name}")
-            found.append((name, role, name.removeprefix(model.family.blocks + "."), tuple(tensor.shape)))
-        return found
+        require_declared(model, "slice")
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
+        return [
+            (name, str(model.family.role(name)), name.removeprefix(model.family.blocks + "."), shape)
+            for name, shape in shapes.items()
+        ]
 
     @cached_property
     def _one_block(self) -> list[tuple[str, str, str, tuple[int, ...]]]:
@@ -95,23 +140,27 @@ class Layout:
     def _shapes_of(
         self, entries: list[tuple[str, str, str, tuple[int, ...]]], widths: Widths
     ) -> dict[str, tuple[int, ...]]:
-        model, shapes = self.model, {}
+        model, shapes = self.model, dict[str, tuple[int, ...]]()
         number = {str(block): str(index) for index, block in enumerate(widths.blocks)}
         for name, role, inside, dense_shape in entries:
             if name in model.model.all_tied_weights_keys and (
-                self.keeps_tie or not name.startswith(model.family.head + ".")
+                self.keeps_tie(widths) or not name.startswith(model.family.head + ".")
             ):
                 continue
-            shape = list(dense_shape)
-            if role in _RESIDUAL_AXIS and not (role in ("reader", "head") and len(shape) == 1):
-                shape[_RESIDUAL_AXIS[role]] = widths.hidden
+            turned = len(dense_shape) == 2 and inside != name and model.is_turned(name)
+            shape = list(dense_shape[::-1] if turned else dense_shape)
+            moved = role in _RESIDUAL_AXIS and widths.hidden != self.dense.hidden
+            if moved and not (role in ("reader", "head") and len(shape) == 1):
+                shape[_RESIDUAL_AXIS[role] if len(shape) > 1 else 0] = widths.hidden
             if inside != name:
                 block, _, rest = inside.partition(".")
                 if block not in number:
                     continue
                 name = f"{model.family.blocks}.{number[block]}.{rest}"
                 self._narrow(shape, rest.rpartition(".")[0], widths)
-            shapes[name] = tuple(shape)
+            shapes[name] = tuple(shape[::-1] if turned else shape)
+        for block in number.values():
+            shapes |= {f"{model.family.blocks}.{block}.{name}": (widths.hidden,) for name in self.zeros(widths)}
         return shapes
 
     def _narrow(self, shape: list[int], module: str, widths: Widths) -> None:
@@ -136,19 +185,29 @@ class Layout:
     def config(self, widths: Widths) -> PretrainedConfig:
         model, config = self.model, copy.deepcopy(self.model.config)
         hidden = config.hidden_size
-        config.head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-        config.hidden_size = widths.hidden
-        # The norm's mean runs over fewer components; with the readers' sqrt(hidden / width) this keeps it exact.
-        setattr(config, model.family.norm_eps, getattr(config, model.family.norm_eps) * hidden / widths.hidden)
+        carrier = self.carrier(widths)
+        if carrier:
+            config = carried(config, carrier)
+        if widths.hidden != hidden or widths.groups != self.dense.groups:
+            config.head_dim = getattr(model.config, "head_dim", None) or hidden // config.num_attention_heads
+        if widths.hidden != hidden:
+            config.hidden_size = widths.hidden
+            if hasattr(config, "word_embed_proj_dim"):
+                config.word_embed_proj_dim = widths.hidden
+            # The norm's mean runs over fewer components; with the readers' sqrt(hidden / width) this keeps it exact.
+            setattr(config, FAMILIES[config.model_type].norm_eps, norm_eps(model) * hidden / widths.hidden)
         for name, axis in self.axes.items():
             for attribute in axis.config:
-                setattr(config, attribute, getattr(config, attribute) // self.dense.of(name) * widths.of(name))
-        config.num_hidden_layers = len(widths.blocks)
-        if isinstance(getattr(config, "layer_types", None), list):
-            config.layer_types = [config.layer_types[block] for block in widths.blocks]
-        config.tie_word_embeddings = self.keeps_tie
+                before = getattr(config, attribute) or self.dense.of(name)
+                setattr(config, attribute, before // self.dense.of(name) * widths.of(name))
+        if len(widths.blocks) != len(self.dense.blocks):
+            _leave_out_blocks(config, widths.blocks)
+        if model.head_is_tied:
+            config.tie_word_embeddings = self.keeps_tie(widths)
         if hasattr(config, "auto_map"):
-            del config.auto_map  # the result is stock: no code travels with it
+            del config.auto_map  # a stock result needs no code
+        if type(config) in OWN_CLASSES:
+            config.auto_map = auto_map(type(config))
         return config
 
     def plan(self, widths: Widths, recipe: Recipe) -> Plan:
@@ -164,20 +223,43 @@ class Layout:
         parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
         sizes = {"hidden": widths.hidden, **{name: widths.of(name) for name in self.axes}}
         by_hand = ",".join(f"{name}={size}" for name, size in sizes.items())
-        return Plan(config, tensors, parameters, recipe, self._changes(config), widths=by_hand)
+        files = (own_file(type(config)),) if type(config) in OWN_CLASSES else ()
+        return Plan(config, tensors, parameters, recipe, carrier, self._changes(config), widths=by_hand, files=files)
 
     def _changes(self, config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
         names = ["hidden_size", *(name for axis in self.axes.values() for name in axis.config), "num_hidden_layers"]
-        pairs = {name: (getattr(self.model.config, name), getattr(config, name)) for name in names}
+        pairs = {name: (getattr(self.model.config, name), getattr(config, name)) for name in ("model_type", *names)}
         if self.model.head_is_tied:
             pairs["tie_word_embeddings"] = (True, config.tie_word_embeddings)
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _leave_out_blocks(config: PretrainedConfig, blocks: tuple[int, ...]) -> None:
+    config.num_hidden_layers = len(blocks)
+    for name in BY_BLOCK:
+        if isinstance(value := getattr(config, name, None), list):
+            setattr(config, name, [value[block] for block in blocks])
+    for name in NUMBERS_OF_BLOCKS:
+        if isinstance(value := getattr(config, name, None), list):
+            setattr(config, name, [blocks.index(block) for block in value if block in blocks])
+
+
+def carried(config: PretrainedConfig, carrier: Carrier) -> PretrainedConfig:
+    """The config of another class that computes the same."""
+    known = CONFIG_MAPPING[carrier.model_type]
+    own = {*inspect.signature(known).parameters, "head_dim", "pad_token_id", "bos_token_id", "eos_token_id"}
+    values = {name: value for name, value in config.to_dict().items() if name in own and name != "architectures"}
+    model = OWN_CLASSES.get(known)
+    architecture = model.__name__ if model else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[carrier.model_type]
+    return known(**values, **carrier.config, architectures=[architecture])
 
 
 def _check_carrier(config: PretrainedConfig, shapes: dict[str, tuple[int, ...]]) -> Any:
     """The stock class's skeleton, which must want exactly the tensors we are about to write."""
     carrier = build_skeleton(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in carrier.state_dict().items()}
+    for name in wanted.keys() - shapes.keys() - carrier.all_tied_weights_keys.keys():
+        raise UserError(f"{type(carrier).__name__} wants {name}, which slicing this model does not give")
     for name, shape in shapes.items():
         if wanted.get(name) != shape:
             raise UserError(

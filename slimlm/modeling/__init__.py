@@ -2,13 +2,37 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from slimlm.modeling import modeling_narrow
 from slimlm.modeling.modeling_sliced_llama import SlicedLlamaConfig, SlicedLlamaForCausalLM
 
-SLICED_LLAMA_FILE = Path(__file__).with_name("modeling_sliced_llama.py")
+OWN_CLASSES: dict[type[PretrainedConfig], type[PreTrainedModel]] = {
+    SlicedLlamaConfig: SlicedLlamaForCausalLM,
+    modeling_narrow.NarrowOPTConfig: modeling_narrow.NarrowOPTForCausalLM,
+    modeling_narrow.NarrowGPT2Config: modeling_narrow.NarrowGPT2LMHeadModel,
+    modeling_narrow.NarrowGPTNeoXConfig: modeling_narrow.NarrowGPTNeoXForCausalLM,
+    modeling_narrow.NarrowStableLmConfig: modeling_narrow.NarrowStableLmForCausalLM,
+}
 
-AutoConfig.register(SlicedLlamaConfig.model_type, SlicedLlamaConfig, exist_ok=True)
-AutoModelForCausalLM.register(SlicedLlamaConfig, SlicedLlamaForCausalLM, exist_ok=True)
+for _config, _model in OWN_CLASSES.items():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
 
-__all__ = ["SLICED_LLAMA_FILE", "SlicedLlamaConfig", "SlicedLlamaForCausalLM"]
+
+def auto_map(config_class: type[PretrainedConfig]) -> dict[str, str]:
+    """The entry of a config by which transformers finds these classes in the checkpoint's own file."""
+    module = config_class.__module__.rpartition(".")[2]
+    model_class = OWN_CLASSES[config_class]
+    return {
+        "AutoConfig": f"{module}.{config_class.__name__}",
+        "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
+    }
+
+
+def own_file(config_class: type[PretrainedConfig]) -> Path:
+    """The modelling file that travels with a checkpoint of this config."""
+    return Path(__file__).with_name(f"{config_class.__module__.rpartition('.')[2]}.py")
+
+
+__all__ = ["OWN_CLASSES", "SlicedLlamaConfig", "SlicedLlamaForCausalLM", "auto_map", "own_file"]

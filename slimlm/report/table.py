@@ -24,7 +24,7 @@ def comparison_table(models: list[dict[str, Any]], title: str | None = None) -> 
 
 def inspection_table(rows: list[dict[str, Any]], sparsities: tuple[float, ...]) -> Table:
     """Matrices down, figures across; rows: as `slimlm inspect` writes them to JSON."""
-    seen = rows[0]["predicted"] is not None
+    seen = any(row["predicted"] is not None for row in rows)
     names = ["matrix", "shape", "zeros", "pq", "prunable", "alpha", "rank"]
     table = Table(*names, *(["outliers", *(f"{sparsity:.0%}" for sparsity in sparsities)] if seen else []))
     for column in table.columns[1:]:
@@ -35,8 +35,10 @@ def inspection_table(rows: list[dict[str, Any]], sparsities: tuple[float, ...]) 
     for row, path in zip(rows, paths, strict=True):
         cells = [".".join(path[shared:]), "x".join(map(str, row["shape"])), f"{row['zeros']:.1%}", f"{row['pq']:.3f}"]
         cells += [f"{row['prunable']:.1%}", f"{row['alpha']:.2f}", f"{row['stable_rank']:.1f}"]
-        if seen:
+        if row["predicted"] is not None:
             cells += [f"{row['outliers']:.2%}", *(f"{loss:.2%}" for loss in row["predicted"])]
+        elif seen:  # an expert that no token reached
+            cells += ["-"] * (1 + len(sparsities))
         table.add_row(*cells)
     return table
 

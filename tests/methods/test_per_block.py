@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from slimlm.checkpoint.output import copy_companions
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
 from slimlm.methods.per_block import plan_per_block, run_per_block
-from slimlm.modeling import SLICED_LLAMA_FILE
+from slimlm.modeling import SlicedLlamaConfig, own_file
 from slimlm.progress import LogProgress
 from slimlm.recipe import Recipe
 from slimlm.work import Work
@@ -29,7 +30,7 @@ def sliced(path: Path, tokens: torch.Tensor, out: Path, width: int) -> Path:
     work.writer.finish()
     plan.config.save_pretrained(out / "model")
     copy_companions(path, out / "model")
-    (out / "model" / SLICED_LLAMA_FILE.name).write_bytes(SLICED_LLAMA_FILE.read_bytes())
+    shutil.copy(own_file(SlicedLlamaConfig), out / "model")
     assert sum(tensor.numel() for tensor in load_file(out / "model" / "model.safetensors").values()) == plan.parameters
     return out / "model"
 

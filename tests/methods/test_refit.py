@@ -159,9 +159,7 @@ def test_a_curve_is_the_loss_of_the_model_that_is_cut_so_far(tiny_llama: Path, t
     basis = find_basis(model, recipe, list(tokens.split(4)), work_at(tmp_path / "basis"))
     layout = Layout(model)
     splits = [replace(layout.dense, hidden=24), replace(layout.dense, blocks=(0, 1))]
-    curves = loss_curves(
-        layout, splits, basis.vectors, basis.influence, list(tokens.split(4)), work_at(tmp_path / "curves")
-    )
+    curves = loss_curves(layout, splits, basis, list(tokens.split(4)), work_at(tmp_path / "curves"))
     held = tokens[4::5]
     path, _ = sliced(model, tokens, tmp_path / "run", widths="hidden=24", refit=False)
     loss = lambda path: nll(logits_of(path, held), held)  # noqa: E731
@@ -191,7 +189,7 @@ def test_the_split_is_the_one_that_measures_best(tmp_path: Path):
     recipe, layout = Recipe(model="x", sparsity=0.4), Layout(model)
     basis = find_basis(model, recipe, batches, work_at(tmp_path / "basis"))
     splits = candidates(layout, recipe)
-    chosen, notes = choose(layout, splits, basis.vectors, basis.influence, batches, work_at(tmp_path / "choose"))
+    chosen, notes = choose(layout, splits, basis, batches, work_at(tmp_path / "choose"))
     assert abs(notes["curves"]["hidden"][0][1]) < 1e-4
     assert (chosen.groups, len(chosen.blocks)) == (2, 3)
     assert notes["predicted_loss"] < 1e-3

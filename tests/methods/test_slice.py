@@ -35,14 +35,14 @@ def widths(model, hidden: int) -> Widths:
 
 
 def plan_width(model, hidden: int) -> Plan:
-    return Layout(model).plan(widths(model, hidden), RECIPE)
+    return Layout(model, turns=True).plan(widths(model, hidden), RECIPE)
 
 
 def written(model, basis, path: Path) -> Path:
     """Rewrite the model in `basis` to a checkpoint at `path`."""
     work, plan = work_at(path), plan_width(model, basis.shape[1])
-    work.lay_out(plan.tensors)
-    rotate_model(Layout(model), widths(model, basis.shape[1]), basis, work)
+    work.lay_out(plan.tensors, plan.carrier)
+    rotate_model(Layout(model, turns=True), widths(model, basis.shape[1]), basis, work)
     work.settle()
     work.writer.finish()
     plan.config.save_pretrained(path / "model")

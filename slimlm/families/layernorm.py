@@ -1,0 +1,213 @@
+"""Blocks with LayerNorm, which subtracts the mean, and biases: sequential or parallel.
+
+Heads are no axis where the class splits its queries by the number of heads in its config: while a block is fitted it
+still has all of them.
+"""
+
+from dataclasses import replace
+
+from slimlm.families.family import Axis, Carrier, Family, Norm
+from slimlm.families.llama import GATED_MLP, MISTRAL, QKV
+
+STARCODER2 = replace(
+    MISTRAL,
+    model_type="starcoder2",
+    norms=(
+        Norm("input_layernorm", QKV, ("self_attn.o_proj",)),
+        Norm("post_attention_layernorm", ("mlp.c_fc",), ("mlp.c_proj",)),
+    ),
+    norm_eps="norm_epsilon",
+    centred=True,
+    mlp=Axis(("intermediate_size",), rows=("mlp.c_fc",), columns=("mlp.c_proj",)),
+)
+QK_NORM = "its norms of queries and keys have the size that hidden_size gives them"
+PHI = Family(
+    model_type="phi",
+    blocks="model.layers",
+    embeddings=("model.embed_tokens",),
+    norms=(Norm("input_layernorm", (*QKV, "mlp.fc1"), ("self_attn.dense", "mlp.fc2")),),
+    final_norm="model.final_layernorm",
+    head="lm_head",
+    norm_eps="layer_norm_eps",
+    parallel=True,
+    centred=True,
+    mlp=Axis(("intermediate_size",), rows=("mlp.fc1",), columns=("mlp.fc2",)),
+    groups=Axis(("num_key_value_heads", "num_attention_heads"), rows=QKV, columns=("self_attn.dense",)),
+    inner=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    variants=(({"qk_layernorm": True}, {"groups": None, "why_not": QK_NORM}),),
+)
+TIED_TO_WIDTH = "its class derives the size of heads from hidden_size, so no stock checkpoint can have another"
+STABLELM_PARALLEL = {
+    "norms": (Norm("input_layernorm", (*QKV, "mlp.gate_proj", "mlp.up_proj"), ("self_attn.o_proj", "mlp.down_proj")),),
+    "parallel": True,
+}
+STABLELM = Family(
+    model_type="stablelm",
+    blocks="model.layers",
+    embeddings=("model.embed_tokens",),
+    norms=(
+        Norm("input_layernorm", QKV, ("self_attn.o_proj",)),
+        Norm("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
+    ),
+    final_norm="model.norm",
+    head="lm_head",
+    norm_eps="layer_norm_eps",
+    centred=True,
+    mlp=GATED_MLP,
+    inner=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    carrier=Carrier("narrow_stablelm", stock=False),
+    variants=(
+        (
+            {"use_parallel_residual": True, "qk_layernorm": True},
+            {**STABLELM_PARALLEL, "why_not": QK_NORM},
+        ),
+        ({"qk_layernorm": True}, {"why_not": QK_NORM}),
+        ({"use_parallel_residual": True}, STABLELM_PARALLEL),
+    ),
+)
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    blocks="gpt_neox.layers",
+    embeddings=("gpt_neox.embed_in",),
+    norms=(
+        Norm("input_layernorm", ("attention.query_key_value",), ("attention.dense",)),
+        Norm("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+    ),
+    final_norm="gpt_neox.final_layer_norm",
+    head="lm_head",
+    norm_eps="layer_norm_eps",
+    centred=True,
+    mlp=Axis(("intermediate_size",), rows=("mlp.dense_h_to_4h",), columns=("mlp.dense_4h_to_h",)),
+    groups=Axis(("num_attention_heads",), rows=("attention.query_key_value",), columns=("attention.dense",)),
+    carrier=Carrier("narrow_gpt_neox", stock=False),
+    variants=(({"use_parallel_residual": True}, {"parallel": True}),),
+)
+GPT2 = Family(
+    model_type="gpt2",
+    blocks="transformer.h",
+    embeddings=("transformer.wte", "transformer.wpe"),
+    norms=(
+        Norm("ln_1", ("attn.c_attn",), ("attn.c_proj",)),
+        Norm("ln_2", ("mlp.c_fc",), ("mlp.c_proj",)),
+    ),
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    norm_eps="layer_norm_epsilon",
+    centred=True,
+    mlp=Axis(("n_inner",), rows=("mlp.c_fc",), columns=("mlp.c_proj",)),
+    carrier=Carrier("narrow_gpt2", stock=False),
+)
+OPT = Family(
+    model_type="opt",
+    blocks="model.decoder.layers",
+    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    norms=(
+        Norm("self_attn_layer_norm", QKV, ("self_attn.out_proj",)),
+        Norm("final_layer_norm", ("fc1",), ("fc2",)),
+    ),
+    final_norm="model.decoder.final_layer_norm",
+    head="lm_head",
+    norm_eps="",
+    centred=True,
+    mlp=Axis(("ffn_dim",), rows=("fc1",), columns=("fc2",)),
+    outer=("model.decoder.project_in", "model.decoder.project_out"),
+    carrier=Carrier("narrow_opt", stock=False),
+    variants=(
+        (
+            {"_remove_final_layer_norm": True, "do_layer_norm_before": True},
+            {"final_norm": "", "why_not": "this one has no norm before its head"},
+        ),
+        (
+            {"do_layer_norm_before": False},
+            {
+                "final_norm": "",
+                "matched": ("self_attn.out_proj", "fc2"),
+                "why_not": "this one (OPT-350m) normalises the residual stream itself after each sum",
+            },
+        ),
+    ),
+)
+# The newer of its three layouts has a norm each for attention and MLP, the older one for both or a sequential block.
+FALCON = Family(
+    model_type="falcon",
+    blocks="transformer.h",
+    embeddings=("transformer.word_embeddings",),
+    norms=(
+        Norm("ln_attn", ("self_attention.query_key_value",), ("self_attention.dense",)),
+        Norm("ln_mlp", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+    ),
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    norm_eps="layer_norm_epsilon",
+    parallel=True,
+    centred=True,
+    tuples=True,
+    mlp=Axis(("ffn_hidden_size",), rows=("mlp.dense_h_to_4h",), columns=("mlp.dense_4h_to_h",)),
+    why_not=TIED_TO_WIDTH,
+    variants=(
+        (
+            {"new_decoder_architecture": False, "parallel_attn": False},
+            {
+                "norms": (
+                    Norm("input_layernorm", ("self_attention.query_key_value",), ("self_attention.dense",)),
+                    Norm("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+                ),
+                "parallel": False,
+            },
+        ),
+        (
+            {"new_decoder_architecture": False},
+            {
+                "norms": (
+                    Norm(
+                        "input_layernorm",
+                        ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
+                        ("self_attention.dense", "mlp.dense_4h_to_h"),
+                    ),
+                )
+            },
+        ),
+        (
+            {"num_ln_in_parallel_attn": 1},
+            {
+                "norms": (
+                    Norm(
+                        "input_layernorm",
+                        ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
+                        ("self_attention.dense", "mlp.dense_4h_to_h"),
+                    ),
+                )
+            },
+        ),
+    ),
+)
+BLOOM = Family(
+    model_type="bloom",
+    blocks="transformer.h",
+    embeddings=("transformer.word_embeddings",),
+    norms=(
+        Norm("input_layernorm", ("self_attention.query_key_value",), ("self_attention.dense",)),
+        Norm("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+    ),
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    norm_eps="layer_norm_epsilon",
+    centred=True,
+    tuples=True,
+    outer=("transformer.word_embeddings_layernorm",),
+    why_not=f"{TIED_TO_WIDTH}, and its MLP is four times as wide as the stream",
+    variants=(
+        (
+            {"apply_residual_connection_post_layernorm": True},
+            {"matched": ("self_attention.dense", "mlp.dense_4h_to_h")},
+        ),
+    ),
+)
+
+# What slicing makes of those whose class derives the size of heads from hidden_size.
+NARROW = (
+    replace(OPT, model_type="narrow_opt", norm_eps="layer_norm_eps", carrier=None),
+    replace(GPT2, model_type="narrow_gpt2", carrier=None),
+    replace(GPT_NEOX, model_type="narrow_gpt_neox", carrier=None),
+    replace(STABLELM, model_type="narrow_stablelm", carrier=None),
+)

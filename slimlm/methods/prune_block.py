@@ -1,0 +1,75 @@
+"""Pruning the linears of one block in place, by what they see."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.linalg.hessian import Hessian
+from slimlm.matrices import matrix
+from slimlm.methods.inputs import input_statistics
+from slimlm.methods.matrix import Choice, Known, Task, curvature_of, prune_tall
+from slimlm.stream import Stream
+from slimlm.walk import StreamedModel
+
+BY_MAGNITUDE = Choice("none", "magnitude", "none")
+FEW = 0.25  # tokens an expert must have seen for each of a matrix's inputs, else its statistics say too little
+Figures = dict[str, float]  # "<linear> <kind>": a figure for the manifest
+
+
+def prune_seen(
+    model: StreamedModel, index: int, stream: Stream, groups: Iterable[tuple[str, ...]], task: Task, figures: Figures
+) -> None:
+    """Prune groups of linears of block `index`, its weights loaded, by their inputs in one pass of the stream.
+
+    Linears of a group share their input. An expert that saw too few tokens is pruned by magnitude and recorded.
+    """
+    part, block = model.family.block(index), model.blocks[index]
+    seen = input_statistics(model, index, stream, task.choice.curvature == "diagonal")
+    gradients = task.gradients(index)
+    for names in groups:
+        name = f"{part}.{names[0]}"
+        statistics = seen.statistics.pop(names[0], None)
+        inputs = matrix(block, names[0]).shape[1]
+        if is_expert(model, index, names[0]) and seen.tokens.get(names[0], 0) < FEW * inputs:
+            prune_by_magnitude(block, part, names, task)
+            figures[f"{name} starved_experts"] = seen.tokens.get(names[0], 0)
+            continue
+        assert statistics is not None
+        chosen = [gradients[name] for name in names if name in gradients]
+        is_gram = statistics.dim() == 2
+        curvature = curvature_of(statistics, name, gradients=chosen) if is_gram else statistics
+        prune_together(block, part, names, task, curvature)
+        if isinstance(curvature, Hessian):
+            figures[f"{name} damping"] = curvature.damping
+
+
+def is_expert(model: StreamedModel, index: int, name: str) -> bool:
+    experts = model.anatomy[index].experts
+    return experts is not None and name.startswith(f"{experts.module}.")
+
+
+def prune_by_magnitude(block: nn.Module, part: str, names: tuple[str, ...], task: Task) -> None:
+    """What the largest weights are needs no data."""
+    prune_together(block, part, names, Task(BY_MAGNITUDE, task.pattern, task.dtype), None)
+
+
+def prune_together(block: nn.Module, part: str, names: tuple[str, ...], task: Task, curvature: Known) -> None:
+    """Prune linears of a block that read the same input, in place."""
+    weights = [matrix(block, name) for name in names]
+    dtype = torch.float32 if curvature is None or isinstance(curvature, Tensor) else curvature.dtype
+    tall = torch.cat([weight.to(dtype) for weight in weights])
+    rows = [weight.shape[0] for weight in weights]
+    found, _ = prune_tall(tall, rows, task.pattern([f"{part}.{name}" for name in names]), task.choice, curvature)
+    for weight, pruned in zip(weights, found.split(rows), strict=True):
+        weight.copy_(pruned)
+
+
+def by_kind(figures: Figures) -> dict[str, dict[str, float | None]]:
+    """Figures by kind; those of no kind are strengths of the ridge. JSON has no infinity: that of the ridge is null."""
+    found: dict[str, dict[str, float | None]] = {}
+    for key, value in figures.items():
+        name, _, kind = key.partition(" ")
+        found.setdefault(kind or "ridge", {})[name] = value if math.isfinite(value) else None
+    return found

@@ -1,0 +1,135 @@
+"""OPT, GPT-2, GPT-NeoX and StableLM whose residual stream is narrower than their heads together.
+
+The stock classes derive the size of a head from hidden_size; these have it as `head_dim`, and are otherwise the stock
+ones. Self-contained: this file travels with the checkpoint and needs transformers only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PretrainedConfig,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+
+class NarrowOPTConfig(OPTConfig):
+    """head_dim: size of a head. layer_norm_eps: epsilon of the norms, which the stock class has as a constant."""
+
+    model_type = "narrow_opt"
+    head_dim: int = 64
+    layer_norm_eps: float = 1e-5
+
+
+class NarrowGPT2Config(GPT2Config):
+    model_type = "narrow_gpt2"
+    head_dim: int = 64
+
+
+class NarrowGPTNeoXConfig(GPTNeoXConfig):
+    model_type = "narrow_gpt_neox"
+    head_dim: int = 64
+
+    def validate_architecture(self) -> None:
+        """Heads need not divide hidden_size."""
+
+
+class NarrowStableLmConfig(StableLmConfig):
+    model_type = "narrow_stablelm"
+    head_dim: int = 64
+
+
+@contextmanager
+def _one_head(config: PretrainedConfig) -> Iterator[tuple[int, int]]:
+    """Inside, the stock classes find heads that divide hidden_size; the real numbers of heads and key/value heads."""
+    real = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    config.num_attention_heads = 1
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = 1
+    try:
+        yield real
+    finally:
+        config.num_attention_heads = real[0]
+        if hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = real[1]
+
+
+def _linear(like: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=like.bias is not None)
+
+
+class NarrowOPTForCausalLM(OPTForCausalLM):
+    config_class = NarrowOPTConfig
+
+    def __init__(self, config: NarrowOPTConfig) -> None:
+        with _one_head(config) as (heads, _):
+            super().__init__(config)
+        width = heads * config.head_dim
+        for layer in self.model.decoder.layers:
+            attention = layer.self_attn
+            attention.num_heads, attention.head_dim = heads, config.head_dim
+            attention.scaling = config.head_dim**-0.5
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(attention, name, _linear(getattr(attention, name), config.hidden_size, width))
+            attention.out_proj = _linear(attention.out_proj, width, config.hidden_size)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = config.layer_norm_eps
+
+
+class NarrowGPT2LMHeadModel(GPT2LMHeadModel):
+    config_class = NarrowGPT2Config
+
+    def __init__(self, config: NarrowGPT2Config) -> None:
+        with _one_head(config) as (heads, _):
+            super().__init__(config)
+        width = heads * config.head_dim
+        for layer in self.transformer.h:
+            attention = layer.attn
+            attention.scaling *= (config.head_dim / attention.head_dim) ** -0.5 if config.scale_attn_weights else 1.0
+            attention.num_heads, attention.head_dim, attention.split_size = heads, config.head_dim, width
+            attention.c_attn = Conv1D(3 * width, config.hidden_size)
+            attention.c_proj = Conv1D(config.hidden_size, width)
+
+
+class NarrowGPTNeoXForCausalLM(GPTNeoXForCausalLM):
+    config_class = NarrowGPTNeoXConfig
+
+    def __init__(self, config: NarrowGPTNeoXConfig) -> None:
+        with _one_head(config) as (heads, _):
+            super().__init__(config)
+        width = heads * config.head_dim
+        for layer in self.gpt_neox.layers:
+            attention = layer.attention
+            attention.head_size, attention.scaling = config.head_dim, config.head_dim**-0.5
+            attention.rotary_ndims = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+            attention.query_key_value = _linear(attention.query_key_value, config.hidden_size, 3 * width)
+            attention.dense = _linear(attention.dense, width, config.hidden_size)
+
+
+class NarrowStableLmForCausalLM(StableLmForCausalLM):
+    config_class = NarrowStableLmConfig
+
+    def __init__(self, config: NarrowStableLmConfig) -> None:
+        with _one_head(config) as (heads, groups):
+            super().__init__(config)
+        for layer in self.model.layers:
+            attention = layer.self_attn
+            attention.num_heads, attention.num_key_value_heads = heads, groups
+            attention.num_key_value_groups = heads // groups
+            attention.head_dim, attention.scaling = config.head_dim, config.head_dim**-0.5
+            attention.rotary_ndims = int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
+            sizes = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
+            for name, count in sizes.items():
+                like = getattr(attention, name)
+                setattr(attention, name, _linear(like, config.hidden_size, count * config.head_dim))
+            attention.o_proj = _linear(attention.o_proj, heads * config.head_dim, config.hidden_size)
