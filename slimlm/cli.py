@@ -473,12 +473,25 @@ def _repack(how: Any, stage: str, source: Path, output: Path) -> None:
 
 
 @app.command("models")
-def models_command() -> None:
-    """List the architectures slimlm knows, by `model_type`, and the bundled model."""
-    from slimlm.families import FAMILIES
+def models_command(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the table in docs/models.md.")] = False,
+) -> None:
+    """List the architectures slimlm knows, by `model_type`, and what slicing can do with each.
 
-    for name in sorted(FAMILIES):
-        print(name)
+    Every pruning method works on every one of them. What counts is `model_type` in config.json, not a model's name.
+    """
+    from slimlm.report.models import COLUMNS, model_rows, models_table
+
+    if markdown:
+        print(models_table(), end="")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*COLUMNS, show_lines=True)
+    for row in model_rows():
+        table.add_row(*(cell.replace("`", "") for cell in row))
+    Console().print(table)
     print("bundled: `--model llama` is a 6.5M-parameter Llama that ships with slimlm")
 
 

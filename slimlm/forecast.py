@@ -26,6 +26,7 @@ from slimlm.compression import LOG_NAME
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.methods.budget import CUTS, WINDOWS
+from slimlm.methods.widths import BY_BLOCK
 from slimlm.prepare import Job, spilled
 from slimlm.progress import Progress
 
@@ -111,9 +112,10 @@ def _show_first_block(job: Job, directory: Path) -> None:
         for file in source.glob(pattern):
             (directory / file.name).symlink_to(file.resolve())
     config = json.loads((source / "config.json").read_text())
-    config["num_hidden_layers"] = 1
-    if isinstance(config.get("layer_types"), list):
-        config["layer_types"] = config["layer_types"][:1]
+    config[model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = 1
+    for name in BY_BLOCK:
+        if isinstance(config.get(name), list):
+            config[name] = config[name][:1]
     (directory / "config.json").write_text(json.dumps(config))
     manifest = read_manifest(source) or {}
     if "influence" in manifest.get("method", {}):  # `slimlm rotate` wrote it, and slicing it goes another way

@@ -134,7 +134,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(place / "nan" / "model.safetensors")
     tensors["model.norm.weight"][7] = float("nan")
     save_file(tensors, place / "nan" / "model.safetensors", {"format": "pt"})
-    edit_config(place / "unsupported", model_type="gpt2")
+    edit_config(place / "unsupported", model_type="llama4_text")
     edit_config(place / "negative", hidden_size=-256)
     (place / "missing-shard" / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
@@ -188,7 +188,7 @@ BAD_INPUT = {
     "missing shard": (["-m", "./missing-shard", "-s", "0.25"], "shard"),
     "truncated shard": (["-m", "./truncated", "-s", "0.25", "--dataset", "self"], "is truncated"),
     "nan": (["-m", "./nan", "-s", "0.25", "--dataset", "self"], "model.norm.weight"),
-    "unsupported": (["-m", "./unsupported", "-s", "0.25"], "'gpt2' is not supported"),
+    "unsupported": (["-m", "./unsupported", "-s", "0.25"], "'llama4_text' is not supported"),
     "absurd config": (["-m", "./negative", "-s", "0.25", "--dataset", "self"], "model"),
     "no tokenizer": (["-m", "./no-tokenizer", "-s", "0.25", "--dataset", "self"], "no tokenizer"),
     "no calibration": (["-m", str(BUNDLED["llama"]), "-s", "0.25"], "no calibration data"),

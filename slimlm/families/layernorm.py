@@ -114,16 +114,16 @@ OPT = Family(
     carrier=Carrier("narrow_opt", stock=False),
     variants=(
         (
-            {"_remove_final_layer_norm": True, "do_layer_norm_before": True},
-            {"final_norm": "", "why_not": "this one has no norm before its head"},
-        ),
-        (
             {"do_layer_norm_before": False},
             {
                 "final_norm": "",
                 "matched": ("self_attn.out_proj", "fc2"),
                 "why_not": "this one (OPT-350m) normalises the residual stream itself after each sum",
             },
+        ),
+        (
+            {"_remove_final_layer_norm": True},
+            {"final_norm": "", "why_not": "this one has no norm before its head"},
         ),
     ),
 )

@@ -97,7 +97,15 @@ def prune_tall(
     if len(rows) > 1 and weight.numel() > CHUNK_ELEMENTS:  # one after another: copies of the whole would be too large
         return _one_by_one(weight, rows, pattern, choice, curvature)
     if isinstance(curvature, Hessian) and curvature.dead.any():
-        weight = weight.masked_fill(curvature.dead, 0)  # what a dead input meets does not matter: it goes first
+        # What a dead input meets does not matter: it goes first, and what need not go stays as it is.
+        found, pruned = _prune_tall(weight.masked_fill(curvature.dead, 0), rows, pattern, choice, curvature)
+        return torch.where(curvature.dead & ~pruned, weight, found), pruned
+    return _prune_tall(weight, rows, pattern, choice, curvature)
+
+
+def _prune_tall(
+    weight: Tensor, rows: Sequence[int], pattern: Pattern, choice: Choice, curvature: Known
+) -> tuple[Tensor, Tensor]:
     if choice.mask == "columns":
         assert isinstance(curvature, Hessian)
         choose = partial(_in_columns, rows=rows, pattern=pattern, inputs=weight.shape[1])

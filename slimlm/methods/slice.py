@@ -199,9 +199,9 @@ def _refit(
 ) -> dict[str, Any]:
     for name in layout.model.family.embeddings:
         _write_part(layout.model, work, name, slice_embedding(layout.model, name, basis))
+    _write_outer(layout.model, work)
     pair = refit_blocks(layout, widths, plan, basis, batches, work)
     model, notes = layout.model, dict[str, Any]()
-    _write_outer(model, work)
     if layout.keeps_tie(widths):
         _write_part(model, work, model.family.head, write_tied_norm(model, basis))
     elif not fits_head(model):

@@ -99,7 +99,7 @@ class Layout:
         return [rows * count // sum(counts) for count in counts]
 
     def carrier(self, widths: Widths) -> Carrier | None:
-        """The class for these widths, where it is not the model's own: where heads and stream no longer fit together."""
+        """The class for these widths, where the model's own will not do: heads and stream no longer fit together."""
         dense = self.dense
         return None if (widths.hidden, widths.groups) == (dense.hidden, dense.groups) else self.model.family.carrier
 
