@@ -30,7 +30,7 @@ def _use(manifest: Manifest) -> str:
     own = manifest["needs_remote_code"]
     trust = ", trust_remote_code=True" if own else ""
     code = (
-        "Its modelling code, one file, is in the checkpoint: no stock class has its shortcuts."
+        "Its modelling code, one file, is in the checkpoint: no stock class can express it."
         if own
         else "No extra code is needed: the architecture is a stock one with other sizes."
     )

@@ -4,7 +4,7 @@ from typing import Any
 
 from slimlm.errors import UserError, nearest
 from slimlm.families.family import Axis, Carrier, Experts, Family, Norm
-from slimlm.families.layernorm import BLOOM, FALCON, GPT2, GPT_NEOX, NARROW, OPT, PHI, STABLELM, STARCODER2
+from slimlm.families.layernorm import BLOOM, FALCON, GPT2, GPT_NEOX, NARROW, OPT, PHI, SLICED, STABLELM, STARCODER2
 from slimlm.families.llama import GEMMA, GRANITE, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, SLICED_LLAMA, SMOLLM3
 from slimlm.families.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from slimlm.families.postnorm import GEMMA2, GEMMA3_TEXT, OLMO2
@@ -12,7 +12,9 @@ from slimlm.families.postnorm import GEMMA2, GEMMA3_TEXT, OLMO2
 _LLAMAS = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GRANITE, SMOLLM3, GEMMA, SLICED_LLAMA)
 _LAYERNORM = (PHI, STARCODER2, STABLELM, GPT_NEOX, GPT2, OPT, FALCON, BLOOM)
 _OTHERS = (GEMMA2, GEMMA3_TEXT, OLMO2, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_LLAMAS, *_LAYERNORM, *_OTHERS, *NARROW)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (*_LLAMAS, *_LAYERNORM, *_OTHERS, *NARROW, *SLICED)
+}
 
 
 def family_of(config: Any) -> Family:

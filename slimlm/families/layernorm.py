@@ -5,9 +5,10 @@ still has all of them.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from slimlm.families.family import Axis, Carrier, Family, Norm
-from slimlm.families.llama import GATED_MLP, MISTRAL, QKV
+from slimlm.families.llama import GATED_MLP, MISTRAL, PER_BLOCK, QKV
 
 STARCODER2 = replace(
     MISTRAL,
@@ -211,3 +212,12 @@ NARROW = (
     replace(GPT_NEOX, model_type="narrow_gpt_neox", carrier=None),
     replace(STABLELM, model_type="narrow_stablelm", carrier=None),
 )
+_SLICED: dict[str, Any] = {
+    "mlp": None,
+    "groups": None,
+    "carrier": None,
+    "centred": False,
+    "why_not": PER_BLOCK,
+    "variants": (),
+}
+SLICED = (replace(OPT, model_type="sliced_opt", **_SLICED), replace(PHI, model_type="sliced_phi", **_SLICED))

@@ -8,6 +8,9 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATED_MLP = Axis(("intermediate_size",), rows=("mlp.gate_proj", "mlp.up_proj"), columns=("mlp.down_proj",))
 GROUPS = Axis(("num_key_value_heads", "num_attention_heads"), rows=QKV, columns=("self_attn.o_proj",))
 
+# What `basis: per-block` makes of a model is known so that it can be measured; its norms have no gains.
+PER_BLOCK = "it has a basis for every block already"
+
 LLAMA = Family(
     model_type="llama",
     blocks="model.layers",
@@ -24,8 +27,7 @@ LLAMA = Family(
     heads="num_attention_heads",
 )
 
-# What `basis: per-block` makes of a Llama: known so that it can be measured; its norms have no gains.
-SLICED_LLAMA = replace(LLAMA, model_type="sliced_llama", heads=None, mlp=None, groups=None)
+SLICED_LLAMA = replace(LLAMA, model_type="sliced_llama", heads=None, mlp=None, groups=None, why_not=PER_BLOCK)
 MISTRAL = replace(LLAMA, model_type="mistral", heads=None)
 # vLLM's Qwen2 derives the size of heads from hidden_size; a Llama with attention biases is the same model.
 QWEN2 = replace(

@@ -9,17 +9,19 @@ block keeps its full width.
 import bisect
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import build_skeleton, parameter_count
 from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import RunFailure, UserError
-from slimlm.families import FAMILIES
+from slimlm.families import Family, Norm, family_of
 from slimlm.linalg.budget import is_near
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.pca import principal_basis
@@ -27,19 +29,28 @@ from slimlm.linalg.rotate import rotate_embedding, rotate_writer
 from slimlm.linalg.units import damp
 from slimlm.methods.plan import Outcome, Plan
 from slimlm.methods.rotation import final_norm
-from slimlm.modeling import SlicedLlamaConfig, auto_map, own_file
+from slimlm.modeling import OWN_CLASSES, auto_map, own_file
+from slimlm.modeling.modeling_sliced import SlicedLlamaConfig, SlicedOPTConfig, SlicedPhiConfig
 from slimlm.recipe import Recipe
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
-from slimlm.work import Work
+from slimlm.work import Rows, Work
 
-ATTENTION, MLP = "attn_shortcut.weight", "mlp_shortcut.weight"
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "llama": SlicedLlamaConfig,
+    "opt": SlicedOPTConfig,
+    "phi": SlicedPhiConfig,
+}
 
 
 def plan_per_block(model: StreamedModel, recipe: Recipe) -> Plan:
-    """One width for all bases. Raises UserError for other models than Llamas, and when no width gives the sparsity."""
-    if model.config.model_type != "llama":
-        raise UserError(f"basis: per-block has a modelling file for llama only, not for {model.config.model_type!r}")
+    """One width for all bases. Raises UserError for families without a modelling file, and when no width gives the
+    sparsity."""
+    if model.config.model_type not in CONFIGS:
+        known = ", ".join(CONFIGS)
+        raise UserError(f"basis: per-block has a modelling file for {known} only, not for {model.config.model_type!r}")
+    if model.family.why_not is not None:
+        raise UserError(f"this {model.config.model_type!r} cannot be sliced: {model.family.why_not}")
     if recipe.widths and set(recipe.width_sizes) != {"hidden"}:
         raise UserError("--widths: with basis per-block only hidden can be changed")
     hidden, dense = model.config.hidden_size, parameter_count(model.model)
@@ -63,36 +74,44 @@ def plan_per_block(model: StreamedModel, recipe: Recipe) -> Plan:
     return _plan(model, width, recipe)
 
 
-def _config(model: StreamedModel, width: int) -> SlicedLlamaConfig:
+def _config(model: StreamedModel, width: int) -> PretrainedConfig:
     settings = {
         key: value
         for key, value in model.config.to_dict().items()
         if key not in ("model_type", "architectures", "auto_map", "transformers_version", "dtype")
     }
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
-    settings["head_dim"] = settings.get("head_dim") or hidden // model.config.num_attention_heads
+    if model.config.model_type == "llama":
+        settings["head_dim"] = settings.get("head_dim") or hidden // model.config.num_attention_heads
     settings["tie_word_embeddings"] = False
-    return SlicedLlamaConfig(
+    sliced = CONFIGS[model.config.model_type]
+    return sliced(
         **settings,
-        stream_widths=[*[width] * (2 * layers), hidden],
-        architectures=["SlicedLlamaForCausalLM"],
-        auto_map=auto_map(SlicedLlamaConfig),
+        stream_widths=[*[width] * (len(_steps(model.family)) * layers), hidden],
+        architectures=[OWN_CLASSES[sliced].__name__],
+        auto_map=auto_map(sliced),
     )
 
 
-def _parameters(config: SlicedLlamaConfig) -> int:
-    """Counted on one layer and multiplied, the last layer's wider output added."""
-    config = copy.deepcopy(config)
-    layers: int = config.num_hidden_layers
-    vocabulary: int = config.vocab_size
-    neurons: int = config.intermediate_size
-    widths = config.stream_widths or []
-    config.num_hidden_layers, config.stream_widths = 1, [widths[0]] * 3
-    one = build_skeleton(config)
-    inside = parameter_count(one.model.layers[0])
-    wider = widths[-1] - widths[0]
-    last = wider * (vocabulary + neurons + widths[0] + (1 if config.mlp_bias else 0))
-    return parameter_count(one) + (layers - 1) * inside + last
+def _steps(family: Family) -> list[tuple[tuple[Norm, ...], str]]:
+    """The norms that read the stream together, before it goes through a shortcut of this name."""
+    if family.parallel:
+        return [(family.norms, "shortcut.weight")]
+    return list(zip([(norm,) for norm in family.norms], ("attn_shortcut.weight", "mlp_shortcut.weight"), strict=True))
+
+
+def _parameters(config: PretrainedConfig) -> int:
+    """Counted on one layer and on two, and multiplied; the last one writes to a wider stream."""
+    widths = config.stream_widths
+    per_layer = (len(widths) - 1) // config.num_hidden_layers
+
+    def count(layers: int) -> int:
+        few = copy.deepcopy(config)
+        few.num_hidden_layers, few.stream_widths = layers, [*widths[: per_layer * layers], widths[-1]]
+        return parameter_count(build_skeleton(few))
+
+    one, layers = count(1), int(config.num_hidden_layers)
+    return one + (layers - 1) * (count(2) - one)
 
 
 def _plan(model: StreamedModel, width: int, recipe: Recipe) -> Plan:
@@ -103,8 +122,11 @@ def _plan(model: StreamedModel, width: int, recipe: Recipe) -> Plan:
         for name, tensor in checkpoint_tensors(carrier, carrier.state_dict()).items()
     }
     config.dtype = next(iter(tensors.values())).dtype
-    changes = {"model_type": ("llama", config.model_type), "stream width": (model.config.hidden_size, width)}
-    files = (own_file(SlicedLlamaConfig),)
+    changes = {
+        "model_type": (model.config.model_type, config.model_type),
+        "stream width": (model.config.hidden_size, width),
+    }
+    files = (own_file(type(config)),)
     return Plan(
         config, tensors, parameter_count(carrier), recipe, carrier, changes, files=files, widths=f"hidden={width}"
     )
@@ -117,20 +139,20 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
     width = config.stream_widths[0]
     work.lay_out(plan.tensors, plan.carrier)
     start = _embedding_basis(model, batches, work)[:, :width].contiguous()
-    (embedding,) = family.embeddings
-    if not work.written(embedding):
-        weight = f"{embedding}.weight"
-        rows = (rotate_embedding(rows.to(model.device).float(), start) for rows in model.chunks(weight))
-        work.write(model, embedding, [(weight, rows)])
+    for embedding in family.embeddings:
+        if not work.written(embedding):
+            work.write(model, embedding, [(f"{embedding}.weight", _embedding_rows(model, embedding, start))])
     work.settle()
-    small = StreamedModel(Checkpoint(work.output), config, FAMILIES[config.model_type], model.device, model.dtype)
+    small = StreamedModel(Checkpoint(work.output), config, family_of(config), model.device, model.dtype)
     streams, state, first = work.start_streams("sliced", {"sliced": (small, batches)}, work.leading(model))
     basis = state["basis"].to(model.device) if state else start
     work.progress.stage("slicing", len(model.blocks))
     work.progress.step(first)
     for index in range(first, len(model.blocks)):
         begun, part = time.perf_counter(), family.block(index)
-        slicer = _Slicer(small, index, streams["sliced"], config.stream_widths[2 * index + 1 : 2 * index + 3])
+        steps = len(_steps(family))
+        widths = config.stream_widths[steps * index + 1 : steps * (index + 1) + 1]
+        slicer = _Slicer(family, small, index, streams["sliced"], widths)
         with model.block(index):
             tensors, basis = slicer.slice(model.weights(index), basis)
         work.pass_through(small, index, tensors, streams["sliced"])
@@ -139,13 +161,31 @@ def run_per_block(model: StreamedModel, plan: Plan, batches: list[Tensor], work:
         work.progress.step()
         work.progress.done("sliced", part, time.perf_counter() - begun)
     if not work.written(family.head):
-        weight, gain = f"{family.head}.weight", final_norm(model, basis.device)["weight"]
-        work.write(
-            model, family.head, [(weight, ((rows.to(gain) * gain) @ basis.float() for rows in model.chunks(weight)))]
-        )
+        work.write(model, family.head, _head(model, basis))
     work.settle()
     notes = {"widths": f"stream={width}", "basis": "per-block"}
     return Outcome(plan, notes, lambda index: _basis_after(work, index).to(model.device))
+
+
+def _embedding_rows(model: StreamedModel, name: str, basis: Tensor) -> Rows:
+    for rows in model.chunks(f"{name}.weight"):
+        yield rotate_embedding(_centred(rows.to(model.device).float(), -1, model.family), basis)
+
+
+def _head(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, Tensor | Rows]]:
+    """The head, with the final norm's gain and bias in it."""
+    norm, name = final_norm(model, basis.device), model.family.head
+    gain, weight = norm["weight"], f"{name}.weight"
+    yield weight, ((rows.to(gain) * gain) @ basis.float() for rows in model.chunks(weight))
+    if "bias" in norm:
+        bias = torch.cat([rows.to(gain) @ norm["bias"] for rows in model.chunks(weight)])
+        own = f"{name}.bias"
+        yield own, bias + model.checkpoint_tensor(own).to(bias) if own in model.key_of else bias
+
+
+def _centred(tensor: Tensor, axis: int, family: Family) -> Tensor:
+    """What is written to the stream without its mean, where the norms would subtract it."""
+    return tensor - tensor.mean(axis, keepdim=True) if family.centred else tensor
 
 
 def _basis_after(work: Work, index: int) -> Tensor:
@@ -162,7 +202,7 @@ def _embedding_basis(model: StreamedModel, batches: list[Tensor], work: Work) ->
         return recalled[1]["basis"].to(model.device)
     gram = Gram(model.config.hidden_size, model.device)
     for hidden in model.embed(batches, work.scratch("embedded", model.device)).hidden:
-        gram.add(hidden)
+        gram.add(_centred(hidden.float(), -1, model.family))
     work.clear_scratch()
     basis = basis_of(gram.matrix)
     work.journal.keep("basis", {"basis": basis})
@@ -179,8 +219,9 @@ def basis_of(gram: Tensor) -> Tensor:
 
 @dataclass
 class _Slicer:
-    """One block of the sliced model. widths: of the stream between its sublayers, and after it."""
+    """One block of the sliced model. family: the dense one's. widths: of the stream after each of its shortcuts."""
 
+    family: Family
     small: StreamedModel
     index: int
     stream: Stream
@@ -188,17 +229,21 @@ class _Slicer:
 
     def slice(self, weights: dict[str, Tensor], before: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The block's parameters, fp32, and the basis its output is in; before: [hidden, width], its input's."""
-        attention, mlp = self.small.family.norms
-        tensors = {name: weight.float() for name, weight in weights.items() if "norm" not in name}
-        _read_in(tensors, attention.readers, weights[f"{attention.name}.weight"].float(), before)
-        tensors[ATTENTION] = before.float()
-        between = self._basis(tensors, mlp.name, self.widths[0])
-        _write_in(tensors, attention.writers, ATTENTION, between)
-        _read_in(tensors, mlp.readers, weights[f"{mlp.name}.weight"].float(), between)
-        tensors[MLP] = between.float()
-        after = self._basis(tensors, "", self.widths[1])
-        _write_in(tensors, mlp.writers, MLP, after)
-        return tensors, after
+        family = self.family
+        norms = {norm.name for norm in family.norms}
+        tensors = {name: weight.float() for name, weight in weights.items() if name.rpartition(".")[0] not in norms}
+        for name in family.writing:
+            if name in tensors:
+                tensors[name] = _centred(tensors[name], 0, family)
+        steps, basis = _steps(family), before
+        for place, (together, shortcut) in enumerate(steps):
+            for norm in together:
+                _read_in(tensors, norm, weights, basis)
+            tensors[shortcut] = basis.float()
+            following = steps[place + 1][0][0].name if place + 1 < len(steps) else ""
+            basis = self._basis(tensors, following, self.widths[place])
+            _write_in(tensors, [writer for norm in together for writer in norm.writers], shortcut, basis)
+        return tensors, basis
 
     def _basis(self, tensors: dict[str, Tensor], name: str, width: int) -> Tensor:
         """The leading directions of the stream, still of full width, that enters module `name`."""
@@ -209,12 +254,16 @@ class _Slicer:
         return basis_of(gram.matrix)[:, :width]
 
 
-def _read_in(tensors: dict[str, Tensor], readers: tuple[str, ...], gain: Tensor, basis: Tensor) -> None:
-    for reader in readers:
-        tensors[f"{reader}.weight"] = (tensors[f"{reader}.weight"] * gain) @ basis.float()
+def _read_in(tensors: dict[str, Tensor], norm: Norm, weights: dict[str, Tensor], basis: Tensor) -> None:
+    gain, bias = weights[f"{norm.name}.weight"].float(), weights.get(f"{norm.name}.bias")
+    for reader in norm.readers:
+        weight = tensors[f"{reader}.weight"]
+        if bias is not None:
+            tensors[f"{reader}.bias"] = tensors[f"{reader}.bias"] + weight @ bias.float()
+        tensors[f"{reader}.weight"] = (weight * gain) @ basis.float()
 
 
-def _write_in(tensors: dict[str, Tensor], writers: tuple[str, ...], shortcut: str, basis: Tensor) -> None:
+def _write_in(tensors: dict[str, Tensor], writers: list[str], shortcut: str, basis: Tensor) -> None:
     for writer in writers:
         for name in (f"{writer}.weight", f"{writer}.bias"):
             if name in tensors:

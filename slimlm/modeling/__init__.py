@@ -4,11 +4,12 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from slimlm.modeling import modeling_narrow
-from slimlm.modeling.modeling_sliced_llama import SlicedLlamaConfig, SlicedLlamaForCausalLM
+from slimlm.modeling import modeling_narrow, modeling_sliced
 
 OWN_CLASSES: dict[type[PretrainedConfig], type[PreTrainedModel]] = {
-    SlicedLlamaConfig: SlicedLlamaForCausalLM,
+    modeling_sliced.SlicedLlamaConfig: modeling_sliced.SlicedLlamaForCausalLM,
+    modeling_sliced.SlicedOPTConfig: modeling_sliced.SlicedOPTForCausalLM,
+    modeling_sliced.SlicedPhiConfig: modeling_sliced.SlicedPhiForCausalLM,
     modeling_narrow.NarrowOPTConfig: modeling_narrow.NarrowOPTForCausalLM,
     modeling_narrow.NarrowGPT2Config: modeling_narrow.NarrowGPT2LMHeadModel,
     modeling_narrow.NarrowGPTNeoXConfig: modeling_narrow.NarrowGPTNeoXForCausalLM,
@@ -35,4 +36,4 @@ def own_file(config_class: type[PretrainedConfig]) -> Path:
     return Path(__file__).with_name(f"{config_class.__module__.rpartition('.')[2]}.py")
 
 
-__all__ = ["OWN_CLASSES", "SlicedLlamaConfig", "SlicedLlamaForCausalLM", "auto_map", "own_file"]
+__all__ = ["OWN_CLASSES", "auto_map", "own_file"]

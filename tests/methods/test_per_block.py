@@ -13,11 +13,12 @@ from slimlm.checkpoint.output import copy_companions
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
 from slimlm.methods.per_block import plan_per_block, run_per_block
-from slimlm.modeling import SlicedLlamaConfig, own_file
+from slimlm.modeling import own_file
 from slimlm.progress import LogProgress
 from slimlm.recipe import Recipe
 from slimlm.work import Work
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
+from tests.families.configs import family_config
 
 
 def sliced(path: Path, tokens: torch.Tensor, out: Path, width: int) -> Path:
@@ -30,14 +31,16 @@ def sliced(path: Path, tokens: torch.Tensor, out: Path, width: int) -> Path:
     work.writer.finish()
     plan.config.save_pretrained(out / "model")
     copy_companions(path, out / "model")
-    shutil.copy(own_file(SlicedLlamaConfig), out / "model")
+    shutil.copy(own_file(type(plan.config)), out / "model")
     assert sum(tensor.numel() for tensor in load_file(out / "model" / "model.safetensors").values()) == plan.parameters
     return out / "model"
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biased"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biased", "opt", "opt tied", "phi"])
 def test_without_slicing_the_logits_stay(tmp_path: Path, name: str):
-    path, tokens = build_tiny(CONFIGS[name], tmp_path / name), random_tokens(6, 24)
+    """With LayerNorm, whose mean goes into what is written, and in parallel blocks, too."""
+    config = CONFIGS[name] if name in CONFIGS else family_config(name)
+    path, tokens = build_tiny(config, tmp_path / name), random_tokens(6, 24)
     rotated = sliced(path, tokens, tmp_path / "out", 32)
     assert (logits_of(path, tokens) - logits_of(rotated, tokens)).abs().max() < 2e-4
 
