@@ -22,9 +22,9 @@ from slimlm.errors import UserError
 from slimlm.methods.per_block import CONFIGS
 
 ARMS: dict[str, dict] = {
-    "slice 10%, SliceGPT": {"sparsity": 0.1, "basis": "per-block"},
+    "slice 10%, SliceGPT": {"sparsity": 0.1, "basis": "per-block", "round_to": 1},
     "slice 10%, slimlm": {"sparsity": 0.1},
-    "slice 25%, SliceGPT": {"sparsity": 0.25, "basis": "per-block"},
+    "slice 25%, SliceGPT": {"sparsity": 0.25, "basis": "per-block", "round_to": 1},
     "slice 25%, slimlm": {"sparsity": 0.25},
     "prune 50%, SparseGPT": {"method": "sparsegpt", "sparsity": 0.5},
     "prune 50%, slimlm": {"method": "slimlm", "sparsity": 0.5},

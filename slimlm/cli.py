@@ -128,6 +128,8 @@ def compress_command(
     ] = None,
     weighting: Weighting = None,
     allocation: Annotated[str | None, _flag("allocation", WHAT)] = None,
+    shots: Annotated[int | None, _flag("shots", WHAT)] = None,
+    schedule: Annotated[str | None, _flag("schedule", WHAT)] = None,
     fisher_samples: Annotated[int | None, _flag("fisher_samples", WHAT)] = None,
     fisher_labels: Annotated[str | None, _flag("fisher_labels", WHAT)] = None,
     fisher_damping: Annotated[float | None, _flag("fisher_damping", WHAT)] = None,

@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
@@ -17,20 +18,22 @@ from slimlm.checkpoint.card import write_card
 from slimlm.checkpoint.disk import disk_errors
 from slimlm.checkpoint.journal import Journal, compare_fingerprints
 from slimlm.checkpoint.manifest import Manifest, read_manifest, versions, write_manifest
-from slimlm.checkpoint.output import Staging, clear_leftovers, copy_companions, staged_output
+from slimlm.checkpoint.output import Staging, check_output, clear_leftovers, copy_companions, staged_output
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.device import machine, peak_memory, resident_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.evaluation.streamed import Comparison, compare_streamed
+from slimlm.methods import method_named
 from slimlm.methods.plan import Outcome
-from slimlm.prepare import Job, open_model, prepare
+from slimlm.prepare import Job, open_model, output_of, prepare
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe
 from slimlm.work import Work
 
 Result = TypeVar("Result")
 LOG_NAME = "slimlm.log.jsonl"
+CALIBRATION_NAME = "calibration.npy"
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,55 @@ def compress(
     Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
     Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
     """
+    progress = progress or LogProgress()
     try:
-        return _compress(recipe, overwrite, resume, progress or LogProgress())
+        if len(recipe.stages) > 1:
+            return _compress_in_stages(recipe, overwrite, resume, progress)
+        return _compress(recipe, overwrite, resume, progress)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RunFailure("out of memory: lower --batch-size, --max-seq-length or --eval-windows") from error
 
 
-def _compress(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -> CompressResult:
+@dataclass(frozen=True)
+class _Stage:
+    """One of several runs, each on what the one before gave. recipe: of all. earlier: manifests of those before."""
+
+    recipe: Recipe
+    earlier: list[Manifest]
+    is_last: bool
+
+
+def _compress_in_stages(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -> CompressResult:
+    """What a stage gives stands beside the output until the last one is done, whose manifest is that of all."""
+    runs, output = recipe.stages, output_of(recipe)
+    if recipe.shots > 1 and method_named(recipe.method).sparsity_of == "parameters":
+        raise UserError(f"shots are for methods that set weights to zero, not for {recipe.method}")
+    recipe = recipe.model_copy(update={"output_dir": str(output)})
+    finished = read_manifest(output) if resume and output.is_dir() else None
+    if finished is not None and finished["recipe"] == recipe.model_dump(exclude={"expected"}):
+        progress.line(f"{output} is complete already")
+        return CompressResult(output, finished)
+    check_output(output, overwrite, [])
+    places = [output.with_name(f"{output.name}.stage-{number}") for number in range(1, len(runs))]
+    manifests: list[Manifest] = []
+    for number, (run, place) in enumerate(zip(runs, [*places, output], strict=True)):
+        progress.line(f"stage {number + 1} of {len(runs)}: {run.method}, sparsity {run.sparsity:g}")
+        settings: dict[str, Any] = {"output_dir": str(place)}
+        if number:
+            tokens = places[0] / CALIBRATION_NAME
+            settings |= {"model": str(places[number - 1]), "revision": None}
+            settings |= {"dataset": str(tokens)} if tokens.exists() else {}
+        stage = _Stage(recipe, list(manifests), is_last=place == output)
+        again = overwrite or not (stage.is_last or resume)
+        manifests.append(_compress(run.model_copy(update=settings), again, resume, progress, stage).manifest)
+    for place in places:
+        shutil.rmtree(place)
+    return CompressResult(output, manifests[-1])
+
+
+def _compress(
+    recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, stage: _Stage | None = None
+) -> CompressResult:
     started, before = time.perf_counter(), resident_memory()
     job = prepare(recipe, overwrite, resume, progress)
     fingerprint = _fingerprint(job)
@@ -85,27 +130,56 @@ def _compress(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress)
             comparison = _timed(job, "measuring", lambda: _measure(job, staging, outcome, progress))
             job.seconds["total"] = time.perf_counter() - started
             manifest = _manifest(job, staging, windows, outcome, comparison)
+            if stage and stage.is_last:
+                _account_for(stage, manifest)
             manifest["run"] |= {"memory_before_bytes": before, "resumed": resumed}
             manifest["fingerprint"] = fingerprint
             with disk_errors(staging.model):
                 write_manifest(staging.model, manifest)
                 write_card(staging.model, manifest)
-                write_recipe(staging.model, job)
+                write_recipe(staging.model, job, stage if stage and stage.is_last else None)
+                if stage and not stage.is_last and windows is not None and job.recipe.dataset == SELF:
+                    numpy.save(staging.model / CALIBRATION_NAME, windows.tokens.numpy())
                 if progress.log is not None:
                     shutil.copyfile(progress.log, staging.model / LOG_NAME)
             work.journal.commit("complete")
     return CompressResult(job.output, manifest)
 
 
-def write_recipe(directory: Path, job: Job) -> None:
-    """The recipe as it was run, able to run again anywhere on this machine: whole paths, the revision, no output."""
-    settings = job.recipe.model_dump(exclude={"expected", "output_dir"}, exclude_none=True)
-    if job.recipe.widths or not job.recipe.sparsity:
+def _account_for(stage: _Stage, manifest: Manifest) -> None:
+    """Make the manifest of the last stage that of all of them."""
+    first = stage.earlier[0]
+    manifest["recipe"] = stage.recipe.model_dump(exclude={"expected"})
+    manifest["model"] = first["model"]
+    for kind in ("parameters", "bytes"):
+        manifest[kind]["dense"] = first[kind]["dense"]
+    dense, left = manifest["parameters"]["dense"], manifest["parameters"]["compressed"]
+    manifest["sparsity"]["parameters_removed"] = 1 - left / dense
+    manifest["changes"] = {**first["changes"], **manifest["changes"]}
+    if manifest["measured"] and first["measured"]:
+        manifest["measured"]["dense"] = first["measured"]["dense"]
+    kept = ("recipe", "sparsity", "changes", "method", "measured", "run")
+    manifest["stages"] = [{name: earlier[name] for name in kept} for earlier in stage.earlier]
+
+
+def write_recipe(directory: Path, job: Job, stage: _Stage | None = None) -> None:
+    """The recipe as it was run, able to run again anywhere on this machine: whole paths, the revision, no output.
+
+    stage: the last one, where there are several; it is the recipe of all that is written.
+    """
+    recipe, origin = (stage.recipe, stage.earlier[0]["model"]) if stage else (job.recipe, None)
+    settings = recipe.model_dump(exclude={"expected", "output_dir"}, exclude_none=True)
+    if recipe.widths or not recipe.sparsity:
         del settings["sparsity"]
-    if job.resolved.origin == "directory":
-        settings["model"] = str(job.resolved.path)
-    if job.resolved.revision is not None:
-        settings["revision"] = job.resolved.revision
+    where, path, revision = (
+        (origin["origin"], origin["path"], origin["revision"])
+        if origin
+        else (job.resolved.origin, job.resolved.path, job.resolved.revision)
+    )
+    if where == "directory":
+        settings["model"] = str(path)
+    if revision is not None:
+        settings["revision"] = revision
     for name in ("dataset", "eval_text"):
         if settings.get(name) and Path(settings[name]).expanduser().exists():
             settings[name] = str(Path(settings[name]).expanduser().resolve())

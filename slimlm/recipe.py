@@ -17,6 +17,15 @@ Allocation = Literal["uniform", "global", "owl", "alphapruning", "pq"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+PATTERN = r"[1-9]\d*:([1-9]\d*)"
+# What a second run takes over from the first, where it does not say otherwise.
+SHARED = (
+    *("model", "dataset", "text_column", "num_calibration_samples", "max_seq_length", "batch_size", "seed", "dtype"),
+    *("device", "trust_remote_code", "measure", "eval_text", "eval_windows", "output_dir"),
+)
+OF_THE_WHOLE = ("model", "revision", "output_dir", "then", "expected", "shots", "schedule")
+
+
 class Recipe(BaseModel):
     """What to compress, how, and with which data. Field names are the command line's flags."""
 
@@ -70,6 +79,15 @@ class Recipe(BaseModel):
         description="pruning: how much each matrix takes: uniform, global, owl, alphapruning or pq; by default as in "
         "the method's paper",
     )
+    shots: int = Field(
+        1, ge=1, description="pruning: times that curvature is estimated anew, on the way to the sparsity"
+    )
+    schedule: Literal["cubic", "linear"] = Field(
+        "cubic", description="pruning in several shots: how the sparsity grows; cubic prunes most of it at first"
+    )
+    then: dict[str, Any] | None = Field(
+        None, description="settings of a second run on the result, as in {method: slimlm, pattern: 2:4}"
+    )
     fisher_samples: int = Field(256, ge=1, description="pruning: tokens whose gradients are the Fisher information")
     fisher_labels: Literal["model", "text"] = Field(
         "model", description="pruning: gradients for tokens the model would predict, or for those of the text"
@@ -101,6 +119,24 @@ class Recipe(BaseModel):
     expected: dict[str, float] = Field({}, description="figures this recipe gave when it was written")
 
     @property
+    def stages(self) -> list["Recipe"]:
+        """The runs that a recipe comes to, each on what the one before gave; itself for most.
+
+        Over k shots the sparsity s grows as s (1 - (1 - i / k)^3) (Zhu & Gupta, arXiv 1710.01878, eq. 1) or linearly.
+        """
+        whole = self.model_dump(exclude_unset=True, exclude={"shots", "schedule", "then", "expected"})
+        power = 3 if self.schedule == "cubic" else 1
+        grown = [1 - (1 - shot / self.shots) ** power for shot in range(1, self.shots + 1)]
+        runs = [whole] if self.shots == 1 else [{**whole, "sparsity": self.sparsity * share} for share in grown]
+        if self.then is not None:
+            runs.append({name: whole[name] for name in SHARED if name in whole} | self.then)
+            pattern = re.fullmatch(PATTERN, str(self.then.get("pattern")))
+            if pattern and self.method == "slice" and not self.widths and self.round_to is None:
+                group = int(pattern[1])
+                runs[0]["round_to"] = 8 if 8 % group == 0 else group  # widths that the pattern divides
+        return [make_recipe(run, "recipe") for run in runs]
+
+    @property
     def pattern_sizes(self) -> tuple[int, int]:
         """(N kept, of M) of the pattern."""
         keep, _, group = (self.pattern or "").partition(":")
@@ -127,7 +163,7 @@ class Recipe(BaseModel):
         pattern = values.get("pattern") if isinstance(values, dict) else None
         if pattern is None:
             return values
-        if not isinstance(pattern, str) or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", pattern):
+        if not isinstance(pattern, str) or not re.fullmatch(PATTERN, pattern):
             raise ValueError(f"pattern {pattern!r} is not of the form N:M, as in 2:4")
         keep, group = map(int, pattern.split(":"))
         if keep >= group:
@@ -136,6 +172,14 @@ class Recipe(BaseModel):
         if isinstance(sparsity, (int, float)) and abs(sparsity - (1 - keep / group)) > 1e-9:
             raise ValueError(f"pattern {pattern} is a sparsity of {1 - keep / group:g}, not {sparsity:g}")
         return values
+
+    @model_validator(mode="after")
+    def _of_stages(self) -> "Recipe":
+        if self.shots > 1 and self.pattern:
+            raise ValueError("a pattern is pruned in one shot: leave out shots")
+        if unknown := [name for name in self.then or {} if name in OF_THE_WHOLE or name not in type(self).model_fields]:
+            raise ValueError(f"then: {unknown[0]!r} is no setting of a second run")
+        return self
 
     @model_validator(mode="after")
     def _in_range(self) -> "Recipe":

@@ -1,0 +1,124 @@
+"""Several runs in one recipe, each on what the one before gave."""
+
+from pathlib import Path
+
+import numpy
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from slimlm import compression
+from slimlm.compression import compress
+from slimlm.errors import UserError
+from slimlm.recipe import Recipe, make_recipe
+from tests.conftest import CONFIGS, build_tiny, random_tokens
+from tests.methods.test_prune import LINEAR
+
+
+@pytest.fixture
+def settings(tiny_llama: Path, tmp_path: Path) -> dict:
+    numpy.save(tmp_path / "tokens.npy", random_tokens(20, 24).numpy())
+    return {
+        "model": str(tiny_llama), "dataset": str(tmp_path / "tokens.npy"), "num_calibration_samples": 20,
+        "max_seq_length": 24, "eval_windows": 2, "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+
+
+def weights(path: Path | str) -> bytes:
+    return (Path(path) / "model.safetensors").read_bytes()
+
+
+def test_slicing_then_pruning_is_what_two_commands_give(settings: dict, tmp_path: Path):
+    settings["widths"] = "hidden=24,mlp=40"
+    whole = make_recipe({**settings, "then": {"method": "slimlm", "pattern": "2:4"}})
+    manifest = compress(whole).manifest
+    first = compress(make_recipe({**settings, "output_dir": str(tmp_path / "first")})).manifest
+    del settings["widths"]
+    second = {**settings, "model": str(tmp_path / "first"), "output_dir": str(tmp_path / "second")}
+    last = compress(make_recipe({**second, "method": "slimlm", "pattern": "2:4"})).manifest
+    assert weights(tmp_path / "out") == weights(tmp_path / "second")
+    assert not list(tmp_path.glob("out.*"))
+    assert manifest["model"]["path"] == settings["model"]
+    assert manifest["measured"]["dense"] == first["measured"]["dense"]
+    assert manifest["measured"]["compressed"] == last["measured"]["compressed"]
+    assert manifest["parameters"] == {
+        "dense": first["parameters"]["dense"],
+        "compressed": first["parameters"]["compressed"],
+    }
+    assert manifest["sparsity"]["zeros_in_pruned_matrices"] == 0.5
+    assert [stage["recipe"]["method"] for stage in manifest["stages"]] == ["slice"]
+    saved = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    compress(make_recipe({**saved, "output_dir": str(tmp_path / "repeat")}))
+    assert weights(tmp_path / "repeat") == weights(tmp_path / "out")
+
+
+def test_shots_grow_to_the_sparsity_and_a_dead_run_goes_on_where_it_was(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = make_recipe({**settings, "method": "sparsegpt", "sparsity": 0.6, "shots": 3, "measure": False})
+    assert [stage.sparsity for stage in recipe.stages] == pytest.approx([0.6 * 19 / 27, 0.6 * 26 / 27, 0.6])
+    manifest = compress(recipe).manifest
+    assert manifest["sparsity"]["achieved"] == pytest.approx(0.6, abs=1e-3)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    zeros = [int((tensor == 0).sum()) for name, tensor in found.items() if name.split(".")[-2] in LINEAR]
+    sizes = [tensor.numel() for name, tensor in found.items() if name.split(".")[-2] in LINEAR]
+    assert zeros == [round(0.6 * size) for size in sizes]
+
+    ran, real = [], compression._compress
+
+    def dying(run: Recipe, *args):
+        ran.append(run.sparsity)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return real(run, *args)
+
+    again = recipe.model_copy(update={"output_dir": str(tmp_path / "again")})
+    monkeypatch.setattr(compression, "_compress", dying)
+    with pytest.raises(KeyboardInterrupt):
+        compress(again)
+    place = tmp_path / "again.stage-2" / "model.safetensors"
+    before, seen = place.stat().st_mtime_ns, []
+
+    def watching(run: Recipe, *args):
+        seen.append(place.stat().st_mtime_ns)
+        return real(run, *args)
+
+    monkeypatch.setattr(compression, "_compress", watching)
+    compress(again, resume=True)
+    assert seen == [before] * 3
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+
+
+def test_one_shot_is_the_linear_schedule_of_one():
+    recipe = Recipe(model="x", method="wanda", sparsity=0.4, shots=4, schedule="linear")
+    assert [stage.sparsity for stage in recipe.stages] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert len(Recipe(model="x", sparsity=0.4).stages) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"sparsity": 0.2, "shots": 2}, "shots are for methods that set weights to zero, not for slice"),
+        ({"method": "wanda", "pattern": "2:4", "shots": 2}, "a pattern is pruned in one shot"),
+        ({"sparsity": 0.2, "then": {"output_dir": "x"}}, "'output_dir' is no setting of a second run"),
+        ({"sparsity": 0.2, "then": {"sparsty": 0.5}}, "'sparsty' is no setting of a second run"),
+        ({"sparsity": 0.2, "then": {"method": "wanda"}}, "'sparsity' is not given"),
+    ],
+)
+def test_what_cannot_be_done_in_stages_is_said_before_any_work(
+    settings: dict, tmp_path: Path, more: dict, message: str
+):
+    with pytest.raises(UserError, match=message):
+        compress(make_recipe({**settings, **more}))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_text_the_model_writes_is_the_same_for_every_stage(tmp_path: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "self")
+    recipe = make_recipe(
+        {"model": str(path), "dataset": "self", "num_calibration_samples": 20, "max_seq_length": 16, "sparsity": 0.2,
+         "then": {"method": "wanda", "sparsity": 0.5}, "measure": False, "output_dir": str(tmp_path / "out")}
+    )  # fmt: skip
+    manifest = compress(recipe).manifest
+    assert manifest["calibration"]["source"].endswith(compression.CALIBRATION_NAME)
+    assert not (tmp_path / "out" / compression.CALIBRATION_NAME).exists()
