@@ -1,0 +1,101 @@
+"""Where the time of a slice goes: passes of data through blocks, sums over tokens, factorisations, the rest.
+
+    python eval/passes.py --model ../shared/models/llama-6m --calibration ../shared/data/calibration.txt
+
+Stands beside the time of plain forward passes of the same tokens through the dense and the sliced model, in the same
+process and batches.
+"""
+
+import argparse
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import slimlm.methods.basis
+import slimlm.methods.budget
+import slimlm.methods.head
+import slimlm.methods.refit
+import slimlm.methods.slice
+from slimlm.calibration import load_windows
+from slimlm.compression import compress
+from slimlm.linalg.gram import Gram
+from slimlm.linalg.ridge import Moments
+from slimlm.linalg.softmax import MapFit
+from slimlm.recipe import Recipe
+from slimlm.walk import StreamedModel
+
+SPENT: dict[str, float] = defaultdict(float)
+
+
+def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, its own time added up by kind; what it calls that is timed as well counts there alone."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        start, before = time.perf_counter(), sum(SPENT.values())
+        try:
+            return function(*args, **kwargs)
+        finally:
+            SPENT[kind] += time.perf_counter() - start - (sum(SPENT.values()) - before)
+
+    return wrapper
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--sparsity", type=float, default=0.25)
+    parser.add_argument("--windows", type=int, default=256)
+    parser.add_argument("--window", type=int, default=256)
+    arguments = parser.parse_args()
+    forward = "passes through blocks"
+    for name in ("run", "inputs", "before"):
+        setattr(StreamedModel, name, timed(forward, getattr(StreamedModel, name)))
+    for kind, owner, name in (
+        ("sums over tokens", Gram, "add"),
+        ("sums over tokens", Moments, "add"),
+        ("fit of the head", MapFit, "step"),
+        ("fit of the head", MapFit, "divergence"),
+        ("factorisations", slimlm.methods.refit, "ridge"),
+        ("factorisations", slimlm.methods.head, "ridge"),
+        ("factorisations", slimlm.methods.refit, "removals"),
+        ("factorisations", slimlm.methods.budget, "removals"),
+        ("factorisations", slimlm.methods.basis, "with_kept"),
+        ("gradients for the basis", slimlm.methods.basis, "gradient_covariance"),
+        ("choice of widths", slimlm.methods.slice, "choose"),
+    ):
+        setattr(owner, name, timed(kind, getattr(owner, name)))
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Recipe(
+            model=arguments.model, dataset=arguments.calibration, sparsity=arguments.sparsity, measure=False,
+            num_calibration_samples=arguments.windows, max_seq_length=arguments.window, output_dir=f"{folder}/out",
+        )  # fmt: skip
+        start = time.perf_counter()
+        compress(recipe)
+        SPENT["the rest"] = time.perf_counter() - start - sum(SPENT.values())
+        plain = [plain_pass(path, arguments) for path in (arguments.model, f"{folder}/out")]
+    print("| | seconds |\n| --- | --- |")
+    for kind, seconds in sorted(SPENT.items(), key=lambda pair: -pair[1]):
+        print(f"| {kind} | {seconds:.1f} |")
+    print(f"| one plain forward pass of the dense model, of the sliced one | {plain[0]:.1f}, {plain[1]:.1f} |")
+
+
+@torch.no_grad()
+def plain_pass(path: str, arguments: argparse.Namespace) -> float:
+    """Seconds of the blocks alone, in fp32 as calibration computes."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    windows = load_windows(arguments.calibration, tokenizer, arguments.windows, arguments.window, 0)
+    start = time.perf_counter()
+    for batch in windows.batches(8):
+        model.base_model(batch)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
