@@ -152,7 +152,7 @@ class Recipe(BaseModel):
     @classmethod
     def _widths_of_known_axes(cls, value: str | None) -> str | None:
         for pair in value.split(",") if value else ():
-            if not re.fullmatch(r"\s*(hidden|mlp|groups|blocks)=[1-9]\d*\s*", pair):
+            if not re.fullmatch(r"\s*(hidden|mlp|groups|blocks|tied)=[1-9]\d*\s*", pair):
                 raise ValueError(f"widths are like hidden=224,mlp=496,groups=2,blocks=6, not {pair!r}")
         return value
 

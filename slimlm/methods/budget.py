@@ -20,6 +20,7 @@ from slimlm.linalg.ridge import Moments, held_out
 from slimlm.linalg.units import removals
 from slimlm.matrices import matrix
 from slimlm.methods.basis import Basis
+from slimlm.methods.rotation import tied_gain
 from slimlm.methods.widths import Layout, Widths
 from slimlm.recipe import Recipe
 from slimlm.stream import hooked
@@ -27,10 +28,10 @@ from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
 GRANULES = (8, 4, 2, 1)
-POINTS = {"hidden": 4, "mlp": 3, "groups": 2, "blocks": 2}
+POINTS = {"hidden": 4, "mlp": 3, "groups": 2, "blocks": 2, "tied": 1}
 CUTS = sum(POINTS.values()) + 2  # streams: one for each, the dense one, and the one to find what to delete from
 WINDOWS = 24  # held out, to measure a curve on, and as many to find what to delete from
-REFIT_LEAVES = 0.75  # of what a narrower stream costs, the share that the refit does not win back
+REFIT_LEAVES = {"hidden": 0.75, "tied": 0.25}  # of what cutting costs, the share that the refit does not win back
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,18 @@ def _narrower(layout: Layout, sparsity: float, granule: int) -> list[Widths]:
 
 def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
     dense = layout.dense
+    ties = (False, True) if layout.model.head_is_tied and not layout.is_even else (False,)
     target = (1 - sparsity) * parameter_count(layout.model.model)
     for depth in range(len(dense.blocks), max(1, math.ceil(len(dense.blocks) * (1 - sparsity))) - 1, -1):
         for groups in range(dense.groups, 0, -1) if dense.groups else (0,):
             multiple = math.lcm(granule, layout.divisor(groups))
             narrower = range((dense.hidden - 1) // multiple * multiple, 0, -multiple)
             for hidden in (dense.hidden, *(narrower if layout.model.family.rotates else ())):
-                split = _with_mlp(layout, Widths(hidden, dense.mlp, groups, tuple(range(depth))), target, granule)
-                if split is not None and split != dense and is_near(removed_share(layout, split), sparsity):
-                    yield split
+                for tied in ties if hidden < dense.hidden else (False,):
+                    whole = Widths(hidden, dense.mlp, groups, tuple(range(depth)), tied)
+                    split = _with_mlp(layout, whole, target, granule)
+                    if split is not None and split != dense and is_near(removed_share(layout, split), sparsity):
+                        yield split
 
 
 def _with_mlp(layout: Layout, widths: Widths, target: float, granule: int) -> Widths | None:
@@ -107,7 +111,8 @@ def choose(
     if len(splits) == 1:
         return replace(splits[0], blocks=_kept(influence, len(splits[0].blocks))), {}
     curves = loss_curves(layout, splits, found, batches, work)
-    curves["hidden"] = LossCurve([(units, loss * REFIT_LEAVES) for units, loss in curves["hidden"].points])
+    for axis, share in REFIT_LEAVES.items():
+        curves[axis] = LossCurve([(units, loss * share) for units, loss in curves[axis].points])
     scored = sorted((predicted_loss(curves, removed(layout, split)), index) for index, split in enumerate(splits))
     best = splits[scored[0][1]]
     notes = {
@@ -127,6 +132,7 @@ def removed(layout: Layout, widths: Widths) -> dict[str, int]:
         "mlp": dense.mlp - widths.mlp,
         "groups": dense.groups - widths.groups,
         "blocks": len(dense.blocks) - len(widths.blocks),
+        "tied": int(widths.tied),
     }
 
 
@@ -151,6 +157,11 @@ def loss_curves(
     learning = model.embed(learn, work.scratch("learning", model.device))
     streams = {cut: model.embed(test, work.scratch(f"cut-{cut}", model.device)) for cut in [None, *cuts]}
     for cut, stream in streams.items():
+        if cut is not None and cut.axis == "tied":
+            gain = tied_gain(model).to(model.device, model.dtype)
+            for number in range(len(stream.hidden)):
+                stream.hidden.replace(number, stream.hidden[number] * gain)
+            stream.hidden.turn()
         if cut is not None and cut.axis == "hidden":
             kept = found.of(layout.dense.hidden - cut.removed).to(model.device, model.dtype)
             for number in range(len(stream.hidden)):
@@ -227,7 +238,7 @@ def _cut_weights(
         kept = found.of(found.vectors.shape[0] - cut.removed).to(model.device, model.dtype)
         weights = model.weights(index)
         changed = {name: kept @ (kept.T @ weights[name]) for name in model.anatomy[index].writing if name in weights}
-    elif cut is not None:
+    elif cut is not None and cut.axis in orders:
         order = orders[cut.axis]
         changed[f"{order.name}.weight"] = order.weights[cut.removed]
     return changed

@@ -130,7 +130,10 @@ class Pair:
                 size = centred.square().mean(-1).clamp_min(1e-30)
                 wanted = self.into(wanted)
                 if not matched:
-                    wanted = (wanted - before.float()) / small.residual_scale
+                    before = before.float()
+                    if small.family.centred:  # norms do not see its mean, and a tied table has one
+                        before = before - before.mean(-1, keepdim=True)
+                    wanted = (wanted - before) / small.residual_scale
                 if f"{name}.bias" in tensors:
                     wanted = wanted - tensors[f"{name}.bias"].to(wanted)
                 data.add(x, wanted, held, 1 / size)

@@ -79,13 +79,33 @@ def slice_block(
             yield name, weight
 
 
-def slice_embedding(model: StreamedModel, name: str, basis: Tensor) -> Iterator[tuple[str, Rows]]:
+def tied_gain(model: StreamedModel) -> Tensor:
+    """What an embedding is multiplied by to serve as head as well: the final norm's gain, its mean being 1: [hidden].
+
+    The head is then exact, and what the gain does to the stream at its start is left to the writers' refit.
+    """
+    gain = final_norm(model, torch.device("cpu"))["weight"] + model.family.offset
+    return gain / gain.mean()
+
+
+def _tied_map(model: StreamedModel, basis: Tensor) -> Tensor:
+    """The table of tokens times this: [hidden, width] is embedding and head. Along the all-ones direction, which norms
+    that subtract the mean do not see in the embedding, it says what the final norm's bias adds to the logits."""
+    moved = tied_gain(model).to(basis)[:, None] * basis
+    bias = final_norm(model, basis.device).get("bias")
+    return moved if bias is None else moved + bias.to(basis)[:, None] / basis.shape[1]
+
+
+def slice_embedding(model: StreamedModel, name: str, basis: Tensor, tied: bool = False) -> Iterator[tuple[str, Rows]]:
+    """tied: whether the table of tokens is to be the head's as well, with the final norm's gain and bias in it."""
     hidden, width = basis.shape
     weight = f"{name}.weight"
     if is_own(basis):
         yield weight, model.chunks(weight)
         return
-    moved = basis * math.sqrt(hidden / width) if model.family.scaled_by_width else basis
+    moved = _tied_map(model, basis) if tied and name == model.family.embeddings[0] else basis
+    if model.family.scaled_by_width:
+        moved = moved * math.sqrt(hidden / width)
     yield weight, (rotate_embedding(rows.to(basis.device).float(), moved) for rows in model.chunks(weight))
 
 
@@ -126,15 +146,17 @@ def write_head(model: StreamedModel, seen: Tensor, basis: Tensor) -> Iterator[tu
 
 
 def write_tied_norm(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A head that stays tied to the embedding leaves the constant gain in the final norm."""
+    """The final norm for a head that stays tied to the embedding: an even gain; a bias is in the table, too."""
     hidden, width = basis.shape
     family, norm = model.family, final_norm(model, basis.device)
     if is_own(basis):
         yield from ((f"{family.final_norm}.{name}", tensor) for name, tensor in norm.items())
         return
     scale = 1.0 if family.scaled_by_width else math.sqrt(hidden / width)  # else the embedding has it already
-    gain = norm["weight"][:1] + family.offset
-    yield f"{family.final_norm}.weight", (gain * scale - family.offset).expand(width)
+    gain = norm["weight"] + family.offset
+    yield f"{family.final_norm}.weight", (gain.mean() * scale - family.offset).expand(width)
+    if "bias" in norm:
+        yield f"{family.final_norm}.bias", torch.ones(width, device=basis.device)
 
 
 def unchanged(model: StreamedModel, part: str) -> Iterator[tuple[str, Rows]]:

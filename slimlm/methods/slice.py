@@ -63,13 +63,16 @@ def _splits(layout: Layout, recipe: Recipe) -> list[Widths]:
 def _by_hand(layout: Layout, recipe: Recipe) -> Widths:
     """Raises UserError for widths that the model does not have or that the config class refuses."""
     dense, given = layout.dense, recipe.width_sizes
+    tied = given.pop("tied", 0) > 0
+    if tied and not layout.model.head_is_tied:
+        raise UserError("--widths tied=1: the model's head is not tied to its embedding")
     for name, width in given.items():
         full = len(dense.blocks) if name == "blocks" else dense.of(name)
         if not 0 < width <= full:
             raise UserError(f"--widths {name}={width}: the model has {full or 'none that can be changed'}")
     blocks = tuple(range(given.get("blocks", len(dense.blocks))))
     widths = Widths(
-        given.get("hidden", dense.hidden), given.get("mlp", dense.mlp), given.get("groups", dense.groups), blocks
+        given.get("hidden", dense.hidden), given.get("mlp", dense.mlp), given.get("groups", dense.groups), blocks, tied
     )
     if not recipe.refit and (widths.mlp, widths.groups) != (dense.mlp, dense.groups):
         raise UserError("--widths mlp and groups need the refit that makes up for what goes: leave out --no-refit")
@@ -101,7 +104,9 @@ def _nearest(layout: Layout, recipe: Recipe) -> str:
 
 
 def _axes(layout: Layout, splits: list[Widths]) -> str:
-    varied = [name for name in ("hidden", "mlp", "groups", "blocks") if len({split.of(name) for split in splits}) > 1]
+    varied = [
+        name for name in ("hidden", "mlp", "groups", "blocks", "tied") if len({split.of(name) for split in splits}) > 1
+    ]
     return ", ".join(varied)
 
 
@@ -198,7 +203,7 @@ def _refit(
     layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batches: list[Tensor], work: Work
 ) -> dict[str, Any]:
     for name in layout.model.family.embeddings:
-        _write_part(layout.model, work, name, slice_embedding(layout.model, name, basis))
+        _write_part(layout.model, work, name, slice_embedding(layout.model, name, basis, widths.tied))
     _write_outer(layout.model, work)
     pair = refit_blocks(layout, widths, plan, basis, batches, work)
     model, notes = layout.model, dict[str, Any]()
@@ -222,7 +227,7 @@ def rotate_model(layout: Layout, widths: Widths, basis: Tensor, work: Work) -> N
     model = layout.model
     work.progress.stage("slicing", len(widths.blocks) + 1)
     for name in model.family.embeddings:
-        _write_part(model, work, name, slice_embedding(model, name, basis))
+        _write_part(model, work, name, slice_embedding(model, name, basis, widths.tied))
     for place, block in enumerate(widths.blocks):
         _write_part(model, work, model.family.block(place), _slice_block_of(layout, widths, block, place, basis))
         work.progress.step()

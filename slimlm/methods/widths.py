@@ -32,19 +32,24 @@ NUMBERS_OF_BLOCKS = ("mlp_only_layers",)
 
 @dataclass(frozen=True)
 class Widths:
-    """hidden_size, MLP neurons, key/value groups, and the dense model's blocks that stay, by number."""
+    """hidden_size, MLP neurons, key/value groups, and the dense model's blocks that stay, by number.
+
+    tied: a head tied to the embedding stays so although the stream is rotated.
+    """
 
     hidden: int
     mlp: int
     groups: int
     blocks: tuple[int, ...]
+    tied: bool = False
 
     def of(self, axis: str) -> int:
         width: int = getattr(self, axis)
         return width
 
     def __str__(self) -> str:
-        return f"hidden={self.hidden},mlp={self.mlp},groups={self.groups},blocks={len(self.blocks)}"
+        inside = "".join(f"{name}={self.of(name)}," for name in ("mlp", "groups") if self.of(name))
+        return f"hidden={self.hidden},{inside}blocks={len(self.blocks)}{',tied=1' if self.tied else ''}"
 
 
 @dataclass
@@ -62,14 +67,16 @@ class Layout:
         return widths.hidden == self.dense.hidden and not self.turns
 
     def keeps_tie(self, widths: Widths) -> bool:
-        """Whether a head tied to the embedding stays so: where the stream does, or no direction counts for more.
+        """Whether a head tied to the embedding stays so: where the stream does, where no direction counts for more to
+        the head, or where the split says so.
 
-        A rotated head has the final norm's gain in it, which the embedding must not have.
+        A rotated head has the final norm's gain in it, which the embedding has not; with `tied` it gets it.
         """
-        return self.model.head_is_tied and (self.stays(widths) or self._final_norm_is_even)
+        return self.model.head_is_tied and (self.stays(widths) or self.is_even or widths.tied)
 
     @cached_property
-    def _final_norm_is_even(self) -> bool:
+    def is_even(self) -> bool:
+        """Whether the final norm scales all directions alike, and adds nothing."""
         if self.model.family.centred:
             return False
         gain = self.model.checkpoint_tensor(f"{self.model.family.final_norm}.weight")

@@ -8,17 +8,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slimlm.checkpoint.journal import Journal
-from slimlm.checkpoint.skeleton import parameter_count
+from slimlm.checkpoint.skeleton import build_skeleton, parameter_count
 from slimlm.compression import compress
 from slimlm.errors import UserError
+from slimlm.linalg.pca import leading, without_mean
 from slimlm.methods.basis import collect_statistics
 from slimlm.methods.plan import Plan
+from slimlm.methods.rotation import slice_embedding, write_tied_norm
 from slimlm.methods.slice import plan_rotate, plan_slice, rotate_model, run_slice
 from slimlm.methods.widths import Layout, Widths
 from slimlm.progress import LogProgress
 from slimlm.recipe import Recipe
+from slimlm.stream import put
 from slimlm.work import Work
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
+from tests.families.configs import family_config
 
 RECIPE = Recipe(model="x", sparsity=0.5)
 PLAIN = {"model": "x", "refit": False, "weighting": "none"}
@@ -228,3 +232,31 @@ def test_a_slice_of_a_rotated_checkpoint_is_the_direct_slice_and_needs_no_data(
 def test_rotating_deletes_nothing(tiny_llama: Path):
     with pytest.raises(UserError, match="deletes nothing"):
         plan_rotate(stream(tiny_llama), Recipe(model="x", method="rotate", sparsity=0.5))
+
+
+@pytest.mark.parametrize("name", ["qwen3 tied", "gemma tied", "opt tied"])
+def test_a_tied_head_is_exact_with_the_final_gain_in_the_embedding(tmp_path: Path, name: str):
+    """For any state of the stream that lies in the basis, and a bias of the norm, too."""
+    config = family_config(name.replace("gemma tied", "gemma"))
+    config.tie_word_embeddings = True
+    path = build_tiny(config, tmp_path / "model")
+    model, width = stream(path), 24
+    family, x = model.family, torch.randn(5, 32, generator=torch.Generator().manual_seed(3)).double()
+    vectors = without_mean(32) if family.centred else torch.eye(32, dtype=torch.float64)
+    basis = leading(vectors, 31 if family.centred else width, family.centred)
+    x = x @ basis @ basis.T
+    layout = Layout(model)
+    plan = layout.plan(replace(layout.dense, hidden=basis.shape[1], tied=True), RECIPE)
+    assert plan.config.tie_word_embeddings
+    assert plan.parameters < parameter_count(model.model)
+    table = family.embeddings[0]
+    written = dict(slice_embedding(model, table, basis, tied=True)) | dict(write_tied_norm(model, basis))
+    rows = torch.cat(list(written.pop(f"{table}.weight")))
+    dense = AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = dense.lm_head(dense.get_submodule(family.final_norm)(x.float()))
+        norm = build_skeleton(plan.config).get_submodule(family.final_norm)
+        for key, tensor in written.items():
+            put(norm, key.rpartition(".")[2], tensor.float().contiguous())
+        got = norm((x @ basis).float()) @ rows.float().T
+    assert (got - expected).abs().max() < 1e-4
