@@ -131,6 +131,7 @@ def compress_command(
     shots: Annotated[int | None, _flag("shots", WHAT)] = None,
     schedule: Annotated[str | None, _flag("schedule", WHAT)] = None,
     fisher_samples: Annotated[int | None, _flag("fisher_samples", WHAT)] = None,
+    fisher_unit: Annotated[str | None, _flag("fisher_unit", WHAT)] = None,
     fisher_labels: Annotated[str | None, _flag("fisher_labels", WHAT)] = None,
     fisher_damping: Annotated[float | None, _flag("fisher_damping", WHAT)] = None,
     dataset: Dataset = None,
@@ -262,9 +263,15 @@ def _dry_run(recipe: Recipe, overwrite: bool, resume: bool) -> None:
         from slimlm.prepare import prepare
         from slimlm.report.summary import forecast_summary
 
-        job = prepare(recipe, overwrite, resume, progress)
+        stages = recipe.stages
+        job = prepare(stages[0], overwrite, resume, progress)
         found = forecast(job, progress)
     print(forecast_summary(job, found))
+    if len(stages) > 1:
+        print(
+            f"this is the first of {len(stages)} runs, each on what the one before gives; the others take their own "
+            "time, and what each gives stands beside the output until the last is done"
+        )
     require_memory(job, found)
 
 

@@ -77,12 +77,14 @@ def _compress_in_stages(recipe: Recipe, overwrite: bool, resume: bool, progress:
     if recipe.shots > 1 and method_named(recipe.method).sparsity_of == "parameters":
         raise UserError(f"shots are for methods that set weights to zero, not for {recipe.method}")
     recipe = recipe.model_copy(update={"output_dir": str(output)})
+    places = [output.with_name(f"{output.name}.stage-{number}") for number in range(1, len(runs))]
     finished = read_manifest(output) if resume and output.is_dir() else None
     if finished is not None and finished["recipe"] == recipe.model_dump(exclude={"expected"}):
+        for place in filter(Path.exists, places):
+            shutil.rmtree(place)
         progress.line(f"{output} is complete already")
         return CompressResult(output, finished)
     check_output(output, overwrite, [])
-    places = [output.with_name(f"{output.name}.stage-{number}") for number in range(1, len(runs))]
     manifests: list[Manifest] = []
     for number, (run, place) in enumerate(zip(runs, [*places, output], strict=True)):
         progress.line(f"stage {number + 1} of {len(runs)}: {run.method}, sparsity {run.sparsity:g}")
@@ -90,7 +92,9 @@ def _compress_in_stages(recipe: Recipe, overwrite: bool, resume: bool, progress:
         if number:
             tokens = places[0] / CALIBRATION_NAME
             settings |= {"model": str(places[number - 1]), "revision": None}
-            settings |= {"dataset": str(tokens)} if tokens.exists() else {}
+            if run.dataset in (None, SELF) and tokens.exists():
+                count, length = numpy.load(tokens, mmap_mode="r").shape
+                settings |= {"dataset": str(tokens), "num_calibration_samples": count, "max_seq_length": length}
         stage = _Stage(recipe, list(manifests), is_last=place == output)
         again = overwrite or not (stage.is_last or resume)
         manifests.append(_compress(run.model_copy(update=settings), again, resume, progress, stage).manifest)
@@ -156,6 +160,8 @@ def _account_for(stage: _Stage, manifest: Manifest) -> None:
     dense, left = manifest["parameters"]["dense"], manifest["parameters"]["compressed"]
     manifest["sparsity"]["parameters_removed"] = 1 - left / dense
     manifest["changes"] = {**first["changes"], **manifest["changes"]}
+    if manifest["calibration"] and first["calibration"] and first["calibration"]["source"] == SELF:
+        manifest["calibration"] = first["calibration"]
     if manifest["measured"] and first["measured"]:
         manifest["measured"]["dense"] = first["measured"]["dense"]
     kept = ("recipe", "sparsity", "changes", "method", "measured", "run")

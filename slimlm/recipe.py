@@ -88,7 +88,12 @@ class Recipe(BaseModel):
     then: dict[str, Any] | None = Field(
         None, description="settings of a second run on the result, as in {method: slimlm, pattern: 2:4}"
     )
-    fisher_samples: int = Field(256, ge=1, description="pruning: tokens whose gradients are the Fisher information")
+    fisher_samples: int = Field(
+        256, ge=1, description="pruning: tokens, or sequences, whose gradients are the Fisher information"
+    )
+    fisher_unit: Literal["token", "sequence"] = Field(
+        "token", description="pruning: a gradient for every token, or one for every whole window"
+    )
     fisher_labels: Literal["model", "text"] = Field(
         "model", description="pruning: gradients for tokens the model would predict, or for those of the text"
     )

@@ -90,7 +90,7 @@ def test_the_same_command_gives_the_same_bytes_and_the_saved_recipe_repeats_it(c
 
 def test_eval_agrees_with_lm_evals_own_command_to_every_digit(compressed: Path, tmp_path: Path):
     ours = slimlm(
-        "eval", str(compressed), "--against", "llama", "--num-windows", "4", "--limit", "60", "--json", "ours.json",
+        "eval", str(compressed), "--against", "llama", "--num-windows", "4", "--limit", "20", "--json", "ours.json",
         cwd=tmp_path,
     )  # fmt: skip
     assert ours.returncode == 0, ours.stderr
@@ -266,7 +266,7 @@ def test_a_stopped_run_leaves_nothing_under_the_final_name(tmp_path: Path, stop:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(stop)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode != 0
     assert not (tmp_path / "out").exists()
     if stop != signal.SIGKILL:

@@ -21,6 +21,11 @@ class Norm:
     writers: tuple[str, ...]
     after: str | None = None
 
+    @property
+    def label(self) -> str:
+        """A name for it even where there is none."""
+        return self.name or f"{self.readers[0]} input"
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -92,9 +97,10 @@ class Family:
     final_norm, head: the norm after the last block and the linear that reads it; "" without such a norm.
     norm_eps: config attribute with the epsilon of those norms; "" where the class has a constant.
     heads: config attribute whose value must divide `hidden_size`, where the config class checks that.
-    scales: config attributes of a factor on embeddings, on what writers add, and of a divisor of the logits.
+    residual_scale, logit_divisor: config attributes of a factor on what writers add, and of a divisor of the logits.
     scaled_by_width: whether embeddings are scaled by the square root of hidden_size besides.
     tuples: whether a block returns a tuple.
+    numbered: whether what a block computes depends on its number, so that none can be left out.
     carrier: the class that carries a sliced result, where that is not its own.
     rotates: whether the residual stream can be moved into another basis; `why_not` says why it cannot.
     variants: what is different where config attributes have certain values; the first that fits counts.
@@ -118,11 +124,11 @@ class Family:
     matched: tuple[str, ...] = ()
     outer: tuple[str, ...] = ()
     heads: str | None = None
-    embedding_scale: str | None = None
     residual_scale: str | None = None
     logit_divisor: str | None = None
     scaled_by_width: bool = False
     tuples: bool = False
+    numbered: bool = False
     carrier: Carrier | None = None
     why_not: str | None = None
     variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()

@@ -97,6 +97,7 @@ GPT2 = Family(
     centred=True,
     mlp=Axis(("n_inner",), rows=("mlp.c_fc",), columns=("mlp.c_proj",)),
     carrier=Carrier("narrow_gpt2", stock=False),
+    variants=(({"scale_attn_by_inverse_layer_idx": True}, {"numbered": True}),),
 )
 OPT = Family(
     model_type="opt",

@@ -42,7 +42,6 @@ SMOLLM3 = replace(MISTRAL, model_type="smollm3")
 GRANITE = replace(
     MISTRAL,
     model_type="granite",
-    embedding_scale="embedding_multiplier",
     residual_scale="residual_multiplier",
     logit_divisor="logits_scaling",
 )

@@ -116,7 +116,16 @@ def block_inverse(x: Tensor, delta: Tensor, damping: float, size: int) -> BlockI
     """
     tokens, inputs = x.shape
     parts = x.view(tokens, inputs // size, size).permute(1, 0, 2)  # [blocks, m, size]
-    fisher = (delta.square().T[:, None, :, None] / tokens * parts).mT @ parts
+    return _block_inverse((delta.square().T[:, None, :, None] / tokens * parts).mT @ parts, damping)
+
+
+def gradient_block_inverse(gradients: Tensor, damping: float, size: int) -> BlockInverse:
+    """The same from the gradients of every row written out: [out, m, in]."""
+    parts = gradients.unflatten(-1, (-1, size)).transpose(1, 2)  # [out, blocks, m, size]
+    return _block_inverse(parts.mT @ parts / gradients.shape[1], damping)
+
+
+def _block_inverse(fisher: Tensor, damping: float) -> BlockInverse:
     fisher.diagonal(dim1=-2, dim2=-1).add_(damping)
     return BlockInverse(torch.cholesky_inverse(_lower_factor(fisher)))
 

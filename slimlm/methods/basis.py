@@ -121,7 +121,8 @@ def collect_statistics(model: StreamedModel, batches: list[Tensor], work: Work, 
         Gram(hidden, model.device), Gram(hidden, model.device), torch.zeros(len(model.blocks), dtype=torch.float64)
     )
     work.progress.stage("calibrating", len(model.blocks))
-    streams, state, first = work.start_streams("calibration", {"dense": (model, batches)})
+    name = "calibration" if norms else "influence"
+    streams, state, first = work.start_streams(name, {"dense": (model, batches)})
     stream = streams["dense"]
     if state:
         found.load(state)
@@ -141,7 +142,7 @@ def collect_statistics(model: StreamedModel, batches: list[Tensor], work: Work, 
             hooked((block.get_submodule(norm.name), observe) for norm in model.anatomy[index].norms if norms),
         ):
             model.advance(index, stream, watch)
-        work.save_streams("calibration", index, streams, found.state())
+        work.save_streams(name, index, streams, found.state())
         work.progress.step()
         work.progress.done("calibrated", model.family.block(index), time.perf_counter() - start)
     for hidden_states in stream.hidden:

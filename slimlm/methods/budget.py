@@ -65,7 +65,7 @@ def removed_share(layout: Layout, widths: Widths) -> float:
 
 def _narrower(layout: Layout, sparsity: float, granule: int) -> list[Widths]:
     dense, multiple = layout.dense, math.lcm(granule, layout.divisor(layout.dense.groups))
-    sizes = range(multiple, dense.hidden, multiple) if layout.model.family.rotates else ()
+    sizes = range(multiple, dense.hidden, multiple) if layout.narrows else ()
     widths = (replace(dense, hidden=hidden) for hidden in sizes)
     return [split for split in widths if is_near(removed_share(layout, split), sparsity)]
 
@@ -74,11 +74,12 @@ def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
     dense = layout.dense
     ties = (False, True) if layout.model.head_is_tied and not layout.is_even else (False,)
     target = (1 - sparsity) * parameter_count(layout.model.model)
-    for depth in range(len(dense.blocks), max(1, math.ceil(len(dense.blocks) * (1 - sparsity))) - 1, -1):
+    least = len(dense.blocks) if layout.model.family.numbered else max(1, math.ceil(len(dense.blocks) * (1 - sparsity)))
+    for depth in range(len(dense.blocks), least - 1, -1):
         for groups in range(dense.groups, 0, -1) if dense.groups else (0,):
             multiple = math.lcm(granule, layout.divisor(groups))
             narrower = range((dense.hidden - 1) // multiple * multiple, 0, -multiple)
-            for hidden in (dense.hidden, *(narrower if layout.model.family.rotates else ())):
+            for hidden in (dense.hidden, *(narrower if layout.narrows else ())):
                 for tied in ties if hidden < dense.hidden else (False,):
                     whole = Widths(hidden, dense.mlp, groups, tuple(range(depth)), tied)
                     split = _with_mlp(layout, whole, target, granule)

@@ -13,8 +13,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from slimlm.errors import RunFailure
-from slimlm.linalg.fisher import CHUNK_ELEMENTS, BlockInverse, LowRankInverse, block_inverse, token_inverse
+from slimlm.errors import RunFailure, UserError
+from slimlm.linalg.fisher import (
+    CHUNK_ELEMENTS,
+    BlockInverse,
+    LowRankInverse,
+    block_inverse,
+    gradient_block_inverse,
+    low_rank_inverse,
+    token_inverse,
+)
 from slimlm.methods.gradients import TOKENS, Seen, reverse_sweep
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
@@ -25,19 +33,36 @@ BLOCK = 64  # inputs of a row whose Fisher matrix WoodFisher keeps
 
 @dataclass(frozen=True)
 class TokenGradients:
-    """x: [tokens, in] and delta: [tokens, out] of one linear, fp64."""
+    """x: [tokens, in] and delta: [tokens, out] of one linear, fp64.
+
+    window: so many neighbouring tokens make up one gradient, that of a sequence; 1 where each token is for itself.
+    """
 
     x: Tensor
     delta: Tensor
+    window: int = 1
 
     def mean_square(self) -> Tensor:
-        """Mean over tokens of the squared gradients, and over all weights: the Fisher matrix's mean diagonal."""
-        return (self.x.square().mean(1) * self.delta.square().mean(1)).mean()
+        """Mean over gradients of their squares, and over all weights: the Fisher matrix's mean diagonal."""
+        if self.window == 1:
+            return (self.x.square().mean(1) * self.delta.square().mean(1)).mean()
+        x, delta = self._by_window(self.x), self._by_window(self.delta)
+        squares = ((x @ x.mT) * (delta @ delta.mT)).sum((1, 2))  # of sum_t delta_t x_t^T, without writing it out
+        return squares.mean() / (x.shape[-1] * delta.shape[-1])
+
+    def of_rows(self, rows: slice) -> Tensor:
+        """The sequences' gradients with respect to some rows of the weight: [rows, sequences, in]."""
+        found: Tensor = self._by_window(self.delta)[..., rows].mT @ self._by_window(self.x)
+        return found.transpose(0, 1).contiguous()
+
+    def _by_window(self, tensor: Tensor) -> Tensor:
+        return tensor.view(-1, self.window, tensor.shape[1])
 
 
 @dataclass(frozen=True)
 class RowFisher:
-    """Inverse Fisher matrices of all rows, some rows at a time: lambda I + (1/m) sum_t delta_tr^2 x_t x_t^T.
+    """Inverse Fisher matrices of all rows, some rows at a time: lambda I + (1/m) sum_t delta_tr^2 x_t x_t^T, or of
+    sequences' gradients g_s the sum over g_sr g_sr^T.
 
     block: neighbouring inputs whose correlations count; 0 for all of a row (M-FAC over rows), in low-rank form where
     there are fewer tokens than inputs.
@@ -53,10 +78,17 @@ class RowFisher:
         rows = max(1, CHUNK_ELEMENTS // per_row)
         for start in range(0, delta.shape[1], rows):
             part = slice(start, min(start + rows, delta.shape[1]))
-            if self.block or x.shape[0] >= x.shape[1]:
+            if self.gradients.window > 1:
+                yield part, self._of_sequences(self.gradients.of_rows(part))
+            elif self.block or x.shape[0] >= x.shape[1]:
                 yield part, block_inverse(x, delta[:, part], self.damping, self.block or x.shape[1])
             else:
                 yield part, token_inverse(x, delta[:, part], self.damping, self._inner)
+
+    def _of_sequences(self, gradients: Tensor) -> LowRankInverse | BlockInverse:
+        if self.block or gradients.shape[1] >= gradients.shape[2]:
+            return gradient_block_inverse(gradients, self.damping, self.block or gradients.shape[2])
+        return low_rank_inverse(gradients, self.damping)
 
     @cached_property
     def _inner(self) -> Tensor:
@@ -90,21 +122,31 @@ def row_fisher(gradients: TokenGradients, damping: float, blocks: bool) -> RowFi
 def gradient_windows(recipe: Recipe, model: StreamedModel) -> int:
     """Room on disk that gathered gradients take, in windows of hidden states."""
     assert recipe.max_seq_length is not None
-    numbers = recipe.fisher_samples * sum(map(sum, model.matrices.values()))
+    of_each = recipe.max_seq_length if recipe.fisher_unit == "sequence" else 1
+    numbers = min(TOKENS, recipe.fisher_samples * of_each) * sum(map(sum, model.matrices.values()))
     return 1 + numbers // (recipe.max_seq_length * int(model.config.hidden_size))
 
 
 def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work: Work) -> None:
-    """Leave the gradients of `recipe.fisher_samples` tokens in the journal, unless an earlier process did."""
+    """Leave the gradients of `recipe.fisher_samples` tokens, or of all tokens of so many windows, in the journal.
+
+    Nothing is done where an earlier process did. Raises UserError for sequences where experts see single tokens.
+    """
     family = model.family
     if all(work.journal.recall(_step(index)) for index in range(len(model.blocks))):
         return
     windows = torch.cat(batches)
-    chosen = windows[: max(1, TOKENS // windows.shape[1])].split(len(batches[0]))
+    by_sequence = recipe.fisher_unit == "sequence"
+    if by_sequence and family.experts:
+        raise UserError("--fisher-unit sequence: an expert sees single tokens, not sequences")
+    most = max(1, TOKENS // windows.shape[1])
+    chosen = windows[: min(most, recipe.fisher_samples) if by_sequence else most].split(len(batches[0]))
     tokens = [batch.numel() for batch in chosen]
-    wanted = min(1.0, recipe.fisher_samples / sum(tokens))
+    wanted = 1.0 if by_sequence else min(1.0, recipe.fisher_samples / sum(tokens))
     generator = torch.Generator().manual_seed(recipe.seed)
     places = [torch.randperm(count, generator=generator)[: max(1, round(wanted * count))] for count in tokens]
+    if by_sequence:
+        places = [torch.arange(count) for count in tokens]
     found: dict[str, list[Tensor]] = {}
 
     def visit(index: int, number: int, seen: Seen) -> None:
@@ -119,6 +161,7 @@ def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor]
             found.setdefault(f"{name}.delta", []).append(delta[of].bfloat16())
         if number == len(chosen) - 1:
             tensors = {key: torch.cat(parts) for key, parts in found.items()}
+            tensors["window"] = torch.tensor(windows.shape[1] if by_sequence else 1)
             if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
                 raise RunFailure(f"gradients in {family.block(index)} overflow in {model.dtype}")
             work.journal.keep(_step(index), tensors)
@@ -142,11 +185,18 @@ def gradients_of(model: StreamedModel, work: Work, index: int) -> dict[str, Toke
         raise RunFailure(f"the gradients of {model.family.block(index)} are gone from {work.directory}: start over")
     _, saved = recalled
     tensors = {name: tensor.to(model.device).double() for name, tensor in saved.items()}
+    window = int(tensors.pop("window"))
     return {
-        name: TokenGradients(tensors[f"{first}.x"], tensors[f"{name}.delta"])
+        name: TokenGradients(tensors[f"{first}.x"], tensors[f"{name}.delta"], window)
         for name, first in model.anatomy[index].first_of.items()
         if f"{name}.delta" in tensors
     }
+
+
+def gradient_names(work: Work, index: int) -> set[str]:
+    """The linears of a block whose gradients `gather_gradients` left."""
+    recalled = work.journal.recall(_step(index))
+    return {name.removesuffix(".delta") for name in recalled[1] if name.endswith(".delta")} if recalled else set()
 
 
 def _step(index: int) -> str:

@@ -1,5 +1,6 @@
 """What is known of the inputs of a block's linears."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,11 +22,17 @@ class Inputs:
 
 
 def input_statistics(
-    model: StreamedModel, index: int, stream: Stream, norms: bool = False, onward: bool = False
+    model: StreamedModel,
+    index: int,
+    stream: Stream,
+    names: Sequence[str] | None = None,
+    norms: bool = False,
+    onward: bool = False,
 ) -> Inputs:
     """What the linears of block `index`, its weights loaded, see of a stream.
 
-    onward: whether the stream goes past the block, or stays before it. Raises RunFailure on NaN.
+    names: of those to look at, all by default. onward: whether the stream goes past the block, or stays before it.
+    Raises RunFailure on NaN.
     """
     squares: dict[str, Tensor] = {}
     moments: dict[str, Moments] = {}
@@ -40,7 +47,8 @@ def input_statistics(
         else:
             moments.setdefault(name, Moments(x.shape[1], 0, x.device)).add(x, x[:, :0])
 
-    with model.watched(index, [names[0] for names in model.anatomy[index].inputs], see):
+    names = [group[0] for group in model.anatomy[index].inputs] if names is None else names
+    with model.watched(index, names, see):
         (model.advance if onward else model.observe)(index, stream)
     seen.statistics = {name: value.sqrt().float() for name, value in squares.items()} | {
         name: value.xx for name, value in moments.items()

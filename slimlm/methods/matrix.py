@@ -61,6 +61,8 @@ def combined(choice: Choice, recipe: Recipe) -> Choice:
     for kind, value in (("mask", choice.mask), ("update", choice.update)):
         if choice.curvature not in NEEDS[value]:
             raise UserError(f"{kind} {value} needs a curvature of {' or '.join(NEEDS[value])}, not {choice.curvature}")
+    if choice.curvature == "gram+fisher" and recipe.fisher_unit == "sequence":
+        raise UserError("curvature gram+fisher puts gradients of tokens beside the Gram, not of sequences")
     if choice.swaps and choice.update != "joint":
         raise UserError(f"swaps refine the mask of update joint, not of {choice.update}")
     return choice

@@ -29,7 +29,7 @@ from slimlm.linalg.rotate import rotate_embedding, rotate_writer
 from slimlm.linalg.units import damp
 from slimlm.methods.plan import Outcome, Plan
 from slimlm.methods.rotation import final_norm
-from slimlm.modeling import OWN_CLASSES, auto_map, own_file
+from slimlm.modeling import OWN_CLASSES, own_files
 from slimlm.modeling.modeling_sliced import SlicedLlamaConfig, SlicedOPTConfig, SlicedPhiConfig
 from slimlm.recipe import Recipe
 from slimlm.stream import Stream
@@ -49,6 +49,10 @@ def plan_per_block(model: StreamedModel, recipe: Recipe) -> Plan:
     if model.config.model_type not in CONFIGS:
         known = ", ".join(CONFIGS)
         raise UserError(f"basis: per-block has a modelling file for {known} only, not for {model.config.model_type!r}")
+    if not getattr(model.config, "enable_bias", True) or not getattr(
+        model.config, "layer_norm_elementwise_affine", True
+    ):
+        raise UserError("basis: per-block needs biases and gains, which this model has not")
     if model.family.why_not is not None:
         raise UserError(f"this {model.config.model_type!r} cannot be sliced: {model.family.why_not}")
     if recipe.widths and set(recipe.width_sizes) != {"hidden"}:
@@ -89,7 +93,6 @@ def _config(model: StreamedModel, width: int) -> PretrainedConfig:
         **settings,
         stream_widths=[*[width] * (len(_steps(model.family)) * layers), hidden],
         architectures=[OWN_CLASSES[sliced].__name__],
-        auto_map=auto_map(sliced),
     )
 
 
@@ -126,7 +129,7 @@ def _plan(model: StreamedModel, width: int, recipe: Recipe) -> Plan:
         "model_type": (model.config.model_type, config.model_type),
         "stream width": (model.config.hidden_size, width),
     }
-    files = (own_file(type(config)),)
+    files = own_files(config)
     return Plan(
         config, tensors, parameter_count(carrier), recipe, carrier, changes, files=files, widths=f"hidden={width}"
     )

@@ -20,7 +20,7 @@ from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import RunFailure, UserError
 from slimlm.methods.allocation import allocate
-from slimlm.methods.fisher import gather_gradients, gradient_windows, gradients_of, row_fisher
+from slimlm.methods.fisher import gather_gradients, gradient_names, gradient_windows, gradients_of, row_fisher
 from slimlm.methods.gradients import sweep_windows
 from slimlm.methods.head import fits_head
 from slimlm.methods.inputs import input_statistics
@@ -29,6 +29,7 @@ from slimlm.methods.plan import Method, Outcome, Plan, require_declared
 from slimlm.methods.prune_block import by_kind, prune_by_magnitude, prune_seen, prune_together
 from slimlm.methods.repair import prune_and_repair
 from slimlm.methods.rotation import unchanged
+from slimlm.modeling import own_files
 from slimlm.recipe import Allocation, Recipe
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
@@ -101,7 +102,8 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     config = copy.deepcopy(model.config)
     config.dtype = next(iter(tensors.values())).dtype
     parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
-    return Plan(config, tensors, parameters, recipe, model.model)
+    files = own_files(config)  # of a checkpoint that slicing made
+    return Plan(config, tensors, parameters, recipe, model.model, files=files)
 
 
 def _tied(model: StreamedModel) -> set[str]:
@@ -176,7 +178,7 @@ def _prune_apart(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -
                 work.write(model, part, ((f"{part}.{name}", value) for name, value in model.weights(index).items()))
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
-    return _without_gradients(model, task)
+    return _without_gradients(model, task, work)
 
 
 def _prune_by_gradients(model: StreamedModel, index: int, block: nn.Module, recipe: Recipe, task: Task) -> None:
@@ -192,13 +194,13 @@ def _prune_by_gradients(model: StreamedModel, index: int, block: nn.Module, reci
             raise RunFailure(f"{part}.{name} cannot be pruned: {error}") from error
 
 
-def _without_gradients(model: StreamedModel, task: Task) -> dict[str, Any]:
+def _without_gradients(model: StreamedModel, task: Task, work: Work) -> dict[str, Any]:
     """Experts that no token reached."""
     starved = {
         f"{model.family.block(index)}.{name}": 0
         for index, anatomy in enumerate(model.anatomy)
         if anatomy.experts and "fisher" in task.choice.curvature
-        for name in sorted(set(anatomy.experts.matrices) - task.gradients(index).keys())
+        for name in sorted(set(anatomy.experts.matrices) - gradient_names(work, index))
     }
     return {"starved_experts": starved} if starved else {}
 

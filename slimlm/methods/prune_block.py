@@ -1,19 +1,21 @@
 """Pruning the linears of one block in place, by what they see."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from slimlm.linalg.hessian import Hessian
 from slimlm.matrices import matrix
+from slimlm.methods.fisher import TokenGradients
 from slimlm.methods.inputs import input_statistics
 from slimlm.methods.matrix import Choice, Known, Task, curvature_of, prune_tall
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 
 BY_MAGNITUDE = Choice("none", "magnitude", "none")
+GRAM_BYTES = 1 << 30  # of experts' Grams, held at once; another pass of the block for as many more
 FEW = 0.25  # tokens an expert must have seen for each of a matrix's inputs, else its statistics say too little
 Figures = dict[str, float]  # "<linear> <kind>": a figure for the manifest
 
@@ -25,9 +27,38 @@ def prune_seen(
 
     Linears of a group share their input. An expert that saw too few tokens is pruned by magnitude and recorded.
     """
-    part, block = model.family.block(index), model.blocks[index]
-    seen = input_statistics(model, index, stream, task.choice.curvature == "diagonal")
     gradients = task.gradients(index)
+    for few in _in_turn(model, index, list(groups)):
+        _prune_few(model, index, stream, few, task, gradients, figures)
+
+
+def _in_turn(model: StreamedModel, index: int, groups: list[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+    """The groups in parts whose Grams fit into memory together: all but experts' at once, and these some at a time."""
+    few: list[tuple[str, ...]] = []
+    size = 0
+    for names in groups:
+        added = 8 * matrix(model.blocks[index], names[0]).shape[1] ** 2 if is_expert(model, index, names[0]) else 0
+        if few and added and size + added > GRAM_BYTES:
+            yield few
+            few, size = [], 0
+        few.append(names)
+        size += added
+    if few:
+        yield few
+
+
+def _prune_few(
+    model: StreamedModel,
+    index: int,
+    stream: Stream,
+    groups: list[tuple[str, ...]],
+    task: Task,
+    gradients: Mapping[str, TokenGradients],
+    figures: Figures,
+) -> None:
+    part, block = model.family.block(index), model.blocks[index]
+    wanted = [names[0] for names in groups]
+    seen = input_statistics(model, index, stream, wanted, norms=task.choice.curvature == "diagonal")
     for names in groups:
         name = f"{part}.{names[0]}"
         statistics = seen.statistics.pop(names[0], None)

@@ -28,7 +28,7 @@ from slimlm.families import Axis, Norm, family_of
 from slimlm.linalg.ridge import GUESS, Moments, Regression, held_out, ridge
 from slimlm.linalg.units import removals
 from slimlm.methods.plan import Plan
-from slimlm.methods.rotation import seen_through, slice_block
+from slimlm.methods.rotation import is_own, seen_through, slice_block
 from slimlm.methods.widths import Layout, Widths
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
@@ -77,7 +77,8 @@ class Pair:
         can wait until the dense block is let go of.
         """
         model, stream, anatomy = self.dense, self.streams["dense"], self.dense.anatomy[block]
-        last = anatomy.writers[-1] if anatomy.writers and anatomy.writers[-1] not in anatomy.matched else None
+        ends = anatomy.writers and not anatomy.experts and anatomy.writers[-1] not in anatomy.matched
+        last = anatomy.writers[-1] if ends else None  # experts write after it, or what it gives is not what is added
         with model.block(block):
             tensors = begin(model.weights(block))
             for norm in anatomy.norms:
@@ -142,9 +143,7 @@ class Pair:
     @cached_property
     def _rotation(self) -> Tensor | None:
         """The basis in fp32; None where it is the stream's own."""
-        hidden, width = self.basis.shape
-        own = hidden == width and torch.equal(self.basis, torch.eye(hidden).to(self.basis))
-        return None if own else self.basis.float()
+        return None if is_own(self.basis) else self.basis.float()
 
     def into(self, x: Tensor) -> Tensor:
         """The dense stream x: [..., hidden] in the basis: [..., width]."""
@@ -208,8 +207,8 @@ def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensor
     metric = sum(weight.flatten(0, -2).T @ weight.flatten(0, -2) for weight in dense_weights.values())
     assert isinstance(metric, Tensor)
     prior = seen_through(weights, norm, pair.dense.family, pair.basis)
-    fit = ridge(data, prior, metric, pair.guess(place, norm.name))
-    pair.fits[f"{place}.{norm.name}"] = fit.strength
+    fit = ridge(data, prior, metric, pair.guess(place, norm.label))
+    pair.fits[f"{place}.{norm.label}"] = fit.strength
     for name, weight in dense_weights.items():
         tensors[name] = pair.stored(place, name, weight @ fit.weight)
 

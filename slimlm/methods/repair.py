@@ -76,8 +76,8 @@ def _prune_block(pair: Pair, index: int, task: Task) -> Tensors:
             data = pair.reader_data(index, index, names[0], tensors)
             weights = torch.cat([tensors[f"{name}.weight"].float() for name in names])
             prior = torch.eye(weights.shape[1], device=weights.device)
-            fit = ridge(data, prior, weights.T @ weights, pair.guess(index, norm.name))
-            pair.fits[f"{index}.{norm.name}"] = fit.strength
+            fit = ridge(data, prior, weights.T @ weights, pair.guess(index, norm.label))
+            pair.fits[f"{index}.{norm.label}"] = fit.strength
             target = Fit(weights @ fit.weight, fit.strength)
             _prune_together(pair, index, names, target, data, task, gradients, tensors)
         if anatomy.experts and norm is anatomy.norms[-1]:

@@ -3,7 +3,7 @@
 An RMSNorm without a gain commutes with a rotation, so gains move into the readers. LayerNorm subtracts the mean first:
 the basis then leaves the all-ones direction out of the dense stream, and puts what it keeps at right angles to the
 all-ones direction of the narrower one (`linalg/pca.py`), where a stock LayerNorm has no mean to subtract either. That
-unused direction carries the norm's bias: the new norm's bias is all ones, and each reader sees `W b` in it.
+unused direction carries the norm's bias: the new norm's bias is CONSTANT everywhere, and each reader sees `W b` in it.
 """
 
 import math
@@ -16,6 +16,8 @@ from slimlm.families import Family, Norm
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
 from slimlm.walk import StreamedModel
 from slimlm.work import Rows
+
+CONSTANT = 0.25  # small beside what the norm gives, so that bf16 rounds that no coarser for it
 
 
 def is_own(basis: Tensor) -> bool:
@@ -37,12 +39,12 @@ def seen_through(weights: Mapping[str, Tensor], norm: Norm, family: Family, basi
 
 
 def through_norm(gain: Tensor | None, bias: Tensor | None, family: Family, basis: Tensor) -> Tensor:
-    """gain, bias: [hidden], of the dense norm as stored; the sliced one's gain is 1 and its bias, if any, all ones."""
+    """gain, bias: [hidden], of the dense norm as stored; the sliced one's gain is 1 and its bias, if any, CONSTANT."""
     hidden, width = basis.shape
     seen = (basis * math.sqrt(hidden / width)).float()
     if gain is not None:
         seen = (gain.float() + family.offset)[:, None] * seen
-    return seen if bias is None else seen + bias.float()[:, None] / width
+    return seen if bias is None else seen + bias.float()[:, None] / (CONSTANT * width)
 
 
 def sliced_norm(weights: Mapping[str, Tensor], name: str, family: Family, width: int) -> Iterator[tuple[str, Tensor]]:
@@ -50,7 +52,7 @@ def sliced_norm(weights: Mapping[str, Tensor], name: str, family: Family, width:
     if f"{name}.weight" in weights:
         yield f"{name}.weight", torch.full((width,), 1 - family.offset, device=weights[f"{name}.weight"].device)
     if f"{name}.bias" in weights:
-        yield f"{name}.bias", torch.ones(width, device=weights[f"{name}.bias"].device)
+        yield f"{name}.bias", torch.full((width,), CONSTANT, device=weights[f"{name}.bias"].device)
 
 
 def slice_block(
@@ -93,7 +95,7 @@ def _tied_map(model: StreamedModel, basis: Tensor) -> Tensor:
     that subtract the mean do not see in the embedding, it says what the final norm's bias adds to the logits."""
     moved = tied_gain(model).to(basis)[:, None] * basis
     bias = final_norm(model, basis.device).get("bias")
-    return moved if bias is None else moved + bias.to(basis)[:, None] / basis.shape[1]
+    return moved if bias is None else moved + bias.to(basis)[:, None] / (CONSTANT * basis.shape[1])
 
 
 def slice_embedding(model: StreamedModel, name: str, basis: Tensor, tied: bool = False) -> Iterator[tuple[str, Rows]]:
@@ -149,6 +151,8 @@ def write_tied_norm(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, 
     """The final norm for a head that stays tied to the embedding: an even gain; a bias is in the table, too."""
     hidden, width = basis.shape
     family, norm = model.family, final_norm(model, basis.device)
+    if f"{family.head}.bias" in model.key_of:
+        yield f"{family.head}.bias", model.checkpoint_tensor(f"{family.head}.bias")
     if is_own(basis):
         yield from ((f"{family.final_norm}.{name}", tensor) for name, tensor in norm.items())
         return
@@ -156,7 +160,7 @@ def write_tied_norm(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, 
     gain = norm["weight"] + family.offset
     yield f"{family.final_norm}.weight", (gain.mean() * scale - family.offset).expand(width)
     if "bias" in norm:
-        yield f"{family.final_norm}.bias", torch.ones(width, device=basis.device)
+        yield f"{family.final_norm}.bias", torch.full((width,), CONSTANT, device=basis.device)
 
 
 def unchanged(model: StreamedModel, part: str) -> Iterator[tuple[str, Rows]]:

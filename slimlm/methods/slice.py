@@ -76,11 +76,13 @@ def _by_hand(layout: Layout, recipe: Recipe) -> Widths:
     )
     if not recipe.refit and (widths.mlp, widths.groups) != (dense.mlp, dense.groups):
         raise UserError("--widths mlp and groups need the refit that makes up for what goes: leave out --no-refit")
+    if blocks != dense.blocks and layout.model.family.numbered:
+        raise UserError("--widths blocks: what a block of this model computes depends on its number")
     divisor = layout.divisor(widths.groups)
     if widths.hidden != dense.hidden and not layout.model.family.rotates:
         raise UserError(f"--widths hidden={widths.hidden}: hidden_size stays {dense.hidden}, as {_why_not(layout)}")
     if widths.hidden % divisor:
-        raise UserError(f"--widths hidden={widths.hidden}: this config class wants a multiple of its {divisor} heads")
+        raise UserError(f"--widths hidden={widths.hidden}: this kind of model wants a multiple of {divisor}")
     return widths
 
 
@@ -138,7 +140,7 @@ def _basis(layout: Layout, recipe: Recipe, batches: list[Tensor], work: Work) ->
     model = layout.model
     if is_rotated(model.checkpoint.path):
         return _own_basis(model)
-    if work.journal.last("widths") is None and all(layout.stays(split) for split in _splits(layout, recipe)):
+    if all(layout.stays(split) for split in _splits(layout, recipe)):
         return find_influence(model, batches, work)
     return find_basis(model, recipe, batches, work)
 

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import itertools
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,19 +17,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.skeleton import build_skeleton
 from slimlm.checkpoint.writer import TensorSpec
-from slimlm.errors import UserError
+from slimlm.errors import UserError, one_line
 from slimlm.families import FAMILIES, Axis, Carrier
 from slimlm.matrices import matrix
 from slimlm.methods.basis import norm_eps
 from slimlm.methods.plan import Plan, require_declared
-from slimlm.modeling import OWN_CLASSES, auto_map, own_file
+from slimlm.modeling import OWN_CLASSES, own_files
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 
 _RESIDUAL_AXIS = {"embedding": -1, "norm": 0, "reader": -1, "writer": -2, "final_norm": 0, "head": -1}
 GROUPED = 8  # elements that rows of experts must be a multiple of, in bf16, for the kernel that batches them
 BY_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in configs with an entry for each block
-NUMBERS_OF_BLOCKS = ("mlp_only_layers",)
+Shape = tuple[str, str, str, tuple[int, ...]]  # name, role, module within its block, sizes
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ class Layout:
         return heads * groups // self.dense.groups if self.dense.groups else heads
 
     @cached_property
-    def _dense_shapes(self) -> list[tuple[str, str, str, tuple[int, ...]]]:
-        """(name, role, module within its block, shape). Raises UserError for weights the family does not declare."""
+    def _dense_shapes(self) -> list[Shape]:
+        """Raises UserError for weights the family does not declare."""
         model = self.model
         require_declared(model, "slice")
         shapes = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
@@ -135,40 +137,37 @@ class Layout:
             for name, shape in shapes.items()
         ]
 
-    @cached_property
-    def _one_block(self) -> list[tuple[str, str, str, tuple[int, ...]]]:
-        first = f"{self.model.family.block(0)}."
-        return [entry for entry in self._dense_shapes if entry[0] == entry[2] or entry[0].startswith(first)]
-
     def shapes(self, widths: Widths) -> dict[str, tuple[int, ...]]:
         """Module tensor -> shape in the model of these widths."""
-        return self._shapes_of(self._dense_shapes, widths)
-
-    def _shapes_of(
-        self, entries: list[tuple[str, str, str, tuple[int, ...]]], widths: Widths
-    ) -> dict[str, tuple[int, ...]]:
         model, shapes = self.model, dict[str, tuple[int, ...]]()
         number = {str(block): str(index) for index, block in enumerate(widths.blocks)}
-        for name, role, inside, dense_shape in entries:
-            if name in model.model.all_tied_weights_keys and (
-                self.keeps_tie(widths) or not name.startswith(model.family.head + ".")
-            ):
+        for entry in self._dense_shapes:
+            name, _, inside, _ = entry
+            if inside == name:
+                if self._is_stored(name, widths):
+                    shapes[name] = self._shape_of(entry, widths)
                 continue
-            turned = len(dense_shape) == 2 and inside != name and model.is_turned(name)
-            shape = list(dense_shape[::-1] if turned else dense_shape)
-            moved = role in _RESIDUAL_AXIS and widths.hidden != self.dense.hidden
-            if moved and not (role in ("reader", "head") and len(shape) == 1):
-                shape[_RESIDUAL_AXIS[role] if len(shape) > 1 else 0] = widths.hidden
-            if inside != name:
-                block, _, rest = inside.partition(".")
-                if block not in number:
-                    continue
-                name = f"{model.family.blocks}.{number[block]}.{rest}"
-                self._narrow(shape, rest.rpartition(".")[0], widths)
-            shapes[name] = tuple(shape[::-1] if turned else shape)
+            block, _, rest = inside.partition(".")
+            if block in number:
+                shapes[f"{model.family.blocks}.{number[block]}.{rest}"] = self._shape_of(entry, widths)
         for block in number.values():
             shapes |= {f"{model.family.blocks}.{block}.{name}": (widths.hidden,) for name in self.zeros(widths)}
         return shapes
+
+    def _is_stored(self, name: str, widths: Widths) -> bool:
+        tied = name in self.model.model.all_tied_weights_keys
+        return not tied or (name.startswith(self.model.family.head + ".") and not self.keeps_tie(widths))
+
+    def _shape_of(self, entry: Shape, widths: Widths) -> tuple[int, ...]:
+        name, role, inside, dense_shape = entry
+        turned = len(dense_shape) == 2 and inside != name and self.model.is_turned(name)
+        shape = list(dense_shape[::-1] if turned else dense_shape)
+        moved = role in _RESIDUAL_AXIS and widths.hidden != self.dense.hidden
+        if moved and not (role in ("reader", "head") and len(shape) == 1):
+            shape[_RESIDUAL_AXIS[role] if len(shape) > 1 else 0] = widths.hidden
+        if inside != name:
+            self._narrow(shape, inside.partition(".")[2].rpartition(".")[0], widths)
+        return tuple(shape[::-1] if turned else shape)
 
     def _narrow(self, shape: list[int], module: str, widths: Widths) -> None:
         for axis_name, axis in self.axes.items():
@@ -179,15 +178,52 @@ class Layout:
                 shape[1] = shape[1] // full * width
 
     def parameters(self, widths: Widths) -> int:
-        """As all blocks are alike, one is counted and multiplied."""
-        inside = outside = 0
-        for name, shape in self._shapes_of(self._one_block, replace(widths, blocks=(0,))).items():
-            count = torch.Size(shape).numel()
-            if name.startswith(self.model.family.blocks + "."):
-                inside += count
-            else:
-                outside += count
-        return outside + inside * len(widths.blocks)
+        """Counted without listing tensors: there may be very many widths to choose from."""
+        sizes = (widths.hidden, widths.mlp, widths.groups)
+        inside = 0
+        for block in widths.blocks:
+            for corner, count in self._corners[self._kinds[block]].items():
+                inside += count * math.prod(size for size, power in zip(sizes, corner, strict=True) if power)
+        zeros = len(self.zeros(widths)) * widths.hidden * len(widths.blocks)
+        outside = (
+            math.prod(self._shape_of(entry, widths))
+            for entry in self._dense_shapes
+            if entry[0] == entry[2] and self._is_stored(entry[0], widths)
+        )
+        return sum(outside) + inside + zeros
+
+    @cached_property
+    def _blocks(self) -> list[list[Shape]]:
+        blocks: list[list[Shape]] = [[] for _ in self.dense.blocks]
+        for entry in self._dense_shapes:
+            if entry[0] != entry[2]:
+                blocks[int(entry[2].partition(".")[0])].append(entry)
+        return blocks
+
+    @cached_property
+    def _kinds(self) -> list[tuple[tuple[str, tuple[int, ...]], ...]]:
+        """What each block has; alike for most."""
+        return [tuple((entry[2].partition(".")[2], entry[3]) for entry in block) for block in self._blocks]
+
+    @cached_property
+    def _corners(self) -> dict[tuple[tuple[str, tuple[int, ...]], ...], dict[tuple[int, int, int], int]]:
+        """Parameters of each kind of block as a polynomial, no power above one, in hidden, MLP and groups."""
+        found: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[tuple[int, int, int], int]] = {}
+        for kind, block in zip(self._kinds, self._blocks, strict=True):
+            if kind not in found:
+                values = {
+                    (h, m, g): sum(math.prod(self._shape_of(entry, Widths(h, m, g, ()))) for entry in block)
+                    for h, m, g in itertools.product((0, 1), repeat=3)
+                }
+                found[kind] = {
+                    corner: sum(
+                        value * (-1) ** (sum(corner) - sum(lower))
+                        for lower, value in values.items()
+                        if all(a <= b for a, b in zip(lower, corner, strict=True))
+                    )
+                    for corner in values
+                }
+        return found
 
     def config(self, widths: Widths) -> PretrainedConfig:
         model, config = self.model, copy.deepcopy(self.model.config)
@@ -208,18 +244,33 @@ class Layout:
                 before = getattr(config, attribute) or self.dense.of(name)
                 setattr(config, attribute, before // self.dense.of(name) * widths.of(name))
         if len(widths.blocks) != len(self.dense.blocks):
-            _leave_out_blocks(config, widths.blocks)
+            self._leave_out_blocks(config, widths.blocks)
         if model.head_is_tied:
             config.tie_word_embeddings = self.keeps_tie(widths)
         if hasattr(config, "auto_map"):
             del config.auto_map  # a stock result needs no code
-        if type(config) in OWN_CLASSES:
-            config.auto_map = auto_map(type(config))
         return config
+
+    def _leave_out_blocks(self, config: PretrainedConfig, blocks: tuple[int, ...]) -> None:
+        config.num_hidden_layers = len(blocks)
+        for name in BY_BLOCK:
+            if isinstance(value := getattr(config, name, None), list):
+                setattr(config, name, [value[block] for block in blocks])
+        if hasattr(config, "mlp_only_layers"):
+            config.mlp_only_layers = [place for place, at in enumerate(blocks) if not self.model.anatomy[at].experts]
+            config.decoder_sparse_step = 1
+
+    @cached_property
+    def narrows(self) -> bool:
+        """Whether hidden_size can be cut: the stream can be rotated, and the config's class allows for it."""
+        narrower = replace(self.dense, hidden=math.lcm(8, self.divisor(self.dense.groups)))
+        return self.model.family.rotates and refused(self.config(narrower)) is None
 
     def plan(self, widths: Widths, recipe: Recipe) -> Plan:
         """The plan for given widths, up to and including the dense ones (a mere rotation)."""
         model, shapes, config = self.model, self.shapes(widths), self.config(widths)
+        if reason := refused(config):
+            raise UserError(f"{type(config).__name__} has no model of {widths}: {reason}")
         carrier = _check_carrier(config, shapes)
         empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         tensors = {
@@ -230,7 +281,7 @@ class Layout:
         parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
         sizes = {"hidden": widths.hidden, **{name: widths.of(name) for name in self.axes}}
         by_hand = ",".join(f"{name}={size}" for name, size in sizes.items())
-        files = (own_file(type(config)),) if type(config) in OWN_CLASSES else ()
+        files = own_files(config)
         return Plan(config, tensors, parameters, recipe, carrier, self._changes(config), widths=by_hand, files=files)
 
     def _changes(self, config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
@@ -241,14 +292,13 @@ class Layout:
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _leave_out_blocks(config: PretrainedConfig, blocks: tuple[int, ...]) -> None:
-    config.num_hidden_layers = len(blocks)
-    for name in BY_BLOCK:
-        if isinstance(value := getattr(config, name, None), list):
-            setattr(config, name, [value[block] for block in blocks])
-    for name in NUMBERS_OF_BLOCKS:
-        if isinstance(value := getattr(config, name, None), list):
-            setattr(config, name, [blocks.index(block) for block in value if block in blocks])
+def refused(config: PretrainedConfig) -> str | None:
+    """Why the config's own class would not read it back, if it would not."""
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception as error:  # classes validate with whatever exception they please
+        return one_line(error)
+    return None
 
 
 def carried(config: PretrainedConfig, carrier: Carrier) -> PretrainedConfig:

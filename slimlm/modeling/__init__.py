@@ -31,9 +31,13 @@ def auto_map(config_class: type[PretrainedConfig]) -> dict[str, str]:
     }
 
 
-def own_file(config_class: type[PretrainedConfig]) -> Path:
-    """The modelling file that travels with a checkpoint of this config."""
-    return Path(__file__).with_name(f"{config_class.__module__.rpartition('.')[2]}.py")
+def own_files(config: PretrainedConfig) -> tuple[Path, ...]:
+    """The modelling file that travels with a checkpoint of this config, if it is one of ours; the config is made to
+    name it."""
+    if type(config) not in OWN_CLASSES:
+        return ()
+    config.auto_map = auto_map(type(config))
+    return (Path(__file__).with_name(f"{type(config).__module__.rpartition('.')[2]}.py"),)
 
 
-__all__ = ["OWN_CLASSES", "auto_map", "own_file"]
+__all__ = ["OWN_CLASSES", "auto_map", "own_files"]

@@ -164,7 +164,7 @@ def test_a_local_task_file_runs_by_path(tmp_path: Path):
 
 def test_random_weights_answer_at_chance_and_the_trained_model_above_it(tmp_path: Path):
     path = build_tiny(CONFIGS["llama"], tmp_path / "random")
-    data = evaluate(str(path), "llama", num_windows=1, window=32, limit=200).data
+    data = evaluate(str(path), "llama", num_windows=1, window=32, limit=100).data
     random, trained = (entry["tasks"]["python_reference_continuation"]["acc"] for entry in data["models"])
     assert abs(random["value"] - 0.25) < 4 * random["stderr"]
     assert trained["value"] - random["value"] > 2 * trained["stderr"]

@@ -1,7 +1,9 @@
 """Laws that hold for every family, on tiny real models of each."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -16,11 +18,14 @@ from slimlm.errors import UserError
 from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.pca import without_mean
 from slimlm.matrices import canonical, matrix
+from slimlm.methods.budget import candidates
 from slimlm.methods.slice import plan_rotate, plan_slice, run_rotate, run_slice
+from slimlm.methods.widths import Layout
 from slimlm.recipe import Recipe
 from slimlm.report.models import models_table
 from tests.conftest import build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import SETTINGS, family_config
+from tests.methods.test_prune import die_after_record
 from tests.methods.test_slice import work_at
 from tests.test_walk import walked_logits
 
@@ -79,21 +84,19 @@ def test_all_that_is_declared_is_there_and_all_that_is_there_is_declared(tinies:
     assert pruned + routers == in_blocks
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+PLANNED = [name for name in SETTINGS if getattr(family_config(name), "base_model_tp_plan", None)]
+
+
+@pytest.mark.parametrize("name", PLANNED)
 def test_readers_and_writers_are_those_of_transformers_plan_for_tensor_parallelism(name: str):
     config = family_config(name)
-    family, plan = family_of(config), getattr(config, "base_model_tp_plan", None) or {}
-    experts = family.experts
-    for path, how in plan.items():
+    family = family_of(config)
+    for path, how in config.base_model_tp_plan.items():
         linear = path.removeprefix("layers.*.")
-        if experts and linear.startswith(experts.module):
+        if family.experts and linear.startswith("mlp."):  # a list for layers with and without experts
             continue
-        if how.startswith("colwise"):
-            assert linear in family.readers or "mlp" in linear  # a list for layers without experts names all MLPs
-        elif how.startswith("rowwise"):
-            assert linear in family.writers or "mlp" in linear
-        else:
-            assert linear in family.inner
+        expected = {"colwise": family.readers, "rowwise": family.writers}.get(how.partition("_")[0], family.inner)
+        assert linear in expected, (path, how)
 
 
 @pytest.mark.parametrize("name", ROTATING)
@@ -177,15 +180,18 @@ assert "slimlm" not in sys.modules
 """
 
 
-def test_sliced_models_load_in_a_process_without_slimlm_and_generate(sliced: Path, tmp_path: Path):
-    """Cached or not, padded or not, in a batch or not."""
+def fresh(folder: Path, home: Path) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(sliced)],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HOME": str(tmp_path)},
+        [sys.executable, "-c", FRESH, str(folder)], capture_output=True, text=True, cwd=home, check=False,
+        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HOME": str(home)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split("\n")[:-1] == sorted(ROTATING)
+    return done.stdout.split("\n")[:-1]
+
+
+def test_sliced_models_load_in_a_process_without_slimlm_and_generate(sliced: Path, tmp_path: Path):
+    """Cached or not, padded or not, in a batch or not."""
+    assert fresh(sliced, tmp_path) == sorted(ROTATING)
 
 
 def narrowed(source: Path, path: Path, widths: dict[str, int]) -> Path:
@@ -215,16 +221,18 @@ def test_narrowing_is_exact_where_the_units_that_go_do_nothing(tinies: Path, tmp
     assert (logits_of(out, tokens[:2]) - before).abs().max() < 2e-3 * before.abs().max()
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "slimlm"])
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_matrix_is_pruned_by_the_exact_count_and_nothing_else_is_touched(
-    tinies: Path, tmp_path: Path, name: str, method: str
-):
+def pruned(tinies: Path, name: str, out: Path, **settings) -> dict:
     recipe = Recipe(
-        model=str(tinies / name), method=method, sparsity=0.5, dataset=str(tinies / "tokens.npy"),
-        num_calibration_samples=20, max_seq_length=32, measure=False, output_dir=str(tmp_path / "out"),
+        model=str(tinies / name), dataset=str(tinies / "tokens.npy"), num_calibration_samples=20, max_seq_length=32,
+        measure=False, output_dir=str(out), **settings,
     )  # fmt: skip
-    assert compress(recipe).manifest["sparsity"]["achieved"] == 0.5
+    return compress(recipe, overwrite=True).manifest
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_matrix_is_pruned_by_the_exact_count_and_nothing_else_is_touched(tinies: Path, tmp_path: Path, name: str):
+    manifest = pruned(tinies, name, tmp_path / "out", method="sparsegpt", sparsity=0.5)
+    assert manifest["sparsity"]["achieved"] == 0.5
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (tinies / name, tmp_path / "out"))
     known = stream(tinies / name)
     for index, anatomy in enumerate(known.anatomy):
@@ -234,10 +242,44 @@ def test_every_matrix_is_pruned_by_the_exact_count_and_nothing_else_is_touched(
             matrix(block, linear).zero_()
             matrix(before.get_submodule(known.family.block(index)), linear).zero_()
     state = after.state_dict()
-    refitted = (known.family.head,) if method == "slimlm" else ()
-    for key, tensor in before.state_dict().items():
-        assert key.startswith(refitted) if refitted and not torch.equal(tensor, state[key]) else True
-        assert refitted or torch.equal(tensor, state[key])
+    assert all(torch.equal(tensor, state[key]) for key, tensor in before.state_dict().items())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_aiming_at_the_dense_model_comes_nearer_to_it(tinies: Path, tmp_path: Path, name: str):
+    tokens = random_tokens(20, 32)[:4]
+    dense = logits_of(tinies / name, tokens)
+    errors = []
+    for method in ("sparsegpt", "slimlm"):
+        manifest = pruned(tinies, name, tmp_path / "out", method=method, sparsity=0.2)
+        assert manifest["sparsity"]["achieved"] == pytest.approx(0.2, abs=1e-3)
+        errors.append(float((logits_of(tmp_path / "out", tokens) - dense).norm() / dense.norm()))
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if not family_of(family_config(name)).numbered])
+def test_a_block_that_does_nothing_can_go(tinies: Path, tmp_path: Path, name: str):
+    """What differs from block to block goes with it, and the refit finds nothing to make up for."""
+    model, known = AutoModelForCausalLM.from_pretrained(tinies / name), stream(tinies / name)
+    gone = 0 if known.anatomy[0].experts or len({len(anatomy.linears) for anatomy in known.anatomy}) == 1 else 1
+    with torch.no_grad():
+        block = model.get_submodule(known.family.block(gone))
+        parameters = dict(block.named_parameters())
+        for parameter in set(known.anatomy[gone].writing) & parameters.keys():
+            parameters[parameter].zero_()
+        for norm in known.family.norms:
+            if norm.after:
+                block.get_submodule(norm.after).weight.fill_(-known.family.offset)
+    model.save_pretrained(tmp_path / "dense")
+    copy_companions(tinies / name, tmp_path / "dense")
+    tokens = random_tokens(12, 24)
+    recipe = Recipe(model="x", widths="blocks=2", weighting="none")
+    if known.family.matched and known.family.final_norm == "":
+        return  # its norms after each sum change the stream even where nothing is added
+    path = tmp_path / "dense"
+    out = run(stream(path), plan_slice, run_slice, recipe, list(tokens.split(4)), tmp_path / "run", path)
+    before = logits_of(path, tokens[:2])
+    assert (logits_of(out, tokens[:2]) - before).abs().max() < 2e-3 * before.abs().max()
 
 
 def test_an_expert_that_saw_too_few_tokens_is_pruned_by_magnitude_and_reported(tinies: Path, tmp_path: Path):
@@ -277,6 +319,60 @@ def test_weights_that_nobody_declared_stop_the_run_with_their_names(tinies: Path
     for plan, verb in ((plan_slice, "slice"), (plan_rotate, "slice")):
         with pytest.raises(UserError, match=rf"does not know how to {verb}: model\.layers\.0\.self_attn\.q_norm"):
             plan(model, Recipe(model="x", method="rotate") if plan is plan_rotate else Recipe(model="x", sparsity=0.2))
+
+
+def test_a_width_that_the_configs_class_refuses_is_not_tried(tinies: Path, tmp_path: Path):
+    """Phi-3 with long context has factors for its rotary embedding, whose number its class derives from hidden_size."""
+    config = family_config("phi3")
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config.rope_parameters = {**factors, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 64}
+    model = stream(build_tiny(config, tmp_path / "long"))
+    with pytest.raises(UserError, match="Phi3Config has no model of hidden=24"):
+        plan_slice(model, Recipe(model="x", widths="hidden=24"))
+    assert {split.hidden for split in candidates(Layout(model), Recipe(model="x", sparsity=0.02))} == {32}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gpt2", "opt tied", "granite"])
+def test_parameters_are_counted_as_they_will_be(tinies: Path, name: str):
+    layout = Layout(stream(tinies / name))
+    dense, tied = layout.dense, layout.model.head_is_tied
+    some = [replace(dense, hidden=24, tied=tied), replace(dense, hidden=16, blocks=(0, 2)), replace(dense, blocks=(1,))]
+    some += [replace(dense, mlp=40)] if dense.mlp else []
+    some += [replace(dense, groups=1, hidden=8)] if dense.groups else []
+    for widths in some:
+        shapes = layout.shapes(widths).values()
+        assert layout.parameters(widths) == sum(torch.Size(shape).numel() for shape in shapes), widths
+
+
+def test_what_a_sliced_model_needs_goes_with_it_when_it_is_pruned(tinies: Path, tmp_path: Path):
+    settings = {"widths": "hidden=24", "then": {"method": "sparsegpt", "sparsity": 0.5}}
+    assert pruned(tinies, "opt", tmp_path / "out", **settings)["needs_remote_code"]
+    assert (tmp_path / "out" / "modeling_narrow.py").is_file()
+    tokens = random_tokens(2, 8)
+    save_file({"logits": logits_of(tmp_path / "out", tokens), "tokens": tokens}, tmp_path / "before.safetensors")
+    (tmp_path / "all" / "opt").mkdir(parents=True)
+    (tmp_path / "out").rename(tmp_path / "all" / "opt" / "model")
+    (tmp_path / "before.safetensors").rename(tmp_path / "all" / "opt" / "before.safetensors")
+    assert fresh(tmp_path / "all", tmp_path) == ["opt"]
+
+
+def test_a_run_that_keeps_the_stream_goes_on_where_it_died(tinies: Path, tmp_path: Path, monkeypatch):
+    settings = {"sparsity": 0.03, "weighting": "loss"}
+    pruned(tinies, "gemma2", tmp_path / "whole", **settings)
+    expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    notes = json.loads((tmp_path / "whole" / "slimlm.json").read_text())["method"]
+    for number in (2, 5, 7, 9):
+        recipe = Recipe(
+            model=str(tinies / "gemma2"), dataset=str(tinies / "tokens.npy"), num_calibration_samples=20,
+            max_seq_length=32, measure=False, output_dir=str(tmp_path / f"out{number}"), **settings,
+        )  # fmt: skip
+        with monkeypatch.context() as patch:
+            die_after_record(patch, number)
+            with pytest.raises(KeyboardInterrupt):
+                compress(recipe)
+        result = compress(recipe, resume=True)
+        assert (result.output_dir / "model.safetensors").read_bytes() == expected
+        assert result.manifest["method"]["basis"] == notes["basis"] == "the stream's own"
 
 
 def test_a_stream_that_cannot_be_rotated_keeps_its_width_and_the_reason_is_told(tinies: Path):

@@ -13,7 +13,7 @@ from slimlm.checkpoint.output import copy_companions
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
 from slimlm.methods.per_block import plan_per_block, run_per_block
-from slimlm.modeling import own_file
+from slimlm.modeling import own_files
 from slimlm.progress import LogProgress
 from slimlm.recipe import Recipe
 from slimlm.work import Work
@@ -31,7 +31,7 @@ def sliced(path: Path, tokens: torch.Tensor, out: Path, width: int) -> Path:
     work.writer.finish()
     plan.config.save_pretrained(out / "model")
     copy_companions(path, out / "model")
-    shutil.copy(own_file(type(plan.config)), out / "model")
+    shutil.copy(*own_files(plan.config), out / "model")
     assert sum(tensor.numel() for tensor in load_file(out / "model" / "model.safetensors").values()) == plan.parameters
     return out / "model"
 

@@ -1,6 +1,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
 from slimlm.linalg.hessian import SingularCurvature, hessian, with_gradients
-from slimlm.methods.fisher import gather_gradients, gradients_of
+from slimlm.methods.fisher import TokenGradients, gather_gradients, gradients_of, row_fisher
 from slimlm.methods.matrix import Choice, Pattern, prune_tall
 from slimlm.prepare import open_model
 from slimlm.progress import Progress
@@ -283,6 +284,36 @@ def test_fisher_methods_prune_as_many_over_the_whole_model_and_survive_death(
                 compress(recipe)
         output = compress(recipe, resume=True).output_dir
         assert (output / "model.safetensors").read_bytes() == reference
+
+
+@pytest.mark.parametrize("size", [0, 4])
+def test_gradients_of_sequences_are_sums_over_their_tokens(size: int):
+    """Inverse, diagonal and mean diagonal against the Fisher matrix of each row written out."""
+    generator = torch.Generator().manual_seed(0)
+    x, delta = (torch.randn(5 * 3, width, generator=generator).double() for width in (8, 6))
+    gradients = TokenGradients(x, delta, window=3)
+    whole = torch.einsum("sto,sti->soi", delta.view(5, 3, 6), x.view(5, 3, 8))
+    assert gradients.mean_square() == pytest.approx(float(whole.square().mean()), rel=1e-12)
+    inverse = row_fisher(gradients, 0.3, blocks=False)
+    inverse = replace(inverse, block=size)
+    vector = torch.randn(6, 8, generator=generator).double()
+    for row in range(6):
+        fisher = whole[:, row].T @ whole[:, row] / 5
+        if size:
+            fisher = torch.block_diag(*(fisher[at : at + size, at : at + size] for at in range(0, 8, size)))
+        dense = torch.linalg.inv(fisher + inverse.damping * torch.eye(8))
+        assert torch.allclose(inverse.diagonal()[row], dense.diagonal(), rtol=1e-10)
+        assert torch.allclose(inverse.times(vector)[row], dense @ vector[row], rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["mfac", "woodfisher"])
+def test_fisher_methods_take_gradients_of_sequences(tmp_path: Path, text: Path, method: str):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    more = {"method": method, "fisher_unit": "sequence", "fisher_samples": 6}
+    manifest = compress(recipe_for(path, text, tmp_path / "out", **more)).manifest
+    assert manifest["sparsity"]["achieved"] == pytest.approx(0.5, abs=1e-6)
+    with pytest.raises(UserError, match=r"gram\+fisher puts gradients of tokens"):
+        compress(recipe_for(path, text, tmp_path / "no", **{**more, "method": "slimlm", "curvature": "gram+fisher"}))
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global", "owl", "alphapruning", "pq"])
