@@ -250,7 +250,7 @@ def test_widths_that_cannot_be_had_are_refused(tiny_llama: Path):
         "mlp=49": "the model has 48",
         "groups=3": "the model has 2",
         "blocks=4": "the model has 3",
-        "hidden=30": "multiple of its 4 heads",
+        "hidden=30": "wants a multiple of 4",
     }.items():
         with pytest.raises(UserError, match=message):
             plan_slice(model, Recipe(model="x", widths=widths))
