@@ -13,7 +13,7 @@ RECIPE_DIRECTORIES = (Path(__file__).parent / "recipes", Path(__file__).parent.p
 CurvatureName = Literal["none", "diagonal", "gram", "gram+fisher", "fisher", "block-fisher"]
 MaskName = Literal["magnitude", "wanda", "obs", "columns", "greedy"]
 UpdateName = Literal["none", "left-to-right", "summed", "joint"]
-Allocation = Literal["uniform", "global", "owl", "alphapruning", "pq"]
+Allocation = Literal["uniform", "global", "owl", "alphapruning", "pq", "solved"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -76,8 +76,8 @@ class Recipe(BaseModel):
     )
     allocation: Allocation | None = Field(
         None,
-        description="pruning: how much each matrix takes: uniform, global, owl, alphapruning or pq; by default as in "
-        "the method's paper",
+        description="pruning: how much each matrix takes: uniform, global, owl, alphapruning, pq or solved; by default "
+        "as in the method's paper",
     )
     shots: int = Field(
         1, ge=1, description="pruning: times that curvature is estimated anew, on the way to the sparsity"

@@ -2,7 +2,8 @@
 
 uniform: every matrix the same share. global: one threshold for the scores of all matrices: |w| without data, else the
 loss that the Fisher information predicts. owl, alphapruning: by block, from outliers among |w| ||x|| and from the
-spectrum. pq: by matrix, from the PQ Index. What each is, and whose, says `linalg/allocation.py`.
+spectrum. pq: by matrix, from the PQ Index. What each is, and whose, says `linalg/allocation.py`. solved: by block, from
+measured losses (`methods/solved.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from slimlm.linalg.ridge import WIDE
 from slimlm.matrices import matrix
 from slimlm.methods.fisher import TokenGradients, gradients_of, row_fisher
 from slimlm.methods.matrix import FISHERS, Choice, curvature_of
+from slimlm.methods.solved import solved_shares
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
@@ -35,7 +37,12 @@ InputNorms = Callable[[int], dict[str, Tensor]]  # of a block's linears, by name
 
 
 def allocate(
-    model: StreamedModel, recipe: Recipe, choice: Choice, work: Work, input_norms: InputNorms
+    model: StreamedModel,
+    recipe: Recipe,
+    choice: Choice,
+    work: Work,
+    batches: list[Tensor],
+    input_norms: InputNorms,
 ) -> dict[str, int]:
     """How many weights go of each matrix, by full name; as many as uniform sparsity prunes in all.
 
@@ -48,7 +55,12 @@ def allocate(
     total = sum(round(recipe.sparsity * size) for size in sizes.values())
     if recipe.allocation != "uniform" and total > (1 - LEAST_KEPT) * sum(sizes.values()):
         raise UserError(f"--allocation {recipe.allocation} leaves {LEAST_KEPT:.0%} of every matrix: lower --sparsity")
-    counts = _counts(model, recipe, choice, work, input_norms, sizes, total)
+    if recipe.allocation == "solved":
+        shares, _ = solved_shares(model, recipe.sparsity, choice, batches, work)
+        of = {name: shares[_block_number(model, name)] for name in sizes}
+        counts = exact_counts(sizes, lambda name, c: of[name] + c, total, -1.0, 1.0)
+    else:
+        counts = _counts(model, recipe, choice, work, input_norms, sizes, total)
     work.journal.commit("allocation", counts=counts)
     return counts
 

@@ -153,7 +153,7 @@ def loss_curves(
         for axis, count in POINTS.items()
         for units in _points(axis, [removed(layout, split)[axis] for split in splits], count)
     ]
-    learn, test = _windows(batches)
+    learn, test = held_out_windows(batches)
     work.progress.stage("measuring widths", len(model.blocks))
     learning = model.embed(learn, work.scratch("learning", model.device))
     streams = {cut: model.embed(test, work.scratch(f"cut-{cut}", model.device)) for cut in [None, *cuts]}
@@ -199,7 +199,7 @@ def _points(axis: str, sizes: list[int], count: int) -> list[int]:
     return spaced(largest, math.gcd(*sizes), count) if largest else []
 
 
-def _windows(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def held_out_windows(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Batches to find what to delete from, and held-out ones to measure on (the same where there are too few)."""
     tokens = torch.cat(batches)
     held = held_out(len(tokens))

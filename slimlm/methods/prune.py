@@ -53,7 +53,7 @@ def pruning(
 
     def calibrates(recipe: Recipe, path: Path) -> bool:
         recipe, chosen = settled(recipe)
-        return chosen.curvature != "none" or recipe.allocation == "owl"
+        return chosen.curvature != "none" or recipe.allocation in ("owl", "solved")
 
     def repairing(recipe: Recipe) -> bool:
         return recipe.refit and repairs and settled(recipe)[1].update == "joint"
@@ -125,7 +125,7 @@ def run_prune(
             work.write(model, part, unchanged(model, part))
     if needs_gradients(recipe, choice):
         gather_gradients(model, recipe, batches, work)
-    counts = allocate(model, recipe, choice, work, partial(_dense_norms, model, {}, batches, work))
+    counts = allocate(model, recipe, choice, work, batches, partial(_dense_norms, model, {}, batches, work))
     work.clear_scratch()
     task = Task(choice, partial(_pattern, counts, recipe), recipe.dtype)
     if "fisher" in choice.curvature:

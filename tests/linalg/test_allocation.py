@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from slimlm.linalg.allocation import (
     pq_index,
     pq_kept,
 )
+from slimlm.linalg.budget import LossCurve, cheapest_split
 
 
 def test_the_pq_index_is_none_for_equal_weights_and_whole_for_a_single_one():
@@ -87,3 +89,22 @@ def test_global_counts_are_those_of_one_sorted_list(seed: int, sparsity: float, 
     for name, value in scores.items():
         low, high = int((value < threshold * (1 - 1 / 64)).sum()), int((value <= threshold * (1 + 1 / 64)).sum())
         assert low <= counts[name] <= high or total == 0
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.floats(1e-3, 1), st.floats(1.1, 6), st.integers(1, 3)), min_size=2, max_size=3))
+def test_the_cheapest_split_is_the_one_that_trying_all_finds(parts: list[tuple[float, float, int]]):
+    curves = [LossCurve([(5, loss), (10, loss * rise)]) for loss, rise, _ in parts]
+    sizes = [size for _, _, size in parts]
+    found = cheapest_split(curves, sizes, 6, 12)
+    unit = sum(sizes) / len(sizes)
+    taken = lambda split: sum(round(count * size / unit) for count, size in zip(split, sizes, strict=True))  # noqa: E731
+    loss = lambda split: sum(curve(count) for curve, count in zip(curves, split, strict=True))  # noqa: E731
+    assert taken(found) == 6 * len(parts)
+    every = [split for split in itertools.product(range(13), repeat=len(parts)) if taken(split) == 6 * len(parts)]
+    assert loss(found) == pytest.approx(min(map(loss, every)))
+
+
+def test_a_split_that_no_part_has_room_for_is_refused():
+    with pytest.raises(ValueError, match="no part may lose more than 12%"):
+        cheapest_split([LossCurve([(5, 0.1)])] * 2, [1, 1], 13, 12)

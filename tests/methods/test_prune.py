@@ -316,7 +316,7 @@ def test_fisher_methods_take_gradients_of_sequences(tmp_path: Path, text: Path, 
         compress(recipe_for(path, text, tmp_path / "no", **{**more, "method": "slimlm", "curvature": "gram+fisher"}))
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global", "owl", "alphapruning", "pq"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "owl", "alphapruning", "pq", "solved"])
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "slimlm"])
 def test_every_allocation_prunes_as_many_in_all(tmp_path: Path, text: Path, method: str, allocation: str):
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
