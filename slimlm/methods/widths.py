@@ -4,6 +4,7 @@ import copy
 import inspect
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -179,18 +180,32 @@ class Layout:
 
     def parameters(self, widths: Widths) -> int:
         """Counted without listing tensors: there may be very many widths to choose from."""
-        sizes = (widths.hidden, widths.mlp, widths.groups)
-        inside = 0
-        for block in widths.blocks:
-            for corner, count in self._corners[self._kinds[block]].items():
-                inside += count * math.prod(size for size, power in zip(sizes, corner, strict=True) if power)
+        hidden, mlp, groups = widths.hidden, widths.mlp, widths.groups
+        if widths.blocks not in self._polynomials:
+            self._polynomials[widths.blocks] = self._polynomial(widths.blocks)
+        inside: int = sum(
+            count * hidden**h * mlp**m * groups**g for (h, m, g), count in self._polynomials[widths.blocks].items()
+        )
         zeros = len(self.zeros(widths)) * widths.hidden * len(widths.blocks)
         outside = (
-            math.prod(self._shape_of(entry, widths))
-            for entry in self._dense_shapes
-            if entry[0] == entry[2] and self._is_stored(entry[0], widths)
+            math.prod(self._shape_of(entry, widths)) for entry in self._outside if self._is_stored(entry[0], widths)
         )
         return sum(outside) + inside + zeros
+
+    @cached_property
+    def _outside(self) -> list[Shape]:
+        return [entry for entry in self._dense_shapes if entry[0] == entry[2]]
+
+    @cached_property
+    def _polynomials(self) -> dict[tuple[int, ...], dict[tuple[int, int, int], int]]:
+        return {}
+
+    def _polynomial(self, blocks: tuple[int, ...]) -> dict[tuple[int, int, int], int]:
+        """Parameters inside some blocks, by powers of hidden, MLP and groups."""
+        total: Counter[tuple[int, int, int]] = Counter()
+        for block in blocks:
+            total.update(self._corners[self._kinds[block]])
+        return {powers: count for powers, count in total.items() if count}
 
     @cached_property
     def _blocks(self) -> list[list[Shape]]:
