@@ -31,6 +31,10 @@ from tests.test_walk import walked_logits
 
 FOLDER = "families"
 ROTATING = [name for name in SETTINGS if family_of(family_config(name)).rotates]
+KINDS = [  # one for each way that a block can be fitted
+    *("qwen2 sliding", "smollm3", "granite", "gemma3_text", "olmo2", "stablelm parallel", "phi", "gpt_neox", "gpt2"),
+    *("opt", "opt post-norm", "falcon", "bloom", "mixtral", "qwen2_moe", "qwen3_moe"),
+]
 WIDTH = 24
 
 
@@ -245,7 +249,7 @@ def test_every_matrix_is_pruned_by_the_exact_count_and_nothing_else_is_touched(t
     assert all(torch.equal(tensor, state[key]) for key, tensor in before.state_dict().items())
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_aiming_at_the_dense_model_comes_nearer_to_it(tinies: Path, tmp_path: Path, name: str):
     tokens = random_tokens(20, 32)[:4]
     dense = logits_of(tinies / name, tokens)
@@ -257,15 +261,15 @@ def test_aiming_at_the_dense_model_comes_nearer_to_it(tinies: Path, tmp_path: Pa
     assert errors[1] < errors[0]
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if not family_of(family_config(name)).numbered])
+# Norms after each sum change the stream even where nothing is added to it.
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "opt post-norm"])
 def test_a_block_that_does_nothing_can_go(tinies: Path, tmp_path: Path, name: str):
     """What differs from block to block goes with it, and the refit finds nothing to make up for."""
     model, known = AutoModelForCausalLM.from_pretrained(tinies / name), stream(tinies / name)
-    gone = 0 if known.anatomy[0].experts or len({len(anatomy.linears) for anatomy in known.anatomy}) == 1 else 1
     with torch.no_grad():
-        block = model.get_submodule(known.family.block(gone))
+        block = model.get_submodule(known.family.block(0))
         parameters = dict(block.named_parameters())
-        for parameter in set(known.anatomy[gone].writing) & parameters.keys():
+        for parameter in set(known.anatomy[0].writing) & parameters.keys():
             parameters[parameter].zero_()
         for norm in known.family.norms:
             if norm.after:
@@ -274,8 +278,6 @@ def test_a_block_that_does_nothing_can_go(tinies: Path, tmp_path: Path, name: st
     copy_companions(tinies / name, tmp_path / "dense")
     tokens = random_tokens(12, 24)
     recipe = Recipe(model="x", widths="blocks=2", weighting="none")
-    if known.family.matched and known.family.final_norm == "":
-        return  # its norms after each sum change the stream even where nothing is added
     path = tmp_path / "dense"
     out = run(stream(path), plan_slice, run_slice, recipe, list(tokens.split(4)), tmp_path / "run", path)
     before = logits_of(path, tokens[:2])
