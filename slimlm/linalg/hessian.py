@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slimlm.linalg.cholesky import invert_in_place
+from slimlm.linalg.cholesky import factor_in_place, invert_in_place
 
 DAMPING = 0.01
 TRIES = 5
@@ -24,7 +24,8 @@ class Hessian:
     """matrix: [in, in], damped. inverse: [in, in]. upper: U with U^T U the inverse; row i is what settling column i
     does to those right of it. damping: what it took, in mean diagonals.
 
-    dead: [in], inputs that are zero on every token; their rows and columns are those of the identity.
+    dead: [in], inputs that are zero on every token; their rows and columns are those of the identity. Where only
+    `upper` was wanted, matrix and inverse are empty.
     """
 
     matrix: Tensor
@@ -54,11 +55,11 @@ class Hessian:
         return vector @ self.inverse
 
 
-def hessian(gram: Tensor, damping: float = DAMPING) -> Hessian:
+def hessian(gram: Tensor, damping: float = DAMPING, upper_only: bool = False) -> Hessian:
     """The damped curvature of gram: [in, in], its damping raised tenfold until it is positive definite.
 
-    The gram is used up, as it may be the largest thing there is: it becomes `matrix`. Raises SingularCurvature when
-    that does not help, or the gram is not finite.
+    The gram is used up, as it may be the largest thing there is: it becomes `matrix`. upper_only: no more than that is
+    wanted, and the rest let go of. Raises SingularCurvature when that does not help, or the gram is not finite.
     """
     dead = gram.diagonal() <= 0
     mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
@@ -71,9 +72,11 @@ def hessian(gram: Tensor, damping: float = DAMPING) -> Hessian:
         inverse = gram.clone()
         if not invert_in_place(inverse):
             continue
-        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not failed:
-            return Hessian(gram, inverse, upper, added, dead)
+        lower = factor_in_place(inverse if upper_only else inverse.clone())
+        if lower is not None:
+            nothing = gram.new_empty(0, 0)
+            kept = (nothing, nothing) if upper_only else (gram, inverse)
+            return Hessian(*kept, lower.mT, added, dead)
     most = damping * 10 ** (TRIES - 1)
     raise SingularCurvature(f"the Gram matrix of its inputs is singular, even with {most:g} of damping")
 

@@ -53,6 +53,11 @@ class Choice:
     update: UpdateName
     swaps: int = 0
 
+    @property
+    def goes_left_to_right(self) -> bool:
+        """Whether nothing of the curvature is needed but the factor that columns are settled by."""
+        return self.curvature == "gram" and self.mask == "columns" and self.update in ("left-to-right", "none")
+
 
 def combined(choice: Choice, recipe: Recipe) -> Choice:
     """The choice with what the recipe sets otherwise. Raises UserError for what does not go together."""
@@ -215,14 +220,18 @@ def _greedily(weight: Tensor, rows: Sequence[int], pattern: Pattern, hessian: He
 
 
 def curvature_of(
-    gram: Tensor, name: str, damping: float = DAMPING, gradients: Sequence[TokenGradients] = ()
+    gram: Tensor,
+    name: str,
+    damping: float = DAMPING,
+    gradients: Sequence[TokenGradients] = (),
+    upper_only: bool = False,
 ) -> Hessian:
     """The damped Gram, and the gradients beside it of linears stacked as in `prune_tall`, if there are any.
 
-    Raises RunFailure with the linear's name when no damping helps.
+    upper_only: as in `hessian`. Raises RunFailure with the linear's name when no damping helps.
     """
     try:
-        found = hessian(gram, damping)
+        found = hessian(gram, damping, upper_only)
     except SingularCurvature as error:
         raise RunFailure(f"{name} cannot be pruned: {error}") from error
     return with_gradients(found, gradients[0].x, torch.cat([g.delta for g in gradients], 1)) if gradients else found

@@ -10,7 +10,7 @@ from slimlm.linalg.hessian import Hessian
 from slimlm.matrices import matrix
 from slimlm.methods.fisher import TokenGradients
 from slimlm.methods.inputs import input_statistics
-from slimlm.methods.matrix import Choice, Known, Task, curvature_of, prune_tall
+from slimlm.methods.matrix import CHUNK_ELEMENTS, Choice, Known, Task, curvature_of, prune_tall
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 
@@ -70,7 +70,9 @@ def _prune_few(
         assert statistics is not None
         chosen = [gradients[name] for name in names if name in gradients]
         is_gram = statistics.dim() == 2
-        curvature = curvature_of(statistics, name, gradients=chosen) if is_gram else statistics
+        quick = task.choice.goes_left_to_right
+        curvature = curvature_of(statistics, name, gradients=chosen, upper_only=quick) if is_gram else statistics
+        del statistics
         prune_together(block, part, names, task, curvature)
         if isinstance(curvature, Hessian):
             figures[f"{name} damping"] = curvature.damping
@@ -87,8 +89,15 @@ def prune_by_magnitude(block: nn.Module, part: str, names: tuple[str, ...], task
 
 
 def prune_together(block: nn.Module, part: str, names: tuple[str, ...], task: Task, curvature: Known) -> None:
-    """Prune linears of a block that read the same input, in place."""
+    """Prune linears of a block that read the same input, in place; large ones one after another."""
     weights = [matrix(block, name) for name in names]
+    if len(names) > 1 and sum(weight.numel() for weight in weights) > CHUNK_ELEMENTS:
+        start = 0
+        for name, weight in zip(names, weights, strict=True):
+            own = slice(start, start := start + weight.shape[0])
+            known = curvature.rows(own) if isinstance(curvature, Hessian) else curvature
+            prune_together(block, part, (name,), task, known)
+        return
     dtype = torch.float32 if curvature is None or isinstance(curvature, Tensor) else curvature.dtype
     tall = torch.cat([weight.to(dtype) for weight in weights])
     rows = [weight.shape[0] for weight in weights]
