@@ -259,6 +259,7 @@ def test_a_stopped_run_leaves_nothing_under_the_final_name(tmp_path: Path, stop:
     process = subprocess.Popen(
         [sys.executable, "-m", "slimlm", "compress", "-m", "llama", "-s", "0.25", "-o", "out"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "out.partial" / "work" / "journal.jsonl").exists():
