@@ -34,8 +34,7 @@ ARMS: dict[str, dict] = {
 
 
 def main() -> None:
-    parser = parser_of(__doc__, Path("/tmp/slimlm-families"), [0])
-    parser.add_argument("--models", nargs="+", required=True)
+    parser = parser_of(__doc__, Path("/tmp/slimlm-families"), [0], several=True)
     arguments = parser.parse_args()
     names = " | ".join(Path(text).stem for text in arguments.texts)
     print(f"| model | | parameters removed | {names} | rise of log-perplexity | result | seconds |")

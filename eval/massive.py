@@ -25,7 +25,6 @@ MORE = 4  # directions, so that the number of heads still divides hidden_size
 
 def main() -> None:
     parser = parser_of(__doc__, Path("/tmp/slimlm-massive"), [0])
-    parser.add_argument("--model", required=True)
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--factor", type=float, default=1000.0)
     arguments = parser.parse_args()

@@ -20,7 +20,6 @@ from slicing import mean, measured, measured_dense, parser_of
 
 def main() -> None:
     parser = parser_of(__doc__, Path("/tmp/slimlm-pruning"), [0])
-    parser.add_argument("--model", required=True)
     parser.add_argument("--amounts", nargs="+", default=["0.5", "0.7", "2:4"], help="sparsities and patterns")
     parser.add_argument("--arms", nargs="+", default=["magnitude", "wanda", "sparsegpt", "slimlm"])
     arguments = parser.parse_args()

@@ -36,7 +36,6 @@ ARMS = {
 
 def main() -> None:
     parser = parser_of(__doc__, Path("/tmp/slimlm-slicing"), [0, 1, 2])
-    parser.add_argument("--model", required=True)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.15, 0.2, 0.25, 0.3, 0.4])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipes")
@@ -68,9 +67,10 @@ def run(
     return row
 
 
-def parser_of(description: str, work: Path, seeds: list[int]) -> argparse.ArgumentParser:
-    """What every benchmark of methods on texts takes."""
+def parser_of(description: str, work: Path, seeds: list[int], several: bool = False) -> argparse.ArgumentParser:
+    """What every benchmark of methods on texts takes; several: models."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models" if several else "--model", nargs="+" if several else None, required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--texts", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds)

@@ -22,7 +22,6 @@ from slimlm.recipe import Recipe
 
 def main() -> None:
     parser = parser_of(__doc__, Path("/tmp/slimlm-splits"), [0])
-    parser.add_argument("--model", required=True)
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--stride", type=int, default=2)
     arguments = parser.parse_args()

@@ -14,7 +14,6 @@ from slicing import measured, measured_dense, parser_of
 
 def main() -> None:
     parser = parser_of(__doc__, Path("/tmp/slimlm-windows"), [0])
-    parser.add_argument("--model", required=True)
     parser.add_argument("--widths", default="hidden=192")
     parser.add_argument("--counts", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512, 1024])
     arguments = parser.parse_args()

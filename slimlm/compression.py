@@ -141,7 +141,7 @@ def _compress(
             with disk_errors(staging.model):
                 write_manifest(staging.model, manifest)
                 write_card(staging.model, manifest)
-                write_recipe(staging.model, job, stage if stage and stage.is_last else None)
+                write_recipe(staging.model, stage.recipe if stage and stage.is_last else job.recipe, manifest["model"])
                 if stage and not stage.is_last and windows is not None and job.recipe.dataset == SELF:
                     numpy.save(staging.model / CALIBRATION_NAME, windows.tokens.numpy())
                 if progress.log is not None:
@@ -168,24 +168,18 @@ def _account_for(stage: _Stage, manifest: Manifest) -> None:
     manifest["stages"] = [{name: earlier[name] for name in kept} for earlier in stage.earlier]
 
 
-def write_recipe(directory: Path, job: Job, stage: _Stage | None = None) -> None:
+def write_recipe(directory: Path, recipe: Recipe, model: dict[str, Any]) -> None:
     """The recipe as it was run, able to run again anywhere on this machine: whole paths, the revision, no output.
 
-    stage: the last one, where there are several; it is the recipe of all that is written.
+    model: what the manifest says of it.
     """
-    recipe, origin = (stage.recipe, stage.earlier[0]["model"]) if stage else (job.recipe, None)
     settings = recipe.model_dump(exclude={"expected", "output_dir"}, exclude_none=True)
     if recipe.widths or not recipe.sparsity:
         del settings["sparsity"]
-    where, path, revision = (
-        (origin["origin"], origin["path"], origin["revision"])
-        if origin
-        else (job.resolved.origin, job.resolved.path, job.resolved.revision)
-    )
-    if where == "directory":
-        settings["model"] = str(path)
-    if revision is not None:
-        settings["revision"] = revision
+    if model["origin"] == "directory":
+        settings["model"] = model["path"]
+    if model["revision"] is not None:
+        settings["revision"] = model["revision"]
     for name in ("dataset", "eval_text"):
         if settings.get(name) and Path(settings[name]).expanduser().exists():
             settings[name] = str(Path(settings[name]).expanduser().resolve())

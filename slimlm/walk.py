@@ -8,7 +8,7 @@ only their own weights are in memory.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -103,7 +103,7 @@ class StreamedModel:
         block = self.blocks[index]
         return {name: canonical(block, name) for name, _ in block.named_parameters()}
 
-    @property
+    @cached_property
     def matrices(self) -> dict[str, torch.Size]:
         """Shapes [out, in] of all that methods prune, by full name."""
         return {
@@ -334,8 +334,15 @@ class StreamedModel:
     @property
     def residual_scale(self) -> float:
         """What writers' outputs are multiplied by before they are added."""
-        name = self.family.residual_scale
-        return float(getattr(self.config, name)) if name else 1.0
+        return self._factor(self.family.residual_scale)
+
+    @property
+    def logit_divisor(self) -> float:
+        """What the head's outputs are divided by."""
+        return self._factor(self.family.logit_divisor)
+
+    def _factor(self, attribute: str | None) -> float:
+        return float(getattr(self.config, attribute)) if attribute else 1.0
 
     def run(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
         """Block `index` (its weights loaded) on one batch of hidden states [batch, time, hidden]."""

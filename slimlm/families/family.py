@@ -24,7 +24,7 @@ class Norm:
     @property
     def label(self) -> str:
         """A name for it even where there is none."""
-        return self.name or f"{self.readers[0]} input"
+        return self.name or f"{self.readers[0]}.input"
 
 
 @dataclass(frozen=True)

@@ -129,68 +129,35 @@ OPT = Family(
         ),
     ),
 )
+FUSED, DENSE = ("self_attention.query_key_value",), ("self_attention.dense",)
+UP, DOWN = ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)
+ONE_NORM = (Norm("input_layernorm", FUSED + UP, DENSE + DOWN),)
+TWO_NORMS = (Norm("input_layernorm", FUSED, DENSE), Norm("post_attention_layernorm", UP, DOWN))
 # The newer of its three layouts has a norm each for attention and MLP, the older one for both or a sequential block.
 FALCON = Family(
     model_type="falcon",
     blocks="transformer.h",
     embeddings=("transformer.word_embeddings",),
-    norms=(
-        Norm("ln_attn", ("self_attention.query_key_value",), ("self_attention.dense",)),
-        Norm("ln_mlp", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
-    ),
+    norms=(Norm("ln_attn", FUSED, DENSE), Norm("ln_mlp", UP, DOWN)),
     final_norm="transformer.ln_f",
     head="lm_head",
     norm_eps="layer_norm_epsilon",
     parallel=True,
     centred=True,
     tuples=True,
-    mlp=Axis(("ffn_hidden_size",), rows=("mlp.dense_h_to_4h",), columns=("mlp.dense_4h_to_h",)),
+    mlp=Axis(("ffn_hidden_size",), rows=UP, columns=DOWN),
     why_not=TIED_TO_WIDTH,
     variants=(
-        (
-            {"new_decoder_architecture": False, "parallel_attn": False},
-            {
-                "norms": (
-                    Norm("input_layernorm", ("self_attention.query_key_value",), ("self_attention.dense",)),
-                    Norm("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
-                ),
-                "parallel": False,
-            },
-        ),
-        (
-            {"new_decoder_architecture": False},
-            {
-                "norms": (
-                    Norm(
-                        "input_layernorm",
-                        ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
-                        ("self_attention.dense", "mlp.dense_4h_to_h"),
-                    ),
-                )
-            },
-        ),
-        (
-            {"num_ln_in_parallel_attn": 1},
-            {
-                "norms": (
-                    Norm(
-                        "input_layernorm",
-                        ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
-                        ("self_attention.dense", "mlp.dense_4h_to_h"),
-                    ),
-                )
-            },
-        ),
+        ({"new_decoder_architecture": False, "parallel_attn": False}, {"norms": TWO_NORMS, "parallel": False}),
+        ({"new_decoder_architecture": False}, {"norms": ONE_NORM}),
+        ({"num_ln_in_parallel_attn": 1}, {"norms": ONE_NORM}),
     ),
 )
 BLOOM = Family(
     model_type="bloom",
     blocks="transformer.h",
     embeddings=("transformer.word_embeddings",),
-    norms=(
-        Norm("input_layernorm", ("self_attention.query_key_value",), ("self_attention.dense",)),
-        Norm("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
-    ),
+    norms=TWO_NORMS,
     final_norm="transformer.ln_f",
     head="lm_head",
     norm_eps="layer_norm_epsilon",

@@ -56,7 +56,7 @@ def allocate(
     if recipe.allocation != "uniform" and total > (1 - LEAST_KEPT) * sum(sizes.values()):
         raise UserError(f"--allocation {recipe.allocation} leaves {LEAST_KEPT:.0%} of every matrix: lower --sparsity")
     if recipe.allocation == "solved":
-        shares, _ = solved_shares(model, recipe.sparsity, choice, batches, work)
+        shares = solved_shares(model, recipe.sparsity, choice, batches, work)
         of = {name: shares[_block_number(model, name)] for name in sizes}
         counts = exact_counts(sizes, lambda name, c: of[name] + c, total, -1.0, 1.0)
     else:

@@ -36,14 +36,14 @@ def refit_head(pair: Pair, seed: int, work: Work, rate: float = RATE) -> Tensor:
     work.progress.stage("refitting the head", EPOCHS + 3)
     with dense.loaded([dense.family.final_norm, *dense.head_parts]):
         module = dense.model.get_submodule(head)
-        rows = module.get_parameter("weight").float() / _logit_divisor(dense)
+        rows = module.get_parameter("weight").float() / dense.logit_divisor
         data = Regression.of(width, pair.basis.shape[0], pair.basis.device)
         for x, seen, held in _head_inputs(pair, range(len(pair.held))):
             data.add(seen, x, held)
         work.progress.step()
         gram = data.fit.xx.clone()
         least_squares = ridge(data, prior, rows.T @ rows).weight
-        bias = module.bias.float() / _logit_divisor(dense) if getattr(module, "bias", None) is not None else None
+        bias = module.bias.float() / dense.logit_divisor if getattr(module, "bias", None) is not None else None
         fit = MapFit(rows, bias, least_squares, gram, rate)
         before = _divergence(pair, fit)
         work.progress.step()
@@ -71,11 +71,6 @@ def head_notes(work: Work) -> dict[str, float]:
     """Divergences on held-out windows that a fit found, in this process or an earlier one."""
     record = work.journal.last(STEP)
     return record["notes"] if record else {}
-
-
-def _logit_divisor(model: StreamedModel) -> float:
-    name = model.family.logit_divisor
-    return float(getattr(model.config, name)) if name else 1.0
 
 
 def _head_inputs(pair: Pair, numbers: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -22,12 +22,11 @@ from slimlm.errors import RunFailure, UserError
 from slimlm.methods.allocation import allocate
 from slimlm.methods.fisher import gather_gradients, gradient_names, gradient_windows, gradients_of, row_fisher
 from slimlm.methods.gradients import sweep_windows
-from slimlm.methods.head import fits_head
 from slimlm.methods.inputs import input_statistics
 from slimlm.methods.matrix import FISHERS, Choice, Pattern, Task, combined
 from slimlm.methods.plan import Method, Outcome, Plan, require_declared
 from slimlm.methods.prune_block import by_kind, prune_by_magnitude, prune_seen, prune_together
-from slimlm.methods.repair import prune_and_repair
+from slimlm.methods.repair import prune_and_repair, refits_head
 from slimlm.methods.rotation import unchanged
 from slimlm.modeling import own_files
 from slimlm.recipe import Allocation, Recipe
@@ -117,9 +116,7 @@ def run_prune(
     """Prune block after block, and write each."""
     recipe = plan.recipe
     work.lay_out(plan.tensors, plan.carrier)
-    later = (
-        [model.family.final_norm, model.family.head] if repairs and not model.head_is_tied and fits_head(model) else []
-    )
+    later = [model.family.final_norm, model.family.head] if repairs and refits_head(model) else []
     for part in model.outside:
         if part not in later and not work.written(part):
             work.write(model, part, unchanged(model, part))

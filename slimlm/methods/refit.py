@@ -28,7 +28,7 @@ from slimlm.families import Axis, Norm, family_of
 from slimlm.linalg.ridge import GUESS, Moments, Regression, held_out, ridge
 from slimlm.linalg.units import removals
 from slimlm.methods.plan import Plan
-from slimlm.methods.rotation import is_own, seen_through, slice_block
+from slimlm.methods.rotation import is_own, norm_of, seen_through, slice_block
 from slimlm.methods.widths import Layout, Widths
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
@@ -206,7 +206,7 @@ def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensor
     dense_weights = {name: weights[name].float() for name in pair.dense.anatomy[block].reading(norm)}
     metric = sum(weight.flatten(0, -2).T @ weight.flatten(0, -2) for weight in dense_weights.values())
     assert isinstance(metric, Tensor)
-    prior = seen_through(weights, norm, pair.dense.family, pair.basis)
+    prior = seen_through(norm_of(weights, norm.name), pair.dense.family, pair.basis)
     fit = ridge(data, prior, metric, pair.guess(place, norm.label))
     pair.fits[f"{place}.{norm.label}"] = fit.strength
     for name, weight in dense_weights.items():

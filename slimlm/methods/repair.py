@@ -57,12 +57,17 @@ def prune_and_repair(
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
     notes: dict[str, Any] = by_kind(pair.fits)
-    if not model.head_is_tied and fits_head(model):
+    if refits_head(model):
         if not work.written(model.family.head):
             seen = refit_head(pair, recipe.seed, work, HEAD_RATE)
             work.write(model, model.family.head, write_head(model, seen, eye))
         notes["head"] = head_notes(work)
     return notes
+
+
+def refits_head(model: StreamedModel) -> bool:
+    """A head that is tied to the embedding stays as that is."""
+    return not model.head_is_tied and fits_head(model)
 
 
 def _prune_block(pair: Pair, index: int, task: Task) -> Tensors:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from slimlm.families import Family, Norm
+from slimlm.families import Family
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
 from slimlm.walk import StreamedModel
 from slimlm.work import Rows
@@ -26,33 +26,33 @@ def is_own(basis: Tensor) -> bool:
     return hidden == width and int(basis.count_nonzero()) == hidden and bool((basis.diagonal() == 1).all())
 
 
-def seen_through(weights: Mapping[str, Tensor], norm: Norm, family: Family, basis: Tensor) -> Tensor:
+def norm_of(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The parameters of a block's norm, by name within it."""
+    return {kind: weights[f"{name}.{kind}"] for kind in ("weight", "bias") if f"{name}.{kind}" in weights}
+
+
+def seen_through(norm: Mapping[str, Tensor], family: Family, basis: Tensor) -> Tensor:
     """What the dense readers of a norm see, from what the sliced ones do: [hidden, width] fp32.
 
-    The sliced norm divides by the root mean square over width components instead of hidden ones; the factor
-    `sqrt(hidden / width)` that makes up for it goes in here rather than into the norm's gain, where bf16 would round it
-    by up to 0.2% for the whole stream at once.
+    norm: its dense gain and bias [hidden], by name, as stored; the sliced one's are those of `sliced_norm`. It divides
+    by the root mean square over width components instead of hidden ones; the factor `sqrt(hidden / width)` that makes
+    up for it goes in here rather than into the gain, where bf16 would round it by up to 0.2% for the whole stream.
     """
     if is_own(basis):
         return torch.eye(basis.shape[0], device=basis.device)
-    return through_norm(weights.get(f"{norm.name}.weight"), weights.get(f"{norm.name}.bias"), family, basis)
-
-
-def through_norm(gain: Tensor | None, bias: Tensor | None, family: Family, basis: Tensor) -> Tensor:
-    """gain, bias: [hidden], of the dense norm as stored; the sliced one's gain is 1 and its bias, if any, CONSTANT."""
     hidden, width = basis.shape
     seen = (basis * math.sqrt(hidden / width)).float()
-    if gain is not None:
-        seen = (gain.float() + family.offset)[:, None] * seen
-    return seen if bias is None else seen + bias.float()[:, None] / (CONSTANT * width)
+    if "weight" in norm:
+        seen = (norm["weight"].float() + family.offset)[:, None] * seen
+    return seen + norm["bias"].float()[:, None] / (CONSTANT * width) if "bias" in norm else seen
 
 
-def sliced_norm(weights: Mapping[str, Tensor], name: str, family: Family, width: int) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a norm whose gain and bias went into its readers."""
-    if f"{name}.weight" in weights:
-        yield f"{name}.weight", torch.full((width,), 1 - family.offset, device=weights[f"{name}.weight"].device)
-    if f"{name}.bias" in weights:
-        yield f"{name}.bias", torch.full((width,), CONSTANT, device=weights[f"{name}.bias"].device)
+def sliced_norm(norm: Mapping[str, Tensor], family: Family, basis: Tensor) -> dict[str, Tensor]:
+    """The parameters of a norm whose gain and bias went into its readers; as they were where the stream stays."""
+    if is_own(basis):
+        return dict(norm)
+    evenly = {"weight": 1 - family.offset, "bias": CONSTANT}
+    return {name: torch.full((basis.shape[1],), evenly[name], device=basis.device) for name in norm}
 
 
 def slice_block(
@@ -68,8 +68,9 @@ def slice_block(
         return
     written: set[str] = set()
     for norm in family.norms:
-        seen = seen_through(weights, norm, family, basis)
-        sliced = dict(sliced_norm(weights, norm.name, family, basis.shape[1]))
+        dense = norm_of(weights, norm.name)
+        seen = seen_through(dense, family, basis)
+        sliced = {f"{norm.name}.{kind}": tensor for kind, tensor in sliced_norm(dense, family, basis).items()}
         sliced |= {name: weights[name].float() @ seen for name in family.reading(norm)}
         yield from sliced.items()
         written |= sliced.keys()
@@ -113,10 +114,7 @@ def slice_embedding(model: StreamedModel, name: str, basis: Tensor, tied: bool =
 
 def head_map(model: StreamedModel, basis: Tensor) -> Tensor:
     """What the dense head reads, from what the sliced one reads: [hidden, width] fp32, gain and norm scale included."""
-    if is_own(basis):
-        return torch.eye(basis.shape[0], device=basis.device)
-    norm = final_norm(model, basis.device)
-    return through_norm(norm.get("weight"), norm.get("bias"), model.family, basis)
+    return seen_through(final_norm(model, basis.device), model.family, basis)
 
 
 def final_norm(model: StreamedModel, device: torch.device) -> dict[str, Tensor]:
@@ -129,12 +127,13 @@ def final_norm(model: StreamedModel, device: torch.device) -> dict[str, Tensor]:
 
 def sliced_final_norm(model: StreamedModel, basis: Tensor) -> dict[str, Tensor]:
     """The final norm's parameters, by name within it, for a head that `head_map` went into."""
-    found = final_norm(model, basis.device)
-    if is_own(basis):
-        return found
-    found = {f"final.{name}": tensor for name, tensor in found.items()}
-    sliced = sliced_norm(found, "final", model.family, basis.shape[1])
-    return {name.removeprefix("final."): tensor for name, tensor in sliced}
+    return sliced_norm(final_norm(model, basis.device), model.family, basis)
+
+
+def _head_bias(model: StreamedModel) -> Iterator[tuple[str, Tensor]]:
+    name = f"{model.family.head}.bias"
+    if name in model.key_of:
+        yield name, model.checkpoint_tensor(name)
 
 
 def write_head(model: StreamedModel, seen: Tensor, basis: Tensor) -> Iterator[tuple[str, Tensor | Rows]]:
@@ -143,16 +142,14 @@ def write_head(model: StreamedModel, seen: Tensor, basis: Tensor) -> Iterator[tu
     for name, tensor in sliced_final_norm(model, basis).items():
         yield f"{family.final_norm}.{name}", tensor
     yield weight, (rows.to(seen.device).float() @ seen for rows in model.chunks(weight))
-    if f"{family.head}.bias" in model.key_of:
-        yield f"{family.head}.bias", model.checkpoint_tensor(f"{family.head}.bias")
+    yield from _head_bias(model)
 
 
 def write_tied_norm(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The final norm for a head that stays tied to the embedding: an even gain; a bias is in the table, too."""
     hidden, width = basis.shape
     family, norm = model.family, final_norm(model, basis.device)
-    if f"{family.head}.bias" in model.key_of:
-        yield f"{family.head}.bias", model.checkpoint_tensor(f"{family.head}.bias")
+    yield from _head_bias(model)
     if is_own(basis):
         yield from ((f"{family.final_norm}.{name}", tensor) for name, tensor in norm.items())
         return

@@ -6,7 +6,6 @@ is the same architecture with smaller widths. What is removed is spent over all 
 weights are refitted to what the sliced stream brings them (`methods/refit.py`).
 """
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from slimlm.methods.gradients import sweep_windows
 from slimlm.methods.head import fits_head, head_notes, refit_head
 from slimlm.methods.per_block import plan_per_block, run_per_block
 from slimlm.methods.plan import Method, Outcome, Plan
+from slimlm.methods.prune_block import by_kind
 from slimlm.methods.refit import refit_blocks
 from slimlm.methods.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
 from slimlm.methods.widths import Layout, Widths
@@ -80,20 +80,24 @@ def _by_hand(layout: Layout, recipe: Recipe) -> Widths:
         raise UserError("--widths blocks: what a block of this model computes depends on its number")
     divisor = layout.divisor(widths.groups)
     if widths.hidden != dense.hidden and not layout.model.family.rotates:
-        raise UserError(f"--widths hidden={widths.hidden}: hidden_size stays {dense.hidden}, as {_why_not(layout)}")
+        raise UserError(
+            f"--widths hidden={widths.hidden}: hidden_size stays {dense.hidden}, as {_why_not(layout.model)}"
+        )
     if widths.hidden % divisor:
         raise UserError(f"--widths hidden={widths.hidden}: this kind of model wants a multiple of {divisor}")
     return widths
 
 
-def _why_not(layout: Layout) -> str:
-    return f"{layout.model.config.model_type!r} cannot be rotated: {layout.model.family.why_not}"
+def _why_not(model: StreamedModel) -> str:
+    return f"{model.config.model_type!r} cannot be rotated: {model.family.why_not}"
 
 
 def _nearest(layout: Layout, recipe: Recipe) -> str:
     """How near one can come, as a hint."""
     if not layout.model.family.rotates and not recipe.refit:
-        return f"{_why_not(layout)}; what is left to cut needs the refit that makes up for it: leave out --no-refit"
+        return (
+            f"{_why_not(layout.model)}; what is left to cut needs the refit that makes up for it: leave out --no-refit"
+        )
     near: list[Widths] = []
     for step in range(1, 41):
         for sparsity in (recipe.sparsity - step / 100, recipe.sparsity + step / 100):
@@ -118,8 +122,9 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
     recipe, layout = plan.recipe, Layout(model)
     if recipe.basis == "per-block":
         return run_per_block(model, plan, batches, work)
-    found = _basis(layout, recipe, batches, work)
-    widths, notes = _settle(layout, recipe, found, batches, work)
+    splits = _splits(layout, recipe)
+    found = _basis(layout, splits, recipe, batches, work)
+    widths, notes = _settle(layout, splits, found, batches, work)
     plan = layout.plan(widths, recipe)
     for name, (before, after) in plan.changes.items():
         work.progress.line(f"{name}: {before} -> {after}")
@@ -135,12 +140,12 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
     return Outcome(plan, {**found.notes, **notes, "widths": str(widths)}, lambda block: basis, kept)
 
 
-def _basis(layout: Layout, recipe: Recipe, batches: list[Tensor], work: Work) -> Basis:
+def _basis(layout: Layout, splits: list[Widths], recipe: Recipe, batches: list[Tensor], work: Work) -> Basis:
     """To choose widths with; the stream's own where none of the splits moves it."""
     model = layout.model
     if is_rotated(model.checkpoint.path):
         return _own_basis(model)
-    if all(layout.stays(split) for split in _splits(layout, recipe)):
+    if all(map(layout.stays, splits)):
         return find_influence(model, batches, work)
     return find_basis(model, recipe, batches, work)
 
@@ -173,7 +178,7 @@ def plan_rotate(model: StreamedModel, recipe: Recipe) -> Plan:
     if recipe.sparsity or recipe.widths or recipe.pattern:
         raise UserError("rotating deletes nothing: give --sparsity to a later `slimlm compress` of the result")
     if not model.family.rotates:
-        raise UserError(f"{model.config.model_type!r} cannot be rotated: {model.family.why_not}")
+        raise UserError(_why_not(model))
     layout = Layout(model, turns=True)
     return layout.plan(layout.dense, recipe)
 
@@ -190,12 +195,11 @@ def run_rotate(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wo
 
 
 def _settle(
-    layout: Layout, recipe: Recipe, found: Basis, batches: list[Tensor], work: Work
+    layout: Layout, splits: list[Widths], found: Basis, batches: list[Tensor], work: Work
 ) -> tuple[Widths, dict[str, Any]]:
     record = work.journal.last("widths")
     if record:
         return Widths(**{**record["widths"], "blocks": tuple(record["widths"]["blocks"])}), record["notes"]
-    splits = _splits(layout, recipe)
     widths, notes = choose(layout, splits, found, batches, work)
     work.journal.commit("widths", widths=vars(widths), notes=notes)
     return widths, notes
@@ -218,9 +222,7 @@ def _refit(
             seen = refit_head(pair, plan.recipe.seed, work)
             _write_part(model, work, model.family.head, write_head(model, seen, basis))
         notes["head"] = head_notes(work)
-    # JSON has no infinity: no strength means that the rotated weight stayed.
-    notes["ridge"] = {name: fit if math.isfinite(fit) else None for name, fit in pair.fits.items()}
-    return notes
+    return notes | by_kind(pair.fits)
 
 
 @torch.no_grad()

@@ -24,15 +24,14 @@ LEFT_TO_RIGHT = Choice("gram", "columns", "left-to-right")
 @torch.no_grad()
 def solved_shares(
     model: StreamedModel, sparsity: float, choice: Choice, batches: list[torch.Tensor], work: Work
-) -> tuple[list[float], list[LossCurve]]:
-    """The share of its weights each block loses, and the measured rises, by hundredths of sparsity."""
+) -> list[float]:
+    """The share of its weights each block loses."""
+    sizes = [
+        sum(model.matrices[f"{model.family.block(index)}.{name}"].numel() for name in anatomy.linears)
+        for index, anatomy in enumerate(model.anatomy)
+    ]
     curves = _curves(model, sparsity, choice, batches, work)
-    sizes = [sum(model.matrices[name].numel() for name in _names(model, index)) for index in range(len(model.blocks))]
-    return [percent / 100 for percent in cheapest_split(curves, sizes, 100 * sparsity, round(100 * MOST))], curves
-
-
-def _names(model: StreamedModel, index: int) -> list[str]:
-    return [f"{model.family.block(index)}.{name}" for name in model.anatomy[index].linears]
+    return [percent / 100 for percent in cheapest_split(curves, sizes, 100 * sparsity, round(100 * MOST))]
 
 
 def _curves(

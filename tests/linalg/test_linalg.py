@@ -11,7 +11,7 @@ from slimlm.linalg.budget import LossCurve, predicted_loss, spaced
 from slimlm.linalg.gram import CHUNK_TOKENS, Gram, rms_normalise
 from slimlm.linalg.pca import felt, principal_basis, with_kept
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
-from slimlm.methods.rotation import through_norm
+from slimlm.methods.rotation import seen_through
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -96,7 +96,8 @@ def test_rotated_weights_compute_the_same_as_the_originals():
     normalise = lambda v: v / v.square().mean(-1, keepdim=True).sqrt()  # noqa: E731
     before = (normalise(x) * gain) @ reader.T
     after = (
-        normalise(rotate_embedding(x, basis)) @ (reader @ through_norm(gain, None, FAMILIES["llama"], basis).double()).T
+        normalise(rotate_embedding(x, basis))
+        @ (reader @ seen_through({"weight": gain}, FAMILIES["llama"], basis).double()).T
     )
     assert torch.allclose(before, after, atol=1e-5)
     assert torch.allclose(basis @ (rotate_writer(writer, basis) @ before.T), writer @ before.T, atol=1e-10)
@@ -108,7 +109,7 @@ def test_a_stream_that_lives_in_fewer_directions_loses_nothing():
     x, gain, reader = randn(5, width) @ basis.T, randn(hidden, seed=1), randn(3, hidden)
     small = rotate_embedding(x, basis)
     before = (x / x.square().mean(-1, keepdim=True).sqrt() * gain) @ reader.T
-    seen = through_norm(gain, None, FAMILIES["llama"], basis).double()
+    seen = seen_through({"weight": gain}, FAMILIES["llama"], basis).double()
     after = small / small.square().mean(-1, keepdim=True).sqrt() @ (reader @ seen).T
     assert torch.allclose(before, after, atol=1e-5)
 
