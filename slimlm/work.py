@@ -124,17 +124,23 @@ class Work:
     def pass_through(
         self, model: StreamedModel, index: int, tensors: Mapping[str, Tensor], stream: Stream, dtype: str = "auto"
     ) -> None:
-        """Write block `index` of the model that is being written, by names within it, and run the stream through it.
+        """`pass_on` with these weights, by names within the block, instead of the model's own."""
+        with model.placed(model.family.block(index), tensors):
+            self.pass_on(model, index, stream, dtype)
 
-        The stream sees the weights as they are stored, so that what rounds off can still be made up for. dtype: to
-        store them in, where it is not the one that `model` has them in.
+    def pass_on(self, model: StreamedModel, index: int, stream: Stream, dtype: str = "auto") -> None:
+        """Write block `index`, its weights loaded, and run the stream through it.
+
+        The stream sees the weights as they are stored, so that what rounds off can still be made up for: they are
+        rounded in place. dtype: to store them in, where it is not the one that `model` has them in.
         """
         part = model.family.block(index)
-        stored = {name: tensor.to(model.stored_dtype(f"{part}.{name}", dtype)) for name, tensor in tensors.items()}
+        weights = {f"{part}.{name}": tensor for name, tensor in model.weights(index).items()}
+        for name, tensor in weights.items():
+            tensor.copy_(tensor.to(model.stored_dtype(name, dtype)))
         if not self.written(part):
-            self.write(model, part, ((f"{part}.{name}", tensor) for name, tensor in stored.items()))
-        with model.placed(part, stored):
-            model.advance(index, stream)
+            self.write(model, part, weights.items())
+        model.advance(index, stream)
 
     def _flush(self, part: str, hashes: dict[str, str]) -> None:
         self.writer.sync(hashes)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from slimlm.linalg.cholesky import factor_in_place
 
-WIDE = 4096  # inputs above which second moments are the largest thing there is: kept in fp32, held-out ones not at all
+WIDE = 2048  # inputs above which second moments are the largest thing there is, and kept in fp32
+WIDEST = 4096  # and above which those of held-out tokens are not kept
 HELD_ELEMENTS = 1 << 24  # of the inputs of held-out tokens, kept as they are instead
 STRENGTHS = (30.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
 GUESS = 0.1
@@ -41,7 +42,7 @@ class Moments:
     def take(self, kept: Tensor) -> "Moments":
         """The moments of the inputs numbered `kept`."""
         chosen = object.__new__(Moments)
-        chosen.xx, chosen.xy = self.xx[kept][:, kept], self.xy[kept]
+        chosen.xx, chosen.xy = self.xx[kept[:, None], kept], self.xy[kept]
         return chosen
 
     def through(self, map: Tensor) -> "Moments":
@@ -88,7 +89,7 @@ class Regression:
 
     @classmethod
     def of(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> "Regression":
-        held = Rows(inputs) if inputs > WIDE else Moments(inputs, outputs, device)
+        held = Rows(inputs) if inputs > WIDEST else Moments(inputs, outputs, device)
         return cls(Moments(inputs, outputs, device), held)
 
     def add(self, x: Tensor, y: Tensor, held: Tensor, weight: Tensor | None = None) -> None:

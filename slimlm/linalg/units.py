@@ -1,6 +1,6 @@
 """Deleting whole input units of a linear: structured optimal brain surgeon."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ def damp(gram: Tensor) -> Tensor:
     return gram
 
 
-def removals(gram: Tensor, weight: Tensor, size: int, counts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """Units of a linear to delete, cheapest first: int64 [max(counts)]; for each count, the weight without that many.
+def removals(gram: Tensor, weight: Tensor, size: int, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each of `counts`, ascending: the units of a linear to delete, int64 [count], cheapest first, and the weight
+    without them. The next to come is computed in that weight.
 
     gram: [in, in] of the linear's inputs; weight: [out, in]; a unit is `size` neighbouring inputs. Greedy: deleting
     unit u and moving all other weights optimally costs `tr(W_u (H^-1_uu)^-1 W_u^T)` (Hassibi & Stork 1992, with a group
@@ -32,15 +33,15 @@ def removals(gram: Tensor, weight: Tensor, size: int, counts: Sequence[int]) -> 
     inverse = damp(gram)
     if not invert_in_place(inverse):
         raise ValueError("a Gram matrix is not positive definite, even damped")
-    weight = weight.to(gram).clone()
+    weight = weight.to(gram, copy=True)
     alive = torch.ones(units, dtype=torch.bool, device=gram.device)
-    order: list[Tensor] = []
-    weights = {0: weight.clone()} if 0 in counts else {}
-    gone = 0
+    order = torch.empty(0, dtype=torch.long, device=gram.device)
+    if 0 in counts:
+        yield order, weight
     for step in _steps(counts):
         costs = unit_costs(inverse, weight, size).masked_fill(~alive, torch.inf)
         chosen = costs.argsort(stable=True)[:step]
-        order.append(chosen)
+        order = torch.cat([order, chosen])
         alive[chosen] = False
         columns = (chosen[:, None] * size + torch.arange(size, device=gram.device)).flatten()
         cross = inverse[columns]
@@ -49,17 +50,15 @@ def removals(gram: Tensor, weight: Tensor, size: int, counts: Sequence[int]) -> 
         inverse.addmm_(cross.T, moved, alpha=-1)
         weight[:, ~alive.repeat_interleave(size)] = 0  # those gone before gather rounding errors
         inverse[columns, columns] = 1
-        gone += step
-        if gone in counts:
-            weights[gone] = weight.clone()
-    chosen = torch.cat(order) if order else torch.empty(0, dtype=torch.long, device=gram.device)
-    return chosen, [weights[count] for count in counts]
+        if len(order) in counts:
+            yield order, weight
 
 
 def unit_costs(inverse: Tensor, weight: Tensor, size: int) -> Tensor:
     """Cost of deleting each unit alone: [in / size], from the inverse Gram [in, in] and weight [out, in]."""
     if size == 1:
-        return weight.square().sum(0) / inverse.diagonal()
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=0)
+        return norms.square() / inverse.diagonal()
     units = inverse.shape[0] // size
     blocks = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     columns = weight.T.reshape(units, size, -1)

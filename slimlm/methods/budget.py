@@ -7,7 +7,7 @@ stream least (ShortGPT, arXiv 2403.03853, eq. 1).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,7 @@ from slimlm.methods.basis import Basis
 from slimlm.methods.rotation import tied_gain
 from slimlm.methods.widths import Layout, Widths
 from slimlm.recipe import Recipe
-from slimlm.stream import hooked
+from slimlm.stream import Stream, hooked
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
@@ -158,32 +158,11 @@ def loss_curves(
     learning = model.embed(learn, work.scratch("learning", model.device))
     streams = {cut: model.embed(test, work.scratch(f"cut-{cut}", model.device)) for cut in [None, *cuts]}
     for cut, stream in streams.items():
-        if cut is not None and cut.axis == "tied":
-            gain = tied_gain(model).to(model.device, model.dtype)
-            for number in range(len(stream.hidden)):
-                stream.hidden.replace(number, stream.hidden[number] * gain)
-            stream.hidden.turn()
-        if cut is not None and cut.axis == "hidden":
-            kept = found.of(layout.dense.hidden - cut.removed).to(model.device, model.dtype)
-            for number in range(len(stream.hidden)):
-                stream.hidden.replace(number, stream.hidden[number] @ kept @ kept.T)
-            stream.hidden.turn()
+        if cut is not None:
+            _cut_at_start(layout, cut, found, stream)
     for index in range(len(model.blocks)):
-        with model.block(index) as block:
-            orders = {
-                axis: _Order(layout, axis, block) for axis in ("mlp", "groups") if any(c.axis == axis for c in cuts)
-            }
-            with hooked((order.linear, order.add) for order in orders.values()):
-                model.advance(index, learning)
-            for axis, order in orders.items():
-                order.find([cut.removed for cut in cuts if cut.axis == axis])
-            for cut, stream in streams.items():
-                if cut is not None and cut.axis == "blocks":
-                    if index in _kept(found.influence, len(model.blocks) - cut.removed):
-                        model.advance(index, stream)
-                    continue
-                with model.placed(model.family.block(index), _cut_weights(model, index, cut, orders, found)):
-                    model.advance(index, stream)
+        with model.block(index):
+            _through_cut_block(layout, index, found, learning, streams)
         work.progress.step()
     losses = {cut: float(model.nll(stream).mean()) / (test[0].shape[1] - 1) for cut, stream in streams.items()}
     work.clear_scratch()
@@ -191,6 +170,42 @@ def loss_curves(
         axis: LossCurve([(cut.removed, losses[cut] - losses[None]) for cut in cuts if cut.axis == axis])
         for axis in POINTS
     }
+
+
+def _cut_at_start(layout: Layout, cut: Cut, found: Basis, stream: Stream) -> None:
+    """What a cut does to what the embedding gives."""
+    model = layout.model
+    if cut.axis == "tied":
+        gain = tied_gain(model).to(model.device, model.dtype)
+        for number, hidden in enumerate(stream.hidden):
+            stream.hidden.replace(number, hidden * gain)
+        stream.hidden.turn()
+    if cut.axis == "hidden":
+        kept = found.of(layout.dense.hidden - cut.removed).to(model.device, model.dtype)
+        for number, hidden in enumerate(stream.hidden):
+            stream.hidden.replace(number, hidden @ kept @ kept.T)
+        stream.hidden.turn()
+
+
+def _through_cut_block(
+    layout: Layout, index: int, found: Basis, learning: Stream, streams: Mapping[Cut | None, Stream]
+) -> None:
+    """Every stream past block `index`, its weights loaded, cut as the stream says."""
+    model = layout.model
+    axes = [axis for axis in ("mlp", "groups") if any(cut and cut.axis == axis for cut in streams)]
+    orders = {axis: _Order(layout, axis, model.blocks[index]) for axis in axes}
+    with hooked((order.linear, order.add) for order in orders.values()):
+        model.advance(index, learning)
+    for axis, order in orders.items():
+        for removed, weight in order.weights(sorted(cut.removed for cut in streams if cut and cut.axis == axis)):
+            with model.placed(model.family.block(index), {f"{order.name}.weight": weight}):
+                model.advance(index, streams[Cut(axis, removed)])
+    for cut, stream in streams.items():
+        if cut and (cut.axis in orders or (cut.axis == "blocks" and index not in _left(found, cut))):
+            continue
+        changed = _projected(model, index, found, cut.removed) if cut and cut.axis == "hidden" else {}
+        with model.placed(model.family.block(index), changed):
+            model.advance(index, stream)
 
 
 def _points(axis: str, sizes: list[int], count: int) -> list[int]:
@@ -224,22 +239,23 @@ class _Order:
         x = args[0].float().flatten(0, -2)
         self.moments.add(x, x[:, :0])
 
-    def find(self, counts: list[int]) -> None:
-        """Find the linear's weight [out, in] without the first units to go, for each number of them."""
-        self.weights = dict(zip(counts, removals(self.moments.xx, self.weight, self.size, counts)[1], strict=True))
+    def weights(self, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """The linear's weight [out, in] without the first so many units to go: (number, weight) for each, ascending.
+
+        To be used before the next is asked for.
+        """
+        for gone, weight in removals(self.moments.xx, self.weight, self.size, counts):
+            yield len(gone), weight
         del self.moments
 
 
-def _cut_weights(
-    model: StreamedModel, index: int, cut: Cut | None, orders: dict[str, _Order], found: Basis
-) -> dict[str, Tensor]:
-    """The block's parameters that a cut changes, by name within the block."""
-    changed: dict[str, Tensor] = {}
-    if cut is not None and cut.axis == "hidden":
-        kept = found.of(found.vectors.shape[0] - cut.removed).to(model.device, model.dtype)
-        weights = model.weights(index)
-        changed = {name: kept @ (kept.T @ weights[name]) for name in model.anatomy[index].writing if name in weights}
-    elif cut is not None and cut.axis in orders:
-        order = orders[cut.axis]
-        changed[f"{order.name}.weight"] = order.weights[cut.removed]
-    return changed
+def _projected(model: StreamedModel, index: int, found: Basis, removed: int) -> dict[str, Tensor]:
+    """What writes to the stream in a block, by name within it, without the last so many directions."""
+    kept = found.of(len(found.vectors) - removed).to(model.device, model.dtype)
+    weights = model.weights(index)
+    return {name: kept @ (kept.T @ weights[name]) for name in model.anatomy[index].writing if name in weights}
+
+
+def _left(found: Basis, cut: Cut) -> tuple[int, ...]:
+    """Blocks that a cut of these leaves."""
+    return _kept(found.influence, len(found.influence) - cut.removed)

@@ -45,7 +45,9 @@ def input_statistics(
             added = x.double().square().sum(0)
             squares[name] = squares[name] + added if name in squares else added
         else:
-            moments.setdefault(name, Moments(x.shape[1], 0, x.device)).add(x, x[:, :0])
+            if name not in moments:
+                moments[name] = Moments(x.shape[1], 0, x.device)
+            moments[name].add(x, x[:, :0])
 
     names = [group[0] for group in model.anatomy[index].inputs] if names is None else names
     with model.watched(index, names, see):
@@ -54,6 +56,6 @@ def input_statistics(
         name: value.xx for name, value in moments.items()
     }
     for name, value in seen.statistics.items():
-        if not torch.isfinite(value).all():
+        if not torch.isfinite(value.diagonal() if value.dim() == 2 else value).all():
             raise RunFailure(f"inputs of {model.family.block(index)}.{name} hold NaN or Inf")
     return seen

@@ -212,7 +212,7 @@ def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work:
         start, part = time.perf_counter(), model.family.block(index)
         with model.block(index):
             prune_seen(model, index, streams["pruned"], model.anatomy[index].inputs, task, figures)
-            work.pass_through(model, index, model.weights(index), streams["pruned"], task.dtype)
+            work.pass_on(model, index, streams["pruned"], task.dtype)
         work.save_streams("calibration", index, streams, as_state(figures))
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)

@@ -42,7 +42,7 @@ FitWriter = Callable[[str, Callable[[int], Tensor], Tensors], None]
 
 @dataclass
 class Pair:
-    """The dense model and the compressed one, with their streams over the same windows. basis: [hidden, width]."""
+    """The dense model and the compressed one, their streams over the same windows. basis: [hidden, width], fp32."""
 
     layout: Layout
     widths: Widths
@@ -104,16 +104,30 @@ class Pair:
         anatomy = self.dense.anatomy[block]
         return list(takewhile(lambda other: other != name, anatomy.writers))
 
-    def reader_data(self, block: int, place: int, reader: str, tensors: Tensors) -> Regression:
-        """What readers of a norm, this the first, see in the compressed block of `tensors`, and saw in the dense
-        one."""
+    def _until(self, block: int, name: str, tensors: Tensors) -> Tensors:
+        """Those of a block's parameters that have a say in what a linear gets, or in what a norm ("name>") gives."""
+        anatomy = self.dense.anatomy[block]
+        if anatomy.parallel:
+            return tensors
+        later = {name}
+        for norm in reversed(anatomy.norms):
+            if name in (*norm.readers, *norm.writers):
+                break
+            later |= {*norm.readers, *norm.writers, *([anatomy.experts.module] if anatomy.experts else ())}
+            if name == f"{norm.name}>":
+                break
+        return {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] not in later}
+
+    def reader_data(self, block: int, place: int, norm: Norm, tensors: Tensors) -> Regression:
+        """What readers of a norm see in the compressed block of `tensors`, and saw in the dense one."""
         hidden, width = self.basis.shape
         data = Regression.of(width, hidden, self.dense.device)
-        with self.small.placed(self.small.family.block(place), tensors):
+        seen = f"{norm.name}>" if norm.name else norm.readers[0]
+        with self.small.placed(self.small.family.block(place), self._until(block, seen, tensors)):
             for number, held in enumerate(self.held):
-                dense = self.dense.inputs(block, self.streams["dense"], number, [reader])
-                small = self.small.inputs(place, self.streams["small"], number, [reader])
-                data.add(small[reader], dense[reader], held)
+                dense = self.dense.inputs(block, self.streams["dense"], number, [seen])
+                small = self.small.inputs(place, self.streams["small"], number, [seen])
+                data.add(small[seen], dense[seen], held)
         return data
 
     def writer_data(
@@ -122,7 +136,7 @@ class Pair:
         """What a writer gets in the compressed block of `tensors`, and what it has to give."""
         small, stream, matched = self.small, self.streams["small"], name in self.dense.anatomy[block].matched
         data = Regression.of(tensors[f"{name}.weight"].shape[1], self.basis.shape[1], self.dense.device)
-        with small.placed(small.family.block(place), tensors):
+        with small.placed(small.family.block(place), self._until(block, name, tensors)):
             for number, held in enumerate(self.held):
                 before, x = small.before(place, stream, number, [] if matched else self._earlier(block, name), name)
                 assert x is not None
@@ -141,13 +155,12 @@ class Pair:
         return data
 
     @cached_property
-    def _rotation(self) -> Tensor | None:
-        """The basis in fp32; None where it is the stream's own."""
-        return None if is_own(self.basis) else self.basis.float()
+    def _stays(self) -> bool:
+        return is_own(self.basis)
 
     def into(self, x: Tensor) -> Tensor:
         """The dense stream x: [..., hidden] in the basis: [..., width]."""
-        return x if self._rotation is None else x @ self._rotation
+        return x if self._stays else x @ self.basis
 
     def stored(self, place: int, name: str, tensor: Tensor) -> Tensor:
         """A parameter of a compressed block in the dtype it is written in: what follows makes up for rounding."""
@@ -202,7 +215,7 @@ def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensor
     if not norm.readers:
         return
     weights = pair.dense.weights(block)
-    data = pair.reader_data(block, place, norm.readers[0], tensors)
+    data = pair.reader_data(block, place, norm, tensors)
     dense_weights = {name: weights[name].float() for name in pair.dense.anatomy[block].reading(norm)}
     metric = sum(weight.flatten(0, -2).T @ weight.flatten(0, -2) for weight in dense_weights.values())
     assert isinstance(metric, Tensor)
@@ -233,10 +246,12 @@ def _narrow(
     full, width = pair.layout.dense.of(axis_name), pair.widths.of(axis_name)
     size = tensors[name].shape[1] // full
     gram = data.fit.xx + data.held.xx if isinstance(data.held, Moments) else data.fit.xx.clone()
-    kept = torch.ones(full, dtype=torch.bool, device=gram.device)
+    device = gram.device
+    kept = torch.ones(full, dtype=torch.bool, device=device)
     try:
-        order, (weight,) = removals(gram, tensors[name], size, [full - width])
+        order, weight = next(removals(gram, tensors[name], size, [full - width]))
         kept[order] = False
+        del gram  # as large as what it is taken from
     except ValueError as error:
         raise RunFailure(f"inputs of {name.removesuffix('.weight')} cannot be pruned: {error}") from error
     for linear in axis.rows:
@@ -246,6 +261,7 @@ def _narrow(
                 tensors[parameter] = tensors[parameter][rows]
     columns = _spread(kept, tensors[name].shape[1]).nonzero().flatten()
     tensors[name] = weight[:, columns].float()
+    del weight
     return data.take(columns)
 
 

@@ -42,7 +42,7 @@ def prune_and_repair(
 ) -> dict[str, Any]:
     """Write every block pruned, and the head refitted unless it is tied to the embedding; figures for the manifest."""
     layout = Layout(model)
-    eye = torch.eye(model.config.hidden_size, dtype=torch.float64, device=model.device)
+    eye = torch.eye(model.config.hidden_size, device=model.device)
     small = StreamedModel(model.checkpoint, copy.deepcopy(model.config), model.family, model.device, model.dtype)
     work.progress.stage("pruning", len(model.blocks))
     starts = {"dense": (model, batches), "small": (small, batches)}
@@ -78,7 +78,7 @@ def _prune_block(pair: Pair, index: int, task: Task) -> Tensors:
         """One map from what the readers see now to what they saw serves all: their target is W T."""
         names = tuple(name for name in norm.readers if name not in anatomy.unpruned)
         if names:
-            data = pair.reader_data(index, index, names[0], tensors)
+            data = pair.reader_data(index, index, norm, tensors)
             weights = torch.cat([tensors[f"{name}.weight"].float() for name in names])
             prior = torch.eye(weights.shape[1], device=weights.device)
             fit = ridge(data, prior, weights.T @ weights, pair.guess(index, norm.label))
@@ -121,7 +121,7 @@ def _prune_together(
     """Prune linears that read the same input, whose kept weights are to come near target.weight: [out, in]."""
     part = pair.dense.family.block(index)
     gram = data.join().xx
-    if not torch.isfinite(gram).all():
+    if not torch.isfinite(gram.diagonal()).all():
         raise RunFailure(f"inputs of {part}.{names[0]} hold NaN or Inf")
     strength = max(DAMPING, target.strength) if math.isfinite(target.strength) else DAMPING
     curvature = curvature_of(

@@ -129,7 +129,9 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
     for name, (before, after) in plan.changes.items():
         work.progress.line(f"{name}: {before} -> {after}")
     stays = layout.stays(widths)
-    basis = torch.eye(widths.hidden, dtype=torch.float64, device=model.device) if stays else found.of(widths.hidden)
+    basis = torch.eye(widths.hidden, device=model.device) if stays else found.of(widths.hidden).float()
+    notes = {**found.notes, **notes}
+    del found  # larger than what is kept of it
     work.lay_out(plan.tensors, plan.carrier)
     if recipe.refit:
         notes["refit"] = _refit(layout, widths, plan, basis, batches, work)
@@ -137,7 +139,7 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
         rotate_model(layout, widths, basis, work)
     work.settle()
     kept = widths.blocks if len(widths.blocks) < len(model.blocks) else None
-    return Outcome(plan, {**found.notes, **notes, "widths": str(widths)}, lambda block: basis, kept)
+    return Outcome(plan, {**notes, "widths": str(widths)}, lambda block: basis, kept)
 
 
 def _basis(layout: Layout, splits: list[Widths], recipe: Recipe, batches: list[Tensor], work: Work) -> Basis:
@@ -187,7 +189,7 @@ def plan_rotate(model: StreamedModel, recipe: Recipe) -> Plan:
 def run_rotate(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
     """Find the basis and write every tensor in it."""
     found, layout = find_basis(model, plan.recipe, batches, work), Layout(model, turns=True)
-    basis = found.of(layout.dense.hidden)
+    basis = found.of(layout.dense.hidden).float()
     work.lay_out(plan.tensors, plan.carrier)
     rotate_model(layout, layout.dense, basis, work)
     work.settle()

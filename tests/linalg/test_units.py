@@ -41,9 +41,9 @@ def test_the_order_is_greedy_written_as_a_loop(size: int, seed: int):
         left = [unit for unit in range(12 // size) if unit not in gone]
         gone.append(min(left, key=lambda unit: error(gram, weight, others(12, size, [*gone, unit]))))
     root = torch.linalg.cholesky(damp(gram.clone())).T
-    order, weights = removals(gram.clone(), weight, size, [2, 4, 0])
-    assert order.tolist() == gone
-    for count, found in zip([2, 4, 0], weights, strict=True):
+    counts = [0, 2, 4]
+    for count, (order, found) in zip(counts, removals(gram.clone(), weight, size, counts), strict=True):
+        assert order.tolist() == gone[:count]
         kept = others(12, size, gone[:count])
         expected = torch.zeros_like(weight)
         expected[:, kept] = torch.linalg.lstsq(root[:, kept], root @ weight.T).solution.T
@@ -59,12 +59,11 @@ def test_exactly_as_many_as_asked_each_once_and_the_weight_untouched(units: int,
     before = weight.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slimlm.linalg.units.ROUNDS", rounds)
-        order, found = removals(gram, weight, size, [count // 2, count])
-    order = order.tolist()
-    assert len(order) == len(set(order)) == count
-    assert all(0 <= unit < units for unit in order)
+        found = [(order, left.clone()) for order, left in removals(gram, weight, size, sorted({count // 2, count}))]
+    assert [len(order) for order, _ in found] == sorted({count // 2, count})
     assert torch.equal(weight, before)
-    for stop, left in zip((count // 2, count), found, strict=True):
-        assert [unit for unit in range(units) if not left[:, unit * size : (unit + 1) * size].any()] == sorted(
-            order[:stop]
-        )
+    for order, left in found:
+        assert len(set(order.tolist())) == len(order)
+        assert torch.equal(order, found[-1][0][: len(order)])
+        dead = [unit for unit in range(units) if not left[:, unit * size : (unit + 1) * size].any()]
+        assert dead == sorted(order.tolist())
