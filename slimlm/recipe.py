@@ -1,5 +1,6 @@
 """A recipe says everything about a run. YAML files and command-line flags both become one."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 PATTERN = r"[1-9]\d*:([1-9]\d*)"
+TILE = r"([1-9]\d*)x([1-9]\d*)"
 # What a second run takes over from the first, where it does not say otherwise.
 SHARED = (
     *("model", "dataset", "text_column", "num_calibration_samples", "max_seq_length", "batch_size", "seed", "dtype"),
@@ -41,7 +43,11 @@ class Recipe(BaseModel):
     sparsity: float = Field(
         0.0, description="share to remove, above 0 and below 1: of all parameters (slice), or of the pruned matrices"
     )
-    pattern: str | None = Field(None, description="pruning: keep N weights of every M neighbours, as in 2:4")
+    pattern: str | None = Field(
+        None,
+        description="pruning: keep N weights of every M neighbours, as in 2:4; or, with a sparsity, tiles of outputs x "
+        "inputs that go or stay as a whole, as in 16x16",
+    )
     round_to: int | None = Field(
         None, ge=1, description="slicing: new widths are multiples of this; by default of 8, or of 4, 2, 1 to get there"
     )
@@ -66,6 +72,9 @@ class Recipe(BaseModel):
 
     curvature: CurvatureName | None = Field(
         None, description="pruning: what is known of the loss, where not as in the method's paper"
+    )
+    reorder: bool = Field(
+        True, description="pruning tiles: order the MLP's neurons by weight first, so that what is kept gathers"
     )
     mask: MaskName | None = Field(None, description="pruning: how weights are chosen, where not as in the paper")
     update: UpdateName | None = Field(
@@ -135,17 +144,26 @@ class Recipe(BaseModel):
         runs = [whole] if self.shots == 1 else [{**whole, "sparsity": self.sparsity * share} for share in grown]
         if self.then is not None:
             runs.append({name: whole[name] for name in SHARED if name in whole} | self.then)
-            pattern = re.fullmatch(PATTERN, str(self.then.get("pattern")))
-            if pattern and self.method == "slice" and not self.widths and self.round_to is None:
-                group = int(pattern[1])
+            pattern = str(self.then.get("pattern"))
+            sizes = re.fullmatch(PATTERN, pattern) or re.fullmatch(TILE, pattern)
+            if sizes and self.method == "slice" and not self.widths and self.round_to is None:
+                group = math.lcm(*map(int, sizes.groups()))
                 runs[0]["round_to"] = 8 if 8 % group == 0 else group  # widths that the pattern divides
         return [make_recipe(run, "recipe") for run in runs]
 
     @property
     def pattern_sizes(self) -> tuple[int, int]:
-        """(N kept, of M) of the pattern."""
-        keep, _, group = (self.pattern or "").partition(":")
+        """(N kept, of M) of the pattern; (0, 0) for tiles, or none."""
+        if self.tile or not self.pattern:
+            return 0, 0
+        keep, _, group = self.pattern.partition(":")
         return int(keep), int(group)
+
+    @property
+    def tile(self) -> tuple[int, int] | None:
+        """Outputs and inputs of the pattern's tiles."""
+        sizes = re.fullmatch(TILE, self.pattern or "")
+        return (int(sizes[1]), int(sizes[2])) if sizes else None
 
     @property
     def width_sizes(self) -> dict[str, int]:
@@ -166,10 +184,10 @@ class Recipe(BaseModel):
     def _sparsity_of_pattern(cls, values: Any) -> Any:
         """A pattern says how sparse; a sparsity given beside it must be the same."""
         pattern = values.get("pattern") if isinstance(values, dict) else None
-        if pattern is None:
+        if pattern is None or (isinstance(pattern, str) and re.fullmatch(TILE, pattern)):
             return values
         if not isinstance(pattern, str) or not re.fullmatch(PATTERN, pattern):
-            raise ValueError(f"pattern {pattern!r} is not of the form N:M, as in 2:4")
+            raise ValueError(f"pattern {pattern!r} is neither N:M, as in 2:4, nor tiles of RxC, as in 16x16")
         keep, group = map(int, pattern.split(":"))
         if keep >= group:
             raise ValueError(f"pattern {pattern} keeps all: N must be smaller than M")

@@ -50,3 +50,22 @@ def smallest_per_group(scores: Tensor, keep: int, group: int) -> Tensor:
         raise ValueError(f"{scores.shape[1]} columns are not whole groups of {group}")
     grouped = scores.reshape(-1, group)
     return smallest_per_row(grouped, torch.full((grouped.shape[0],), group - keep)).view(scores.shape)
+
+
+def pooled(scores: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Sums over tiles of so many rows and columns: [out, in] -> [out / rows, in / columns].
+
+    Raises ValueError when they do not tile it.
+    """
+    if tile == (1, 1):
+        return scores
+    rows, columns = tile
+    if scores.shape[0] % rows or scores.shape[1] % columns:
+        raise ValueError(f"{tuple(scores.shape)} is not whole tiles of {rows}x{columns}")
+    across: Tensor = scores.unflatten(1, (-1, columns)).sum(2)
+    return across.view(-1, rows, across.shape[1]).sum(1)
+
+
+def spread_out(tiles: Tensor, tile: tuple[int, int]) -> Tensor:
+    """What is said of tiles, said of all that is in them: [out / rows, in / columns] -> [out, in]."""
+    return tiles if tile == (1, 1) else tiles.repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from slimlm.linalg.hessian import Hessian, quadratic_loss
+from slimlm.linalg.masks import pooled, spread_out
 
 BATCH_ELEMENTS = 1 << 23  # of the rows' own inverses held at once
 ITERATIONS = 200  # of conjugate gradients, at most
 TOLERANCE = 1e-5  # error in the norm of H, of that at the start, at which they end
 ROUGHLY = 1e-2  # the same while a mask is still being refined
+Tile = tuple[int, int]
 Choice = Callable[[Tensor, int], Tensor]  # (scores of a block of columns [out, width], first column) -> bool mask
 
 
@@ -140,21 +142,25 @@ def summed(weight: Tensor, inverse: Inverse, pruned: Tensor) -> Tensor:
     return (weight - inverse.times(weight * pruned / inverse.diagonal())).masked_fill_(pruned, 0)
 
 
-def swapped(weight: Tensor, hessian: Hessian, pruned: Tensor, found: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+def swapped(
+    weight: Tensor, hessian: Hessian, pruned: Tensor, found: Tensor, group: int = 0, tile: Tile = (1, 1)
+) -> tuple[Tensor, Tensor]:
     """One refinement of a mask: weights that are cheap to lose for ones that would win more; (found, pruned) anew.
 
     found: the joint minimiser on `pruned`. Losing kept weight k costs v_k^2 / [H_KK^-1]_kk; gaining pruned weight p
     wins g_p^2 / s_p, with g the gradient H (W - V) and s_p >= 1 / [H^-1]_pp what is left of H_pp after K; the middle of
     the two bounds of s_p is taken. Pairs are made in each row from the surest on while they win (with `group`, one
     within each group of that many columns), a quarter of what would win at a time; a row keeps the old mask where the
-    joint solution on the new one is no better.
+    joint solution on the new one is no better. tile: rows and columns of what is lost and gained as one, a row of tiles
+    then being what is a row else.
     """
     gradient = hessian.apply(weight - found)
     inverse = hessian.inverse.diagonal()
     spread = (hessian.matrix.diagonal() / inverse).sqrt()  # geometric mean of H_pp and 1 / [H^-1]_pp
-    gain = (gradient.square() / spread).masked_fill(~pruned | hessian.dead, -torch.inf)
-    cost = (found.square() * spread).masked_fill(pruned, torch.inf)
-    shape = (-1, group or weight.shape[1])
+    is_pruned = pruned[:: tile[0], :: tile[1]]
+    gain = pooled(gradient.square() / spread, tile).masked_fill(~is_pruned, -torch.inf)
+    cost = pooled(found.square() * spread, tile).masked_fill(is_pruned, torch.inf)
+    shape = (-1, group or gain.shape[1])
     best_gain, incoming = gain.view(shape).sort(dim=1, descending=True, stable=True)
     least_cost, outgoing = cost.view(shape).sort(dim=1, stable=True)
     wins = best_gain - least_cost
@@ -162,10 +168,11 @@ def swapped(weight: Tensor, hessian: Hessian, pruned: Tensor, found: Tensor, gro
     count = (count > 0).long() if group else -(-count // 4)
     chosen = torch.arange(wins.shape[1], device=wins.device) < count[:, None]
     rows = torch.arange(wins.shape[0], device=wins.device)[:, None].expand_as(chosen)
-    mask = pruned.reshape(shape).clone()
+    mask = is_pruned.reshape(shape).clone()
     mask[rows[chosen], incoming[chosen]] = False
     mask[rows[chosen], outgoing[chosen]] = True
-    mask = mask.view(pruned.shape)
+    mask = spread_out(mask.view(is_pruned.shape), tile)
     solution = joint(weight, hessian, mask, found, ROUGHLY)
-    better = quadratic_loss(weight - solution, hessian) < quadratic_loss(weight - found, hessian)
+    before, after = (quadratic_loss(weight - was, hessian).view(-1, tile[0]).sum(1) for was in (found, solution))
+    better = (after < before).repeat_interleave(tile[0])
     return torch.where(better[:, None], solution, found), torch.where(better[:, None], mask, pruned)

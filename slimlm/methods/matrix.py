@@ -4,6 +4,7 @@ Linears that read the same input (query, key and value; gate and up) share its G
 it, and are pruned as one tall matrix: their rows do not know of each other. How many weights go is settled per matrix.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,8 +14,18 @@ from torch import Tensor
 
 from slimlm.errors import RunFailure, UserError
 from slimlm.linalg.hessian import DAMPING, Hessian, SingularCurvature, hessian, with_gradients
-from slimlm.linalg.masks import smallest, smallest_per_group, smallest_per_row, spread
-from slimlm.linalg.obs import ROUGHLY, Inverse, cheapest_first, greedy_order, joint, left_to_right, summed, swapped
+from slimlm.linalg.masks import pooled, smallest, smallest_per_group, smallest_per_row, spread, spread_out
+from slimlm.linalg.obs import (
+    ROUGHLY,
+    Inverse,
+    Tile,
+    cheapest_first,
+    greedy_order,
+    joint,
+    left_to_right,
+    summed,
+    swapped,
+)
 from slimlm.methods.fisher import TokenGradients
 from slimlm.recipe import CurvatureName, MaskName, Recipe, UpdateName
 
@@ -68,6 +79,8 @@ def combined(choice: Choice, recipe: Recipe) -> Choice:
             raise UserError(f"{kind} {value} needs a curvature of {' or '.join(NEEDS[value])}, not {choice.curvature}")
     if choice.curvature == "gram+fisher" and recipe.fisher_unit == "sequence":
         raise UserError("curvature gram+fisher puts gradients of tokens beside the Gram, not of sequences")
+    if choice.mask == "greedy" and recipe.tile:
+        raise UserError(f"mask greedy takes weights one by one, not tiles of {recipe.pattern}")
     if choice.swaps and choice.update != "joint":
         raise UserError(f"swaps refine the mask of update joint, not of {choice.update}")
     return choice
@@ -75,22 +88,31 @@ def combined(choice: Choice, recipe: Recipe) -> Choice:
 
 @dataclass(frozen=True)
 class Pattern:
-    """How much goes: of each matrix its count of weights; or all but `keep` of every `group` neighbours in a row."""
+    """How much goes: of each matrix its count of weights; or all but `keep` of every `group` neighbours in a row.
+
+    tile: rows and columns of what goes or stays as one; counts are then of whole tiles' weights.
+    """
 
     counts: tuple[int, ...]
     keep: int = 0
     group: int = 0
+    tile: Tile = (1, 1)
+
+    def smallest(self, scores: Tensor, count: int) -> Tensor:
+        """Mask of `count` weights, or as many as whole tiles come to, with the smallest scores: [out, in]."""
+        return spread_out(smallest(pooled(scores, self.tile), count // math.prod(self.tile)), self.tile)
 
 
 @dataclass(frozen=True)
 class Task:
     """What a run prunes by. pattern: of matrices, by their full names. gradients: of a block's linears, where the
-    choice looks at gradients."""
+    choice looks at gradients. reorders: whether neurons are to be gathered first."""
 
     choice: Choice
     pattern: Callable[[list[str]], Pattern]
     dtype: str = "auto"  # to write in
     gradients: Callable[[int], Mapping[str, TokenGradients]] = lambda index: {}
+    reorders: bool = False
 
 
 def prune_tall(
@@ -116,7 +138,8 @@ def _prune_tall(
     if choice.mask == "columns":
         assert isinstance(curvature, Hessian)
         choose = partial(_in_columns, rows=rows, pattern=pattern, inputs=weight.shape[1])
-        found, pruned = left_to_right(weight, curvature, choose, pattern.group or COLUMNS)
+        columns = pattern.group or pattern.tile[1] * max(1, COLUMNS // pattern.tile[1])
+        found, pruned = left_to_right(weight, curvature, choose, columns)
     elif choice.mask == "greedy":
         assert isinstance(curvature, Hessian)
         found, pruned = weight, _greedily(weight, rows, pattern, curvature)
@@ -153,22 +176,21 @@ def _updated(
                 weight, curvature, lambda scores, start: pruned[:, start : start + scores.shape[1]]
             )
         return found, pruned
-    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    step = max(1, CHUNK_ELEMENTS // (weight.shape[1] * pattern.tile[0])) * pattern.tile[0]
     parts = [slice(start, start + step) for start in range(0, len(weight), step)]
     solved = [
-        _solved(weight[rows], curvature.rows(rows), pruned[rows], found[rows], choice.swaps, pattern.group)
-        for rows in parts
+        _solved(weight[rows], curvature.rows(rows), pruned[rows], found[rows], choice.swaps, pattern) for rows in parts
     ]
     return torch.cat([part for part, _ in solved]), torch.cat([mask for _, mask in solved])
 
 
 def _solved(
-    weight: Tensor, curvature: Hessian, pruned: Tensor, found: Tensor, swaps: int, group: int
+    weight: Tensor, curvature: Hessian, pruned: Tensor, found: Tensor, swaps: int, pattern: Pattern
 ) -> tuple[Tensor, Tensor]:
     """The joint update of some rows, their mask refined before it."""
     for _ in range(swaps):
         found = joint(weight, curvature, pruned, found, ROUGHLY)
-        found, pruned = swapped(weight, curvature, pruned, found, group)
+        found, pruned = swapped(weight, curvature, pruned, found, pattern.group, pattern.tile)
     return joint(weight, curvature, pruned, found), pruned
 
 
@@ -190,8 +212,9 @@ def _by_scores(scores: Tensor, rows: Sequence[int], pattern: Pattern, choice: Ch
         return smallest_per_group(scores, pattern.keep, pattern.group)
     masks = []
     for part, count in zip(scores.split(list(rows)), pattern.counts, strict=True):
-        per_row = choice.mask == "wanda"  # rows differ in scale for no reason of their own once inputs are weighed
-        masks.append(smallest_per_row(part, spread(count, part.shape[0])) if per_row else smallest(part, count))
+        # Rows differ in scale for no reason of their own once inputs are weighed.
+        per_row = choice.mask == "wanda" and pattern.tile == (1, 1)
+        masks.append(smallest_per_row(part, spread(count, part.shape[0])) if per_row else pattern.smallest(part, count))
     return torch.cat(masks)
 
 
@@ -199,9 +222,10 @@ def _in_columns(scores: Tensor, start: int, rows: Sequence[int], pattern: Patter
     """What to prune of some columns: each matrix its share of what it loses in all, to whole weights in the end."""
     if pattern.group:
         return smallest_per_group(scores, pattern.keep, pattern.group)
-    stop, masks = start + scores.shape[1], []
+    stop, masks, area = start + scores.shape[1], [], math.prod(pattern.tile)
     for part, count in zip(scores.split(list(rows)), pattern.counts, strict=True):
-        masks.append(smallest(part, count * stop // inputs - count * start // inputs))
+        before, after = (count // area * place // inputs * area for place in (start, stop))
+        masks.append(pattern.smallest(part, after - before))
     return torch.cat(masks)
 
 

@@ -7,6 +7,7 @@ numbers: the checkpoint keeps its size, and stock kernels their speed.
 
 import copy
 import logging
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import RunFailure, UserError
 from slimlm.methods.allocation import allocate
 from slimlm.methods.fisher import gather_gradients, gradient_names, gradient_windows, gradients_of, row_fisher
+from slimlm.methods.gather import gathered
 from slimlm.methods.gradients import sweep_windows
 from slimlm.methods.inputs import input_statistics
 from slimlm.methods.matrix import FISHERS, Choice, Pattern, Task, combined
@@ -28,6 +30,7 @@ from slimlm.methods.plan import Method, Outcome, Plan, require_declared
 from slimlm.methods.prune_block import by_kind, prune_by_magnitude, prune_seen, prune_together
 from slimlm.methods.repair import prune_and_repair, refits_head
 from slimlm.methods.rotation import unchanged
+from slimlm.methods.widths import Layout
 from slimlm.modeling import own_files
 from slimlm.recipe import Allocation, Recipe
 from slimlm.stream import Stream
@@ -92,8 +95,7 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in _tied(model)}
     require_declared(model, "prune")
     for name, shape in model.matrices.items():
-        if recipe.pattern and shape[1] % recipe.pattern_sizes[1]:
-            raise UserError(f"{name} has {shape[1]} inputs, which pattern {recipe.pattern} does not divide")
+        _require_room(name, shape, recipe)
     tensors = {
         name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, recipe.dtype))
         for name, tensor in checkpoint_tensors(model.model, named).items()
@@ -103,6 +105,14 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
     files = own_files(config)  # of a checkpoint that slicing made
     return Plan(config, tensors, parameters, recipe, model.model, files=files)
+
+
+def _require_room(name: str, shape: torch.Size, recipe: Recipe) -> None:
+    """Raises UserError for a matrix [out, in] that the pattern does not divide."""
+    out, inputs = recipe.tile or (1, recipe.pattern_sizes[1] or 1)
+    for size, of, kind in ((shape[0], out, "outputs"), (shape[1], inputs, "inputs")):
+        if size % of:
+            raise UserError(f"{name} has {size} {kind}, which pattern {recipe.pattern} does not divide")
 
 
 def _tied(model: StreamedModel) -> set[str]:
@@ -125,8 +135,10 @@ def run_prune(
     counts = allocate(model, recipe, choice, work, batches, partial(_dense_norms, model, {}, batches, work))
     work.clear_scratch()
     task = Task(choice, partial(_pattern, counts, recipe), recipe.dtype)
-    if "fisher" in choice.curvature:
+    if "fisher" in choice.curvature:  # which knows neurons by their places
         task = replace(task, gradients=partial(gradients_of, model, work))
+    else:
+        task = replace(task, reorders=recipe.tile is not None and recipe.reorder)
     notes: dict[str, Any] = {} if recipe.allocation == "uniform" else {"allocation": _shares(model, counts)}
     if choice.curvature in ("none", *FISHERS):
         notes |= _prune_apart(model, recipe, task, work)
@@ -163,10 +175,13 @@ def _prune_apart(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -
     """Without data, or with gradients of the dense model, blocks do not depend on one another: finished ones are left
     out."""
     work.progress.stage("pruning", len(model.blocks))
+    layout = Layout(model)
     for index in range(len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
         if not work.written(part):
             with model.block(index) as block:
+                if task.reorders:
+                    _reorder(layout, index)
                 if task.choice.curvature == "none":
                     for names in model.anatomy[index].inputs:
                         prune_together(block, part, names, task, None)
@@ -176,6 +191,12 @@ def _prune_apart(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -
         work.progress.step()
         work.progress.done("pruned", part, time.perf_counter() - start)
     return _without_gradients(model, task, work)
+
+
+def _reorder(layout: Layout, index: int, stream: Stream | None = None) -> None:
+    weights = layout.model.weights(index)
+    for name, tensor in gathered(layout, index, stream).items():
+        weights[name].copy_(tensor)
 
 
 def _prune_by_gradients(model: StreamedModel, index: int, block: nn.Module, recipe: Recipe, task: Task) -> None:
@@ -207,10 +228,12 @@ def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work:
     work.progress.stage("pruning", len(model.blocks))
     streams, state, first = work.start_streams("calibration", {"pruned": (model, batches)}, work.leading(model))
     work.progress.step(first)
-    figures = as_figures(state)
+    figures, layout = as_figures(state), Layout(model)
     for index in range(first, len(model.blocks)):
         start, part = time.perf_counter(), model.family.block(index)
         with model.block(index):
+            if task.reorders:
+                _reorder(layout, index, streams["pruned"])
             prune_seen(model, index, streams["pruned"], model.anatomy[index].inputs, task, figures)
             work.pass_on(model, index, streams["pruned"], task.dtype)
         work.save_streams("calibration", index, streams, as_state(figures))
@@ -222,6 +245,9 @@ def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work:
 def _pattern(counts: dict[str, int], recipe: Recipe, names: list[str]) -> Pattern:
     """How much goes of matrices, by their full names."""
     of = tuple(counts[name] for name in names)
+    if recipe.tile:
+        area = math.prod(recipe.tile)
+        return Pattern(tuple(round(count / area) * area for count in of), tile=recipe.tile)
     return Pattern(of, *recipe.pattern_sizes) if recipe.pattern else Pattern(of)
 
 

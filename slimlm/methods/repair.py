@@ -23,6 +23,7 @@ from slimlm.linalg.hessian import DAMPING, quadratic_loss
 from slimlm.linalg.ridge import Fit, Regression, ridge
 from slimlm.linalg.softmax import RATE
 from slimlm.methods.fisher import TokenGradients
+from slimlm.methods.gather import gathered
 from slimlm.methods.head import fits_head, head_notes, refit_head
 from slimlm.methods.matrix import Task, curvature_of, prune_tall
 from slimlm.methods.prune_block import by_kind, prune_seen
@@ -94,7 +95,10 @@ def _prune_block(pair: Pair, index: int, task: Task) -> Tensors:
         pair.fits[f"{index}.{name}"] = fit.strength
         _prune_together(pair, index, (name,), fit, data, task, gradients, tensors)
 
-    return pair.through_block(index, dict, readers, writer)
+    def begin(dense: Tensors) -> Tensors:
+        return dense | (gathered(pair.layout, index, pair.streams["dense"]) if task.reorders else {})
+
+    return pair.through_block(index, begin, readers, writer)
 
 
 def _prune_experts(pair: Pair, index: int, experts: Experts, task: Task, tensors: Tensors) -> None:

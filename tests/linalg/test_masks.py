@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimlm.linalg import masks
-from slimlm.linalg.masks import smallest, smallest_per_group, smallest_per_row, spread
+from slimlm.linalg.masks import pooled, smallest, smallest_per_group, smallest_per_row, spread, spread_out
 
 scores = st.lists(st.integers(0, 5), min_size=1, max_size=60).map(lambda values: torch.tensor(values).float())
 
@@ -58,3 +58,20 @@ def test_chunks_do_not_change_the_mask(monkeypatch):
     whole = smallest_per_row(values, counts)
     monkeypatch.setattr(masks, "CHUNK_ELEMENTS", 24)
     assert torch.equal(smallest_per_row(values, counts), whole)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_a_tile_is_the_sum_of_what_is_in_it_and_stands_for_all_of_it(down: int, across: int, rows: int, columns: int):
+    values = torch.arange(down * rows * across * columns).float().view(down * rows, across * columns)
+    tiles = pooled(values, (rows, columns))
+    assert tiles.shape == (down, across)
+    for i in range(down):
+        for j in range(across):
+            inside = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            assert tiles[i, j] == values[inside].sum()
+            assert (spread_out(tiles, (rows, columns))[inside] == tiles[i, j]).all()
+
+
+def test_what_is_not_whole_tiles_is_refused():
+    with pytest.raises(ValueError, match="not whole tiles of 2x3"):
+        pooled(torch.ones(4, 4), (2, 3))

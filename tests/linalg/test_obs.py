@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from slimlm.linalg.fisher import token_inverse
 from slimlm.linalg.hessian import Hessian, SingularCurvature, quadratic_loss, with_gradients
 from slimlm.linalg.hessian import hessian as hessian_in_place
-from slimlm.linalg.masks import smallest, smallest_per_group
+from slimlm.linalg.masks import pooled, smallest, smallest_per_group, spread_out
 from slimlm.linalg.obs import cheapest_first, greedy_order, joint, left_to_right, summed, swapped
 
 
@@ -191,6 +191,25 @@ def test_swaps_keep_every_count_and_never_lose(seed: int, group: int):
     assert not better[mask].any()
     now, was = (quadratic_loss(weights - weight, curvature) for weights in (better, found))
     assert (now <= was).all()
+
+
+def test_swaps_of_tiles_keep_them_whole_and_no_row_of_them_gets_worse():
+    weight, gram = problem(outputs=12)
+    curvature, tile = hessian(gram), (3, 4)
+    mask = spread_out(smallest(-pooled(weight.square(), tile), 8), tile)
+    found = joint(weight, curvature, mask)
+    for _ in range(3):
+        better, swap = swapped(weight, curvature, mask, found, tile=tile)
+        assert torch.equal(swap, spread_out(swap[::3, ::4], tile))
+        assert torch.equal(swap.sum(1), mask.sum(1))
+        assert not better[swap].any()
+        was, now = (quadratic_loss(w - weight, curvature).view(-1, 3).sum(1) for w in (found, better))
+        assert (now <= was).all()
+        found, mask = better, swap
+    first = quadratic_loss(
+        joint(weight, curvature, spread_out(smallest(-pooled(weight.square(), tile), 8), tile)) - weight, curvature
+    ).sum()
+    assert quadratic_loss(found - weight, curvature).sum() < 0.8 * first
 
 
 def test_swaps_find_what_a_poor_mask_missed():

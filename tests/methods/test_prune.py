@@ -18,13 +18,17 @@ from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
 from slimlm.linalg.hessian import SingularCurvature, hessian, with_gradients
+from slimlm.linalg.masks import pooled
 from slimlm.methods.fisher import TokenGradients, gather_gradients, gradients_of, row_fisher
+from slimlm.methods.gather import gathered
 from slimlm.methods.matrix import Choice, Pattern, prune_tall
+from slimlm.methods.widths import Layout
 from slimlm.prepare import open_model
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe, make_recipe
 from slimlm.work import Work
-from tests.conftest import CONFIGS, build_tiny
+from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
+from tests.families.configs import family_config
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -248,6 +252,52 @@ def die_after_record(patch: pytest.MonkeyPatch, number: int) -> None:
     patch.setattr(Journal, "commit", dying)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "slimlm", "mfac"])
+def test_tiles_go_or_stay_as_a_whole(tmp_path: Path, text: Path, method: str):
+    path = build_tiny(CONFIGS["llama-biased"], tmp_path / "model")
+    recipe = recipe_for(path, text, tmp_path / "out", method=method, sparsity=0.4, pattern="4x8")
+    compress(recipe)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        if name.endswith(".weight") and name.split(".")[-2] in LINEAR:
+            zeros = pooled((tensor == 0).float(), (4, 8))
+            assert set(zeros.unique().tolist()) == {0, 32}, name
+            assert int((zeros == 32).sum()) == round(0.4 * zeros.numel())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "phi3", "gpt2", "opt", "bloom", "qwen3_moe"])
+def test_neurons_in_another_order_compute_the_same(tmp_path: Path, name: str):
+    path = build_tiny(CONFIGS[name] if name in CONFIGS else family_config(name), tmp_path / "model")
+    model, tokens = stream(path), random_tokens(3, 16)
+    layout, hidden = Layout(model), model.embed([tokens])
+    with model.block(0):
+        before = model.run(0, hidden.hidden[0], hidden.calls[0][0])
+        moved = {name: tensor.clone() for name, tensor in gathered(layout, 0, hidden).items()}
+        with model.placed(model.family.block(0), moved):
+            after = model.run(0, hidden.hidden[0], hidden.calls[0][0])
+        weights = model.weights(0)
+        changed = {name for name, tensor in moved.items() if not torch.equal(tensor, weights[name])}
+    assert torch.allclose(before, after, atol=1e-5)
+    assert changed == moved.keys()
+    assert bool(moved) == (model.family.mlp is not None)
+
+
+def test_neurons_are_ordered_by_their_energy_unless_that_is_turned_off(tmp_path: Path, text: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    compress(recipe_for(path, text, tmp_path / "out", method="magnitude", sparsity=0.5, pattern="4x4", reorder=False))
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    dense = load_file(path / "model.safetensors")
+    for name, tensor in kept.items():
+        assert torch.equal(tensor[tensor != 0], dense[name][tensor != 0]), name
+    compress(recipe_for(path, text, tmp_path / "ordered", method="magnitude", sparsity=0.5, pattern="4x4"))
+    ordered = load_file(tmp_path / "ordered" / "model.safetensors")
+    down, name = ordered["model.layers.0.mlp.down_proj.weight"], "model.layers.0.mlp.down_proj.weight"
+    mlp = [dense[f"model.layers.0.mlp.{linear}.weight"].square() for linear in ("gate_proj", "up_proj")]
+    energy = sum(part.sum(1) / part.mean() for part in mlp) + dense[name].square().sum(0) / dense[name].square().mean()
+    order = energy.argsort(descending=True)
+    assert torch.equal(down[down != 0], dense[name][:, order][down != 0])
+
+
 def test_bad_patterns_are_refused_by_name(tmp_path: Path, text: Path):
     config = copy.deepcopy(CONFIGS["mistral"])
     config.intermediate_size = 50
@@ -258,6 +308,10 @@ def test_bad_patterns_are_refused_by_name(tmp_path: Path, text: Path):
         compress(recipe_for(path, text, tmp_path / "out", method="magnitude", round_to=8))
     with pytest.raises(UserError, match="slice removes whole directions"):
         compress(recipe_for(path, text, tmp_path / "out", method="slice", pattern="2:4"))
+    with pytest.raises(UserError, match="50 outputs, which pattern 4x2 does not divide"):
+        compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="4x2", sparsity=0.5))
+    with pytest.raises(UserError, match="'sparsity' is not given"):
+        recipe_for(path, text, tmp_path / "out", method="wanda", pattern="4x2")
     for pattern, message in [("4:2", "N must be smaller"), ("0:4", "pattern"), ("x", "pattern"), ("2:", "pattern")]:
         with pytest.raises(UserError, match=message):
             recipe_for(path, text, tmp_path / "out", method="wanda", pattern=pattern)
@@ -369,6 +423,10 @@ def test_token_gradients_are_autograds(tmp_path: Path, text: Path):
         ({"method": "magnitude", "update": "joint"}, "update joint needs a curvature of gram"),
         ({"method": "sparsegpt", "swaps": 2}, "swaps refine the mask of update joint, not of left-to-right"),
         ({"method": "mfac", "mask": "wanda"}, "mask wanda needs a curvature of diagonal"),
+        (
+            {"method": "obc", "pattern": "4x4", "sparsity": 0.5},
+            "mask greedy takes weights one by one, not tiles of 4x4",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said(tmp_path: Path, text: Path, settings: dict, message: str):
