@@ -94,6 +94,7 @@ class Spilled:
         if index == 0:
             self._hash = hashlib.sha256()
             self._next = []
+            self.dtype = tensor.dtype
         self._next.append(tuple(tensor.shape))
         self._write(self.files[1 - self.side], self._offset(index, self._next), tensor)
 

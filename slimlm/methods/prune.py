@@ -61,7 +61,7 @@ def pruning(
         return recipe.refit and repairs and settled(recipe)[1].update == "joint"
 
     def scratch(recipe: Recipe, model: StreamedModel) -> int:
-        streams = 2 * recipe.num_calibration_samples if repairing(recipe) else 0
+        streams = 3 * recipe.num_calibration_samples if repairing(recipe) else 0
         if not needs_gradients(*settled(recipe)):
             return streams
         return max(streams, sweep_windows(recipe, model)) + gradient_windows(recipe, model)

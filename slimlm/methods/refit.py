@@ -22,6 +22,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from slimlm.activations import HiddenStates
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.errors import RunFailure
 from slimlm.families import Axis, Norm, family_of
@@ -42,13 +43,17 @@ FitWriter = Callable[[str, Callable[[int], Tensor], Tensors], None]
 
 @dataclass
 class Pair:
-    """The dense model and the compressed one, their streams over the same windows. basis: [hidden, width], fp32."""
+    """The dense model and the compressed one, their streams over the same windows. basis: [hidden, width], fp32.
+
+    between: for the dense stream behind a writer, which the next norm in the block reads.
+    """
 
     layout: Layout
     widths: Widths
     small: StreamedModel
     basis: Tensor
     streams: dict[str, Stream]
+    between: HiddenStates
     dtype: str = "auto"  # to write in; as the compressed model has its weights
     fits: dict[str, float] = field(default_factory=dict)  # strength of the ridge, by linear or norm
 
@@ -97,7 +102,11 @@ class Pair:
         return self.dense.inputs(block, self.streams["dense"], number, [f"{name}>"])[f"{name}>"]
 
     def _behind(self, block: int, name: str, number: int) -> Tensor:
-        return self.dense.before(block, self.streams["dense"], number, [*self._earlier(block, name), name])[0]
+        hidden = self.dense.before(block, self.streams["dense"], number, [*self._earlier(block, name), name])[0]
+        self.between.replace(number, hidden)
+        if number == len(self.held) - 1:
+            self.between.turn()
+        return hidden
 
     def _earlier(self, block: int, name: str) -> list[str]:
         """Writers of a dense block that add to the stream before another does."""
@@ -118,16 +127,28 @@ class Pair:
                 break
         return {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] not in later}
 
+    def _is_between(self, block: int, norm: Norm) -> bool:
+        """Whether a norm reads the dense stream that the last fit of a writer left in `between`."""
+        anatomy = self.dense.anatomy[block]
+        place = anatomy.norms.index(norm)
+        earlier = anatomy.norms[place - 1].writers if place and norm.name and not anatomy.parallel else ()
+        return bool(earlier) and earlier[-1] not in anatomy.matched
+
     def reader_data(self, block: int, place: int, norm: Norm, tensors: Tensors) -> Regression:
         """What readers of a norm see in the compressed block of `tensors`, and saw in the dense one."""
         hidden, width = self.basis.shape
         data = Regression.of(width, hidden, self.dense.device)
         seen = f"{norm.name}>" if norm.name else norm.readers[0]
+        between = self.between if self._is_between(block, norm) else None
+        gain = self.dense.blocks[block].get_submodule(norm.name)
         with self.small.placed(self.small.family.block(place), self._until(block, seen, tensors)):
             for number, held in enumerate(self.held):
-                dense = self.dense.inputs(block, self.streams["dense"], number, [seen])
+                if between is not None:
+                    dense = gain(between[number])
+                else:
+                    dense = self.dense.inputs(block, self.streams["dense"], number, [seen])[seen]
                 small = self.small.inputs(place, self.streams["small"], number, [seen])
-                data.add(small[seen], dense[seen], held)
+                data.add(small[seen], dense, held)
         return data
 
     def writer_data(
@@ -181,7 +202,7 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
 
     whole = len(list(takewhile(is_whole, blocks)))
     streams, state, first = work.start_streams("refit", {"dense": (model, batches), "small": (small, batches)}, whole)
-    pair = Pair(layout, widths, small, basis.to(model.device), streams)
+    pair = Pair(layout, widths, small, basis.to(model.device), streams, work.scratch("between", model.device))
     pair.fits |= as_figures(state)
     work.progress.stage("refitting", len(blocks))
     work.progress.step(first)

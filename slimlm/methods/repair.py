@@ -48,7 +48,7 @@ def prune_and_repair(
     work.progress.stage("pruning", len(model.blocks))
     starts = {"dense": (model, batches), "small": (small, batches)}
     streams, state, first = work.start_streams("pruned", starts, work.leading(model))
-    pair = Pair(layout, layout.dense, small, eye, streams, recipe.dtype)
+    pair = Pair(layout, layout.dense, small, eye, streams, work.scratch("between", model.device), recipe.dtype)
     pair.fits |= as_figures(state)
     work.progress.step(first)
     for index in range(first, len(model.blocks)):

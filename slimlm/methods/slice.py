@@ -153,8 +153,8 @@ def _basis(layout: Layout, splits: list[Widths], recipe: Recipe, batches: list[T
 
 
 def _scratch(recipe: Recipe, model: StreamedModel) -> int:
-    """Windows on disk at once: two streams in the refit, or every block's input for the gradients, or all cuts."""
-    refit = 2 * recipe.num_calibration_samples if recipe.refit else 0
+    """Windows on disk at once: three streams in the refit, or every block's input for the gradients, or all cuts."""
+    refit = 3 * recipe.num_calibration_samples if recipe.refit else 0
     gradients = sweep_windows(recipe, model)
     cuts = WINDOWS * CUTS
     return max(refit, gradients if recipe.weighting == "loss" else 0, cuts)
