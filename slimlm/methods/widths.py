@@ -109,9 +109,14 @@ class Layout:
         return [rows * count // sum(counts) for count in counts]
 
     def carrier(self, widths: Widths) -> Carrier | None:
-        """The class for these widths, where the model's own will not do: heads and stream no longer fit together."""
+        """The class for these widths, where the model's own will not do: heads and stream no longer fit together.
+
+        They do where as large a share of the heads goes as of the stream.
+        """
         dense = self.dense
-        return None if (widths.hidden, widths.groups) == (dense.hidden, dense.groups) else self.model.family.carrier
+        in_proportion = widths.hidden * dense.groups == dense.hidden * widths.groups
+        fits = in_proportion if dense.groups else widths.hidden == dense.hidden
+        return None if fits else self.model.family.carrier
 
     def zeros(self, widths: Widths) -> tuple[str, ...]:
         """Biases of a block that only the carrier has."""

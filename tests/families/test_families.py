@@ -337,6 +337,21 @@ def test_a_width_that_the_configs_class_refuses_is_not_tried(tinies: Path, tmp_p
     assert {split.hidden for split in candidates(Layout(model), Recipe(model="x", sparsity=0.02))} == {32}
 
 
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox sequential", "qwen2"])
+def test_heads_cut_in_proportion_to_the_stream_need_no_other_class(tinies: Path, tmp_path: Path, name: str):
+    layout = Layout(stream(tinies / name))
+    widths = f"hidden=16,groups={layout.dense.groups // 2}"
+    path = run(layout.model, plan_slice, run_slice, Recipe(model="x", widths=widths), [random_tokens(10, 24)],
+               tmp_path, tinies / name)  # fmt: skip
+    config = json.loads((path / "config.json").read_text())
+    assert config["model_type"] == name.partition(" ")[0]
+    assert "auto_map" not in config
+    tokens = random_tokens(2, 16, seed=3)
+    assert torch.equal(walked_logits(stream(path), [tokens])[0], logits_of(path, tokens))
+    other = layout.config(replace(layout.dense, hidden=16))
+    assert other.model_type == {"gpt_neox": "narrow_gpt_neox", "qwen2": "llama"}[name.partition(" ")[0]]
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gpt2", "opt tied", "granite"])
 def test_parameters_are_counted_as_they_will_be(tinies: Path, name: str):
     layout = Layout(stream(tinies / name))
