@@ -146,7 +146,7 @@ FALCON = Family(
     centred=True,
     tuples=True,
     mlp=Axis(("ffn_hidden_size",), rows=UP, columns=DOWN),
-    why_not=TIED_TO_WIDTH,
+    carrier=Carrier("narrow_falcon", stock=False),
     variants=(
         ({"new_decoder_architecture": False, "parallel_attn": False}, {"norms": TWO_NORMS, "parallel": False}),
         ({"new_decoder_architecture": False}, {"norms": ONE_NORM}),
@@ -179,6 +179,7 @@ NARROW = (
     replace(GPT2, model_type="narrow_gpt2", carrier=None),
     replace(GPT_NEOX, model_type="narrow_gpt_neox", carrier=None),
     replace(STABLELM, model_type="narrow_stablelm", carrier=None),
+    replace(FALCON, model_type="narrow_falcon", carrier=None),
 )
 _SLICED: dict[str, Any] = {
     "mlp": None,

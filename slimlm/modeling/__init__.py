@@ -14,6 +14,7 @@ OWN_CLASSES: dict[type[PretrainedConfig], type[PreTrainedModel]] = {
     modeling_narrow.NarrowGPT2Config: modeling_narrow.NarrowGPT2LMHeadModel,
     modeling_narrow.NarrowGPTNeoXConfig: modeling_narrow.NarrowGPTNeoXForCausalLM,
     modeling_narrow.NarrowStableLmConfig: modeling_narrow.NarrowStableLmForCausalLM,
+    modeling_narrow.NarrowFalconConfig: modeling_narrow.NarrowFalconForCausalLM,
 }
 
 for _config, _model in OWN_CLASSES.items():

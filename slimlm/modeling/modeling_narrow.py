@@ -1,14 +1,17 @@
-"""OPT, GPT-2, GPT-NeoX and StableLM whose residual stream is narrower than their heads together.
+"""OPT, GPT-2, GPT-NeoX, StableLM and Falcon whose residual stream is narrower than their heads together.
 
 The stock classes derive the size of a head from hidden_size; these have it as `head_dim`, and are otherwise the stock
 ones. Self-contained: this file travels with the checkpoint and needs transformers only.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -48,6 +51,11 @@ class NarrowStableLmConfig(StableLmConfig):
     head_dim: int = 64
 
 
+class NarrowFalconConfig(FalconConfig):
+    model_type = "narrow_falcon"
+    head_dim: int = 64
+
+
 @contextmanager
 def _one_head(config: PretrainedConfig) -> Iterator[tuple[int, int]]:
     """Inside, the stock classes find heads that divide hidden_size; the real numbers of heads and key/value heads."""
@@ -64,7 +72,7 @@ def _one_head(config: PretrainedConfig) -> Iterator[tuple[int, int]]:
 
 
 def _linear(like: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=like.bias is not None)
+    return type(like)(inputs, outputs, bias=like.bias is not None)
 
 
 class NarrowOPTForCausalLM(OPTForCausalLM):
@@ -133,3 +141,23 @@ class NarrowStableLmForCausalLM(StableLmForCausalLM):
                 like = getattr(attention, name)
                 setattr(attention, name, _linear(like, config.hidden_size, count * config.head_dim))
             attention.o_proj = _linear(attention.o_proj, heads * config.head_dim, config.hidden_size)
+
+
+class NarrowFalconForCausalLM(FalconForCausalLM):
+    config_class = NarrowFalconConfig
+
+    def __init__(self, config: NarrowFalconConfig) -> None:
+        with _one_head(config) as (heads, _):
+            super().__init__(config)
+        width = heads * config.head_dim
+        self.transformer.num_heads = heads
+        if config.alibi:  # divides by the square root of a head's size, which it derives from these
+            self.transformer.config = copy.copy(config)
+            self.transformer.config.hidden_size = width
+        for layer in self.transformer.h:
+            attention = layer.self_attention
+            attention.num_heads, attention.head_dim, attention.split_size = heads, config.head_dim, width
+            attention.beta = attention.inv_norm_factor = config.head_dim**-0.5
+            outputs = width + 2 * attention.num_kv_heads * config.head_dim
+            attention.query_key_value = _linear(attention.query_key_value, config.hidden_size, outputs)
+            attention.dense = _linear(attention.dense, width, config.hidden_size)

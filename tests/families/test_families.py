@@ -352,7 +352,7 @@ def test_heads_cut_in_proportion_to_the_stream_need_no_other_class(tinies: Path,
     assert other.model_type == {"gpt_neox": "narrow_gpt_neox", "qwen2": "llama"}[name.partition(" ")[0]]
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gpt2", "opt tied", "granite"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gpt2", "opt tied", "granite", "falcon"])
 def test_parameters_are_counted_as_they_will_be(tinies: Path, name: str):
     layout = Layout(stream(tinies / name))
     dense, tied = layout.dense, layout.model.head_is_tied
@@ -398,8 +398,8 @@ def test_a_run_that_keeps_the_stream_goes_on_where_it_died(tinies: Path, tmp_pat
 def test_a_stream_that_cannot_be_rotated_keeps_its_width_and_the_reason_is_told(tinies: Path):
     with pytest.raises(UserError, match="'gemma2' cannot be rotated: its norms on what blocks write"):
         plan_rotate(stream(tinies / "gemma2"), Recipe(model="x", method="rotate"))
-    with pytest.raises(UserError, match="hidden_size stays 32, as 'falcon' cannot be rotated"):
-        plan_slice(stream(tinies / "falcon"), Recipe(model="x", widths="hidden=24"))
+    with pytest.raises(UserError, match="hidden_size stays 32, as 'olmo2' cannot be rotated"):
+        plan_slice(stream(tinies / "olmo2"), Recipe(model="x", widths="hidden=24"))
 
 
 def test_the_table_of_the_docs_is_that_of_the_declarations():

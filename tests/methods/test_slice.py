@@ -234,7 +234,7 @@ def test_rotating_deletes_nothing(tiny_llama: Path):
         plan_rotate(stream(tiny_llama), Recipe(model="x", method="rotate", sparsity=0.5))
 
 
-@pytest.mark.parametrize("name", ["qwen3 tied", "gemma tied", "opt tied"])
+@pytest.mark.parametrize("name", ["qwen3 tied", "gemma tied", "opt tied", "falcon"])
 def test_a_tied_head_is_exact_with_the_final_gain_in_the_embedding(tmp_path: Path, name: str):
     """For any state of the stream that lies in the basis, and a bias of the norm, too."""
     config = family_config(name.replace("gemma tied", "gemma"))
