@@ -69,7 +69,7 @@ class Carrier:
 
     config: attributes it needs to. zeros: biases [hidden] inside a block that only it has. unless: attributes of the
     other's config that it has nothing for, when they are true. stock: whether transformers has it, or slimlm
-    (`modeling/`).
+    (`modeling/`). mlp: whether the other derives the width of its MLP from hidden_size.
     """
 
     model_type: str
@@ -77,6 +77,7 @@ class Carrier:
     zeros: tuple[str, ...] = ()
     unless: tuple[str, ...] = ()
     stock: bool = True
+    mlp: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Family:
 
     blocks: path of the ModuleList of blocks.
     embeddings: modules whose weight [*, hidden] is added into the residual stream before the first block, tokens first.
+    embedding_norm: a LayerNorm that the rows of the only embedding go through before they enter the residual stream. A
+    stream in another basis has it in the table, and its config `embedding_norm=False`.
     norms: the block's norms on the residual stream, in the order they run, each after what the one before it wrote.
     parallel: whether all of them see what enters the block instead, and all is added up at its end.
     centred: whether norms subtract the mean (LayerNorm). offset: what they add to the gain they store.
@@ -123,6 +126,7 @@ class Family:
     unpruned: tuple[str, ...] = ()
     matched: tuple[str, ...] = ()
     outer: tuple[str, ...] = ()
+    embedding_norm: str | None = None
     heads: str | None = None
     residual_scale: str | None = None
     logit_divisor: str | None = None
@@ -210,7 +214,7 @@ class Family:
             return self._role_in_block(inside.rpartition(".")[0], inside)
         if module in self.embeddings:
             return "embedding"
-        if module in self.outer:
+        if module in (*self.outer, self.embedding_norm):
             return "outer"
         return {self.final_norm: "final_norm", self.head: "head"}.get(module)  # type: ignore[return-value]
 

@@ -1,7 +1,7 @@
 """Blocks with LayerNorm, which subtracts the mean, and biases: sequential or parallel.
 
 Heads are no axis where the class splits its queries by the number of heads in its config: while a block is fitted it
-still has all of them.
+still has all of them. Nor are they with alibi, whose slopes go by that number.
 """
 
 from dataclasses import replace
@@ -37,7 +37,6 @@ PHI = Family(
     inner=("self_attn.q_layernorm", "self_attn.k_layernorm"),
     variants=(({"qk_layernorm": True}, {"groups": None, "why_not": QK_NORM}),),
 )
-TIED_TO_WIDTH = "its class derives the size of heads from hidden_size, so no stock checkpoint can have another"
 STABLELM_PARALLEL = {
     "norms": (Norm("input_layernorm", (*QKV, "mlp.gate_proj", "mlp.up_proj"), ("self_attn.o_proj", "mlp.down_proj")),),
     "parallel": True,
@@ -163,12 +162,13 @@ BLOOM = Family(
     norm_eps="layer_norm_epsilon",
     centred=True,
     tuples=True,
-    outer=("transformer.word_embeddings_layernorm",),
-    why_not=f"{TIED_TO_WIDTH}, and its MLP is four times as wide as the stream",
+    embedding_norm="transformer.word_embeddings_layernorm",
+    mlp=Axis(("ffn_dim",), rows=UP, columns=DOWN),
+    carrier=Carrier("narrow_bloom", stock=False, mlp=True),
     variants=(
         (
             {"apply_residual_connection_post_layernorm": True},
-            {"matched": ("self_attention.dense", "mlp.dense_4h_to_h")},
+            {"matched": DENSE + DOWN, "why_not": "what its blocks write is added to what their norms give"},
         ),
     ),
 )
@@ -180,6 +180,12 @@ NARROW = (
     replace(GPT_NEOX, model_type="narrow_gpt_neox", carrier=None),
     replace(STABLELM, model_type="narrow_stablelm", carrier=None),
     replace(FALCON, model_type="narrow_falcon", carrier=None),
+    replace(
+        BLOOM,
+        model_type="narrow_bloom",
+        carrier=None,
+        variants=(*BLOOM.variants, ({"embedding_norm": False}, {"embedding_norm": None})),
+    ),
 )
 _SLICED: dict[str, Any] = {
     "mlp": None,

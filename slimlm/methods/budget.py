@@ -72,7 +72,7 @@ def _narrower(layout: Layout, sparsity: float, granule: int) -> list[Widths]:
 
 def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
     dense = layout.dense
-    ties = (False, True) if layout.model.head_is_tied and not layout.is_even else (False,)
+    ties = (False, True) if layout.ties_rotated and not layout.is_even else (False,)
     target = (1 - sparsity) * parameter_count(layout.model.model)
     least = len(dense.blocks) if layout.model.family.numbered else max(1, math.ceil(len(dense.blocks) * (1 - sparsity)))
     for depth in range(len(dense.blocks), least - 1, -1):

@@ -7,13 +7,15 @@ unused direction carries the norm's bias: the new norm's bias is CONSTANT everyw
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from slimlm.families import Family
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
+from slimlm.methods.basis import norm_eps
 from slimlm.walk import StreamedModel
 from slimlm.work import Rows
 
@@ -109,7 +111,17 @@ def slice_embedding(model: StreamedModel, name: str, basis: Tensor, tied: bool =
     moved = _tied_map(model, basis) if tied and name == model.family.embeddings[0] else basis
     if model.family.scaled_by_width:
         moved = moved * math.sqrt(hidden / width)
-    yield weight, (rotate_embedding(rows.to(basis.device).float(), moved) for rows in model.chunks(weight))
+    entering = _entering(model, basis.device)
+    yield weight, (rotate_embedding(entering(rows.to(basis.device).float()), moved) for rows in model.chunks(weight))
+
+
+def _entering(model: StreamedModel, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What becomes of an embedding's rows [tokens, hidden] on their way into the stream."""
+    name = model.family.embedding_norm
+    if name is None:
+        return lambda rows: rows
+    norm, eps = _outer_norm(model, name, device), norm_eps(model)
+    return lambda rows: layer_norm(rows, rows.shape[-1:], norm.get("weight"), norm.get("bias"), eps)
 
 
 def head_map(model: StreamedModel, basis: Tensor) -> Tensor:
@@ -119,7 +131,11 @@ def head_map(model: StreamedModel, basis: Tensor) -> Tensor:
 
 def final_norm(model: StreamedModel, device: torch.device) -> dict[str, Tensor]:
     """The final norm's parameters, by name within it, fp32."""
-    names = {name: f"{model.family.final_norm}.{name}" for name in ("weight", "bias")}
+    return _outer_norm(model, model.family.final_norm, device)
+
+
+def _outer_norm(model: StreamedModel, norm: str, device: torch.device) -> dict[str, Tensor]:
+    names = {name: f"{norm}.{name}" for name in ("weight", "bias")}
     return {
         name: model.checkpoint_tensor(full).to(device).float() for name, full in names.items() if full in model.key_of
     }

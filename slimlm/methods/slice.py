@@ -66,6 +66,10 @@ def _by_hand(layout: Layout, recipe: Recipe) -> Widths:
     tied = given.pop("tied", 0) > 0
     if tied and not layout.model.head_is_tied:
         raise UserError("--widths tied=1: the model's head is not tied to its embedding")
+    if tied and not layout.ties_rotated:
+        raise UserError(
+            "--widths tied=1: the norm behind the embedding goes into its table, which the head cannot share"
+        )
     for name, width in given.items():
         full = len(dense.blocks) if name == "blocks" else dense.of(name)
         if not 0 < width <= full:
@@ -212,7 +216,7 @@ def _refit(
 ) -> dict[str, Any]:
     for name in layout.model.family.embeddings:
         _write_part(layout.model, work, name, slice_embedding(layout.model, name, basis, widths.tied))
-    _write_outer(layout.model, work)
+    _write_outer(layout, widths, work)
     pair = refit_blocks(layout, widths, plan, basis, batches, work)
     model, notes = layout.model, dict[str, Any]()
     if layout.keeps_tie(widths):
@@ -237,7 +241,7 @@ def rotate_model(layout: Layout, widths: Widths, basis: Tensor, work: Work) -> N
     for place, block in enumerate(widths.blocks):
         _write_part(model, work, model.family.block(place), _slice_block_of(layout, widths, block, place, basis))
         work.progress.step()
-    _write_outer(model, work)
+    _write_outer(layout, widths, work)
     tied = layout.keeps_tie(widths)
     tensors = write_tied_norm(model, basis) if tied else write_head(model, head_map(model, basis), basis)
     _write_part(model, work, model.family.head, tensors)
@@ -252,10 +256,12 @@ def _write_part(model: StreamedModel, work: Work, name: str, tensors: Iterator[t
         work.progress.done("sliced", name, time.perf_counter() - start)
 
 
-def _write_outer(model: StreamedModel, work: Work) -> None:
+def _write_outer(layout: Layout, widths: Widths, work: Work) -> None:
     """What is neither in a block nor touches the stream that moves."""
+    model, norm = layout.model, layout.model.family.embedding_norm
+    kept = model.family.outer if layout.folds(widths) else (*model.family.outer, norm)
     for name in model.outside:
-        if name in model.family.outer:
+        if name in kept:
             _write_part(model, work, name, unchanged(model, name))
 
 

@@ -75,7 +75,18 @@ class Layout:
 
         A rotated head has the final norm's gain in it, which the embedding has not; with `tied` it gets it.
         """
-        return self.model.head_is_tied and (self.stays(widths) or self.is_even or widths.tied)
+        if self.stays(widths):
+            return self.model.head_is_tied
+        return self.ties_rotated and (self.is_even or widths.tied)
+
+    @property
+    def ties_rotated(self) -> bool:
+        """Whether one table can serve a rotated stream and its head: not with a norm in it that the head has not."""
+        return self.model.head_is_tied and self.model.family.embedding_norm is None
+
+    def folds(self, widths: Widths) -> bool:
+        """Whether the embedding's norm goes into its table."""
+        return self.model.family.embedding_norm is not None and not self.stays(widths)
 
     @cached_property
     def is_even(self) -> bool:
@@ -93,7 +104,9 @@ class Layout:
     @cached_property
     def dense(self) -> Widths:
         config = self.model.config
-        widths = {name: getattr(config, axis.config[0]) or self._inputs_of(axis) for name, axis in self.axes.items()}
+        widths = {
+            name: getattr(config, axis.config[0], None) or self._inputs_of(axis) for name, axis in self.axes.items()
+        }
         return Widths(
             config.hidden_size, widths.get("mlp", 0), widths.get("groups", 0), tuple(range(len(self.model.blocks)))
         )
@@ -113,10 +126,12 @@ class Layout:
 
         They do where as large a share of the heads goes as of the stream.
         """
-        dense = self.dense
+        carrier, dense = self.model.family.carrier, self.dense
+        if carrier is None or self.folds(widths):
+            return carrier
         in_proportion = widths.hidden * dense.groups == dense.hidden * widths.groups
         fits = in_proportion if dense.groups else widths.hidden == dense.hidden
-        return None if fits else self.model.family.carrier
+        return None if fits and (widths.mlp == dense.mlp or not carrier.mlp) else carrier
 
     def zeros(self, widths: Widths) -> tuple[str, ...]:
         """Biases of a block that only the carrier has."""
@@ -161,6 +176,8 @@ class Layout:
         return shapes
 
     def _is_stored(self, name: str, widths: Widths) -> bool:
+        if self.folds(widths) and name.rpartition(".")[0] == self.model.family.embedding_norm:
+            return False
         tied = name in self.model.model.all_tied_weights_keys
         return not tied or (name.startswith(self.model.family.head + ".") and not self.keeps_tie(widths))
 
@@ -251,7 +268,7 @@ class Layout:
         carrier = self.carrier(widths)
         if carrier:
             config = carried(config, carrier)
-        if widths.hidden != hidden or widths.groups != self.dense.groups:
+        if carrier or widths.hidden != hidden or widths.groups != self.dense.groups:
             config.head_dim = getattr(model.config, "head_dim", None) or hidden // config.num_attention_heads
         if widths.hidden != hidden:
             config.hidden_size = widths.hidden
@@ -259,10 +276,12 @@ class Layout:
                 config.word_embed_proj_dim = widths.hidden
             # The norm's mean runs over fewer components; with the readers' sqrt(hidden / width) this keeps it exact.
             setattr(config, FAMILIES[config.model_type].norm_eps, norm_eps(model) * hidden / widths.hidden)
+        if self.folds(widths):
+            config.embedding_norm = False
         for name, axis in self.axes.items():
             for attribute in axis.config:
-                before = getattr(config, attribute) or self.dense.of(name)
-                setattr(config, attribute, before // self.dense.of(name) * widths.of(name))
+                if hasattr(config, attribute):
+                    setattr(config, attribute, self._count(name, attribute) // self.dense.of(name) * widths.of(name))
         if len(widths.blocks) != len(self.dense.blocks):
             self._leave_out_blocks(config, widths.blocks)
         if model.head_is_tied:
@@ -270,6 +289,11 @@ class Layout:
         if hasattr(config, "auto_map"):
             del config.auto_map  # a stock result needs no code
         return config
+
+    def _count(self, axis: str, attribute: str) -> int:
+        """What the dense config counts of an axis; its width where that is left open."""
+        count: int = getattr(self.model.config, attribute, None) or self.dense.of(axis)
+        return count
 
     def _leave_out_blocks(self, config: PretrainedConfig, blocks: tuple[int, ...]) -> None:
         config.num_hidden_layers = len(blocks)
@@ -305,8 +329,11 @@ class Layout:
         return Plan(config, tensors, parameters, recipe, carrier, self._changes(config), widths=by_hand, files=files)
 
     def _changes(self, config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
-        names = ["hidden_size", *(name for axis in self.axes.values() for name in axis.config), "num_hidden_layers"]
-        pairs = {name: (getattr(self.model.config, name), getattr(config, name)) for name in ("model_type", *names)}
+        axes = {attribute: name for name, axis in self.axes.items() for attribute in axis.config}
+        pairs: dict[str, tuple[Any, Any]] = {}
+        for name in ("model_type", "hidden_size", *axes, "num_hidden_layers"):
+            before = self._count(axes[name], name) if name in axes else getattr(self.model.config, name)
+            pairs[name] = (before, getattr(config, name, before))
         if self.model.head_is_tied:
             pairs["tie_word_embeddings"] = (True, config.tie_word_embeddings)
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

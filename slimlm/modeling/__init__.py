@@ -15,6 +15,7 @@ OWN_CLASSES: dict[type[PretrainedConfig], type[PreTrainedModel]] = {
     modeling_narrow.NarrowGPTNeoXConfig: modeling_narrow.NarrowGPTNeoXForCausalLM,
     modeling_narrow.NarrowStableLmConfig: modeling_narrow.NarrowStableLmForCausalLM,
     modeling_narrow.NarrowFalconConfig: modeling_narrow.NarrowFalconForCausalLM,
+    modeling_narrow.NarrowBloomConfig: modeling_narrow.NarrowBloomForCausalLM,
 }
 
 for _config, _model in OWN_CLASSES.items():

@@ -1,4 +1,4 @@
-"""OPT, GPT-2, GPT-NeoX, StableLM and Falcon whose residual stream is narrower than their heads together.
+"""OPT, GPT-2, GPT-NeoX, StableLM, Falcon and BLOOM whose residual stream is narrower than their heads together.
 
 The stock classes derive the size of a head from hidden_size; these have it as `head_dim`, and are otherwise the stock
 ones. Self-contained: this file travels with the checkpoint and needs transformers only.
@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from torch import nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
@@ -54,6 +56,15 @@ class NarrowStableLmConfig(StableLmConfig):
 class NarrowFalconConfig(FalconConfig):
     model_type = "narrow_falcon"
     head_dim: int = 64
+
+
+class NarrowBloomConfig(BloomConfig):
+    """ffn_dim: width of the MLP. embedding_norm: whether embeddings go through a norm; rotated ones have been."""
+
+    model_type = "narrow_bloom"
+    head_dim: int = 64
+    ffn_dim: int = 256
+    embedding_norm: bool = True
 
 
 @contextmanager
@@ -161,3 +172,24 @@ class NarrowFalconForCausalLM(FalconForCausalLM):
             outputs = width + 2 * attention.num_kv_heads * config.head_dim
             attention.query_key_value = _linear(attention.query_key_value, config.hidden_size, outputs)
             attention.dense = _linear(attention.dense, width, config.hidden_size)
+
+
+class NarrowBloomForCausalLM(BloomForCausalLM):
+    config_class = NarrowBloomConfig
+
+    def __init__(self, config: NarrowBloomConfig) -> None:
+        with _one_head(config) as (heads, _):
+            super().__init__(config)
+        width = heads * config.head_dim
+        self.transformer.num_heads = heads
+        if not config.embedding_norm:
+            self.transformer.word_embeddings_layernorm = nn.Identity()
+        for layer in self.transformer.h:
+            attention, mlp = layer.self_attention, layer.mlp
+            attention.num_heads, attention.head_dim = heads, config.head_dim
+            attention.hidden_size = attention.split_size = width
+            attention.inv_norm_factor = config.head_dim**-0.5
+            attention.query_key_value = _linear(attention.query_key_value, config.hidden_size, 3 * width)
+            attention.dense = _linear(attention.dense, width, config.hidden_size)
+            mlp.dense_h_to_4h = _linear(mlp.dense_h_to_4h, config.hidden_size, config.ffn_dim)
+            mlp.dense_4h_to_h = _linear(mlp.dense_4h_to_h, config.ffn_dim, config.hidden_size)

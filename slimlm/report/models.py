@@ -42,6 +42,6 @@ def _carrier(family: Family) -> str:
     carrier = family.carrier
     if carrier is None:
         return "itself"
-    if carrier.stock:
-        return f"`{carrier.model_type}`, stock, once heads and stream differ"
-    return f"`{carrier.model_type}`, its code in the checkpoint, once heads and stream differ"
+    once = "more than blocks is cut" if carrier.mlp else "heads and stream differ"
+    where = "stock" if carrier.stock else "its code in the checkpoint"
+    return f"`{carrier.model_type}`, {where}, once {once}"

@@ -11,6 +11,7 @@ SIZED = {**GROUPED, "head_dim": 8}
 MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FALCON = {key: value for key, value in HEADS.items() if key != "max_position_embeddings"}
+BLOOM = {**TOKENS, "hidden_size": 32, "n_layer": 3, "n_head": 4}
 GPT2 = {**TOKENS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 OPT = {**HEADS, "ffn_dim": 48, "word_embed_proj_dim": 32}
 SETTINGS: dict[str, dict] = {
@@ -46,7 +47,9 @@ SETTINGS: dict[str, dict] = {
     },
     "falcon alibi": {**FALCON, "alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
     "falcon new alibi": {**FALCON, "alibi": True, "new_decoder_architecture": True, "num_kv_heads": 2},
-    "bloom": {**TOKENS, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "bloom": BLOOM,
+    "bloom untied": {**BLOOM, "tie_word_embeddings": False},
+    "bloom post-norm": {**BLOOM, "apply_residual_connection_post_layernorm": True},
     "mixtral": {**GROUPED, "num_local_experts": 4, "sliding_window": 8},
     "qwen2_moe": {**SIZED, **EXPERTS, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {**SIZED, **EXPERTS, "mlp_only_layers": [1]},

@@ -124,6 +124,10 @@ def confined(source: Path, path: Path) -> Path:
         for name in family.embeddings:
             weight = model.get_submodule(name).weight
             weight.copy_(weight @ project)
+        if family.embedding_norm:  # an even gain keeps the directions
+            norm = model.get_submodule(family.embedding_norm)
+            norm.weight.fill_(0.7)
+            norm.bias.copy_(project @ norm.bias)
         for block, anatomy in zip(model.get_submodule(family.blocks), stream(source).anatomy, strict=True):
             for name in set(anatomy.writing) & {name for name, _ in block.named_parameters()}:
                 canonical(block, name).copy_(project @ canonical(block, name))
@@ -150,6 +154,19 @@ def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(sliced: Pat
     path = sliced / name / "model"
     assert AutoModelForCausalLM.from_pretrained(path).config.hidden_size == WIDTH
     assert (logits_of(path, before["tokens"]) - before["logits"]).abs().max() < 1e-4
+
+
+OWN = [name for name in ROTATING if (carrier := family_of(family_config(name)).carrier) and not carrier.stock]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_class_of_slimlms_own_is_a_family_like_any_other(sliced: Path, tmp_path: Path, name: str):
+    path, tokens = sliced / name / "model", random_tokens(3, 24)
+    before = logits_of(path, tokens)
+    assert torch.equal(next(iter(walked_logits(stream(path), [tokens]))), before)
+    recipe = Recipe(model="x", method="rotate", weighting="none")
+    again = run(stream(path), plan_rotate, run_rotate, recipe, [tokens], tmp_path, path)
+    assert (logits_of(again, tokens) - before).abs().max() < 1e-4
 
 
 FRESH = """
@@ -214,7 +231,8 @@ def narrowed(source: Path, path: Path, widths: dict[str, int]) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in (*KINDS, "phi3", "qwen3", "starcoder2") if family_of(family_config(name)).mlp]
+    "name",
+    [name for name in (*KINDS, "bloom post-norm", "phi3", "qwen3", "starcoder2") if family_of(family_config(name)).mlp],
 )
 def test_narrowing_is_exact_where_the_units_that_go_do_nothing(tinies: Path, tmp_path: Path, name: str):
     groups = family_of(family_config(name)).groups is not None and "num_key_value_heads" in SETTINGS[name]
@@ -352,7 +370,7 @@ def test_heads_cut_in_proportion_to_the_stream_need_no_other_class(tinies: Path,
     assert other.model_type == {"gpt_neox": "narrow_gpt_neox", "qwen2": "llama"}[name.partition(" ")[0]]
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gpt2", "opt tied", "granite", "falcon"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gpt2", "opt tied", "granite", "falcon", "bloom"])
 def test_parameters_are_counted_as_they_will_be(tinies: Path, name: str):
     layout = Layout(stream(tinies / name))
     dense, tied = layout.dense, layout.model.head_is_tied
@@ -374,6 +392,29 @@ def test_what_a_sliced_model_needs_goes_with_it_when_it_is_pruned(tinies: Path, 
     (tmp_path / "out").rename(tmp_path / "all" / "opt" / "model")
     (tmp_path / "before.safetensors").rename(tmp_path / "all" / "opt" / "before.safetensors")
     assert fresh(tmp_path / "all", tmp_path) == ["opt"]
+
+
+def test_the_norm_behind_an_embedding_stays_as_long_as_the_stream_and_then_goes_into_a_table_of_its_own(
+    tinies: Path, tmp_path: Path
+):
+    settings = {"widths": "mlp=40"}
+    assert pruned(tinies, "bloom", tmp_path / "all" / "bloom" / "model", **settings)["needs_remote_code"]
+    path, tokens = tmp_path / "all" / "bloom" / "model", random_tokens(3, 24)
+    before = logits_of(path, tokens)
+    save_file({"logits": before, "tokens": tokens}, path.parent / "before.safetensors")
+    assert fresh(tmp_path / "all", tmp_path) == ["bloom"]
+    model = stream(path)
+    assert model.head_is_tied
+    assert model.family.embedding_norm in model.outside
+    recipe = Recipe(model="x", method="rotate", weighting="none")
+    rotated = run(model, plan_rotate, run_rotate, recipe, [tokens], tmp_path / "rotated", path)
+    assert (logits_of(rotated, tokens) - before).abs().max() < 1e-4
+    assert not stream(rotated).head_is_tied
+    assert model.family.embedding_norm not in stream(rotated).outside
+    layout = Layout(stream(tinies / "bloom"))
+    assert not any(split.tied for split in candidates(layout, Recipe(model="x", sparsity=0.1)))
+    with pytest.raises(UserError, match="tied=1: the norm behind the embedding"):
+        plan_slice(layout.model, Recipe(model="x", widths="hidden=24,tied=1"))
 
 
 def test_a_run_that_keeps_the_stream_goes_on_where_it_died(tinies: Path, tmp_path: Path, monkeypatch):
