@@ -32,7 +32,8 @@ class Axis:
     """A width inside a block, made of equal units that can be deleted one by one.
 
     config: attributes that count the units, the first exactly, others in proportion to it.
-    rows, columns: linears of which a unit is so many rows (outputs), or columns (inputs).
+    rows, columns: linears, or packed parameters of experts, of which a unit is so many rows (outputs), or columns
+    (inputs).
     stacks: for linears that are several stacked in one, the sizes of these, as multiples of the units or by name of the
     attribute that counts them; rows of a unit are then some of every one.
     """
@@ -61,6 +62,11 @@ class Experts:
         """One name for each expert's matrix."""
         names = (self.reads, self.writes)
         return tuple(f"{self.module}.{name}.{expert}" for expert in range(self.count) for name in names)
+
+    @property
+    def writing(self) -> tuple[str, ...]:
+        """The names of those that write."""
+        return tuple(f"{self.module}.{self.writes}.{expert}" for expert in range(self.count))
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,11 @@ class Family:
         """Parameters of a block that write to the stream: [..., hidden, in], and biases [hidden] where it has them."""
         experts = (f"{self.experts.module}.{self.experts.writes}",) if self.experts else ()
         return (*(f"{writer}.{kind}" for writer in self.writers for kind in ("weight", "bias")), *experts)
+
+    def has(self, axis: Axis) -> bool:
+        """Whether a block, the declaration being that for it, has this axis."""
+        packed = f"{self.experts.module}.{self.experts.writes}" if self.experts else None
+        return axis.columns[0] in (*self.writers, packed)
 
     @property
     def linears(self) -> tuple[str, ...]:

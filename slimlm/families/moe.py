@@ -2,17 +2,18 @@
 
 from dataclasses import replace
 
-from slimlm.families.family import Experts, Norm
+from slimlm.families.family import Axis, Experts, Norm
 from slimlm.families.llama import MISTRAL, QKV
 
 ATTENTION = Norm("input_layernorm", QKV, ("self_attn.o_proj",))
 EXPERTS = Experts("mlp.experts", reads="gate_up_proj", writes="down_proj")
+EXPERTS_MLP = Axis(("moe_intermediate_size",), rows=("mlp.experts.gate_up_proj",), columns=("mlp.experts.down_proj",))
 
 MIXTRAL = replace(
     MISTRAL,
     model_type="mixtral",
     norms=(ATTENTION, Norm("post_attention_layernorm", ("mlp.gate",), ())),
-    mlp=None,
+    mlp=replace(EXPERTS_MLP, config=("intermediate_size",)),
     experts=EXPERTS,
     unpruned=("mlp.gate",),
 )
@@ -20,6 +21,7 @@ MIXTRAL = replace(
 QWEN3_MOE = replace(
     MIXTRAL,
     model_type="qwen3_moe",
+    mlp=EXPERTS_MLP,
     norms=(
         ATTENTION,
         Norm("post_attention_layernorm", ("mlp.gate", "mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
@@ -29,6 +31,7 @@ QWEN3_MOE = replace(
 QWEN2_MOE = replace(
     MIXTRAL,
     model_type="qwen2_moe",
+    mlp=EXPERTS_MLP,
     norms=(
         ATTENTION,
         Norm(

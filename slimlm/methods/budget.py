@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimlm.checkpoint.skeleton import parameter_count
-from slimlm.families import Axis
 from slimlm.linalg.budget import LossCurve, is_near, predicted_loss, spaced
 from slimlm.linalg.ridge import Moments, held_out
 from slimlm.linalg.units import removals
@@ -23,7 +22,7 @@ from slimlm.methods.basis import Basis
 from slimlm.methods.rotation import tied_gain
 from slimlm.methods.widths import Layout, Widths
 from slimlm.recipe import Recipe
-from slimlm.stream import Stream, hooked
+from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
@@ -97,6 +96,7 @@ def _with_mlp(layout: Layout, widths: Widths, target: float, granule: int) -> Wi
     exact = (target - none) / ((whole - none) / widths.mlp)
     if exact >= widths.mlp:
         return widths
+    granule = math.lcm(granule, layout.mlp_divisor)
     multiples = max(1, min(widths.mlp // granule, round(exact / granule)))
     return replace(widths, mlp=multiples * granule)
 
@@ -192,13 +192,17 @@ def _through_cut_block(
 ) -> None:
     """Every stream past block `index`, its weights loaded, cut as the stream says."""
     model = layout.model
-    axes = [axis for axis in ("mlp", "groups") if any(cut and cut.axis == axis for cut in streams)]
-    orders = {axis: _Order(layout, axis, model.blocks[index]) for axis in axes}
-    with hooked((order.linear, order.add) for order in orders.values()):
+    orders = {
+        name: _Order(layout, name, index)
+        for name, axis in layout.axes.items()
+        if any(cut and cut.axis == name for cut in streams) and model.anatomy[index].has(axis)
+    }
+    seen = {name: order for order in orders.values() for name in order.moments}
+    with model.watched(index, list(seen), lambda name, x, _: seen[name].add(name, x)):
         model.advance(index, learning)
     for axis, order in orders.items():
         for removed, weight in order.weights(sorted(cut.removed for cut in streams if cut and cut.axis == axis)):
-            with model.placed(model.family.block(index), {f"{order.name}.weight": weight}):
+            with model.placed(model.family.block(index), {order.parameter: weight}):
                 model.advance(index, streams[Cut(axis, removed)])
     for cut, stream in streams.items():
         if cut and (cut.axis in orders or (cut.axis == "blocks" and index not in _left(found, cut))):
@@ -225,28 +229,34 @@ def held_out_windows(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]
 
 
 class _Order:
-    """What to delete of one axis of a block, found from the inputs of the linear that it narrows."""
+    """What to delete of one axis of a block, found from the inputs of the linear, or of experts, that it narrows."""
 
-    def __init__(self, layout: Layout, name: str, block: nn.Module) -> None:
-        axis: Axis = layout.axes[name]
-        self.name = axis.columns[0]
-        self.linear = block.get_submodule(self.name)
-        self.weight = matrix(block, self.name)
-        self.size = self.weight.shape[1] // layout.dense.of(name)
-        self.moments = Moments(self.weight.shape[1], 0, self.weight.device)
+    def __init__(self, layout: Layout, name: str, index: int) -> None:
+        narrowed, block, experts = (
+            layout.axes[name].columns[0],
+            layout.model.blocks[index],
+            layout.model.anatomy[index].experts,
+        )
+        self.is_packed = experts is not None and narrowed not in layout.model.anatomy[index].writers
+        self.parameter = narrowed if self.is_packed else f"{narrowed}.weight"
+        names = experts.writing if experts is not None and self.is_packed else (narrowed,)
+        self.matrices = {name: matrix(block, name) for name in names}
+        self.size = self.matrices[names[0]].shape[1] // layout.dense.of(name)
+        self.moments = {name: Moments(weight.shape[1], 0, weight.device) for name, weight in self.matrices.items()}
 
-    def add(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].float().flatten(0, -2)
-        self.moments.add(x, x[:, :0])
+    def add(self, name: str, x: Tensor) -> None:
+        x = x.float().flatten(0, -2)
+        self.moments[name].add(x, x[:, :0])
 
     def weights(self, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """The linear's weight [out, in] without the first so many units to go: (number, weight) for each, ascending.
-
-        To be used before the next is asked for.
+        """The parameter without the first so many units to go, its own of every expert: (number, parameter) for each,
+        ascending. To be used before the next is asked for.
         """
-        for gone, weight in removals(self.moments.xx, self.weight, self.size, counts):
-            yield len(gone), weight
-        del self.moments
+        found = [removals(self.moments[name].xx, weight, self.size, counts) for name, weight in self.matrices.items()]
+        for parts in zip(*found, strict=True):
+            (gone, weight), *_ = parts
+            yield len(gone), torch.stack([weight for _, weight in parts]) if self.is_packed else weight
+        self.moments.clear()
 
 
 def _projected(model: StreamedModel, index: int, found: Basis, removed: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ def gathered(layout: Layout, index: int, stream: Stream | None = None) -> dict[s
     are not declared.
     """
     model, axis = layout.model, layout.axes.get("mlp")
-    if axis is None:
+    if axis is None or model.family.experts:
         return {}
     weights, first = model.weights(index), model.anatomy[index].first_of
     linears = (*axis.rows, *axis.columns)

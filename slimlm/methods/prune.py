@@ -6,7 +6,6 @@ numbers: the checkpoint keeps its size, and stock kernels their speed.
 """
 
 import copy
-import logging
 import math
 import time
 from dataclasses import replace
@@ -27,7 +26,7 @@ from slimlm.methods.gradients import sweep_windows
 from slimlm.methods.inputs import input_statistics
 from slimlm.methods.matrix import FISHERS, Choice, Pattern, Task, combined
 from slimlm.methods.plan import Method, Outcome, Plan, require_declared
-from slimlm.methods.prune_block import by_kind, prune_by_magnitude, prune_seen, prune_together
+from slimlm.methods.prune_block import by_kind, prune_by_magnitude, prune_seen, prune_together, warn_of_starved
 from slimlm.methods.repair import prune_and_repair, refits_head
 from slimlm.methods.rotation import unchanged
 from slimlm.methods.widths import Layout
@@ -36,8 +35,6 @@ from slimlm.recipe import Allocation, Recipe
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work, as_figures, as_state
-
-logger = logging.getLogger(__name__)
 
 
 def pruning(
@@ -146,12 +143,7 @@ def run_prune(
         notes |= prune_and_repair(model, recipe, task, batches, work)
     else:
         notes |= _prune_seeing(model, task, batches, work)
-    if notes.get("starved_experts"):
-        logger.warning(
-            "%d matrices of experts saw too few calibration tokens and were pruned by magnitude: they are listed in "
-            "slimlm.json under starved_experts; more --num-calibration-samples reach more of them",
-            len(notes["starved_experts"]),
-        )
+    warn_of_starved(notes)
     work.settle()
     return Outcome(plan, notes, zeros=_zeros_written(model, work))
 

@@ -1,7 +1,9 @@
 """Pruning the linears of one block in place, by what they see."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from slimlm.methods.matrix import CHUNK_ELEMENTS, Choice, Known, Task, curvature
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 
+logger = logging.getLogger(__name__)
 BY_MAGNITUDE = Choice("none", "magnitude", "none")
 GRAM_BYTES = 1 << 30  # of experts' Grams, held at once; another pass of the block for as many more
 FEW = 0.25  # tokens an expert must have seen for each of a matrix's inputs, else its statistics say too little
@@ -28,12 +31,13 @@ def prune_seen(
     Linears of a group share their input. An expert that saw too few tokens is pruned by magnitude and recorded.
     """
     gradients = task.gradients(index)
-    for few in _in_turn(model, index, list(groups)):
+    for few in in_turn(model, index, list(groups)):
         _prune_few(model, index, stream, few, task, gradients, figures)
 
 
-def _in_turn(model: StreamedModel, index: int, groups: list[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
-    """The groups in parts whose Grams fit into memory together: all but experts' at once, and these some at a time."""
+def in_turn(model: StreamedModel, index: int, groups: list[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+    """Groups of linears that share an input, in parts whose Grams fit into memory together: all but experts' at once,
+    and these some at a time."""
     few: list[tuple[str, ...]] = []
     size = 0
     for names in groups:
@@ -104,6 +108,16 @@ def prune_together(block: nn.Module, part: str, names: tuple[str, ...], task: Ta
     found, _ = prune_tall(tall, rows, task.pattern([f"{part}.{name}" for name in names]), task.choice, curvature)
     for weight, pruned in zip(weights, found.split(rows), strict=True):
         weight.copy_(pruned)
+
+
+def warn_of_starved(notes: Mapping[str, Any]) -> None:
+    """Say that experts were treated by the size of their weights alone, if any were. notes: for the manifest."""
+    if starved := notes.get("starved_experts"):
+        logger.warning(
+            "%d matrices of experts saw too few calibration tokens and were cut by magnitude: they are listed in "
+            "slimlm.json under starved_experts; more --num-calibration-samples reach more of them",
+            len(starved),
+        )
 
 
 def by_kind(figures: Figures) -> dict[str, dict[str, float | None]]:

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from slimlm.activations import HiddenStates
 from slimlm.checkpoint.reader import Checkpoint
-from slimlm.errors import RunFailure
 from slimlm.families import Axis, Norm, family_of
 from slimlm.linalg.ridge import GUESS, Moments, Regression, held_out, ridge
-from slimlm.linalg.units import removals
+from slimlm.methods.narrow import narrow_experts, narrow_rows, without_units
 from slimlm.methods.plan import Plan
 from slimlm.methods.rotation import is_own, norm_of, seen_through, slice_block
 from slimlm.methods.widths import Layout, Widths
@@ -233,8 +232,18 @@ def refit_block(pair: Pair, block: int, place: int) -> Tensors:
 
 def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensors) -> None:
     """All readers of a norm see the same, so one map T from what they see now to what they saw serves all: W' = W T."""
-    if not norm.readers:
-        return
+    if norm.readers:
+        _fit_map(pair, block, place, norm, tensors)
+    anatomy = pair.dense.anatomy[block]
+    if anatomy.experts and norm is anatomy.norms[-1] and pair.widths.mlp < pair.layout.dense.mlp:
+        starved = narrow_experts(pair.small, place, pair.streams["small"], anatomy.experts, pair.widths.mlp, tensors)
+        pair.fits |= {f"{place}.{name} starved_experts": float(tokens) for name, tokens in starved.items()}
+        for name in (anatomy.experts.reads, anatomy.experts.writes):
+            parameter = f"{anatomy.experts.module}.{name}"
+            tensors[parameter] = pair.stored(place, parameter, tensors[parameter])
+
+
+def _fit_map(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensors) -> None:
     weights = pair.dense.weights(block)
     data = pair.reader_data(block, place, norm, tensors)
     dense_weights = {name: weights[name].float() for name in pair.dense.anatomy[block].reading(norm)}
@@ -265,27 +274,9 @@ def _narrow(
 ) -> Regression:
     """Delete units of an axis from all its linears; what is left of the data."""
     full, width = pair.layout.dense.of(axis_name), pair.widths.of(axis_name)
-    size = tensors[name].shape[1] // full
     gram = data.fit.xx + data.held.xx if isinstance(data.held, Moments) else data.fit.xx.clone()
-    device = gram.device
-    kept = torch.ones(full, dtype=torch.bool, device=device)
-    try:
-        order, weight = next(removals(gram, tensors[name], size, [full - width]))
-        kept[order] = False
-        del gram  # as large as what it is taken from
-    except ValueError as error:
-        raise RunFailure(f"inputs of {name.removesuffix('.weight')} cannot be pruned: {error}") from error
-    for linear in axis.rows:
-        for parameter in (f"{linear}.weight", f"{linear}.bias"):
-            if parameter in tensors:
-                rows = torch.cat([_spread(kept, size) for size in pair.layout.stacks(axis, linear, tensors[parameter])])
-                tensors[parameter] = tensors[parameter][rows]
-    columns = _spread(kept, tensors[name].shape[1]).nonzero().flatten()
-    tensors[name] = weight[:, columns].float()
-    del weight
-    return data.take(columns)
-
-
-def _spread(kept: Tensor, length: int) -> Tensor:
-    """Which of `length` rows or columns belong to units that stay: [length] bool."""
-    return kept.repeat_interleave(length // kept.numel())
+    size, linear = tensors[name].shape[1] // full, name.removesuffix(".weight")
+    kept, tensors[name] = without_units(gram, tensors[name], size, full - width, linear)
+    del gram  # as large as what is taken
+    narrow_rows(pair.layout, axis, kept, tensors)
+    return data.take(kept.repeat_interleave(size).nonzero().flatten())

@@ -24,7 +24,7 @@ from slimlm.methods.gradients import sweep_windows
 from slimlm.methods.head import fits_head, head_notes, refit_head
 from slimlm.methods.per_block import plan_per_block, run_per_block
 from slimlm.methods.plan import Method, Outcome, Plan
-from slimlm.methods.prune_block import by_kind
+from slimlm.methods.prune_block import by_kind, warn_of_starved
 from slimlm.methods.refit import refit_blocks
 from slimlm.methods.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
 from slimlm.methods.widths import Layout, Widths
@@ -82,6 +82,8 @@ def _by_hand(layout: Layout, recipe: Recipe) -> Widths:
         raise UserError("--widths mlp and groups need the refit that makes up for what goes: leave out --no-refit")
     if blocks != dense.blocks and layout.model.family.numbered:
         raise UserError("--widths blocks: what a block of this model computes depends on its number")
+    if widths.mlp % layout.mlp_divisor:
+        raise UserError(f"--widths mlp={widths.mlp}: experts' width is a multiple of {layout.mlp_divisor}")
     divisor = layout.divisor(widths.groups)
     if widths.hidden != dense.hidden and not layout.model.family.rotates:
         raise UserError(
@@ -228,7 +230,9 @@ def _refit(
             seen = refit_head(pair, plan.recipe.seed, work)
             _write_part(model, work, model.family.head, write_head(model, seen, basis))
         notes["head"] = head_notes(work)
-    return notes | by_kind(pair.fits)
+    notes |= by_kind(pair.fits)
+    warn_of_starved(notes)
+    return notes
 
 
 @torch.no_grad()

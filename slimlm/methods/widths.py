@@ -147,6 +147,11 @@ class Layout:
         heads: int = getattr(self.model.config, self.model.family.heads)
         return heads * groups // self.dense.groups if self.dense.groups else heads
 
+    @property
+    def mlp_divisor(self) -> int:
+        """What the MLP's width must be a multiple of."""
+        return GROUPED if self.model.family.experts else 1
+
     @cached_property
     def _dense_shapes(self) -> list[Shape]:
         """Raises UserError for weights the family does not declare."""
@@ -189,16 +194,19 @@ class Layout:
         if moved and not (role in ("reader", "head") and len(shape) == 1):
             shape[_RESIDUAL_AXIS[role] if len(shape) > 1 else 0] = widths.hidden
         if inside != name:
-            self._narrow(shape, inside.partition(".")[2].rpartition(".")[0], widths)
+            self._narrow(shape, inside.partition(".")[2], widths)
         return tuple(shape[::-1] if turned else shape)
 
-    def _narrow(self, shape: list[int], module: str, widths: Widths) -> None:
+    def _narrow(self, shape: list[int], name: str, widths: Widths) -> None:
+        """Of a linear's weight [out, in] or bias [out], or a packed parameter [experts, out, in]."""
+        names = {name, name.rpartition(".")[0]}
         for axis_name, axis in self.axes.items():
             full, width = self.dense.of(axis_name), widths.of(axis_name)
-            if module in axis.rows:
-                shape[0] = shape[0] // full * width
-            if module in axis.columns and len(shape) == 2:
-                shape[1] = shape[1] // full * width
+            if names & {*axis.rows}:
+                place = max(0, len(shape) - 2)
+                shape[place] = shape[place] // full * width
+            if names & {*axis.columns} and len(shape) > 1:
+                shape[-1] = shape[-1] // full * width
 
     def parameters(self, widths: Widths) -> int:
         """Counted without listing tensors: there may be very many widths to choose from."""

@@ -24,7 +24,7 @@ def _row(family: Family) -> tuple[str, ...]:
         layout = "parallel or sequential"
     cuts = [
         *(["hidden_size"] if family.rotates else []),
-        *(["MLP"] if family.mlp else []),
+        *(["experts' MLP" if family.experts else "MLP"] if family.mlp else []),
         *(["key/value groups"] if family.groups else []),
         "blocks",
     ]
@@ -34,7 +34,7 @@ def _row(family: Family) -> tuple[str, ...]:
         if "why_not" in changes and len(conditions) == 1:
             remarks.append(f"hidden_size stays where {where}: {changes['why_not']}")
     if family.experts:
-        remarks.append("experts are pruned each on its own tokens, and sliced without a refit; routers stay")
+        remarks.append("experts are pruned and narrowed each on its own tokens; routers stay")
     return f"`{family.model_type}`", f"{layout}, {norm}{after}", ", ".join(cuts), _carrier(family), "; ".join(remarks)
 
 
