@@ -117,6 +117,8 @@ OPT = Family(
         (
             {"do_layer_norm_before": False},
             {
+                "norms": (Norm("", QKV, ("self_attn.out_proj",)), Norm("", ("fc1",), ("fc2",))),
+                "inner": ("self_attn_layer_norm", "final_layer_norm"),
                 "final_norm": "",
                 "matched": ("self_attn.out_proj", "fc2"),
                 "why_not": "this one (OPT-350m) normalises the residual stream itself after each sum",
