@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from slicing import mean, measured, measured_dense, parser_of
+from slicing import add_reference, mean, measured, measured_dense, parser_of, run_reference
 
 
 def main() -> None:
     parser = parser_of(__doc__, Path("/tmp/slimlm-pruning"), [0])
     parser.add_argument("--amounts", nargs="+", default=["0.5", "0.7", "2:4"], help="sparsities and patterns")
+    add_reference(parser, "directory that holds the published llama.py of SparseGPT")
     parser.add_argument("--arms", nargs="+", default=["magnitude", "wanda", "sparsegpt", "slimlm"])
     arguments = parser.parse_args()
     texts, dense = measured_dense(arguments)
@@ -30,7 +31,18 @@ def main() -> None:
         for arm in arguments.arms
         for seed in arguments.seeds
     ]
+    if arguments.reference:
+        rows += [
+            published(arguments, amount, seed, texts, dense) for amount in arguments.amounts for seed in arguments.seeds
+        ]
     report(arguments, rows)
+
+
+def published(
+    arguments: argparse.Namespace, amount: str, seed: int, texts: list[torch.Tensor], dense: list[float]
+) -> dict:
+    found = run_reference(arguments, "reference_sparsegpt.py", ["--amounts", amount], seed, texts, dense)
+    return {**found, "arm": "reference"}
 
 
 def run(
@@ -53,7 +65,7 @@ def report(arguments: argparse.Namespace, rows: list[dict]) -> None:
     print(f"| --- | --- | {'--- | ' * len(arguments.texts)}--- | --- | --- |")
     for amount in arguments.amounts:
         reference = [row["loss"] for row in rows if row["arm"] == "sparsegpt" and row["amount"] == amount]
-        for arm in arguments.arms:
+        for arm in [*arguments.arms, *(["reference"] if arguments.reference else [])]:
             same = [row for row in rows if row["arm"] == arm and row["amount"] == amount]
             loss = mean([row["loss"] for row in same])
             spread = max(abs(row["loss"] - loss) for row in same)

@@ -6,21 +6,25 @@
 Arms: `shared` rotates and cuts hidden_size alone; `refit` refits that; `budget` also chooses the split over all widths;
 `per-block` is SliceGPT as published, its shortcuts counted. Every arm is given the sparsity of all parameters, and is
 measured in bf16 as stock transformers loads it. The figure is the rise of the mean log-perplexity over the texts, and
-its share of what `per-block` loses, interpolated to the same number of parameters.
+its share of what `per-block` loses, interpolated to the same number of parameters. With `--reference` the published
+implementation runs as well, at the widths that `per-block` has.
 """
 
 import argparse
 import json
 import math
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimlm  # registers the per-block classes
+from slimlm.calibration import load_windows
 from slimlm.compression import compress
 from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.text import load_test_windows
@@ -30,7 +34,7 @@ ARMS = {
     "shared": {"refit": False, "weighting": "none"},
     "refit": {"weighting": "none", "budget": "hidden"},
     "budget": {},
-    "per-block": {"basis": "per-block"},
+    "per-block": {"basis": "per-block", "round_to": 4},
 }
 
 
@@ -38,6 +42,7 @@ def main() -> None:
     parser = parser_of(__doc__, Path("/tmp/slimlm-slicing"), [0, 1, 2])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.15, 0.2, 0.25, 0.3, 0.4])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    add_reference(parser, "directory that holds the published package slicegpt")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipes")
     arguments = parser.parse_args()
     texts, dense = measured_dense(arguments)
@@ -47,7 +52,17 @@ def main() -> None:
         for arm in arguments.arms
         for seed in arguments.seeds
     ]
+    if arguments.reference:
+        rows += [published(arguments, row, texts, dense) for row in rows if row["arm"] == "per-block"]
     report(arguments, rows)
+
+
+def published(arguments: argparse.Namespace, ours: dict, texts: list[torch.Tensor], dense: list[float]) -> dict:
+    """The published SliceGPT at the width that `per-block` has, on the same windows."""
+    width = ours["widths"].removeprefix("stream=")
+    found = run_reference(arguments, "reference_slicegpt.py", ["--widths", width], ours["seed"], texts, dense)
+    removed = 1 - found["parameters"] / found["dense_parameters"]
+    return {**found, "arm": "reference", "achieved": removed, **{key: ours[key] for key in ("requested", "widths")}}
 
 
 def run(
@@ -78,6 +93,37 @@ def parser_of(description: str, work: Path, seeds: list[int], several: bool = Fa
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--work", type=Path, default=work)
     return parser
+
+
+def add_reference(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--reference", type=Path, help=f"{what}: it is run beside ours, on the same windows")
+    parser.add_argument("--reference-python", default=sys.executable, help="of the environment that it runs in")
+
+
+def run_reference(
+    arguments: argparse.Namespace,
+    script: str,
+    more: list[str],
+    seed: int,
+    texts: list[torch.Tensor],
+    dense: list[float],
+) -> dict:
+    """A published implementation in its own environment, on the windows that ours are calibrated and measured on."""
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    windows = load_windows(arguments.calibration, tokenizer, arguments.windows, arguments.window, seed).tokens
+    files = []
+    for number, tokens in enumerate([windows, *texts]):
+        files.append(str(arguments.work / f"tokens-{number}.npy"))
+        numpy.save(files[-1], tokens.numpy())
+    command = [
+        arguments.reference_python, str(Path(__file__).with_name(script)), "--reference", str(arguments.reference),
+        "--model", str(arguments.model), "--calibration", files[0], "--tests", *files[1:], *more,
+    ]  # fmt: skip
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    loss = mean([math.log(value) - before for value, before in zip(found["perplexities"], dense, strict=True)])
+    print(json.dumps({"reference": script, "seed": seed, **found, "loss": loss}), file=sys.stderr, flush=True)
+    return {**found, "seed": seed, "loss": loss}
 
 
 def measured_dense(arguments: argparse.Namespace) -> tuple[list[torch.Tensor], list[float]]:
@@ -135,7 +181,7 @@ def report(arguments: argparse.Namespace, rows: list[dict]) -> None:
         if (same := [r for r in rows if r["arm"] == "per-block" and r["requested"] == sparsity])
     )
     for sparsity in arguments.sparsities:
-        for arm in arguments.arms:
+        for arm in [*arguments.arms, *(["reference"] if arguments.reference else [])]:
             same = [row for row in rows if row["arm"] == arm and row["requested"] == sparsity]
             removed, loss = mean([row["achieved"] for row in same]), mean([row["loss"] for row in same])
             spread = max(abs(row["loss"] - loss) for row in same)

@@ -56,7 +56,7 @@ class Spilled:
         self.side = 0
         self.shapes: list[tuple[int, ...]] = []
         self._next: list[tuple[int, ...]] = []  # of the batches being written; a block may change the width
-        self.dtype = torch.float32
+        self.dtype = self._next_dtype = torch.float32
         self.digest = ""
         self._hash = hashlib.sha256()
         for file in self.files:
@@ -94,7 +94,7 @@ class Spilled:
         if index == 0:
             self._hash = hashlib.sha256()
             self._next = []
-            self.dtype = tensor.dtype
+            self._next_dtype = tensor.dtype
         self._next.append(tuple(tensor.shape))
         self._write(self.files[1 - self.side], self._offset(index, self._next), tensor)
 
@@ -110,6 +110,7 @@ class Spilled:
     def turn(self) -> None:
         self.side = 1 - self.side
         self.shapes = self._next
+        self.dtype = self._next_dtype
         self.digest = self._hash.hexdigest()
 
     @property

@@ -26,6 +26,7 @@ from slimlm.errors import RunFailure, UserError
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods import method_named
 from slimlm.methods.plan import Outcome
+from slimlm.methods.prune import require_room_later
 from slimlm.prepare import Job, open_model, output_of, prepare
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe
@@ -108,6 +109,8 @@ def _compress(
 ) -> CompressResult:
     started, before = time.perf_counter(), resident_memory()
     job = prepare(recipe, overwrite, resume, progress)
+    for later in stage.recipe.stages[1:] if stage and not stage.earlier else ():
+        require_room_later(job.model, job.recipe, later)
     fingerprint = _fingerprint(job)
     finished = _finished(job.output, fingerprint, overwrite) if resume else None
     if finished is not None:

@@ -74,7 +74,9 @@ class Recipe(BaseModel):
         None, description="pruning: what is known of the loss, where not as in the method's paper"
     )
     reorder: bool = Field(
-        True, description="pruning tiles: order the MLP's neurons by weight first, so that what is kept gathers"
+        True,
+        description="pruning tiles: order the MLP's neurons by weight first, so that what is kept gathers (not with "
+        "gradients, nor in mixtures of experts)",
     )
     mask: MaskName | None = Field(None, description="pruning: how weights are chosen, where not as in the paper")
     update: UpdateName | None = Field(

@@ -124,9 +124,13 @@ class Work:
     def pass_through(
         self, model: StreamedModel, index: int, tensors: Mapping[str, Tensor], stream: Stream, dtype: str = "auto"
     ) -> None:
-        """`pass_on` with these weights, by names within the block, instead of the model's own."""
-        with model.placed(model.family.block(index), tensors):
-            self.pass_on(model, index, stream, dtype)
+        """`pass_on` with these weights, by names within the block, instead of the model's own: they may be finer."""
+        part = model.family.block(index)
+        stored = {name: tensor.to(model.stored_dtype(f"{part}.{name}", dtype)) for name, tensor in tensors.items()}
+        if not self.written(part):
+            self.write(model, part, ((f"{part}.{name}", tensor) for name, tensor in stored.items()))
+        with model.placed(part, stored):
+            model.advance(index, stream)
 
     def pass_on(self, model: StreamedModel, index: int, stream: Stream, dtype: str = "auto") -> None:
         """Write block `index`, its weights loaded, and run the stream through it.

@@ -100,6 +100,14 @@ def test_one_shot_is_the_linear_schedule_of_one():
     [
         ({"sparsity": 0.2, "shots": 2}, "shots are for methods that set weights to zero, not for slice"),
         ({"method": "wanda", "pattern": "2:4", "shots": 2}, "a pattern is pruned in one shot"),
+        (
+            {"widths": "mlp=32", "then": {"method": "wanda", "sparsity": 0.5, "pattern": "16x16"}},
+            "heads of 8 are not whole",
+        ),
+        (
+            {"widths": "mlp=32", "then": {"method": "wanda", "sparsity": 0.5, "pattern": "7x4"}},
+            "which pattern 7x4 does not divide",
+        ),
         ({"sparsity": 0.2, "then": {"output_dir": "x"}}, "'output_dir' is no setting of a second run"),
         ({"sparsity": 0.2, "then": {"sparsty": 0.5}}, "'sparsty' is no setting of a second run"),
         ({"sparsity": 0.2, "then": {"method": "wanda"}}, "'sparsity' is not given"),

@@ -79,6 +79,8 @@ def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
             multiple = math.lcm(granule, layout.divisor(groups))
             narrower = range((dense.hidden - 1) // multiple * multiple, 0, -multiple)
             for hidden in (dense.hidden, *(narrower if layout.narrows else ())):
+                if hidden % layout.divisor(groups):
+                    continue
                 for tied in ties if hidden < dense.hidden else (False,):
                     whole = Widths(hidden, dense.mlp, groups, tuple(range(depth)), tied)
                     split = _with_mlp(layout, whole, target, granule)
@@ -232,15 +234,11 @@ class _Order:
     """What to delete of one axis of a block, found from the inputs of the linear, or of experts, that it narrows."""
 
     def __init__(self, layout: Layout, name: str, index: int) -> None:
-        narrowed, block, experts = (
-            layout.axes[name].columns[0],
-            layout.model.blocks[index],
-            layout.model.anatomy[index].experts,
-        )
-        self.is_packed = experts is not None and narrowed not in layout.model.anatomy[index].writers
+        narrowed, anatomy = layout.axes[name].columns[0], layout.model.anatomy[index]
+        self.is_packed = narrowed not in anatomy.writers
         self.parameter = narrowed if self.is_packed else f"{narrowed}.weight"
-        names = experts.writing if experts is not None and self.is_packed else (narrowed,)
-        self.matrices = {name: matrix(block, name) for name in names}
+        names = anatomy.experts.writing if anatomy.experts and self.is_packed else (narrowed,)
+        self.matrices = {name: matrix(layout.model.blocks[index], name) for name in names}
         self.size = self.matrices[names[0]].shape[1] // layout.dense.of(name)
         self.moments = {name: Moments(weight.shape[1], 0, weight.device) for name, weight in self.matrices.items()}
 
@@ -252,11 +250,17 @@ class _Order:
         """The parameter without the first so many units to go, its own of every expert: (number, parameter) for each,
         ascending. To be used before the next is asked for.
         """
-        found = [removals(self.moments[name].xx, weight, self.size, counts) for name, weight in self.matrices.items()]
-        for parts in zip(*found, strict=True):
-            (gone, weight), *_ = parts
-            yield len(gone), torch.stack([weight for _, weight in parts]) if self.is_packed else weight
-        self.moments.clear()
+        if not self.is_packed:
+            ((name, weight),) = self.matrices.items()
+            for gone, left in removals(self.moments.pop(name).xx, weight, self.size, counts):
+                yield len(gone), left
+            return
+        like = next(iter(self.matrices.values()))
+        packed = {count: like.new_empty(len(self.matrices), *like.shape) for count in counts}
+        for expert, (name, weight) in enumerate(self.matrices.items()):
+            for gone, left in removals(self.moments.pop(name).xx, weight, self.size, counts):
+                packed[len(gone)][expert] = left
+        yield from packed.items()
 
 
 def _projected(model: StreamedModel, index: int, found: Basis, removed: int) -> dict[str, Tensor]:

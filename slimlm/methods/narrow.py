@@ -63,6 +63,6 @@ def narrow_experts(
                     f"{model.family.block(index)}.{name}",
                 )
                 reading.append(tensors[reads][expert].unflatten(0, (-1, full))[:, kept].flatten(0, 1))
-                writing.append(weight)
+                writing.append(weight.to(tensors[writes].dtype))
     tensors[reads], tensors[writes] = torch.stack(reading), torch.stack(writing)
     return starved

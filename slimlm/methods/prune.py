@@ -93,6 +93,8 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     require_declared(model, "prune")
     for name, shape in model.matrices.items():
         _require_room(name, shape, recipe)
+    if recipe.tile and recipe.sparsity * sum(map(math.prod, model.matrices.values())) < math.prod(recipe.tile):
+        raise UserError(f"sparsity {recipe.sparsity:g} is less than one tile of {recipe.pattern}")
     tensors = {
         name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, recipe.dtype))
         for name, tensor in checkpoint_tensors(model.model, named).items()
@@ -110,6 +112,20 @@ def _require_room(name: str, shape: torch.Size, recipe: Recipe) -> None:
     for size, of, kind in ((shape[0], out, "outputs"), (shape[1], inputs, "inputs")):
         if size % of:
             raise UserError(f"{name} has {size} {kind}, which pattern {recipe.pattern} does not divide")
+
+
+def require_room_later(model: StreamedModel, slicing: Recipe, later: Recipe) -> None:
+    """Raises UserError for tiles that a slice, whichever widths it gets, may not be whole of."""
+    if not later.tile or slicing.method != "slice":
+        return
+    for name, shape in model.matrices.items():
+        _require_room(name, shape, later)
+    head = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    for size, what in ((head, "heads"), (slicing.round_to or math.lcm(*later.tile), "widths that are multiples")):
+        if size % math.lcm(*later.tile):
+            raise UserError(
+                f"{what} of {size} are not whole tiles of {later.pattern}, which is to be pruned after slicing"
+            )
 
 
 def _tied(model: StreamedModel) -> set[str]:
@@ -131,6 +147,8 @@ def run_prune(
         gather_gradients(model, recipe, batches, work)
     counts = allocate(model, recipe, choice, work, batches, partial(_dense_norms, model, {}, batches, work))
     work.clear_scratch()
+    if recipe.tile:
+        counts = _whole_tiles(counts, recipe.tile)
     task = Task(choice, partial(_pattern, counts, recipe), recipe.dtype)
     if "fisher" in choice.curvature:  # which knows neurons by their places
         task = replace(task, gradients=partial(gradients_of, model, work))
@@ -238,9 +256,19 @@ def _pattern(counts: dict[str, int], recipe: Recipe, names: list[str]) -> Patter
     """How much goes of matrices, by their full names."""
     of = tuple(counts[name] for name in names)
     if recipe.tile:
-        area = math.prod(recipe.tile)
-        return Pattern(tuple(round(count / area) * area for count in of), tile=recipe.tile)
+        return Pattern(of, tile=recipe.tile)
     return Pattern(of, *recipe.pattern_sizes) if recipe.pattern else Pattern(of)
+
+
+def _whole_tiles(counts: dict[str, int], tile: tuple[int, int]) -> dict[str, int]:
+    """Counts of weights in whole tiles, as many in all as there are nearest to as many weights."""
+    area, wanted, taken = math.prod(tile), 0, 0
+    found: dict[str, int] = {}
+    for name, count in counts.items():
+        wanted += count
+        found[name] = round(wanted / area) * area - taken
+        taken += found[name]
+    return found
 
 
 def _zeros_written(model: StreamedModel, work: Work) -> float:

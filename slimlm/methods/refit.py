@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 import torch
 from torch import Tensor
@@ -102,9 +102,10 @@ class Pair:
 
     def _behind(self, block: int, name: str, number: int) -> Tensor:
         hidden = self.dense.before(block, self.streams["dense"], number, [*self._earlier(block, name), name])[0]
-        self.between.replace(number, hidden)
-        if number == len(self.held) - 1:
-            self.between.turn()
+        if self._is_read(block, name):
+            self.between.replace(number, hidden)
+            if number == len(self.held) - 1:
+                self.between.turn()
         return hidden
 
     def _earlier(self, block: int, name: str) -> list[str]:
@@ -126,24 +127,26 @@ class Pair:
                 break
         return {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] not in later}
 
-    def _is_between(self, block: int, norm: Norm) -> bool:
-        """Whether a norm reads the dense stream that the last fit of a writer left in `between`."""
+    def _is_read(self, block: int, writer: str | None = None, norm: Norm | None = None) -> bool:
+        """Whether the next norm inside a block reads the dense stream as this writer leaves it, or this norm what the
+        writer before it left."""
         anatomy = self.dense.anatomy[block]
-        place = anatomy.norms.index(norm)
-        earlier = anatomy.norms[place - 1].writers if place and norm.name and not anatomy.parallel else ()
-        return bool(earlier) and earlier[-1] not in anatomy.matched
+        return any(
+            after.name and before.writers and before.writers[-1] not in anatomy.matched
+            for before, after in pairwise(anatomy.norms if not anatomy.parallel else ())
+            if after is norm or (writer is not None and before.writers[-1:] == (writer,))
+        )
 
     def reader_data(self, block: int, place: int, norm: Norm, tensors: Tensors) -> Regression:
         """What readers of a norm see in the compressed block of `tensors`, and saw in the dense one."""
         hidden, width = self.basis.shape
         data = Regression.of(width, hidden, self.dense.device)
         seen = f"{norm.name}>" if norm.name else norm.readers[0]
-        between = self.between if self._is_between(block, norm) else None
-        gain = self.dense.blocks[block].get_submodule(norm.name)
+        is_read = self._is_read(block, norm=norm)
         with self.small.placed(self.small.family.block(place), self._until(block, seen, tensors)):
             for number, held in enumerate(self.held):
-                if between is not None:
-                    dense = gain(between[number])
+                if is_read:
+                    dense = self.dense.blocks[block].get_submodule(norm.name)(self.between[number])
                 else:
                     dense = self.dense.inputs(block, self.streams["dense"], number, [seen])[seen]
                 small = self.small.inputs(place, self.streams["small"], number, [seen])

@@ -82,7 +82,7 @@ def _by_hand(layout: Layout, recipe: Recipe) -> Widths:
         raise UserError("--widths mlp and groups need the refit that makes up for what goes: leave out --no-refit")
     if blocks != dense.blocks and layout.model.family.numbered:
         raise UserError("--widths blocks: what a block of this model computes depends on its number")
-    if widths.mlp % layout.mlp_divisor:
+    if widths.mlp != dense.mlp and widths.mlp % layout.mlp_divisor:
         raise UserError(f"--widths mlp={widths.mlp}: experts' width is a multiple of {layout.mlp_divisor}")
     divisor = layout.divisor(widths.groups)
     if widths.hidden != dense.hidden and not layout.model.family.rotates:

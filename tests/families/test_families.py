@@ -380,6 +380,11 @@ def test_heads_cut_in_proportion_to_the_stream_need_no_other_class(tinies: Path,
     assert "auto_map" not in config
     tokens = random_tokens(2, 16, seed=3)
     assert torch.equal(walked_logits(stream(path), [tokens])[0], logits_of(path, tokens))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Layout, "carrier", lambda self, widths: self.model.family.carrier)
+        other = run(layout.model, plan_slice, run_slice, Recipe(model="x", widths=widths), [random_tokens(10, 24)],
+                    tmp_path / "other", tinies / name)  # fmt: skip
+    assert (logits_of(path, tokens) - logits_of(other, tokens)).abs().max() < 1e-5
     other = layout.config(replace(layout.dense, hidden=16))
     assert other.model_type == {"gpt_neox": "narrow_gpt_neox", "qwen2": "llama"}[name.partition(" ")[0]]
 

@@ -257,11 +257,14 @@ def test_tiles_go_or_stay_as_a_whole(tmp_path: Path, text: Path, method: str):
     path = build_tiny(CONFIGS["llama-biased"], tmp_path / "model")
     recipe = recipe_for(path, text, tmp_path / "out", method=method, sparsity=0.4, pattern="4x8")
     compress(recipe)
+    gone = tiles = 0
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         if name.endswith(".weight") and name.split(".")[-2] in LINEAR:
             zeros = pooled((tensor == 0).float(), (4, 8))
             assert set(zeros.unique().tolist()) == {0, 32}, name
-            assert int((zeros == 32).sum()) == round(0.4 * zeros.numel())
+            gone, tiles = gone + int((zeros == 32).sum()), tiles + zeros.numel()
+            assert abs(int((zeros == 32).sum()) - 0.4 * zeros.numel()) <= 1
+    assert gone == round(0.4 * tiles)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -279,7 +282,7 @@ def test_neurons_in_another_order_compute_the_same(tmp_path: Path, name: str):
         changed = {name for name, tensor in moved.items() if not torch.equal(tensor, weights[name])}
     assert torch.allclose(before, after, atol=1e-5)
     assert changed == moved.keys()
-    assert bool(moved) == (model.family.mlp is not None)
+    assert bool(moved) == (model.family.experts is None)
 
 
 def test_neurons_are_ordered_by_their_energy_unless_that_is_turned_off(tmp_path: Path, text: Path):
@@ -477,6 +480,20 @@ def test_what_is_computed_is_written_in_the_dtype_asked_for(tmp_path: Path, text
     compress(recipe_for(path, text, tmp_path / "out", method=method, dtype="float32"))
     weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("settings", [{"method": "slimlm"}, {"method": "slice", "sparsity": 0.1}])
+def test_what_is_fitted_is_written_finer_than_the_device_computes(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, settings: dict
+):
+    """As on a GPU, which computes in the checkpoint's dtype."""
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model", torch.bfloat16)
+    monkeypatch.setattr(
+        "slimlm.prepare.open_model", lambda path, device, _, trust: open_model(path, device, "stock", trust)
+    )
+    compress(recipe_for(path, text, tmp_path / "out", dtype="float32", **settings))
+    weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
