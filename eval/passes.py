@@ -26,10 +26,22 @@ from slimlm.compression import compress
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.ridge import Moments
 from slimlm.linalg.softmax import MapFit
+from slimlm.progress import LogProgress
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 
+FORWARD = "passes through blocks"
 SPENT: dict[str, float] = defaultdict(float)
+
+
+class Stages(LogProgress):
+    """Remembers the stage that a run is in."""
+
+    now = ""
+
+    def stage(self, name: str, steps: int) -> None:
+        Stages.now = name
+        super().stage(name, steps)
 
 
 def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +52,8 @@ def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         finally:
-            SPENT[kind] += time.perf_counter() - start - (sum(SPENT.values()) - before)
+            name = f"{kind}, {Stages.now}" if kind == FORWARD else kind
+            SPENT[name] += time.perf_counter() - start - (sum(SPENT.values()) - before)
 
     return wrapper
 
@@ -53,9 +66,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--window", type=int, default=256)
     arguments = parser.parse_args()
-    forward = "passes through blocks"
     for name in ("run", "inputs", "before"):
-        setattr(StreamedModel, name, timed(forward, getattr(StreamedModel, name)))
+        setattr(StreamedModel, name, timed(FORWARD, getattr(StreamedModel, name)))
     for kind, owner, name in (
         ("sums over tokens", Gram, "add"),
         ("sums over tokens", Moments, "add"),
@@ -75,7 +87,7 @@ def main() -> None:
             num_calibration_samples=arguments.windows, max_seq_length=arguments.window, output_dir=f"{folder}/out",
         )  # fmt: skip
         start = time.perf_counter()
-        compress(recipe)
+        compress(recipe, progress=Stages())
         SPENT["the rest"] = time.perf_counter() - start - sum(SPENT.values())
         plain = [plain_pass(path, arguments) for path in (arguments.model, f"{folder}/out")]
     print("| | seconds |\n| --- | --- |")
