@@ -74,12 +74,12 @@ class StreamedModel:
     def _assign_keys(self) -> dict[str, list[str]]:
         """File names of tensors by the part they belong to: a block's path, or the module's own path outside blocks."""
         names, self.fused = module_names(self.model, self.checkpoint.tensors)
-        self.key_of = {name: key for key, name in names.items()}
+        known = self.model.state_dict().keys()
+        self.key_of = {name: key for key, name in names.items() if name in known}
         for target, source in self.model.all_tied_weights_keys.items():
             for name, other in ((target, source), (source, target)):
                 if other in self.key_of:
                     self.key_of.setdefault(name, self.key_of[other])
-        known = self.model.state_dict().keys()
         keys_of: dict[str, list[str]] = {}
         for key, name in names.items():
             if name not in known:

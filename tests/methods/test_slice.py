@@ -260,3 +260,24 @@ def test_a_tied_head_is_exact_with_the_final_gain_in_the_embedding(tmp_path: Pat
             put(norm, key.rpartition(".")[2], tensor.float().contiguous())
         got = norm((x @ basis).float()) @ rows.float().T
     assert (got - expected).abs().max() < 1e-4
+
+
+def test_tensors_that_the_architecture_does_not_use_change_nothing(tiny_llama: Path, tmp_path: Path):
+    def sliced(name: str) -> dict[str, torch.Tensor]:
+        work = work_at(tmp_path / name)
+        model = stream(tiny_llama)
+        run_slice(model, plan_slice(model, Recipe(**PLAIN, widths="hidden=20")), [random_tokens(8, 32)], work)
+        work.writer.finish()
+        return load_file(tmp_path / name / "model" / "model.safetensors")
+
+    before = sliced("before")
+    tensors = load_file(tiny_llama / "model.safetensors")
+    extra = {
+        "lm_head.bias": torch.ones(4096),
+        "model.norm.bias": torch.ones(32),
+        "model.layers.0.mlp.up_proj.bias": torch.ones(48),
+    }
+    save_file(tensors | extra, tiny_llama / "model.safetensors", {"format": "pt"})
+    after = sliced("after")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
