@@ -35,6 +35,7 @@ def main() -> None:
         rows += [
             published(arguments, amount, seed, texts, dense) for amount in arguments.amounts for seed in arguments.seeds
         ]
+        arguments.arms.append("reference")
     report(arguments, rows)
 
 
@@ -65,7 +66,7 @@ def report(arguments: argparse.Namespace, rows: list[dict]) -> None:
     print(f"| --- | --- | {'--- | ' * len(arguments.texts)}--- | --- | --- |")
     for amount in arguments.amounts:
         reference = [row["loss"] for row in rows if row["arm"] == "sparsegpt" and row["amount"] == amount]
-        for arm in [*arguments.arms, *(["reference"] if arguments.reference else [])]:
+        for arm in arguments.arms:
             same = [row for row in rows if row["arm"] == arm and row["amount"] == amount]
             loss = mean([row["loss"] for row in same])
             spread = max(abs(row["loss"] - loss) for row in same)

@@ -54,6 +54,7 @@ def main() -> None:
     ]
     if arguments.reference:
         rows += [published(arguments, row, texts, dense) for row in rows if row["arm"] == "per-block"]
+        arguments.arms.append("reference")
     report(arguments, rows)
 
 
@@ -181,7 +182,7 @@ def report(arguments: argparse.Namespace, rows: list[dict]) -> None:
         if (same := [r for r in rows if r["arm"] == "per-block" and r["requested"] == sparsity])
     )
     for sparsity in arguments.sparsities:
-        for arm in [*arguments.arms, *(["reference"] if arguments.reference else [])]:
+        for arm in arguments.arms:
             same = [row for row in rows if row["arm"] == arm and row["requested"] == sparsity]
             removed, loss = mean([row["achieved"] for row in same]), mean([row["loss"] for row in same])
             spread = max(abs(row["loss"] - loss) for row in same)

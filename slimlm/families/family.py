@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 Role = Literal["embedding", "norm", "reader", "writer", "inner", "final_norm", "head", "outer"]
@@ -60,13 +61,17 @@ class Experts:
     @property
     def matrices(self) -> tuple[str, ...]:
         """One name for each expert's matrix."""
-        names = (self.reads, self.writes)
-        return tuple(f"{self.module}.{name}.{expert}" for expert in range(self.count) for name in names)
+        return tuple(f"{name}.{expert}" for expert in range(self.count) for name in self.parameters)
 
     @property
     def writing(self) -> tuple[str, ...]:
         """The names of those that write."""
-        return tuple(f"{self.module}.{self.writes}.{expert}" for expert in range(self.count))
+        return tuple(f"{self.parameters[1]}.{expert}" for expert in range(self.count))
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """The packed parameters: the one that reads and the one that writes."""
+        return f"{self.module}.{self.reads}", f"{self.module}.{self.writes}"
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ class Family:
             for norm in self.norms
             if not norm.name or norm.name in modules
         )
-        count = modules.get(f"{self.experts.module}.{self.experts.reads}", 0) if self.experts else 0
+        count = modules.get(self.experts.parameters[0], 0) if self.experts else 0
         experts = replace(self.experts, count=count) if self.experts and count else None
         return replace(self, norms=norms, experts=experts)
 
@@ -183,19 +188,27 @@ class Family:
 
     def reading(self, norm: Norm) -> tuple[str, ...]:
         """Parameters [..., hidden] that read what a norm of a block gives, experts' in the last."""
-        experts = (f"{self.experts.module}.{self.experts.reads}",) if self.experts and norm is self.norms[-1] else ()
+        experts = self.experts.parameters[:1] if self.experts and norm is self.norms[-1] else ()
         return (*(f"{reader}.weight" for reader in norm.readers), *experts)
 
     @property
     def writing(self) -> tuple[str, ...]:
         """Parameters of a block that write to the stream: [..., hidden, in], and biases [hidden] where it has them."""
-        experts = (f"{self.experts.module}.{self.experts.writes}",) if self.experts else ()
+        experts = self.experts.parameters[1:] if self.experts else ()
         return (*(f"{writer}.{kind}" for writer in self.writers for kind in ("weight", "bias")), *experts)
 
     def has(self, axis: Axis) -> bool:
         """Whether a block, the declaration being that for it, has this axis."""
-        packed = f"{self.experts.module}.{self.experts.writes}" if self.experts else None
-        return axis.columns[0] in (*self.writers, packed)
+        return axis.columns[0] in (*self.writers, *(self.experts.parameters if self.experts else ()))
+
+    @property
+    def between(self) -> dict[str, str]:
+        """Writers whose output a norm inside the block reads next, on the stream as they leave it; and that norm."""
+        return {
+            before.writers[-1]: after.name
+            for before, after in pairwise(() if self.parallel else self.norms)
+            if after.name and before.writers and before.writers[-1] not in self.matched
+        }
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -236,9 +249,7 @@ class Family:
             return "reader"
         if module in self.writers:
             return "writer"
-        if self.experts and parameter in (f"{self.experts.module}.{self.experts.reads}",):
-            return "reader"
-        if self.experts and parameter == f"{self.experts.module}.{self.experts.writes}":
-            return "writer"
+        if self.experts and parameter in self.experts.parameters:
+            return "reader" if parameter == self.experts.parameters[0] else "writer"
         inner = (*self.inner, *(norm.after for norm in self.norms if norm.after))
         return "inner" if any(module == name or module.startswith(f"{name}.") for name in inner) else None

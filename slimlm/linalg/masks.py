@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 22
+Tile = tuple[int, int]  # rows and columns
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
@@ -52,7 +53,7 @@ def smallest_per_group(scores: Tensor, keep: int, group: int) -> Tensor:
     return smallest_per_row(grouped, torch.full((grouped.shape[0],), group - keep)).view(scores.shape)
 
 
-def pooled(scores: Tensor, tile: tuple[int, int]) -> Tensor:
+def pooled(scores: Tensor, tile: Tile) -> Tensor:
     """Sums over tiles of so many rows and columns: [out, in] -> [out / rows, in / columns].
 
     Raises ValueError when they do not tile it.
@@ -66,6 +67,6 @@ def pooled(scores: Tensor, tile: tuple[int, int]) -> Tensor:
     return across.view(-1, rows, across.shape[1]).sum(1)
 
 
-def spread_out(tiles: Tensor, tile: tuple[int, int]) -> Tensor:
+def spread_out(tiles: Tensor, tile: Tile) -> Tensor:
     """What is said of tiles, said of all that is in them: [out / rows, in / columns] -> [out, in]."""
     return tiles if tile == (1, 1) else tiles.repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)

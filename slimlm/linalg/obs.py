@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from slimlm.linalg.hessian import Hessian, quadratic_loss
-from slimlm.linalg.masks import pooled, spread_out
+from slimlm.linalg.masks import Tile, pooled, spread_out
 
 BATCH_ELEMENTS = 1 << 23  # of the rows' own inverses held at once
 ITERATIONS = 200  # of conjugate gradients, at most
 TOLERANCE = 1e-5  # error in the norm of H, of that at the start, at which they end
 ROUGHLY = 1e-2  # the same while a mask is still being refined
-Tile = tuple[int, int]
 Choice = Callable[[Tensor, int], Tensor]  # (scores of a block of columns [out, width], first column) -> bool mask
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.linalg.budget import LossCurve, is_near, predicted_loss, spaced
-from slimlm.linalg.ridge import Moments, held_out
+from slimlm.linalg.ridge import held_out
 from slimlm.linalg.units import removals
 from slimlm.matrices import matrix
 from slimlm.methods.basis import Basis
+from slimlm.methods.inputs import input_statistics
 from slimlm.methods.rotation import tied_gain
 from slimlm.methods.widths import Layout, Widths
 from slimlm.recipe import Recipe
@@ -199,13 +200,12 @@ def _through_cut_block(
         for name, axis in layout.axes.items()
         if any(cut and cut.axis == name for cut in streams) and model.anatomy[index].has(axis)
     }
-    seen = {name: order for order in orders.values() for name in order.moments}
-    with model.watched(index, list(seen), lambda name, x, _: seen[name].add(name, x)):
-        model.advance(index, learning)
+    names = [name for order in orders.values() for name in order.matrices]
+    grams = input_statistics(model, index, learning, names, onward=True).statistics
     for axis, order in orders.items():
-        for removed, weight in order.weights(sorted(cut.removed for cut in streams if cut and cut.axis == axis)):
+        for count, weight in order.weights(grams, sorted(cut.removed for cut in streams if cut and cut.axis == axis)):
             with model.placed(model.family.block(index), {order.parameter: weight}):
-                model.advance(index, streams[Cut(axis, removed)])
+                model.advance(index, streams[Cut(axis, count)])
     for cut, stream in streams.items():
         if cut and (cut.axis in orders or (cut.axis == "blocks" and index not in _left(found, cut))):
             continue
@@ -231,7 +231,7 @@ def held_out_windows(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]
 
 
 class _Order:
-    """What to delete of one axis of a block, found from the inputs of the linear, or of experts, that it narrows."""
+    """What to delete of one axis of a block, from the inputs of the linear, or of the experts, that it narrows."""
 
     def __init__(self, layout: Layout, name: str, index: int) -> None:
         narrowed, anatomy = layout.axes[name].columns[0], layout.model.anatomy[index]
@@ -240,25 +240,23 @@ class _Order:
         names = anatomy.experts.writing if anatomy.experts and self.is_packed else (narrowed,)
         self.matrices = {name: matrix(layout.model.blocks[index], name) for name in names}
         self.size = self.matrices[names[0]].shape[1] // layout.dense.of(name)
-        self.moments = {name: Moments(weight.shape[1], 0, weight.device) for name, weight in self.matrices.items()}
 
-    def add(self, name: str, x: Tensor) -> None:
-        x = x.float().flatten(0, -2)
-        self.moments[name].add(x, x[:, :0])
-
-    def weights(self, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
+    def weights(self, grams: dict[str, Tensor], counts: list[int]) -> Iterator[tuple[int, Tensor]]:
         """The parameter without the first so many units to go, its own of every expert: (number, parameter) for each,
         ascending. To be used before the next is asked for.
+
+        grams: of the matrices' inputs [in, in], each used up; an expert that no token reached has none.
         """
         if not self.is_packed:
             ((name, weight),) = self.matrices.items()
-            for gone, left in removals(self.moments.pop(name).xx, weight, self.size, counts):
+            for gone, left in removals(grams.pop(name), weight, self.size, counts):
                 yield len(gone), left
             return
         like = next(iter(self.matrices.values()))
         packed = {count: like.new_empty(len(self.matrices), *like.shape) for count in counts}
         for expert, (name, weight) in enumerate(self.matrices.items()):
-            for gone, left in removals(self.moments.pop(name).xx, weight, self.size, counts):
+            gram = grams.pop(name) if name in grams else torch.eye(weight.shape[1], device=weight.device)
+            for gone, left in removals(gram, weight, self.size, counts):
                 packed[len(gone)][expert] = left
         yield from packed.items()
 

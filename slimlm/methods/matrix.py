@@ -14,18 +14,8 @@ from torch import Tensor
 
 from slimlm.errors import RunFailure, UserError
 from slimlm.linalg.hessian import DAMPING, Hessian, SingularCurvature, hessian, with_gradients
-from slimlm.linalg.masks import pooled, smallest, smallest_per_group, smallest_per_row, spread, spread_out
-from slimlm.linalg.obs import (
-    ROUGHLY,
-    Inverse,
-    Tile,
-    cheapest_first,
-    greedy_order,
-    joint,
-    left_to_right,
-    summed,
-    swapped,
-)
+from slimlm.linalg.masks import Tile, pooled, smallest, smallest_per_group, smallest_per_row, spread, spread_out
+from slimlm.linalg.obs import ROUGHLY, Inverse, cheapest_first, greedy_order, joint, left_to_right, summed, swapped
 from slimlm.methods.fisher import TokenGradients
 from slimlm.recipe import CurvatureName, MaskName, Recipe, UpdateName
 

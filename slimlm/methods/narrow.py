@@ -43,7 +43,7 @@ def narrow_experts(
 
     One that saw too few loses those that weigh least: how many it saw, by name.
     """
-    reads, writes = (f"{experts.module}.{name}" for name in (experts.reads, experts.writes))
+    reads, writes = experts.parameters
     full, starved = tensors[writes].shape[2], dict[str, int]()
     reading, writing = list[Tensor](), list[Tensor]()
     with model.placed(model.family.block(index), tensors):

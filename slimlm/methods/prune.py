@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import RunFailure, UserError
+from slimlm.linalg.masks import Tile
 from slimlm.methods.allocation import allocate
 from slimlm.methods.fisher import gather_gradients, gradient_names, gradient_windows, gradients_of, row_fisher
 from slimlm.methods.gather import gathered
@@ -260,7 +261,7 @@ def _pattern(counts: dict[str, int], recipe: Recipe, names: list[str]) -> Patter
     return Pattern(of, *recipe.pattern_sizes) if recipe.pattern else Pattern(of)
 
 
-def _whole_tiles(counts: dict[str, int], tile: tuple[int, int]) -> dict[str, int]:
+def _whole_tiles(counts: dict[str, int], tile: Tile) -> dict[str, int]:
     """Counts of weights in whole tiles, as many in all as there are nearest to as many weights."""
     area, wanted, taken = math.prod(tile), 0, 0
     found: dict[str, int] = {}

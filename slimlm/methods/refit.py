@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import pairwise, takewhile
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class Pair:
 
     def _behind(self, block: int, name: str, number: int) -> Tensor:
         hidden = self.dense.before(block, self.streams["dense"], number, [*self._earlier(block, name), name])[0]
-        if self._is_read(block, name):
+        if name in self.dense.anatomy[block].between:
             self.between.replace(number, hidden)
             if number == len(self.held) - 1:
                 self.between.turn()
@@ -127,25 +127,15 @@ class Pair:
                 break
         return {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] not in later}
 
-    def _is_read(self, block: int, writer: str | None = None, norm: Norm | None = None) -> bool:
-        """Whether the next norm inside a block reads the dense stream as this writer leaves it, or this norm what the
-        writer before it left."""
-        anatomy = self.dense.anatomy[block]
-        return any(
-            after.name and before.writers and before.writers[-1] not in anatomy.matched
-            for before, after in pairwise(anatomy.norms if not anatomy.parallel else ())
-            if after is norm or (writer is not None and before.writers[-1:] == (writer,))
-        )
-
     def reader_data(self, block: int, place: int, norm: Norm, tensors: Tensors) -> Regression:
         """What readers of a norm see in the compressed block of `tensors`, and saw in the dense one."""
         hidden, width = self.basis.shape
         data = Regression.of(width, hidden, self.dense.device)
         seen = f"{norm.name}>" if norm.name else norm.readers[0]
-        is_read = self._is_read(block, norm=norm)
+        is_between = norm.name in self.dense.anatomy[block].between.values()
         with self.small.placed(self.small.family.block(place), self._until(block, seen, tensors)):
             for number, held in enumerate(self.held):
-                if is_read:
+                if is_between:
                     dense = self.dense.blocks[block].get_submodule(norm.name)(self.between[number])
                 else:
                     dense = self.dense.inputs(block, self.streams["dense"], number, [seen])[seen]
@@ -241,8 +231,7 @@ def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensor
     if anatomy.experts and norm is anatomy.norms[-1] and pair.widths.mlp < pair.layout.dense.mlp:
         starved = narrow_experts(pair.small, place, pair.streams["small"], anatomy.experts, pair.widths.mlp, tensors)
         pair.fits |= {f"{place}.{name} starved_experts": float(tokens) for name, tokens in starved.items()}
-        for name in (anatomy.experts.reads, anatomy.experts.writes):
-            parameter = f"{anatomy.experts.module}.{name}"
+        for parameter in anatomy.experts.parameters:
             tensors[parameter] = pair.stored(place, parameter, tensors[parameter])
 
 

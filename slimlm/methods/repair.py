@@ -104,8 +104,7 @@ def _prune_block(pair: Pair, index: int, task: Task) -> Tensors:
 def _prune_experts(pair: Pair, index: int, experts: Experts, task: Task, tensors: Tensors) -> None:
     """Each expert on the tokens that the pruned model routes to it. These need not be those it had in the dense model,
     so it aims at what it computed itself."""
-    for name in (experts.reads, experts.writes):
-        parameter = f"{experts.module}.{name}"
+    for parameter in experts.parameters:
         tensors[parameter] = tensors[parameter].to(pair.small.dtype, copy=True)  # the dense block is still to run
     with pair.small.placed(pair.small.family.block(index), tensors):
         groups = [(name,) for name in experts.matrices]
