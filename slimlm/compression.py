@@ -46,11 +46,16 @@ class CompressResult:
 
 
 def compress(
-    recipe: Recipe, overwrite: bool = False, resume: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    is_probe: bool = False,
 ) -> CompressResult:
     """Carry out a recipe; the result is a directory that stock transformers loads.
 
     resume: go on from what an interrupted run with the same recipe, model and versions left, if there is any.
+    is_probe: as in `prepare`.
     Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
     Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
     """
@@ -58,7 +63,7 @@ def compress(
     try:
         if len(recipe.stages) > 1:
             return _compress_in_stages(recipe, overwrite, resume, progress)
-        return _compress(recipe, overwrite, resume, progress)
+        return _compress(recipe, overwrite, resume, progress, is_probe=is_probe)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RunFailure("out of memory: lower --batch-size, --max-seq-length or --eval-windows") from error
 
@@ -105,10 +110,15 @@ def _compress_in_stages(recipe: Recipe, overwrite: bool, resume: bool, progress:
 
 
 def _compress(
-    recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, stage: _Stage | None = None
+    recipe: Recipe,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress,
+    stage: _Stage | None = None,
+    is_probe: bool = False,
 ) -> CompressResult:
     started, before = time.perf_counter(), resident_memory()
-    job = prepare(recipe, overwrite, resume, progress)
+    job = prepare(recipe, overwrite, resume, progress, is_probe)
     for later in stage.recipe.stages[1:] if stage and not stage.earlier else ():
         require_room_later(job.model, job.recipe, later)
     fingerprint = _fingerprint(job)

@@ -1,8 +1,8 @@
-"""What a run will need, found by running its own code on the first block.
+"""What a run will need, found by running its own code on the first block of each kind.
 
-Memory does not grow with depth, so the peak of a run over one block is the peak of the whole; time is what the block
-took, times the number of blocks, and the rest once. The probe is a real `slimlm compress` in a process of its own, on
-a directory that shows only the first block of the checkpoint, with the calibration tokens of the run.
+Memory does not grow with depth, so the peak of a run over one block of each kind is the peak of the whole; time is what
+such a block took, times the number of them, and the rest once. The probe is a real run in a process of its own, on a
+directory that shows only the first blocks of the checkpoint, with the calibration tokens of the run.
 """
 
 import json
@@ -25,10 +25,12 @@ from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.compression import LOG_NAME
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
-from slimlm.methods.budget import CUTS, WINDOWS
 from slimlm.methods.widths import BY_BLOCK
 from slimlm.prepare import Job, spilled
 from slimlm.progress import Progress
+from slimlm.walk import StreamedModel
+
+Kind = tuple[tuple[str, torch.Size], ...]
 
 
 @dataclass(frozen=True)
@@ -41,30 +43,36 @@ class Forecast:
 
 
 def forecast(job: Job, progress: Progress) -> Forecast:
-    """Probe the first block of a prepared run, in a directory beside its output. Raises RunFailure when that fails."""
+    """Probe the first blocks of a prepared run, in a directory beside its output. Raises RunFailure when that fails."""
     progress.stage("probing one block", 1)
-    blocks = len(job.model.blocks)
+    kinds = _kinds(job.model)
+    shown = max(map(kinds.index, kinds)) + 1
     home = next(parent for parent in job.output.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=home) as name:
-        manifest, events = _probe(job, Path(name))
+        manifest, events = _probe(job, shown, Path(name))
     run = manifest["run"]
-    per_block = sum(event["seconds"] for event in events if event["part"] == job.model.family.block(0))
-    per_block += run["seconds"].get("sampling", 0.0)
+    took = {
+        kinds[block]: sum(event["seconds"] for event in events if event["part"] == job.model.family.block(block))
+        for block in range(shown)
+    }
+    rest = kinds[shown:]
     more_to_check = job.model.checkpoint.bytes_on_disk() / manifest["bytes"]["dense"] - 1
-    seconds = run["seconds"]["total"] + (blocks - 1) * per_block + more_to_check * run["seconds"]["checking"]
+    seconds = run["seconds"]["total"] + sum(took[kind] for kind in rest) + more_to_check * run["seconds"]["checking"]
+    seconds += len(rest) / shown * run["seconds"].get("sampling", 0.0)
     memory = dict(run["peak_memory_bytes"])
     if job.recipe.dataset == SELF:
         # Sampling holds every block at once, and their keys and values.
-        others = parameter_count(job.model.model) - manifest["parameters"]["dense"] + (blocks - 1) * _cached(job)
+        others = parameter_count(job.model.model) - manifest["parameters"]["dense"] + len(rest) * _cached(job)
         memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
-    if job.plan.remark:
-        # The widths are still to be chosen: CUTS more streams through every block, which the probe was spared.
-        calibrated = sum(event["seconds"] for event in events if event.get("what") == "calibrated")
-        seconds += blocks * calibrated * CUTS * WINDOWS / job.recipe.num_calibration_samples
     waiting = spilled(job.recipe, job.method, job.model)
     disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + max(run["work_bytes"], waiting)
     progress.step()
     return Forecast(memory, disk, seconds)
+
+
+def _kinds(model: StreamedModel) -> list[Kind]:
+    """Names and shapes of every block's weights."""
+    return [tuple((name, tensor.shape) for name, tensor in block.named_parameters()) for block in model.blocks]
 
 
 def _cached(job: Job) -> int:
@@ -77,9 +85,9 @@ def _cached(job: Job) -> int:
     return 2 * int(heads * width) * batch * recipe.max_seq_length
 
 
-def _probe(job: Job, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Compress the first block alone; its manifest and its log."""
-    _show_first_block(job, scratch / "model")
+def _probe(job: Job, shown: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compress the first so many blocks alone; the manifest and the log of that."""
+    _show_first_blocks(job, shown, scratch / "model")
     settings = job.recipe.model_dump(exclude={"expected"}, exclude_none=True)
     if job.plan.widths and job.recipe.sparsity:
         settings["widths"] = job.plan.widths
@@ -90,7 +98,7 @@ def _probe(job: Job, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]
         numpy.save(scratch / "tokens.npy", job.windows.tokens.numpy())
         settings["dataset"] = str(scratch / "tokens.npy")
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "slimlm", "compress", "--recipe", str(scratch / "recipe.yaml")]
+    command = [sys.executable, "-m", "slimlm.probe", str(scratch / "recipe.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         raise RunFailure(
@@ -104,24 +112,24 @@ def _probe(job: Job, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]
     return manifest, [json.loads(line) for line in log.splitlines()]
 
 
-def _show_first_block(job: Job, directory: Path) -> None:
-    """A model directory of links to the real one, whose config and index speak of one block."""
+def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
+    """A model directory of links to the real one, whose config and index speak of the first blocks alone."""
     directory.mkdir()
     source, model = job.resolved.path, job.model
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             (directory / file.name).symlink_to(file.resolve())
     config = json.loads((source / "config.json").read_text())
-    config[model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = 1
+    config[model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = shown
     for name in BY_BLOCK:
         if isinstance(config.get(name), list):
-            config[name] = config[name][:1]
+            config[name] = config[name][:shown]
     (directory / "config.json").write_text(json.dumps(config))
     manifest = read_manifest(source) or {}
     if "influence" in manifest.get("method", {}):  # `slimlm rotate` wrote it, and slicing it goes another way
-        influence = {"influence": manifest["method"]["influence"][:1]}
+        influence = {"influence": manifest["method"]["influence"][:shown]}
         (directory / MANIFEST_NAME).write_text(json.dumps({"method": influence}))
-    parts = [*model.outside, model.family.block(0)]
+    parts = [*model.outside, *map(model.family.block, range(shown))]
     keys = [key for part in parts for key in model.keys_of.get(part, [])]
     weight_map = {key: model.checkpoint.tensors[key].path.name for key in keys}
     for name in set(weight_map.values()):

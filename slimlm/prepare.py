@@ -42,10 +42,11 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -> Job:
+def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, is_probe: bool = False) -> Job:
     """Find every fault that can be found without computing. Raises UserError; writes nothing.
 
     resume: what an earlier run wrote may stand at the output; whether it is this one's is not decided here.
+    is_probe: the model is a part of the one that is meant, and may grow by what makes the whole smaller.
     """
     method = method_named(recipe.method)
 
@@ -63,7 +64,7 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
     plan = method.plan(model, recipe)
     if recipe.widths:
-        if plan.parameters >= parameter_count(model.model):
+        if plan.parameters >= parameter_count(model.model) and not is_probe:
             raise UserError(f"--widths {recipe.widths} removes nothing: {plan.parameters:,} parameters would be left")
         recipe = recipe.model_copy(update={"sparsity": 1 - plan.parameters / parameter_count(model.model)})
     size = sum(spec.nbytes for spec in plan.tensors.values())
@@ -176,6 +177,6 @@ def settle(recipe: Recipe, method: Method, resolved: ResolvedModel, config: Any,
 def output_of(recipe: Recipe) -> Path:
     """Where the result goes; by default `llama-slice-25` (25% sliced off the model llama) in the working directory."""
     model = Path(recipe.model).expanduser()
-    how = (recipe.widths or "").replace("=", "").replace(",", "-") or f"{recipe.sparsity * 100:g}"
+    how = (recipe.widths or "").replace("=", "").replace(",", "-").replace("/", "-or-") or f"{recipe.sparsity * 100:g}"
     name = "-".join([model.resolve().name if model.is_dir() else model.name, recipe.method, how]).removesuffix("-0")
     return Path(recipe.output_dir or name).expanduser().resolve()

@@ -53,7 +53,8 @@ class Recipe(BaseModel):
     )
     widths: str | None = Field(
         None,
-        description="slicing: widths by hand instead of by the loss, as in hidden=224,mlp=496 (also groups, blocks)",
+        description="slicing: widths by hand, as in hidden=224,mlp=496 (also groups, blocks), or several to "
+        "choose from by the loss, with / between them",
     )
     basis: Literal["shared", "per-block"] = Field(
         "shared",
@@ -168,15 +169,15 @@ class Recipe(BaseModel):
         return (int(sizes[1]), int(sizes[2])) if sizes else None
 
     @property
-    def width_sizes(self) -> dict[str, int]:
-        """The widths set by hand."""
-        pairs = (pair.partition("=") for pair in (self.widths or "").split(",") if pair)
-        return {name.strip(): int(width) for name, _, width in pairs}
+    def width_choices(self) -> list[dict[str, int]]:
+        """The widths set by hand; several where one of them is to be chosen."""
+        choices = ([pair.partition("=") for pair in choice.split(",")] for choice in (self.widths or "").split("/"))
+        return [{name.strip(): int(width) for name, _, width in pairs} for pairs in choices] if self.widths else []
 
     @field_validator("widths")
     @classmethod
     def _widths_of_known_axes(cls, value: str | None) -> str | None:
-        for pair in value.split(",") if value else ():
+        for pair in re.split("[,/]", value) if value is not None else ():
             if not re.fullmatch(r"\s*(hidden|mlp|groups|blocks|tied)=[1-9]\d*\s*", pair):
                 raise ValueError(f"widths are like hidden=224,mlp=496,groups=2,blocks=6, not {pair!r}")
         return value

@@ -2,9 +2,12 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy
 import pytest
+from transformers import LlamaConfig
 
 import slimlm.forecast as forecast_module
+from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.compression import compress
 from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
@@ -12,7 +15,8 @@ from slimlm.forecast import Forecast, forecast, require_memory
 from slimlm.prepare import prepare, spilled
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
-from tests.conftest import CONFIGS, build_tiny
+from tests.conftest import CONFIGS, SIZES, build_tiny, random_tokens
+from tests.families.configs import family_config
 
 
 @pytest.fixture
@@ -25,16 +29,55 @@ def recipe(tmp_path: Path) -> Recipe:
     )  # fmt: skip
 
 
-def test_the_probe_runs_the_first_block_with_the_runs_own_tokens(recipe: Recipe, tmp_path: Path):
-    job = prepare(recipe, False, False, Progress())
+def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(recipe: Recipe, tmp_path: Path):
+    job = prepare(recipe.model_copy(update={"widths": "hidden=24/mlp=40"}), False, False, Progress())
     place = tmp_path / "probe"
     place.mkdir()
-    manifest, events = forecast_module._probe(job, place)
+    manifest, events = forecast_module._probe(job, 1, place)
     config = json.loads((place / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert manifest["parameters"]["dense"] < sum(p.numel() for p in job.model.model.parameters())
     assert {event["part"] for event in events} == {"model.layers.0", "model.embed_tokens", "lm_head"}
     assert manifest["calibration"]["windows"] == 6
+    assert job.plan.widths == "hidden=24,mlp=48,groups=2/hidden=32,mlp=40,groups=2"
+    assert manifest["method"]["widths"].removesuffix(",blocks=1") in job.plan.widths.split("/")
+    assert [event["part"] for event in events if event["what"] == "cut"] == ["model.layers.0"]
+
+
+def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, tmp_path: Path):
+    """Embeddings that are no longer tied, in a deep model."""
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 24, "vocab_size": 512}, tie_word_embeddings=True)
+    path = build_tiny(config, tmp_path / "deep")
+    numpy.save(tmp_path / "tokens.npy", random_tokens(8, 32).numpy() % 512)
+    update = {"model": str(path), "widths": "hidden=24", "dataset": str(tmp_path / "tokens.npy"), "measure": False}
+    job = prepare(recipe.model_copy(update=update), False, False, Progress())
+    assert job.plan.parameters < parameter_count(job.model.model)
+    assert forecast(job, Progress()).seconds > 0
+
+
+def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(recipe: Recipe, tmp_path: Path, monkeypatch):
+    """In a mixture of experts whose first block has none."""
+    config = family_config("qwen3_moe")
+    config.mlp_only_layers = [0]
+    path = build_tiny(config, tmp_path / "moe")
+    seen = []
+
+    def probe(job, shown, scratch):
+        seen.append(actual(job, shown, scratch))
+        return seen[0]
+
+    actual = forecast_module._probe
+    monkeypatch.setattr(forecast_module, "_probe", probe)
+    job = prepare(recipe.model_copy(update={"model": str(path)}), False, False, Progress())
+    found = forecast(job, Progress())
+    ((manifest, events),) = seen
+    parts = {event["part"] for event in events}
+    assert {"model.layers.0", "model.layers.1"} < parts
+    assert "model.layers.2" not in parts
+    run = manifest["run"]["seconds"]
+    second = sum(event["seconds"] for event in events if event["part"] == "model.layers.1")
+    checked = job.model.checkpoint.bytes_on_disk() / manifest["bytes"]["dense"] - 1
+    assert found.seconds == pytest.approx(run["total"] + second + checked * run["checking"])
 
 
 def test_a_forecast_writes_nothing_and_says_what_the_run_then_takes(recipe: Recipe, tmp_path: Path):
@@ -57,7 +100,7 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
         },
     }
     events = [{"part": "model.layers.0", "seconds": 2.0}, {"part": "lm_head", "seconds": 50.0}] * 2
-    monkeypatch.setattr(forecast_module, "_probe", lambda job, scratch: (manifest, events))
+    monkeypatch.setattr(forecast_module, "_probe", lambda job, shown, scratch: (manifest, events))
     job = prepare(recipe, False, False, Progress())
     monkeypatch.setattr(job.model.checkpoint, "bytes_on_disk", lambda: 3000)
     found = forecast(job, Progress())
@@ -90,7 +133,7 @@ def test_a_probe_that_is_killed_says_so(recipe: Recipe, monkeypatch):
 def test_a_probe_that_fails_says_why(recipe: Recipe, tmp_path: Path):
     job = prepare(recipe, False, False, Progress())
     (tmp_path / "model" / "tokenizer.json").unlink()
-    with pytest.raises(RunFailure, match="probe of one block failed: slimlm: .*tokenizer"):
+    with pytest.raises(RunFailure, match="probe of one block failed: .*tokenizer"):
         forecast(job, Progress())
 
 

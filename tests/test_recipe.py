@@ -74,7 +74,8 @@ def test_every_shipped_recipe_is_valid_and_found_by_name_and_path():
 
 
 def test_widths_stand_in_for_a_sparsity_and_do_not_go_with_one():
-    assert make_recipe({"model": "llama", "widths": "hidden=224, mlp=496"}).width_sizes == {"hidden": 224, "mlp": 496}
+    one, other = {"hidden": 224, "mlp": 496}, {"blocks": 5}
+    assert make_recipe({"model": "llama", "widths": "hidden=224, mlp=496/blocks=5"}).width_choices == [one, other]
     assert make_recipe({"model": "llama", "method": "rotate"}).sparsity == 0
     with pytest.raises(UserError, match="leave out sparsity, or widths"):
         make_recipe({"model": "llama", "widths": "hidden=224", "sparsity": 0.2})

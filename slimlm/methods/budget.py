@@ -7,6 +7,7 @@ stream least (ShortGPT, arXiv 2403.03853, eq. 1).
 """
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -164,9 +165,11 @@ def loss_curves(
         if cut is not None:
             _cut_at_start(layout, cut, found, stream)
     for index in range(len(model.blocks)):
+        start = time.perf_counter()
         with model.block(index):
             _through_cut_block(layout, index, found, learning, streams)
         work.progress.step()
+        work.progress.done("cut", model.family.block(index), time.perf_counter() - start)
     losses = {cut: float(model.nll(stream).mean()) / (test[0].shape[1] - 1) for cut, stream in streams.items()}
     work.clear_scratch()
     return {

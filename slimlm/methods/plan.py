@@ -20,7 +20,7 @@ class Plan:
     """The result's config and tensors (names as in its files), its recipe, and what of the config changes.
 
     carrier: the result's skeleton, which says how its files name and lay out tensors.
-    widths: those inside blocks and of the stream, as `--widths` takes them, where they change.
+    widths: those inside blocks and of the stream, as `--widths` takes them, where they change or may.
     remark: what is still to be decided in the run, and how. files: what else belongs into the checkpoint.
     """
 

@@ -34,7 +34,7 @@ from slimlm.work import Rows, Work
 
 
 def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
-    """A split that gives the requested share of all parameters; which one it will be is settled in the run.
+    """The largest of the splits that give the requested share of all parameters; which it will be the run settles.
 
     Raises UserError when none does, or the widths given by hand cannot be had.
     """
@@ -44,25 +44,26 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
         return plan_per_block(model, recipe)
     layout = Layout(model)
     splits = _splits(layout, recipe)
-    plan = layout.plan(splits[len(splits) // 2], recipe)
+    plan = layout.plan(max(splits, key=layout.parameters), recipe)
     if len(splits) == 1:
         return plan
     remark = f"one of {len(splits)} splits over {_axes(layout, splits)}, chosen by the loss on held-out windows"
-    return replace(plan, changes={}, remark=remark)
+    inside = "/".join(split.inside for split in splits if split.blocks == layout.dense.blocks)
+    return replace(plan, changes={}, remark=remark, widths=inside)
 
 
 def _splits(layout: Layout, recipe: Recipe) -> list[Widths]:
     if recipe.widths:
-        return [_by_hand(layout, recipe)]
+        return [_by_hand(layout, recipe, choice) for choice in recipe.width_choices]
     splits = candidates(layout, recipe)
     if not splits:
         raise UserError(f"sparsity {recipe.sparsity:g} cannot be reached: {_nearest(layout, recipe)}")
     return splits
 
 
-def _by_hand(layout: Layout, recipe: Recipe) -> Widths:
+def _by_hand(layout: Layout, recipe: Recipe, given: dict[str, int]) -> Widths:
     """Raises UserError for widths that the model does not have or that the config class refuses."""
-    dense, given = layout.dense, recipe.width_sizes
+    dense = layout.dense
     tied = given.pop("tied", 0) > 0
     if tied and not layout.model.head_is_tied:
         raise UserError("--widths tied=1: the model's head is not tied to its embedding")

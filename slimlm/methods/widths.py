@@ -51,8 +51,14 @@ class Widths:
         return width
 
     def __str__(self) -> str:
-        inside = "".join(f"{name}={self.of(name)}," for name in ("mlp", "groups") if self.of(name))
-        return f"hidden={self.hidden},{inside}blocks={len(self.blocks)}{',tied=1' if self.tied else ''}"
+        """As `--widths` takes them."""
+        return f"{self.inside},blocks={len(self.blocks)}"
+
+    @property
+    def inside(self) -> str:
+        """As `--widths` takes them for any number of blocks."""
+        axes = ("hidden", "mlp", "groups", "tied")
+        return ",".join(f"{name}={int(self.of(name))}" for name in axes if self.of(name))
 
 
 @dataclass
@@ -331,10 +337,8 @@ class Layout:
         }
         config.dtype = next(iter(tensors.values())).dtype
         parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
-        sizes = {"hidden": widths.hidden, **{name: widths.of(name) for name in self.axes}}
-        by_hand = ",".join(f"{name}={size}" for name, size in sizes.items())
-        files = own_files(config)
-        return Plan(config, tensors, parameters, recipe, carrier, self._changes(config), widths=by_hand, files=files)
+        changes, files = self._changes(config), own_files(config)
+        return Plan(config, tensors, parameters, recipe, carrier, changes, widths=widths.inside, files=files)
 
     def _changes(self, config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
         axes = {attribute: name for name, axis in self.axes.items() for attribute in axis.config}

@@ -44,7 +44,7 @@ def forecast_summary(job: Any, found: Any) -> str:
 
 def _shape_lines(job: Any) -> list[str]:
     """One line per kind of tensor; the number of the block is written as *."""
-    lines: dict[str, int] = {}
+    lines = {"shapes, in the largest of the splits:": 1} if job.plan.remark else {}
     for name, spec in job.plan.tensors.items():
         stored = job.model.checkpoint.tensors.get(name)
         before = f"{list(stored.shape)}" if stored else "not there"

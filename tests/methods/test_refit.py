@@ -243,6 +243,16 @@ def test_batches_that_are_held_out_as_a_whole_do_no_harm(tiny_llama: Path, tmp_p
     assert 0 < notes["refit"]["head"]["kl"] <= notes["refit"]["head"]["kl_least_squares"]
 
 
+def test_of_several_widths_given_the_one_that_costs_least_is_taken(tiny_llama: Path, tmp_path: Path):
+    model, tokens = stream(tiny_llama), random_tokens(12, 24)
+    _, notes = sliced(model, tokens, tmp_path / "run", widths="hidden=8/hidden=24,mlp=40/mlp=8,groups=1")
+    (second, loss), (third, more) = (line.split(": ") for line in notes["next"])
+    assert {notes["widths"], second, third} == {
+        "hidden=8,mlp=48,groups=2,blocks=3", "hidden=24,mlp=40,groups=2,blocks=3", "hidden=32,mlp=8,groups=1,blocks=3"
+    }  # fmt: skip
+    assert notes["predicted_loss"] - 1e-4 < float(loss) <= float(more)
+
+
 def test_widths_that_cannot_be_had_are_refused(tiny_llama: Path):
     model = stream(tiny_llama)
     for widths, message in {
