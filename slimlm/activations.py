@@ -69,14 +69,15 @@ class Spilled:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
 
-    def _offset(self, index: int, shapes: list[tuple[int, ...]]) -> int:
+    @staticmethod
+    def _offset(index: int, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> int:
         """Batches are of one size, but for the last."""
-        return index * int(torch.Size(shapes[0]).numel()) * self.dtype.itemsize
+        return index * int(torch.Size(shapes[0]).numel()) * dtype.itemsize
 
     def __getitem__(self, index: int) -> Tensor:
         tensor = torch.empty(self.shapes[index], dtype=self.dtype)
         with self.files[self.side].open("rb") as file:
-            file.seek(self._offset(index, self.shapes))
+            file.seek(self._offset(index, self.shapes, self.dtype))
             file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return tensor.to(self.device)
 
@@ -87,7 +88,7 @@ class Spilled:
                 f"a batch of {list(tensor.shape)} after one of {list(self.shapes[-1])}: only the last may differ"
             )
         self.shapes.append(tuple(tensor.shape))
-        self._write(self.files[self.side], self._offset(len(self.shapes) - 1, self.shapes), tensor)
+        self._write(self.files[self.side], self._offset(len(self.shapes) - 1, self.shapes, self.dtype), tensor)
         self.digest = self._hash.hexdigest()
 
     def replace(self, index: int, tensor: Tensor) -> None:
@@ -96,7 +97,7 @@ class Spilled:
             self._next = []
             self._next_dtype = tensor.dtype
         self._next.append(tuple(tensor.shape))
-        self._write(self.files[1 - self.side], self._offset(index, self._next), tensor)
+        self._write(self.files[1 - self.side], self._offset(index, self._next, self._next_dtype), tensor)
 
     def _write(self, path: Path, offset: int, tensor: Tensor) -> None:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

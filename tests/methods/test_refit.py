@@ -243,6 +243,15 @@ def test_batches_that_are_held_out_as_a_whole_do_no_harm(tiny_llama: Path, tmp_p
     assert 0 < notes["refit"]["head"]["kl"] <= notes["refit"]["head"]["kl_least_squares"]
 
 
+def test_computing_in_bf16_as_on_a_gpu_costs_little(tmp_path: Path):
+    tokens, losses = random_tokens(20, 32), {}
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model", torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        _, notes = sliced(stream(path, dtype), tokens, tmp_path / str(dtype), widths="hidden=24", weighting="none")
+        losses[dtype] = notes["refit"]["head"]["kl"]
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
+
+
 def test_of_several_widths_given_the_one_that_costs_least_is_taken(tiny_llama: Path, tmp_path: Path):
     model, tokens = stream(tiny_llama), random_tokens(12, 24)
     _, notes = sliced(model, tokens, tmp_path / "run", widths="hidden=8/hidden=24,mlp=40/mlp=8,groups=1")
