@@ -16,19 +16,19 @@ from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import build_skeleton
 from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
 
+SHAPE = {"hidden": 2560, "mlp": 6912, "heads": 20, "kv-heads": 5, "vocab": 4096}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--hidden", type=int, default=2560)
-    parser.add_argument("--mlp", type=int, default=6912)
-    parser.add_argument("--heads", type=int, default=20)
-    parser.add_argument("--kv-heads", type=int, default=5)
+    for name, size in SHAPE.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--shard-bytes", type=int, default=10**9)
     arguments = parser.parse_args()
     config = LlamaConfig(
-        vocab_size=4096,
+        vocab_size=arguments.vocab,
         hidden_size=arguments.hidden,
         intermediate_size=arguments.mlp,
         num_hidden_layers=arguments.layers,

@@ -3,7 +3,10 @@
     python eval/memory.py --layers 8 15 30 --work /tmp/memory
 
 Makes each checkpoint, compresses it in a process of its own, and prints a row: size on disk, peak resident memory
-above imports, their ratio, and seconds by stage.
+above imports, their ratio, what of a GPU's memory was taken where there is one, and seconds by stage. The shape of
+Llama 3 8B is
+
+    --layers 32 --hidden 4096 --mlp 14336 --heads 32 --kv-heads 8 --vocab 128256
 """
 
 import argparse
@@ -15,6 +18,7 @@ from pathlib import Path
 
 import numpy
 import yaml
+from make_checkpoint import SHAPE
 
 
 def main() -> None:
@@ -26,23 +30,27 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--method", default="slice")
+    for name, size in SHAPE.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipe")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    tokens = numpy.random.default_rng(0).integers(1, 4096, (arguments.windows, arguments.window))
+    tokens = numpy.random.default_rng(0).integers(1, arguments.vocab, (arguments.windows, arguments.window))
     numpy.save(arguments.work / "tokens.npy", tokens)
-    print(f"| method | layers | checkpoint, GB | peak above imports, GB | share | seconds |\n| {'--- | ' * 6}")
+    print(
+        f"| method | layers | checkpoint, GB | peak above imports, GB | share | GPU, GB | seconds |\n| {'--- | ' * 7}"
+    )
     for layers in arguments.layers:
         print(row(arguments, layers), flush=True)
 
 
 def row(arguments: argparse.Namespace, layers: int) -> str:
-    model = arguments.work / f"layers-{layers}"
+    sizes = {name: getattr(arguments, name.replace("-", "_")) for name in SHAPE}
+    model = arguments.work / "-".join(["layers", str(layers), *map(str, sizes.values())])
     if not model.exists():
-        maker = Path(__file__).with_name("make_checkpoint.py")
-        subprocess.run(
-            [sys.executable, str(maker), str(model), "--layers", str(layers)], check=True, capture_output=True
-        )
+        maker = str(Path(__file__).with_name("make_checkpoint.py"))
+        shape = [f"--{name}={size}" for name, size in {"layers": layers, **sizes}.items()]
+        subprocess.run([sys.executable, maker, str(model), *shape], check=True, capture_output=True)
     recipe = {
         "model": str(model),
         "method": arguments.method,
@@ -70,10 +78,11 @@ def row(arguments: argparse.Namespace, layers: int) -> str:
     shutil.rmtree(arguments.work / "out")
     size, run = manifest["bytes"]["dense"], manifest["run"]
     peak = run["peak_memory_bytes"]["host"] - run["memory_before_bytes"]
+    gpu = run["peak_memory_bytes"].get("gpu", 0)
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in run["seconds"].items())
     return (
         f"| {arguments.method} {arguments.sparsity:g} | {layers} | {size / 1e9:.2f} | {peak / 1e9:.3f} "
-        f"| {peak / size:.1%} | {seconds} |"
+        f"| {peak / size:.1%} | {gpu / 1e9:.2f} | {seconds} |"
     )
 
 

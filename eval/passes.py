@@ -1,9 +1,10 @@
-"""Where the time of a slice goes: passes of data through blocks, sums over tokens, factorisations, the rest.
+"""Where a run's time goes: passes of data through blocks, sums over tokens, factorisations, reading and writing.
 
     python eval/passes.py --model ../shared/models/llama-6m --calibration ../shared/data/calibration.txt
 
-Stands beside the time of plain forward passes of the same tokens through the dense and the sliced model, in the same
-process and batches.
+Stands beside the time of plain forward passes of the same tokens through the dense and the compressed model, in the
+same process and batches (--no-plain leaves them out, for models larger than memory). On a GPU each part waits for the
+one before, so that the parts add up: nothing overlaps.
 """
 
 import argparse
@@ -19,9 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import slimlm.methods.basis
 import slimlm.methods.budget
 import slimlm.methods.head
+import slimlm.methods.prune_block
 import slimlm.methods.refit
+import slimlm.methods.repair
 import slimlm.methods.slice
+import slimlm.walk
+from slimlm.activations import Spilled
 from slimlm.calibration import load_windows
+from slimlm.checkpoint.prefetch import Prefetch
+from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.compression import compress
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.ridge import Moments
@@ -48,27 +55,41 @@ def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, its own time added up by kind; what it calls that is timed as well counts there alone."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        wait()
         start, before = time.perf_counter(), sum(SPENT.values())
         try:
             return function(*args, **kwargs)
         finally:
+            wait()
             name = f"{kind}, {Stages.now}" if kind == FORWARD else kind
             SPENT[name] += time.perf_counter() - start - (sum(SPENT.values()) - before)
 
     return wrapper
 
 
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", required=True)
+    parser.add_argument("--method", default="slice")
     parser.add_argument("--sparsity", type=float, default=0.25)
+    parser.add_argument("--no-plain", action="store_true")
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--window", type=int, default=256)
     arguments = parser.parse_args()
     for name in ("run", "inputs", "before"):
         setattr(StreamedModel, name, timed(FORWARD, getattr(StreamedModel, name)))
     for kind, owner, name in (
+        ("reading", Prefetch, "take"),
+        ("reading", slimlm.walk, "load_tensors"),
+        ("writing", CheckpointWriter, "write"),
+        ("hidden states from and to files", Spilled, "__getitem__"),
+        ("hidden states from and to files", Spilled, "replace"),
         ("sums over tokens", Gram, "add"),
         ("sums over tokens", Moments, "add"),
         ("fit of the head", MapFit, "step"),
@@ -77,23 +98,29 @@ def main() -> None:
         ("factorisations", slimlm.methods.head, "ridge"),
         ("factorisations", slimlm.methods.refit, "without_units"),
         ("factorisations", slimlm.methods.basis, "with_kept"),
+        ("factorisations", slimlm.methods.prune_block, "curvature_of"),
+        ("masks and updates", slimlm.methods.prune_block, "prune_tall"),
+        ("masks and updates", slimlm.methods.repair, "prune_tall"),
         ("gradients for the basis", slimlm.methods.basis, "gradient_covariance"),
         ("choice of widths", slimlm.methods.slice, "choose"),
     ):
         setattr(owner, name, timed(kind, getattr(owner, name)))
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(
-            model=arguments.model, dataset=arguments.calibration, sparsity=arguments.sparsity, measure=False,
+            model=arguments.model, dataset=arguments.calibration, method=arguments.method,
+            sparsity=arguments.sparsity, measure=False,
             num_calibration_samples=arguments.windows, max_seq_length=arguments.window, output_dir=f"{folder}/out",
         )  # fmt: skip
         start = time.perf_counter()
         compress(recipe, progress=Stages())
         SPENT["the rest"] = time.perf_counter() - start - sum(SPENT.values())
-        plain = [plain_pass(path, arguments) for path in (arguments.model, f"{folder}/out")]
+        paths = () if arguments.no_plain else (arguments.model, f"{folder}/out")
+        plain = [f"{plain_pass(path, arguments):.1f}" for path in paths]
     print("| | seconds |\n| --- | --- |")
     for kind, seconds in sorted(SPENT.items(), key=lambda pair: -pair[1]):
         print(f"| {kind} | {seconds:.1f} |")
-    print(f"| one plain forward pass of the dense model, of the sliced one | {plain[0]:.1f}, {plain[1]:.1f} |")
+    if plain:
+        print(f"| one plain forward pass of the dense model, of the compressed one | {', '.join(plain)} |")
 
 
 @torch.no_grad()
