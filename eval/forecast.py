@@ -1,6 +1,6 @@
 """What --dry-run predicts against what the run then takes, at several shapes.
 
-    python eval/forecast.py --work /tmp/forecast
+    python eval/forecast.py --work /tmp/forecast --flags="--no-refit --weighting none"
 
 Prints a row per shape: peak memory (imports included) and seconds after imports, predicted and measured.
 """
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/slimlm-forecast"))
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--flags", default="", help="further ones of `slimlm compress`")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     tokens = numpy.random.default_rng(0).integers(1, 4096, (arguments.windows, arguments.window))
@@ -51,7 +52,7 @@ def row(label: str, model: Path, arguments: argparse.Namespace) -> str:
         sys.executable, "-m", "slimlm", "compress", "-m", str(model), "-s", "0.25", "--overwrite", "-o", str(output),
         "--dataset", str(arguments.work / "tokens.npy"), "--num-calibration-samples", str(arguments.windows),
         "--max-seq-length", str(arguments.window), "--batch-size", "4", "--eval-windows", "8",
-        "--no-refit", "--weighting", "none",
+        *arguments.flags.split(),
     ]  # fmt: skip
     dry = subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True).stdout
     memory = float(dry.partition("peak memory: host ")[2].split()[0])
