@@ -154,20 +154,23 @@ def ridge(data: Regression, prior: Tensor, metric: Tensor | None = None, guess: 
     lambda is searched downhill from `guess` on a random projection of the outputs. Where the fit does not lower the
     held-out error it is the prior that stays, so that error never grows. Once chosen, lambda serves a fit to all
     tokens. Where a strength leaves the system numerically singular it is no choice. Uses `data` up.
+
+    Returns the weight in the prior's precision, or fp32 where that is coarser.
     """
     data.centre(prior.T)
     metric = None if metric is None else metric.to(data.fit.xy)
     strength = _strength(data.through(_sketch(data.fit.xy, metric)), guess)
     unit = data.fit.xx.diagonal().mean().clamp_min(1e-30)
     delta = _solve(data.fit, strength * unit)
+    exact = torch.promote_types(prior.dtype, torch.float32)
     if delta is None or data.held_change(delta, metric) >= 0:
-        return Fit(prior, math.inf)
+        return Fit(prior.to(exact), math.inf)
     del delta
     everything = data.join()
     delta = _solve(everything, strength * everything.xx.diagonal().mean())
     if delta is None:
-        return Fit(prior, math.inf)
-    return Fit((prior.T + delta).T.to(prior.dtype), strength)
+        return Fit(prior.to(exact), math.inf)
+    return Fit((prior.T + delta).T.to(exact), strength)
 
 
 def _sketch(like: Tensor, metric: Tensor | None) -> Tensor:
@@ -211,6 +214,6 @@ def _solve(data: Moments, damping: Tensor | float) -> Tensor | None:
     factor = factor_in_place(system)
     if factor is None:
         return None
-    half = torch.linalg.solve_triangular(factor, data.xy, upper=False)  # cholesky_solve would copy the factor
-    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    solution: Tensor = torch.linalg.solve_triangular(factor, data.xy, upper=False)  # cholesky_solve copies the factor
+    torch.linalg.solve_triangular(factor.mT, solution, upper=True, out=solution)
     return solution

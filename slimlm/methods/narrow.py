@@ -19,8 +19,11 @@ def without_units(gram: Tensor, weight: Tensor, size: int, count: int, name: str
     Raises RunFailure with the linear's name when no damping makes the gram positive definite.
     """
     kept = torch.ones(weight.shape[1] // size, dtype=torch.bool, device=gram.device)
+    deleting = removals(gram, weight, size, [count])
+    del gram  # no longer than the deleting takes: it may be the largest thing there is
     try:
-        gone, weight = next(removals(gram, weight, size, [count]))
+        gone, weight = next(deleting)
+        del deleting
     except ValueError as error:
         raise RunFailure(f"inputs of {name} cannot be pruned: {error}") from error
     kept[gone] = False

@@ -243,6 +243,7 @@ def _fit_map(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensors) -
     assert isinstance(metric, Tensor)
     prior = seen_through(norm_of(weights, norm.name), pair.dense.family, pair.basis)
     fit = ridge(data, prior, metric, pair.guess(place, norm.label))
+    del data, metric, prior  # as large together as the readers that are made now
     pair.fits[f"{place}.{norm.label}"] = fit.strength
     for name, weight in dense_weights.items():
         tensors[name] = pair.stored(place, name, weight @ fit.weight)
@@ -256,7 +257,7 @@ def _fit_writer(
     for axis_name, axis in pair.layout.axes.items():
         if writer in axis.columns and pair.widths.of(axis_name) < pair.layout.dense.of(axis_name):
             data = _narrow(pair, axis_name, axis, name, data, tensors)
-    fit = ridge(data, tensors[name].float(), guess=pair.guess(place, writer))
+    fit = ridge(data, tensors[name], guess=pair.guess(place, writer))
     pair.fits[f"{place}.{writer}"] = fit.strength
     tensors[name] = pair.stored(place, name, fit.weight)
 
@@ -266,9 +267,13 @@ def _narrow(
 ) -> Regression:
     """Delete units of an axis from all its linears; what is left of the data."""
     full, width = pair.layout.dense.of(axis_name), pair.widths.of(axis_name)
-    gram = data.fit.xx + data.held.xx if isinstance(data.held, Moments) else data.fit.xx.clone()
     size, linear = tensors[name].shape[1] // full, name.removesuffix(".weight")
-    kept, tensors[name] = without_units(gram, tensors[name], size, full - width, linear)
-    del gram  # as large as what is taken
+    kept, tensors[name] = without_units(
+        data.fit.xx + data.held.xx if isinstance(data.held, Moments) else data.fit.xx.clone(),
+        tensors[name],
+        size,
+        full - width,
+        linear,
+    )
     narrow_rows(pair.layout, axis, kept, tensors)
     return data.take(kept.repeat_interleave(size).nonzero().flatten())

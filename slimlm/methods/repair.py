@@ -91,7 +91,7 @@ def _prune_block(pair: Pair, index: int, task: Task) -> Tensors:
 
     def writer(name: str, target: Callable[[int], Tensor], tensors: Tensors) -> None:
         data = pair.writer_data(index, index, name, target, tensors)
-        fit = ridge(data, tensors[f"{name}.weight"].float(), guess=pair.guess(index, name))
+        fit = ridge(data, tensors[f"{name}.weight"], guess=pair.guess(index, name))
         pair.fits[f"{index}.{name}"] = fit.strength
         _prune_together(pair, index, (name,), fit, data, task, gradients, tensors)
 
