@@ -89,6 +89,7 @@ def main() -> None:
         ("reading", slimlm.walk, "load_tensors"),
         ("writing", CheckpointWriter, "write"),
         ("hidden states from and to files", Spilled, "__getitem__"),
+        ("hidden states from and to files", Spilled, "append"),
         ("hidden states from and to files", Spilled, "replace"),
         ("sums over tokens", Gram, "add"),
         ("sums over tokens", Moments, "add"),
@@ -98,6 +99,8 @@ def main() -> None:
         ("factorisations", slimlm.methods.head, "ridge"),
         ("factorisations", slimlm.methods.refit, "without_units"),
         ("factorisations", slimlm.methods.basis, "with_kept"),
+        ("factorisations", slimlm.methods.repair, "ridge"),
+        ("factorisations", slimlm.methods.repair, "curvature_of"),
         ("factorisations", slimlm.methods.prune_block, "curvature_of"),
         ("masks and updates", slimlm.methods.prune_block, "prune_tall"),
         ("masks and updates", slimlm.methods.repair, "prune_tall"),
@@ -125,7 +128,7 @@ def main() -> None:
 
 @torch.no_grad()
 def plain_pass(path: str, arguments: argparse.Namespace) -> float:
-    """Seconds of the blocks alone, in fp32 as calibration computes."""
+    """Seconds of the blocks alone, in fp32 on the CPU, as calibration computes there."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     windows = load_windows(arguments.calibration, tokenizer, arguments.windows, arguments.window, 0)

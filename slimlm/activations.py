@@ -47,12 +47,13 @@ class InMemory(list[Tensor]):
 class Spilled:
     """Hidden states in a pair of files `<stem>.0` and `<stem>.1`; one batch at a time is in memory.
 
-    `digest` is the SHA-256 of the file now being read, kept up while it was written.
+    `digest` is the SHA-256 of the file now being read, kept up while it was written where it is `hashed`.
     """
 
-    def __init__(self, stem: Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, stem: Path, device: torch.device | str = "cpu", hashed: bool = True) -> None:
         self.files = [stem.with_name(f"{stem.name}.{side}") for side in (0, 1)]
         self.device = torch.device(device)
+        self.hashed = hashed
         self.side = 0
         self.shapes: list[tuple[int, ...]] = []
         self._next: list[tuple[int, ...]] = []  # of the batches being written; a block may change the width
@@ -75,11 +76,11 @@ class Spilled:
         return index * int(torch.Size(shapes[0]).numel()) * dtype.itemsize
 
     def __getitem__(self, index: int) -> Tensor:
-        tensor = torch.empty(self.shapes[index], dtype=self.dtype)
+        tensor = torch.empty(self.shapes[index], dtype=self.dtype, pin_memory=self.device.type == "cuda")
         with self.files[self.side].open("rb") as file:
             file.seek(self._offset(index, self.shapes, self.dtype))
             file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return tensor.to(self.device)
+        return tensor.to(self.device, non_blocking=True)
 
     def append(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
@@ -101,7 +102,8 @@ class Spilled:
 
     def _write(self, path: Path, offset: int, tensor: Tensor) -> None:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self._hash.update(data)
+        if self.hashed:
+            self._hash.update(data)
         with disk_errors(path), path.open("r+b") as file:
             if offset == 0:
                 file.truncate(0)  # what was there may have been wider

@@ -21,7 +21,7 @@ from slimlm.checkpoint.manifest import Manifest, read_manifest, versions, write_
 from slimlm.checkpoint.output import Staging, check_output, clear_leftovers, copy_companions, staged_output
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import parameter_count
-from slimlm.device import machine, peak_memory, resident_memory
+from slimlm.device import device_name, forget_peak, machine, peak_memory, placement, resident_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods import method_named
@@ -119,6 +119,7 @@ def _compress(
 ) -> CompressResult:
     started, before = time.perf_counter(), resident_memory()
     job = prepare(recipe, overwrite, resume, progress, is_probe)
+    forget_peak(job.model.device)
     for later in stage.recipe.stages[1:] if stage and not stage.earlier else ():
         require_room_later(job.model, job.recipe, later)
     fingerprint = _fingerprint(job)
@@ -227,7 +228,7 @@ def _fingerprint(job: Job) -> dict[str, object]:
         **{f"recipe {name}": value for name, value in settings.items()},
         **{f"version {name}": found.get(name) for name in ("python", "slimlm", "torch", "transformers")},
         "calibration sha256": job.windows.sha256 if job.windows else None,
-        "device": str(job.model.device),
+        "device": device_name(job.model.device),
     }
 
 
@@ -240,10 +241,13 @@ def _sampled(job: Job, work: Work) -> Windows:
         return Windows(sampled[1]["tokens"], SELF, start_token(job.tokenizer))
     work.progress.stage("sampling calibration text", recipe.num_calibration_samples)
     model = AutoModelForCausalLM.from_pretrained(
-        job.resolved.path, dtype="auto", trust_remote_code=recipe.trust_remote_code
+        job.resolved.path,
+        dtype="auto",
+        trust_remote_code=recipe.trust_remote_code,
+        device_map=placement(job.model.device),
     )
     windows = sample_windows(
-        model.to(job.model.device).eval(),
+        model.eval(),
         job.tokenizer,
         recipe.num_calibration_samples,
         recipe.max_seq_length,
@@ -263,7 +267,7 @@ def _measure(job: Job, staging: Staging, outcome: Outcome, progress: Progress) -
         for path in (job.resolved.path, staging.model)
     )
     batches = list(job.test.tokens.split(job.recipe.batch_size))
-    hidden = [Spilled(staging.work / name, job.model.device) for name in ("dense", "compressed")]
+    hidden = [Spilled(staging.work / name, job.model.device, hashed=False) for name in ("dense", "compressed")]
     try:
         comparison = compare_streamed(dense, compressed, batches, outcome.basis, progress, hidden, outcome.blocks)
     except RunFailure as error:
@@ -299,7 +303,7 @@ def _manifest(
         "paper": job.method.paper,
         "needs_remote_code": bool(plan.files),
         "sparsity": {
-            "requested": recipe.sparsity,
+            "requested": removed if recipe.widths else recipe.sparsity,
             "of": job.method.sparsity_of,
             "achieved": removed if outcome.zeros is None else outcome.zeros,
             "parameters_removed": removed,

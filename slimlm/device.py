@@ -22,7 +22,7 @@ CGROUP_FILES = (
 def pick_device(device: str) -> torch.device:
     """`auto` is the first GPU, or the CPU. Raises UserError for a device that is not there."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if device.startswith("meta"):
         raise UserError("device 'meta' holds no numbers: choose cpu or cuda")
     try:
@@ -40,6 +40,22 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def placement(device: torch.device) -> torch.device | None:
+    """The `device_map` that has transformers load a whole model there at once, and not into this process first."""
+    return None if device.type == "cpu" else device
+
+
+def forget_peak(device: torch.device) -> None:
+    """Count a GPU's peak from now on; a process's cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def device_name(device: torch.device) -> str:
+    """What decides how sums round: the kind of GPU, else the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def resident_memory() -> int:
@@ -84,4 +100,4 @@ def return_memory_at_once() -> None:
 def machine(device: torch.device) -> str:
     """One line: processor, threads, and the GPU in use."""
     host = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{torch.cuda.get_device_name(device)}; {host}" if device.type == "cuda" else host
+    return f"{device_name(device)}; {host}" if device.type == "cuda" else host

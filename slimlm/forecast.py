@@ -1,6 +1,6 @@
-"""What a run will need, found by running its own code on the first block of each kind.
+"""What a run will need, found by running its own code on the first blocks.
 
-Memory does not grow with depth, so the peak of a run over one block of each kind is the peak of the whole; time is what
+Memory does not grow with depth, so the peak of a run over a block of each kind is the peak of the whole; time is what
 such a block took, times the number of them, and the rest once. The probe is a real run in a process of its own, on a
 directory that shows only the first blocks of the checkpoint, with the calibration tokens of the run.
 """
@@ -45,9 +45,10 @@ class Forecast:
 
 def forecast(job: Job, progress: Progress) -> Forecast:
     """Probe the first blocks of a prepared run, in a directory beside its output. Raises RunFailure when that fails."""
-    progress.stage("probing one block", 1)
+    progress.stage("probing the first blocks", 1)
     kinds = _kinds(job.model)
-    shown = min(MOST, max(map(kinds.index, kinds)) + 1)
+    least = 1 if job.model.device.type == "cpu" else 2  # a GPU has the next block in memory too, and a slow start
+    shown = min(MOST, len(kinds), max(least, *(kinds.index(kind) + 1 for kind in kinds)))
     home = next(parent for parent in job.output.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=home) as name:
         manifest, events = _probe(job, shown, Path(name))
@@ -104,11 +105,11 @@ def _probe(job: Job, shown: int, scratch: Path) -> tuple[dict[str, Any], list[di
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         raise RunFailure(
-            f"the probe of one block was killed by signal {-done.returncode}, probably for want of memory: "
+            f"the probe of the first blocks was killed by signal {-done.returncode}, probably for want of memory: "
             "lower --batch-size or --max-seq-length"
         )
     if done.returncode != 0:
-        raise RunFailure(f"the probe of one block failed: {done.stderr.strip().splitlines()[-1]}")
+        raise RunFailure(f"the probe of the first blocks failed: {done.stderr.strip().splitlines()[-1]}")
     manifest = json.loads((scratch / "out" / MANIFEST_NAME).read_text())
     log = (scratch / "out" / LOG_NAME).read_text()
     return manifest, [json.loads(line) for line in log.splitlines()]

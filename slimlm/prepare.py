@@ -147,12 +147,13 @@ def open_model(
     """A checkpoint directory, ready to stream.
 
     precision: what it computes in. "stock" is what `from_pretrained(dtype="auto")` would take; "fast" is that too on a
-    GPU, and float32 on a CPU, where it costs nothing for calibration and loses nothing.
+    GPU, but float32 for float16, in which small gradients are zero; and float32 on a CPU, where it costs nothing.
     """
     checkpoint = Checkpoint(path)
     config = load_config(path, trust_remote_code)
-    full = precision == "fast" and device.type == "cpu"
-    dtype = torch.float32 if full else auto_dtype(config, checkpoint)
+    dtype = auto_dtype(config, checkpoint)
+    if precision == "fast" and (device.type == "cpu" or dtype == torch.float16):
+        dtype = torch.float32
     return StreamedModel(checkpoint, config, family_of(config), device, dtype, trust_remote_code)
 
 

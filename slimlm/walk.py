@@ -287,14 +287,16 @@ class StreamedModel:
                 self.run(index, hidden, stream.calls[number][index])
 
     @torch.no_grad()
-    def inputs(self, index: int, stream: Stream, number: int, names: Sequence[str]) -> dict[str, Tensor]:
+    def inputs(
+        self, index: int, stream: Stream, number: int, names: Sequence[str], hidden: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """What the named modules of block `index` get of batch `number`, the block running no further than they need.
 
         Each [batch, time, width]. The name "" stands for what comes out of the block, and "name>" for what a module
-        gives.
+        gives. hidden: the batch, where it was read already.
         """
         found: dict[str, Tensor] = {}
-        hidden, block = stream.hidden[number], self.blocks[index]
+        hidden, block = stream.hidden[number] if hidden is None else hidden, self.blocks[index]
 
         def keep(name: str, tensor: Tensor) -> None:
             found[name] = tensor.reshape(*hidden.shape[:2], tensor.shape[-1])
@@ -325,8 +327,8 @@ class StreamedModel:
         """The residual stream [batch, time, hidden] of batch `number` in block `index` once these writers, its first,
         have added to it; and what another linear gets."""
         names = [*(f"{name}>" for name in writers), *([reader] if reader else [])]
-        found = self.inputs(index, stream, number, names) if names else {}
         hidden = stream.hidden[number]
+        found = self.inputs(index, stream, number, names, hidden) if names else {}
         for name in writers:
             hidden = hidden + found[f"{name}>"] * self.residual_scale
         return hidden, found.get(reader or "")

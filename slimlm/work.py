@@ -88,7 +88,7 @@ class Work:
 
     def scratch(self, name: str, device: torch.device) -> Spilled:
         """Hidden states that wait on disk, for a stage that starts over when it is interrupted."""
-        return Spilled(self.directory / f"scratch-{name}", device)
+        return Spilled(self.directory / f"scratch-{name}", device, hashed=False)
 
     def clear_scratch(self) -> None:
         for path in self.directory.glob("scratch-*"):

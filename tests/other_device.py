@@ -36,6 +36,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"method": "obc", "sparsity": 0.5}),
     ("qwen3_moe", {"method": "slimlm", "sparsity": 0.5}),
     ("llama", {"method": "mfac", "sparsity": 0.5}),
+    ("llama", {"sparsity": 0.25, "dataset": "self"}),
 ]
 
 
@@ -137,8 +138,8 @@ def compare(models: Path, text: Path, out: Path) -> Iterator[dict[str, Any]]:
             weights, perplexities = [], []
             for device in ("cpu", other):
                 place = out / f"{number}-{device}"
-                recipe = {**common, "model": str(models / name), "eval_text": str(text), "device": device}
-                manifest = compress(Recipe(**recipe, **settings, output_dir=str(place))).manifest
+                recipe = {**common, "model": str(models / name), "eval_text": str(text), "device": device, **settings}
+                manifest = compress(Recipe(**recipe, output_dir=str(place))).manifest
                 weights.append(load_file(place / "model.safetensors"))
                 perplexities.append(manifest["measured"]["compressed"]["perplexity"])
             same = all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())

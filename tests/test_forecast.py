@@ -41,6 +41,7 @@ def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(rec
     assert manifest["calibration"]["windows"] == 6
     assert job.plan.widths == "hidden=24,mlp=48,groups=2/hidden=32,mlp=40,groups=2"
     assert manifest["method"]["widths"].removesuffix(",blocks=1") in job.plan.widths.split("/")
+    assert manifest["sparsity"]["requested"] == manifest["sparsity"]["achieved"]
     assert [event["part"] for event in events if event["what"] == "cut"] == ["model.layers.0"]
 
 
@@ -133,7 +134,7 @@ def test_a_probe_that_is_killed_says_so(recipe: Recipe, monkeypatch):
 def test_a_probe_that_fails_says_why(recipe: Recipe, tmp_path: Path):
     job = prepare(recipe, False, False, Progress())
     (tmp_path / "model" / "tokenizer.json").unlink()
-    with pytest.raises(RunFailure, match="probe of one block failed: .*tokenizer"):
+    with pytest.raises(RunFailure, match="probe of the first blocks failed: .*tokenizer"):
         forecast(job, Progress())
 
 

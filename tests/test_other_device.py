@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import CONFIGS, build_tiny
 from tests.families.configs import family_config
+from tests.other_device import RUNS
 
 
 def test_another_device_computes_the_same_and_no_tensor_stays_behind(tmp_path: Path):
@@ -17,8 +18,9 @@ def test_another_device_computes_the_same_and_no_tensor_stays_behind(tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     runs = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(runs) == 6
+    assert len(runs) == len(RUNS)
     for run in runs:
         # Gradients are summed in another order where autograd does not know the device.
-        assert run["same"] or run["settings"].get("method") == "mfac", run
-        assert run["perplexity"][0] == pytest.approx(run["perplexity"][1], rel=1e-5), run
+        by_gradients = run["settings"].get("method") == "mfac" or "dataset" in run["settings"]
+        assert run["same"] or by_gradients, run
+        assert run["perplexity"][0] == pytest.approx(run["perplexity"][1], rel=1e-4 if by_gradients else 1e-9), run

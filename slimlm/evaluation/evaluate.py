@@ -14,7 +14,7 @@ from slimlm.checkpoint.manifest import read_manifest, versions
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
 from slimlm.checkpoint.skeleton import load_config, load_tokenizer
-from slimlm.device import machine, pick_device
+from slimlm.device import machine, pick_device, placement
 from slimlm.errors import UserError, one_line
 from slimlm.evaluation.harness import load_task_manager, run_tasks, task_scores
 from slimlm.evaluation.perplexity import measure_perplexity
@@ -163,14 +163,13 @@ def _measure(
 
 def load_model(path: Path, settings: _Settings) -> Any:
     """The whole model through stock transformers. Raises UserError unless every weight is found in the checkpoint."""
-    placement = {"device_map": settings.device_map} if settings.device_map else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
-            **placement,
+            device_map=settings.device_map or placement(settings.device),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded by transformers: {one_line(error)}") from error
@@ -179,7 +178,7 @@ def load_model(path: Path, settings: _Settings) -> Any:
             raise UserError(
                 f"{path}: transformers reports {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:3]}"
             )
-    return (model if settings.device_map else model.to(settings.device)).eval()
+    return model.eval()
 
 
 def lm_eval_command(resolved: ResolvedModel, settings: _Settings) -> str:

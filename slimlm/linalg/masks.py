@@ -17,7 +17,8 @@ def smallest(scores: Tensor, count: int) -> Tensor:
         raise ValueError(f"cannot prune {count} of {flat.numel()} weights")
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = flat.kthvalue(count).values
+    # On a GPU kthvalue works on each row of a tensor with one block of threads, and there is one row.
+    threshold = flat.sort().values[count - 1] if flat.is_cuda else flat.kthvalue(count).values
     pruned = flat < threshold
     ties = (flat == threshold).nonzero().flatten()
     pruned[ties[: count - int(pruned.sum())]] = True

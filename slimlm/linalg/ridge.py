@@ -163,7 +163,7 @@ def ridge(data: Regression, prior: Tensor, metric: Tensor | None = None, guess: 
     unit = data.fit.xx.diagonal().mean().clamp_min(1e-30)
     delta = _solve(data.fit, strength * unit)
     exact = torch.promote_types(prior.dtype, torch.float32)
-    if delta is None or data.held_change(delta, metric) >= 0:
+    if delta is None or not data.held_change(delta, metric) < 0:  # nor where it is no number
         return Fit(prior.to(exact), math.inf)
     del delta
     everything = data.join()

@@ -104,8 +104,10 @@ def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work
 
 def massive_directions(massive: Gram) -> Tensor:
     """Orthonormal directions that massive activations lie in: [hidden, 0 to MOST_MASSIVE]."""
+    if not massive.tokens:
+        return massive.matrix[:, :0]
     vectors, energies = principal_basis(massive.matrix)
-    count = int((energies > MASSIVE_ENERGY * energies.sum()).sum()) if massive.tokens else 0
+    count = int((energies > MASSIVE_ENERGY * energies.sum()).sum())
     return vectors[:, : min(count, MOST_MASSIVE)]
 
 

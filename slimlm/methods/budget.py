@@ -106,17 +106,14 @@ def _with_mlp(layout: Layout, widths: Widths, target: float, granule: int) -> Wi
 
 
 def choose(
-    layout: Layout, splits: list[Widths], found: Basis, batches: list[Tensor], work: Work
+    layout: Layout, splits: list[Widths], found: Basis, batches: list[Tensor], work: Work, refit: bool = True
 ) -> tuple[Widths, dict[str, object]]:
-    """The split with the least predicted loss, and the figures it was chosen by.
-
-    Where there are several splits, the refit follows.
-    """
+    """The split with the least predicted loss, and the figures it was chosen by. refit: whether that follows."""
     influence = found.influence
     if len(splits) == 1:
         return replace(splits[0], blocks=_kept(influence, len(splits[0].blocks))), {}
     curves = loss_curves(layout, splits, found, batches, work)
-    for axis, share in REFIT_LEAVES.items():
+    for axis, share in REFIT_LEAVES.items() if refit else ():
         curves[axis] = LossCurve([(units, loss * share) for units, loss in curves[axis].points])
     scored = sorted((predicted_loss(curves, removed(layout, split)), index) for index, split in enumerate(splits))
     best = splits[scored[0][1]]

@@ -36,7 +36,9 @@ def refit_head(pair: Pair, seed: int, work: Work, rate: float = RATE) -> Tensor:
     work.progress.stage("refitting the head", EPOCHS + 3)
     with dense.loaded([dense.family.final_norm, *dense.head_parts]):
         module = dense.model.get_submodule(head)
-        rows = module.get_parameter("weight").float() / dense.logit_divisor
+        rows = module.get_parameter("weight").float()
+        if dense.logit_divisor != 1:  # a copy of a large table
+            rows = rows / dense.logit_divisor
         data = Regression.of(width, pair.basis.shape[0], pair.basis.device)
         for x, seen, held in _head_inputs(pair, range(len(pair.held))):
             data.add(seen, x, held)

@@ -48,8 +48,8 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
     if len(splits) == 1:
         return plan
     remark = f"one of {len(splits)} splits over {_axes(layout, splits)}, chosen by the loss on held-out windows"
-    inside = "/".join(split.inside for split in splits if split.blocks == layout.dense.blocks)
-    return replace(plan, changes={}, remark=remark, widths=inside)
+    whole = [split for split in splits if split.blocks == layout.dense.blocks] or splits
+    return replace(plan, changes={}, remark=remark, widths="/".join(dict.fromkeys(split.inside for split in whole)))
 
 
 def _splits(layout: Layout, recipe: Recipe) -> list[Widths]:
@@ -131,7 +131,7 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
         return run_per_block(model, plan, batches, work)
     splits = _splits(layout, recipe)
     found = _basis(layout, splits, recipe, batches, work)
-    widths, notes = _settle(layout, splits, found, batches, work)
+    widths, notes = _settle(layout, splits, found, recipe, batches, work)
     plan = layout.plan(widths, recipe)
     for name, (before, after) in plan.changes.items():
         work.progress.line(f"{name}: {before} -> {after}")
@@ -204,12 +204,12 @@ def run_rotate(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wo
 
 
 def _settle(
-    layout: Layout, splits: list[Widths], found: Basis, batches: list[Tensor], work: Work
+    layout: Layout, splits: list[Widths], found: Basis, recipe: Recipe, batches: list[Tensor], work: Work
 ) -> tuple[Widths, dict[str, Any]]:
     record = work.journal.last("widths")
     if record:
         return Widths(**{**record["widths"], "blocks": tuple(record["widths"]["blocks"])}), record["notes"]
-    widths, notes = choose(layout, splits, found, batches, work)
+    widths, notes = choose(layout, splits, found, batches, work, recipe.refit)
     work.journal.commit("widths", widths=vars(widths), notes=notes)
     return widths, notes
 
@@ -283,7 +283,9 @@ SLICE = Method(
     summary="delete directions of the residual stream and units of the blocks: smaller widths, fewer parameters",
     paper="https://arxiv.org/abs/2401.15024",
     sparsity_of="parameters",
-    calibrates=lambda recipe, path: recipe.refit or recipe.basis == "per-block" or not is_rotated(path),
+    calibrates=lambda recipe, path: (
+        recipe.refit or recipe.basis == "per-block" or not is_rotated(path) or len(recipe.width_choices) > 1
+    ),
     plan=plan_slice,
     run=run_slice,
     scratch=_scratch,

@@ -19,8 +19,8 @@ def compress_summary(manifest: dict[str, Any]) -> str:
     if manifest["measured"]:
         measured = manifest["measured"]
         lines.append(_windows_line(measured, dtypes_of(measured)))
-    peak = run["peak_memory_bytes"]["host"] / 1e9
-    lines.append(f"{run['seconds']['total']:.0f} s, peak memory {peak:.2f} GB, {run['machine']}")
+    peaks = ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in run["peak_memory_bytes"].items())
+    lines.append(f"{run['seconds']['total']:.0f} s, peak memory: {peaks}, {run['machine']}")
     return "\n".join(lines)
 
 

@@ -254,6 +254,8 @@ def test_computing_in_bf16_as_on_a_gpu_costs_little(tmp_path: Path):
 
 def test_of_several_widths_given_the_one_that_costs_least_is_taken(tiny_llama: Path, tmp_path: Path):
     model, tokens = stream(tiny_llama), random_tokens(12, 24)
+    plan = plan_slice(model, Recipe(model="x", widths="hidden=24,blocks=2/hidden=28,blocks=1"))
+    assert plan.widths == "hidden=24,mlp=48,groups=2/hidden=28,mlp=48,groups=2"
     _, notes = sliced(model, tokens, tmp_path / "run", widths="hidden=8/hidden=24,mlp=40/mlp=8,groups=1")
     (second, loss), (third, more) = (line.split(": ") for line in notes["next"])
     assert {notes["widths"], second, third} == {

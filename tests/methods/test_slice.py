@@ -227,6 +227,8 @@ def test_a_slice_of_a_rotated_checkpoint_is_the_direct_slice_and_needs_no_data(
         assert torch.allclose(tensor, nested[name], atol=1e-5), name
     with pytest.raises(UserError, match="no calibration data"):
         compress(Recipe(model=str(tmp_path / "rotated"), widths="hidden=12", **common, output_dir=str(tmp_path / "x")))
+    with pytest.raises(UserError, match="no calibration data"):  # to choose by
+        compress(made["nested"].model_copy(update={"widths": "hidden=12/hidden=16"}))
 
 
 def test_rotating_deletes_nothing(tiny_llama: Path):
