@@ -22,7 +22,7 @@ ORDER = [
     {"report"},
     {"prepare"},
     {"compression", "inspection"},
-    {"forecast"},
+    {"forecast", "probe"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
