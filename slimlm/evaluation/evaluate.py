@@ -1,5 +1,6 @@
 """`slimlm eval`: perplexity on fixed windows and lm-eval tasks, for one model or for two on identical input."""
 
+import gc
 import shlex
 import time
 from collections.abc import Sequence
@@ -135,6 +136,7 @@ def _measure(
 ) -> dict[str, Any]:
     start = time.perf_counter()
     progress.stage(f"perplexity of {resolved.name}", windows.tokens.shape[0])
+    gc.collect()  # hooks that spread the model before over GPUs are in a cycle with it
     model = load_model(resolved.path, settings)
     likelihood = measure_perplexity(model, windows.tokens, settings.batch_size, progress.step)
     entry: dict[str, Any] = {
