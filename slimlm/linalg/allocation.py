@@ -32,8 +32,10 @@ def pq_kept(index: float, p: float = 0.5, q: float = 1.0) -> float:
 
 
 def spectrum(weight: Tensor) -> Tensor:
-    """Eigenvalues of W^T W, largest first, fp64."""
-    energies: Tensor = torch.linalg.svdvals(weight.double()).square()
+    """Eigenvalues of W^T W or W W^T, whichever has fewer, largest first, fp64; to 1e-16 of the largest."""
+    weight = weight.double()
+    smaller = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+    energies: Tensor = torch.linalg.eigvalsh(smaller).flip(0).clamp_min(0)
     return energies
 
 

@@ -16,6 +16,7 @@ from slimlm.linalg.allocation import (
     owl_shares,
     pq_index,
     pq_kept,
+    spectrum,
 )
 from slimlm.linalg.budget import LossCurve, cheapest_split
 
@@ -108,3 +109,11 @@ def test_the_cheapest_split_is_the_one_that_trying_all_finds(parts: list[tuple[f
 def test_a_split_that_no_part_has_room_for_is_refused():
     with pytest.raises(ValueError, match="no part may lose more than 12%"):
         cheapest_split([LossCurve([(5, 0.1)])] * 2, [1, 1], 13, 12)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 5)])
+def test_a_spectrum_is_the_squared_singular_values(shape: tuple[int, int]):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight[:2] = weight[2:3]  # two of rank less
+    wanted = torch.linalg.svdvals(weight.double()).square()
+    assert torch.allclose(spectrum(weight), wanted, rtol=1e-9, atol=1e-12)
