@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ import torch
 
 from slimlm.errors import UserError, one_line
 
-M_MMAP_THRESHOLD = -3  # glibc, malloc.h
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # glibc, malloc.h
 CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
@@ -88,13 +89,25 @@ def _left_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def return_memory_at_once() -> None:
-    """Let glibc give every block above 1 MB back to the system when it is freed.
+    """Let glibc give every block above 1 MB back to the system when it is freed, and threads share what is smaller.
 
     It would keep up to 32 MB pieces for reuse, which for weights that come and go in many sizes means hundreds of
     megabytes of holes. Costs page faults, so it is for large models. Other C libraries are left as they are.
     """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1024 * 1024)
+    if libc := _glibc():
+        libc.mallopt(M_MMAP_THRESHOLD, 1024 * 1024)
+        libc.mallopt(M_ARENA_MAX, 1)
+
+
+def return_freed_memory() -> None:
+    """Have glibc give back what is free between pieces in use: the holes of every block would add up with depth."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 
 
 def machine(device: torch.device) -> str:

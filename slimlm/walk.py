@@ -21,6 +21,7 @@ from slimlm.checkpoint.lookup import looked_up
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, refuse_absurd_sizes
+from slimlm.device import return_freed_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family
 from slimlm.linalg.likelihood import window_nll
@@ -183,6 +184,7 @@ class StreamedModel:
         with self.loaded([self.family.block(index)]):
             self.ahead.ask(self.keys_of.get(self.family.block(index + step), []))
             yield self.blocks[index]
+        return_freed_memory()
 
     @contextmanager
     def placed(self, part: str, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
