@@ -117,8 +117,9 @@ class Regression:
     def held_change(self, delta: Tensor, metric: Tensor | None = None) -> float:
         """How much x @ delta changes the squared error of held-out tokens; metric: [out, out], in which it counts."""
         if isinstance(self.held, Moments):
-            change = delta if metric is None else delta @ metric
-            return float(((self.held.xx @ delta - 2 * self.held.xy) * change).sum())
+            change = self.held.xx @ delta
+            change.sub_(self.held.xy, alpha=2).mul_(delta if metric is None else delta @ metric)
+            return float(change.sum())
         total = 0.0
         for x, y in self.held.parts:
             predicted = x @ delta
