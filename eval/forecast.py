@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy
+from make_checkpoint import make
 
 SHAPES = {  # hidden, mlp, heads, key/value heads, blocks
     "hidden 1024, mlp 2816, 24 blocks": (1024, 2816, 16, 4, 24),
@@ -35,15 +36,8 @@ def main() -> None:
     print("| shape | memory predicted, GB | measured | time predicted, s | measured |\n| --- | --- | --- | --- | --- |")
     for label, sizes in SHAPES.items():
         model = arguments.work / re.sub(r"\W+", "-", label)
-        if not model.exists():
-            make(model, sizes)
+        make(model, dict(zip(("hidden", "mlp", "heads", "kv-heads", "layers"), sizes, strict=True)))
         print(row(label, model, arguments), flush=True)
-
-
-def make(model: Path, sizes: tuple[int, ...]) -> None:
-    flags = zip(("--hidden", "--mlp", "--heads", "--kv-heads", "--layers"), map(str, sizes), strict=True)
-    maker = str(Path(__file__).with_name("make_checkpoint.py"))
-    subprocess.run([sys.executable, maker, str(model), *sum(flags, ())], check=True, capture_output=True)
 
 
 def row(label: str, model: Path, arguments: argparse.Namespace) -> str:

@@ -7,6 +7,8 @@ For measuring memory and speed; it says nothing about quality. The tokenizer is 
 
 import argparse
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -23,8 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--layers", type=int, default=30)
-    for name, size in SHAPE.items():
-        parser.add_argument(f"--{name}", type=int, default=size)
+    add_shape(parser)
     parser.add_argument("--shard-bytes", type=int, default=10**9)
     arguments = parser.parse_args()
     config = LlamaConfig(
@@ -41,6 +42,18 @@ def main() -> None:
         dtype=torch.bfloat16,
     )
     write(config, arguments.output, arguments.shard_bytes)
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    for name, size in SHAPE.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+
+
+def make(output: Path, sizes: dict[str, int]) -> None:
+    """Unless it is there: by this script, in a process of its own."""
+    if not output.exists():
+        flags = [f"--{name}={size}" for name, size in sizes.items()]
+        subprocess.run([sys.executable, __file__, str(output), *flags], check=True, capture_output=True)
 
 
 def write(config: LlamaConfig, output: Path, shard_bytes: int) -> None:

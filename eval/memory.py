@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy
 import yaml
-from make_checkpoint import SHAPE
+from make_checkpoint import SHAPE, add_shape, make
 
 
 def main() -> None:
@@ -30,8 +30,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--method", default="slice")
-    for name, size in SHAPE.items():
-        parser.add_argument(f"--{name}", type=int, default=size)
+    add_shape(parser)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipe")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -47,10 +46,7 @@ def main() -> None:
 def row(arguments: argparse.Namespace, layers: int) -> str:
     sizes = {name: getattr(arguments, name.replace("-", "_")) for name in SHAPE}
     model = arguments.work / "-".join(["layers", str(layers), *map(str, sizes.values())])
-    if not model.exists():
-        maker = str(Path(__file__).with_name("make_checkpoint.py"))
-        shape = [f"--{name}={size}" for name, size in {"layers": layers, **sizes}.items()]
-        subprocess.run([sys.executable, maker, str(model), *shape], check=True, capture_output=True)
+    make(model, {"layers": layers, **sizes})
     recipe = {
         "model": str(model),
         "method": arguments.method,

@@ -21,7 +21,7 @@ CGROUP_FILES = (
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU. Raises UserError for a device that is not there."""
+    """`auto` is torch's current GPU, or the CPU. Raises UserError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if device.startswith("meta"):

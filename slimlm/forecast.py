@@ -28,10 +28,8 @@ from slimlm.errors import RunFailure, UserError
 from slimlm.methods.widths import BY_BLOCK
 from slimlm.prepare import Job, spilled
 from slimlm.progress import Progress
-from slimlm.walk import StreamedModel
 
 MOST = 8  # blocks to probe; a kind that comes later is taken to be like the slowest of them
-Kind = tuple[tuple[str, torch.Size], ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Forecast:
 def forecast(job: Job, progress: Progress) -> Forecast:
     """Probe the first blocks of a prepared run, in a directory beside its output. Raises RunFailure when that fails."""
     progress.stage("probing the first blocks", 1)
-    kinds = _kinds(job.model)
+    kinds = job.model.kinds
     least = 1 if job.model.device.type == "cpu" else 2  # a GPU has the next block in memory too, and a slow start
     shown = min(MOST, len(kinds), max(least, *(kinds.index(kind) + 1 for kind in kinds)))
     home = next(parent for parent in job.output.parents if parent.is_dir())
@@ -71,11 +69,6 @@ def forecast(job: Job, progress: Progress) -> Forecast:
     disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + max(run["work_bytes"], waiting)
     progress.step()
     return Forecast(memory, disk, seconds)
-
-
-def _kinds(model: StreamedModel) -> list[Kind]:
-    """Names and shapes of every block's weights."""
-    return [tuple((name, tensor.shape) for name, tensor in block.named_parameters()) for block in model.blocks]
 
 
 def _cached(job: Job) -> int:

@@ -28,6 +28,7 @@ from slimlm.linalg.likelihood import window_nll
 from slimlm.matrices import See, canonical, is_turned, matrix, watched
 from slimlm.stream import BlockCall, Stream, owner_of, put, reuse, set_parameter
 
+Kind = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes of a block's tensors
 LARGE_TABLE = 1 << 26  # bytes of an embedding above which only the rows that are needed are read
 LARGE_LOGITS = 1 << 28  # bytes of logits held at once
 
@@ -112,6 +113,13 @@ class StreamedModel:
             for index, anatomy in enumerate(self.anatomy)
             for name in anatomy.linears
         }
+
+    @cached_property
+    def kinds(self) -> list[Kind]:
+        """What each block has; alike for most."""
+        return [
+            tuple((name, tuple(tensor.shape)) for name, tensor in block.state_dict().items()) for block in self.blocks
+        ]
 
     @contextmanager
     def watched(self, index: int, names: Sequence[str], see: See) -> Iterator[None]:

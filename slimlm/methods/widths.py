@@ -25,7 +25,7 @@ from slimlm.methods.basis import norm_eps
 from slimlm.methods.plan import Plan, require_declared
 from slimlm.modeling import OWN_CLASSES, own_files
 from slimlm.recipe import Recipe
-from slimlm.walk import StreamedModel
+from slimlm.walk import Kind, StreamedModel
 
 _RESIDUAL_AXIS = {"embedding": -1, "norm": 0, "reader": -1, "writer": -2, "final_norm": 0, "head": -1}
 GROUPED = 8  # elements that rows of experts must be a multiple of, in bf16, for the kernel that batches them
@@ -240,7 +240,7 @@ class Layout:
         """Parameters inside some blocks, by powers of hidden, MLP and groups."""
         total: Counter[tuple[int, int, int]] = Counter()
         for block in blocks:
-            total.update(self._corners[self._kinds[block]])
+            total.update(self._corners[self.model.kinds[block]])
         return {powers: count for powers, count in total.items() if count}
 
     @cached_property
@@ -252,15 +252,10 @@ class Layout:
         return blocks
 
     @cached_property
-    def _kinds(self) -> list[tuple[tuple[str, tuple[int, ...]], ...]]:
-        """What each block has; alike for most."""
-        return [tuple((entry[2].partition(".")[2], entry[3]) for entry in block) for block in self._blocks]
-
-    @cached_property
-    def _corners(self) -> dict[tuple[tuple[str, tuple[int, ...]], ...], dict[tuple[int, int, int], int]]:
+    def _corners(self) -> dict[Kind, dict[tuple[int, int, int], int]]:
         """Parameters of each kind of block as a polynomial, no power above one, in hidden, MLP and groups."""
-        found: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[tuple[int, int, int], int]] = {}
-        for kind, block in zip(self._kinds, self._blocks, strict=True):
+        found: dict[Kind, dict[tuple[int, int, int], int]] = {}
+        for kind, block in zip(self.model.kinds, self._blocks, strict=True):
             if kind not in found:
                 values = {
                     (h, m, g): sum(math.prod(self._shape_of(entry, Widths(h, m, g, ()))) for entry in block)
