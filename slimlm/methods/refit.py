@@ -214,8 +214,12 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
 def refit_block(pair: Pair, block: int, place: int) -> Tensors:
     """The compressed block's parameters as they are stored, by name within the block; the dense stream goes past it."""
 
+    anatomy = pair.dense.anatomy[block]
+    fitted = {name for norm in anatomy.norms if norm.readers for name in anatomy.reading(norm)}  # before anything runs
+
     def begin(dense: Tensors) -> Tensors:
-        sliced = slice_block(dense, pair.dense.anatomy[block], pair.basis, pair.layout.zeros(pair.widths))
+        others = {name: tensor for name, tensor in dense.items() if name not in fitted}
+        sliced = slice_block(others, anatomy, pair.basis, pair.layout.zeros(pair.widths))
         return {name: pair.stored(place, name, tensor) for name, tensor in sliced}
 
     return pair.through_block(
@@ -238,15 +242,18 @@ def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensor
 def _fit_map(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensors) -> None:
     weights = pair.dense.weights(block)
     data = pair.reader_data(block, place, norm, tensors)
-    dense_weights = {name: weights[name].float() for name in pair.dense.anatomy[block].reading(norm)}
-    metric = sum(weight.flatten(0, -2).T @ weight.flatten(0, -2) for weight in dense_weights.values())
-    assert isinstance(metric, Tensor)
+    readers = pair.dense.anatomy[block].reading(norm)
+    metric = torch.zeros(len(pair.basis), len(pair.basis), device=pair.basis.device)
+    for name in readers:
+        weight = weights[name].float().flatten(0, -2)
+        metric.addmm_(weight.T, weight)
+        del weight  # one reader in fp32 at a time
     prior = seen_through(norm_of(weights, norm.name), pair.dense.family, pair.basis)
     fit = ridge(data, prior, metric, pair.guess(place, norm.label))
     del data, metric, prior  # as large together as the readers that are made now
     pair.fits[f"{place}.{norm.label}"] = fit.strength
-    for name, weight in dense_weights.items():
-        tensors[name] = pair.stored(place, name, weight @ fit.weight)
+    for name in readers:
+        tensors[name] = pair.stored(place, name, weights[name].float() @ fit.weight)
 
 
 def _fit_writer(

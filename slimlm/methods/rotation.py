@@ -62,7 +62,8 @@ def slice_block(
 ) -> Iterator[tuple[str, Tensor]]:
     """One block's parameters, (name within the block, tensor) each, in the basis: [hidden, width].
 
-    family: as it is in this block. weights: linears' as [out, in]. zeros: further biases that the result has.
+    family: as it is in this block. weights: linears' as [out, in]; readers may be left out. zeros: further biases that
+    the result has.
     """
     yield from ((name, torch.zeros(basis.shape[1], device=basis.device)) for name in zeros)
     if is_own(basis):
@@ -73,7 +74,7 @@ def slice_block(
         dense = norm_of(weights, norm.name)
         seen = seen_through(dense, family, basis)
         sliced = {f"{norm.name}.{kind}": tensor for kind, tensor in sliced_norm(dense, family, basis).items()}
-        sliced |= {name: weights[name].float() @ seen for name in family.reading(norm)}
+        sliced |= {name: weights[name].float() @ seen for name in family.reading(norm) if name in weights}
         yield from sliced.items()
         written |= sliced.keys()
     for name in family.writing:
