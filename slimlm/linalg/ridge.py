@@ -1,6 +1,8 @@
 """Least squares towards a prior, its strength chosen on tokens that were held out."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,6 +18,7 @@ STRENGTHS = (30.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
 GUESS = 0.1
 SKETCH = 64  # outputs to choose a strength on
 HELD_EVERY = 5
+ROWS = 256  # at a time, of half a symmetric matrix
 
 
 def held_out(windows: int, start: int = 0) -> Tensor:
@@ -38,6 +41,18 @@ class Moments:
                 total.addmm_(x.T, other)  # without another matrix of this size
             else:
                 total += x.T @ other
+
+    @contextmanager
+    def lent(self) -> Iterator[Tensor]:
+        """xx, to be used up inside the context: it is symmetric, so half of it is enough to have it back afterwards."""
+        starts = range(0, len(self.xx), ROWS)
+        half = [self.xx[start : start + ROWS, start:].clone() for start in starts]
+        try:
+            yield self.xx
+        finally:
+            for start, rows in zip(starts, half, strict=True):
+                self.xx[start : start + ROWS, start:] = rows
+                self.xx[start:, start : start + ROWS] = rows.T
 
     def take(self, kept: Tensor) -> "Moments":
         """The moments of the inputs numbered `kept`."""
@@ -98,6 +113,15 @@ class Regression:
             if chosen.any():
                 factor = 1.0 if weight is None else weight[chosen].sqrt()[..., None].float()
                 moments.add((x[chosen].float() * factor).flatten(0, 1), (y[chosen].float() * factor).flatten(0, 1))
+
+    @contextmanager
+    def gram(self) -> Iterator[Tensor]:
+        """x^T x: [in, in], to be used up inside the context; without the held-out tokens where those are Rows."""
+        if isinstance(self.held, Moments):
+            yield self.fit.xx + self.held.xx
+        else:
+            with self.fit.lent() as gram:
+                yield gram
 
     def take(self, kept: Tensor) -> "Regression":
         return Regression(self.fit.take(kept), self.held.take(kept))

@@ -14,7 +14,8 @@ model's own activations. Everything a stage needs are sums over tokens: activati
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import takewhile
@@ -25,7 +26,7 @@ from torch import Tensor
 from slimlm.activations import HiddenStates
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.families import Axis, Norm, family_of
-from slimlm.linalg.ridge import GUESS, Moments, Regression, held_out, ridge
+from slimlm.linalg.ridge import GUESS, Regression, held_out, ridge
 from slimlm.methods.narrow import narrow_experts, narrow_rows, without_units
 from slimlm.methods.plan import Plan
 from slimlm.methods.rotation import is_own, norm_of, seen_through, slice_block
@@ -113,11 +114,11 @@ class Pair:
         anatomy = self.dense.anatomy[block]
         return list(takewhile(lambda other: other != name, anatomy.writers))
 
-    def _until(self, block: int, name: str, tensors: Tensors) -> Tensors:
+    def _until(self, block: int, name: str, tensors: Tensors) -> list[str]:
         """Those of a block's parameters that have a say in what a linear gets, or in what a norm ("name>") gives."""
         anatomy = self.dense.anatomy[block]
         if anatomy.parallel:
-            return tensors
+            return list(tensors)
         later = {name}
         for norm in reversed(anatomy.norms):
             if name in (*norm.readers, *norm.writers):
@@ -125,7 +126,22 @@ class Pair:
             later |= {*norm.readers, *norm.writers, *([anatomy.experts.module] if anatomy.experts else ())}
             if name == f"{norm.name}>":
                 break
-        return {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] not in later}
+        return [key for key in tensors if key.rpartition(".")[0] not in later]
+
+    @contextmanager
+    def _running(self, block: int, place: int, name: str, tensors: Tensors) -> Iterator[None]:
+        """The compressed block with `tensors`, as far as `name` needs them. They are in the dtype it computes in
+        meanwhile, where that holds them exactly, so that they are not in memory twice."""
+        dtype, needed = self.small.dtype, self._until(block, name, tensors)
+        exact = {key: tensors[key].dtype for key in needed if torch.promote_types(tensors[key].dtype, dtype) == dtype}
+        for key in exact:
+            tensors[key] = tensors[key].to(dtype)
+        try:
+            with self.small.placed(self.small.family.block(place), {key: tensors[key] for key in needed}):
+                yield
+        finally:
+            for key, stored in exact.items():
+                tensors[key] = tensors[key].to(stored)
 
     def reader_data(self, block: int, place: int, norm: Norm, tensors: Tensors) -> Regression:
         """What readers of a norm see in the compressed block of `tensors`, and saw in the dense one."""
@@ -133,7 +149,7 @@ class Pair:
         data = Regression.of(width, hidden, self.dense.device)
         seen = f"{norm.name}>" if norm.name else norm.readers[0]
         is_between = norm.name in self.dense.anatomy[block].between.values()
-        with self.small.placed(self.small.family.block(place), self._until(block, seen, tensors)):
+        with self._running(block, place, seen, tensors):
             for number, held in enumerate(self.held):
                 if is_between:
                     dense = self.dense.blocks[block].get_submodule(norm.name)(self.between[number])
@@ -149,7 +165,7 @@ class Pair:
         """What a writer gets in the compressed block of `tensors`, and what it has to give."""
         small, stream, matched = self.small, self.streams["small"], name in self.dense.anatomy[block].matched
         data = Regression.of(tensors[f"{name}.weight"].shape[1], self.basis.shape[1], self.dense.device)
-        with small.placed(small.family.block(place), self._until(block, name, tensors)):
+        with self._running(block, place, name, tensors):
             for number, held in enumerate(self.held):
                 before, x = small.before(place, stream, number, [] if matched else self._earlier(block, name), name)
                 assert x is not None
@@ -275,12 +291,7 @@ def _narrow(
     """Delete units of an axis from all its linears; what is left of the data."""
     full, width = pair.layout.dense.of(axis_name), pair.widths.of(axis_name)
     size, linear = tensors[name].shape[1] // full, name.removesuffix(".weight")
-    kept, tensors[name] = without_units(
-        data.fit.xx + data.held.xx if isinstance(data.held, Moments) else data.fit.xx.clone(),
-        tensors[name],
-        size,
-        full - width,
-        linear,
-    )
+    with data.gram() as gram:
+        kept, tensors[name] = without_units(gram, tensors[name], size, full - width, linear)
     narrow_rows(pair.layout, axis, kept, tensors)
     return data.take(kept.repeat_interleave(size).nonzero().flatten())

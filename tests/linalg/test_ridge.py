@@ -85,6 +85,20 @@ def test_inputs_taken_out_are_as_if_they_had_never_been():
     assert torch.allclose(taken.held.xy, direct.held.xy, atol=1e-4)
 
 
+def test_a_gram_that_was_used_up_comes_back(monkeypatch):
+    monkeypatch.setattr("slimlm.linalg.ridge.WIDEST", 2)
+    monkeypatch.setattr("slimlm.linalg.ridge.ROWS", 4)
+    x, y, _ = data()
+    found = regression(x, y)
+    before = found.fit.xx.clone()
+    with pytest.raises(ValueError), found.gram() as gram:
+        assert torch.equal(gram, before)
+        gram.fill_(math.nan)
+        raise ValueError
+    assert torch.allclose(found.fit.xx, before)
+    assert torch.equal(found.fit.xx, found.fit.xx.T)
+
+
 @pytest.mark.parametrize("windows", [20, 400])
 def test_wide_inputs_are_fitted_as_well_from_a_sample_of_the_held_out_tokens(windows: int, monkeypatch):
     x, y, truth = data(windows)
