@@ -259,20 +259,16 @@ def _run_compress(recipe: Recipe, overwrite: bool, resume: bool) -> None:
 
 def _dry_run(recipe: Recipe, overwrite: bool, resume: bool) -> None:
     with _progress() as progress:
-        from slimlm.forecast import forecast, require_memory
-        from slimlm.prepare import prepare
+        from slimlm.forecast import forecast, require_room
+        from slimlm.prepare import check_later, check_shots, prepare
         from slimlm.report.summary import forecast_summary
 
-        stages = recipe.stages
-        job = prepare(stages[0], overwrite, resume, progress)
-        found = forecast(job, progress)
-    print(forecast_summary(job, found))
-    if len(stages) > 1:
-        print(
-            f"this is the first of {len(stages)} runs, each on what the one before gives; the others take their own "
-            "time, and what each gives stands beside the output until the last is done"
-        )
-    require_memory(job, found)
+        check_shots(recipe)
+        job = prepare(recipe.stages[0], overwrite, resume, progress)
+        check_later(job, recipe)
+        found = forecast(job, progress, recipe)
+    print(forecast_summary(job, found, recipe.stages[1:]))
+    require_room(job, found)
 
 
 def _print_result(result: Any, expected: dict[str, float]) -> None:

@@ -24,10 +24,8 @@ from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.device import device_name, forget_peak, machine, peak_memory, placement, resident_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.evaluation.streamed import Comparison, compare_streamed
-from slimlm.methods import method_named
 from slimlm.methods.plan import Outcome
-from slimlm.methods.prune import require_room_later
-from slimlm.prepare import Job, open_model, output_of, prepare
+from slimlm.prepare import Job, check_later, check_shots, open_model, output_of, prepare
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe
 from slimlm.work import Work
@@ -62,8 +60,8 @@ def compress(
     progress = progress or LogProgress()
     try:
         if len(recipe.stages) > 1:
-            return _compress_in_stages(recipe, overwrite, resume, progress)
-        return _compress(recipe, overwrite, resume, progress, is_probe=is_probe)
+            return _compress_in_stages(recipe, overwrite, resume, progress, is_probe)
+        return _compress(recipe, overwrite, resume, progress, None, is_probe)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RunFailure("out of memory: lower --batch-size, --max-seq-length or --eval-windows") from error
 
@@ -77,11 +75,12 @@ class _Stage:
     is_last: bool
 
 
-def _compress_in_stages(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress) -> CompressResult:
+def _compress_in_stages(
+    recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, is_probe: bool
+) -> CompressResult:
     """What a stage gives stands beside the output until the last one is done, whose manifest is that of all."""
     runs, output = recipe.stages, output_of(recipe)
-    if recipe.shots > 1 and method_named(recipe.method).sparsity_of == "parameters":
-        raise UserError(f"shots are for methods that set weights to zero, not for {recipe.method}")
+    check_shots(recipe)
     recipe = recipe.model_copy(update={"output_dir": str(output)})
     places = [output.with_name(f"{output.name}.stage-{number}") for number in range(1, len(runs))]
     finished = read_manifest(output) if resume and output.is_dir() else None
@@ -103,7 +102,7 @@ def _compress_in_stages(recipe: Recipe, overwrite: bool, resume: bool, progress:
                 settings |= {"dataset": str(tokens), "num_calibration_samples": count, "max_seq_length": length}
         stage = _Stage(recipe, list(manifests), is_last=place == output)
         again = overwrite or not (stage.is_last or resume)
-        manifests.append(_compress(run.model_copy(update=settings), again, resume, progress, stage).manifest)
+        manifests.append(_compress(run.model_copy(update=settings), again, resume, progress, stage, is_probe).manifest)
     for place in places:
         shutil.rmtree(place)
     return CompressResult(output, manifests[-1])
@@ -114,14 +113,14 @@ def _compress(
     overwrite: bool,
     resume: bool,
     progress: Progress,
-    stage: _Stage | None = None,
-    is_probe: bool = False,
+    stage: _Stage | None,
+    is_probe: bool,
 ) -> CompressResult:
     started, before = time.perf_counter(), resident_memory()
     job = prepare(recipe, overwrite, resume, progress, is_probe)
     forget_peak(job.model.device)
-    for later in stage.recipe.stages[1:] if stage and not stage.earlier else ():
-        require_room_later(job.model, job.recipe, later)
+    if stage and not stage.earlier:
+        check_later(job, stage.recipe)
     fingerprint = _fingerprint(job)
     finished = _finished(job.output, fingerprint, overwrite) if resume else None
     if finished is not None:
@@ -159,7 +158,9 @@ def _compress(
                 if stage and not stage.is_last and windows is not None and job.recipe.dataset == SELF:
                     numpy.save(staging.model / CALIBRATION_NAME, windows.tokens.numpy())
                 if progress.log is not None:
-                    shutil.copyfile(progress.log, staging.model / LOG_NAME)
+                    earlier = [job.resolved.path / LOG_NAME] if stage and stage.earlier else []
+                    logs = [log.read_text() for log in (*earlier, progress.log) if log.exists()]
+                    (staging.model / LOG_NAME).write_text("".join(logs))
             work.journal.commit("complete")
     return CompressResult(job.output, manifest)
 
@@ -178,7 +179,7 @@ def _account_for(stage: _Stage, manifest: Manifest) -> None:
         manifest["calibration"] = first["calibration"]
     if manifest["measured"] and first["measured"]:
         manifest["measured"]["dense"] = first["measured"]["dense"]
-    kept = ("recipe", "sparsity", "changes", "method", "measured", "run")
+    kept = ("recipe", "sparsity", "bytes", "changes", "method", "measured", "run")
     manifest["stages"] = [{name: earlier[name] for name in kept} for earlier in stage.earlier]
 
 

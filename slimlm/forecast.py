@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from slimlm.calibration import SAMPLING_BATCH, SELF
-from slimlm.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from slimlm.checkpoint.output import COMPANIONS
+from slimlm.checkpoint.manifest import MANIFEST_NAME, read_manifest, took
+from slimlm.checkpoint.output import COMPANIONS, check_output
 from slimlm.checkpoint.reader import INDEX_NAME
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.compression import LOG_NAME
@@ -28,6 +28,7 @@ from slimlm.errors import RunFailure, UserError
 from slimlm.methods.widths import BY_BLOCK
 from slimlm.prepare import Job, spilled
 from slimlm.progress import Progress
+from slimlm.recipe import Recipe
 
 MOST = 8  # blocks to probe; a kind that comes later is taken to be like the slowest of them
 
@@ -41,32 +42,38 @@ class Forecast:
     seconds: float
 
 
-def forecast(job: Job, progress: Progress) -> Forecast:
-    """Probe the first blocks of a prepared run, in a directory beside its output. Raises RunFailure when that fails."""
+def forecast(job: Job, progress: Progress, whole: Recipe | None = None) -> Forecast:
+    """Probe the first blocks of a prepared run, in a directory beside its output. Raises RunFailure when that fails.
+
+    whole: a recipe of several runs, of which `job` is the first. All of them are probed, on what each gives.
+    """
     progress.stage("probing the first blocks", 1)
     kinds = job.model.kinds
     least = 1 if job.model.device.type == "cpu" else 2  # a GPU has the next block in memory too, and a slow start
     shown = min(MOST, len(kinds), max(least, *(kinds.index(kind) + 1 for kind in kinds)))
     home = next(parent for parent in job.output.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=home) as name:
-        manifest, events = _probe(job, shown, Path(name))
-    run = manifest["run"]
-    took = {
+        manifest, events = _probe(job, whole or job.recipe, shown, Path(name))
+    earlier = manifest.get("stages", [])
+    runs = [stage["run"] for stage in (*earlier, manifest)]
+    per_kind = {
         kinds[block]: sum(event["seconds"] for event in events if event["part"] == job.model.family.block(block))
         for block in range(shown)
     }
     rest = kinds[shown:]
-    passing = sum(took.get(kind, max(took.values())) for kind in rest)
+    passing = sum(per_kind.get(kind, max(per_kind.values())) for kind in rest)
     more_to_check = job.model.checkpoint.bytes_on_disk() / manifest["bytes"]["dense"] - 1
-    seconds = run["seconds"]["total"] + passing + more_to_check * run["seconds"]["checking"]
-    seconds += len(rest) / shown * run["seconds"].get("sampling", 0.0)
-    memory = dict(run["peak_memory_bytes"])
+    probed, memory = took(manifest)
+    seconds = probed + passing + more_to_check * sum(run["seconds"]["checking"] for run in runs)
+    seconds += len(rest) / shown * sum(run["seconds"].get("sampling", 0.0) for run in runs)
     if job.recipe.dataset == SELF:
         # Sampling holds every block at once, and their keys and values.
         others = parameter_count(job.model.model) - manifest["parameters"]["dense"] + len(rest) * _cached(job)
         memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
     waiting = spilled(job.recipe, job.method, job.model)
-    disk = sum(spec.nbytes for spec in job.plan.tensors.values()) + max(run["work_bytes"], waiting)
+    sizes = [stage["bytes"]["compressed"] for stage in (*earlier, manifest)]  # all stand until the last is done
+    results = sum(spec.nbytes for spec in job.plan.tensors.values()) * sum(sizes) // sizes[0]
+    disk = results + max(waiting, *(run["work_bytes"] for run in runs))
     progress.step()
     return Forecast(memory, disk, seconds)
 
@@ -81,10 +88,15 @@ def _cached(job: Job) -> int:
     return 2 * int(heads * width) * batch * recipe.max_seq_length
 
 
-def _probe(job: Job, shown: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _probe(job: Job, whole: Recipe, shown: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compress the first so many blocks alone; the manifest and the log of that."""
     _show_first_blocks(job, shown, scratch / "model")
     settings = job.recipe.model_dump(exclude={"expected"}, exclude_none=True)
+    settings |= whole.model_dump(include={"shots", "schedule", "then"}, exclude_none=True)
+    if whole.shots > 1:
+        settings["sparsity"] = whole.sparsity
+    if whole.then is not None and whole.dataset not in (None, SELF):
+        settings["then"] = {"dataset": whole.dataset, **whole.then}  # which may want more of it
     if job.plan.widths and job.recipe.sparsity:
         settings["widths"] = job.plan.widths
     if "widths" in settings or not job.recipe.sparsity:
@@ -133,8 +145,9 @@ def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def require_memory(job: Job, found: Forecast) -> None:
-    """Raises UserError when memory is too small; disk space was checked when the run was prepared."""
+def require_room(job: Job, found: Forecast) -> None:
+    """Raises UserError when memory or disk space is too small."""
+    check_output(job.output, True, [], found.disk)
     available = available_memory(torch.device(job.model.device))
     for where, needed in found.memory.items():
         if needed > available[where]:

@@ -19,6 +19,7 @@ from slimlm.families import family_of
 from slimlm.linalg.ridge import HELD_EVERY
 from slimlm.methods import method_named
 from slimlm.methods.plan import Method, Plan
+from slimlm.methods.prune import require_room_later
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
@@ -77,6 +78,18 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, i
     progress.stage("checking weights", parameter_count(model.model))
     model.checkpoint.check_finite(progress.step)
     return Job(recipe, resolved, method, output, model, tokenizer, plan, test, windows)
+
+
+def check_shots(recipe: Recipe) -> None:
+    """Raises UserError for several shots of a method that has but one."""
+    if recipe.shots > 1 and method_named(recipe.method).sparsity_of == "parameters":
+        raise UserError(f"shots are for methods that set weights to zero, not for {recipe.method}")
+
+
+def check_later(job: Job, whole: Recipe) -> None:
+    """Raises UserError for runs of a recipe that cannot follow its first, the prepared one."""
+    for later in whole.stages[1:]:
+        require_room_later(job.model, job.recipe, later)
 
 
 def resolve_known(model: str, revision: str | None, trust_remote_code: bool) -> ResolvedModel:

@@ -11,7 +11,7 @@ from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.compression import compress
 from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
-from slimlm.forecast import Forecast, forecast, require_memory
+from slimlm.forecast import Forecast, forecast, require_room
 from slimlm.prepare import prepare, spilled
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
@@ -33,7 +33,7 @@ def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(rec
     job = prepare(recipe.model_copy(update={"widths": "hidden=24/mlp=40"}), False, False, Progress())
     place = tmp_path / "probe"
     place.mkdir()
-    manifest, events = forecast_module._probe(job, 1, place)
+    manifest, events = forecast_module._probe(job, job.recipe, 1, place)
     config = json.loads((place / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert manifest["parameters"]["dense"] < sum(p.numel() for p in job.model.model.parameters())
@@ -56,6 +56,41 @@ def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, 
     assert forecast(job, Progress()).seconds > 0
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"then": {"method": "sparsegpt", "pattern": "2:4", "num_calibration_samples": 8}},
+        {"dataset": "self", "method": "sparsegpt", "sparsity": 0.5, "shots": 2},
+    ],
+    ids=["then", "shots"],
+)
+def test_every_run_of_several_is_probed(recipe: Recipe, tmp_path: Path, monkeypatch, settings: dict):
+    seen = []
+
+    def probe(*arguments):
+        seen.append(actual(*arguments))
+        return seen[0]
+
+    actual = forecast_module._probe
+    monkeypatch.setattr(forecast_module, "_probe", probe)
+    whole = recipe.model_copy(update=settings)
+    job = prepare(whole.stages[0], False, False, Progress())
+    found = forecast(job, Progress(), whole)
+    ((manifest, events),) = seen
+    runs = [stage["run"] for stage in (*manifest["stages"], manifest)]
+    assert len(runs) == len(whole.stages)
+    assert found.seconds > sum(run["seconds"]["total"] for run in runs)
+    assert found.memory["host"] >= max(run["peak_memory_bytes"]["host"] for run in runs)
+    assert sum(event["part"] == "model.layers.0" for event in events) >= len(runs)
+    compressed = compress(whole).manifest
+    assert [stage["recipe"]["sparsity"] for stage in compressed["stages"]] == pytest.approx(
+        [stage["recipe"]["sparsity"] for stage in manifest["stages"]], abs=0.1
+    )
+    log = (tmp_path / "out" / "slimlm.log.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["part"] == "model.layers.2" for line in log) >= len(runs)
+    assert found.disk >= sum(stage["bytes"]["compressed"] for stage in (*compressed["stages"], compressed))
+
+
 def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(recipe: Recipe, tmp_path: Path, monkeypatch):
     """In a mixture of experts whose first block has none."""
     config = family_config("qwen3_moe")
@@ -63,8 +98,8 @@ def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(recipe: Rec
     path = build_tiny(config, tmp_path / "moe")
     seen = []
 
-    def probe(job, shown, scratch):
-        seen.append(actual(job, shown, scratch))
+    def probe(job, whole, shown, scratch):
+        seen.append(actual(job, whole, shown, scratch))
         return seen[0]
 
     actual = forecast_module._probe
@@ -92,7 +127,7 @@ def test_a_forecast_writes_nothing_and_says_what_the_run_then_takes(recipe: Reci
 
 def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, monkeypatch):
     manifest = {
-        "bytes": {"dense": 1000},
+        "bytes": {"dense": 1000, "compressed": 600},
         "parameters": {"dense": 10},
         "run": {
             "seconds": {"checking": 1.0, "sampling": 4.0, "total": 20.0},
@@ -101,7 +136,7 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
         },
     }
     events = [{"part": "model.layers.0", "seconds": 2.0}, {"part": "lm_head", "seconds": 50.0}] * 2
-    monkeypatch.setattr(forecast_module, "_probe", lambda job, shown, scratch: (manifest, events))
+    monkeypatch.setattr(forecast_module, "_probe", lambda job, whole, shown, scratch: (manifest, events))
     job = prepare(recipe, False, False, Progress())
     monkeypatch.setattr(job.model.checkpoint, "bytes_on_disk", lambda: 3000)
     found = forecast(job, Progress())
@@ -109,6 +144,13 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     assert found.memory == {"host": 500}
     waiting = spilled(job.recipe, job.method, job.model)
     assert found.disk == waiting + sum(spec.nbytes for spec in job.plan.tensors.values())
+    earlier = {"bytes": {"compressed": 800}, "run": {**manifest["run"], "peak_memory_bytes": {"host": 900}}}
+    manifest["stages"] = [earlier]
+    found = forecast(job, Progress())
+    assert found.seconds == 2 * (20 + 2 * 4 + 2 * 1) + 2 * 2 * 2
+    assert found.memory == {"host": 900}
+    assert found.disk == waiting + sum(spec.nbytes for spec in job.plan.tensors.values()) * 1400 // 800
+    del manifest["stages"]
     job.recipe = job.recipe.model_copy(update={"dataset": "self"})
     others = sum(parameter.numel() for parameter in job.model.model.parameters()) - 10
     config = job.model.config
@@ -116,12 +158,14 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     assert forecast(job, Progress()).memory == {"host": 500 + 4 * (others + 2 * cached)}
 
 
-def test_too_little_memory_is_an_error_that_says_what_to_change(recipe: Recipe, monkeypatch):
+def test_too_little_memory_or_disk_is_an_error_that_says_what_to_change(recipe: Recipe, monkeypatch):
     monkeypatch.setattr(forecast_module, "available_memory", lambda device: {"host": 10**6})
     job = prepare(recipe, False, False, Progress())
     with pytest.raises(UserError, match=r"needs 2\.00 GB of host memory and 0\.00 GB are free: lower --batch-size"):
-        require_memory(job, Forecast({"host": 2 * 10**9}, 0, 0.0))
-    require_memory(job, Forecast({"host": 10**5}, 0, 0.0))
+        require_room(job, Forecast({"host": 2 * 10**9}, 0, 0.0))
+    require_room(job, Forecast({"host": 10**5}, 0, 0.0))
+    with pytest.raises(UserError, match=r"needs 1000000000\.00 GB and its disk has .* free: free some space"):
+        require_room(job, Forecast({"host": 10**5}, 10**18, 0.0))
 
 
 def test_a_probe_that_is_killed_says_so(recipe: Recipe, monkeypatch):

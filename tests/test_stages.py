@@ -8,9 +8,11 @@ import yaml
 from safetensors.torch import load_file
 
 from slimlm import compression
+from slimlm.checkpoint.manifest import took
 from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.recipe import Recipe, make_recipe
+from slimlm.report.summary import compress_summary
 from tests.conftest import CONFIGS, build_tiny, random_tokens
 from tests.methods.test_prune import LINEAR
 
@@ -47,6 +49,9 @@ def test_slicing_then_pruning_is_what_two_commands_give(settings: dict, tmp_path
     }
     assert manifest["sparsity"]["zeros_in_pruned_matrices"] == 0.5
     assert [stage["recipe"]["method"] for stage in manifest["stages"]] == ["slice"]
+    both = [manifest["stages"][0]["run"], manifest["run"]]
+    assert took(manifest)[0] == pytest.approx(sum(run["seconds"]["total"] for run in both))
+    assert f"\n{took(manifest)[0]:.0f} s, peak memory: " in compress_summary(manifest)
     saved = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     compress(make_recipe({**saved, "output_dir": str(tmp_path / "repeat")}))
     assert weights(tmp_path / "repeat") == weights(tmp_path / "out")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from slimlm.checkpoint.manifest import Manifest
+from slimlm.checkpoint.manifest import Manifest, took
 
 CARD_NAME = "README.md"
 
@@ -98,7 +98,7 @@ def dtypes_of(measured: dict[str, Any]) -> str:
 
 
 def _reproduce(manifest: Manifest) -> str:
-    calibration, run = manifest["calibration"], manifest["run"]
+    calibration, run, (seconds, peaks) = manifest["calibration"], manifest["run"], took(manifest)
     data = "No calibration data"
     if calibration is not None:
         data = (
@@ -107,8 +107,7 @@ def _reproduce(manifest: Manifest) -> str:
         )
     return (
         f"## How it was made\n\n{data}; {'resumed, the last part took ' if run['resumed'] else ''}"
-        f"{run['seconds']['total']:.0f} s on {run['machine']}, "
-        f"peak memory {run['peak_memory_bytes']['host'] / 1e9:.2f} GB. "
+        f"{seconds:.0f} s on {run['machine']}, peak memory {peaks['host'] / 1e9:.2f} GB. "
         "`slimlm.json` beside this file holds the whole recipe, hashes and versions; "
         "`slimlm compress --recipe recipe.yaml --output-dir again` with the recipe beside it repeats it.\n"
     )

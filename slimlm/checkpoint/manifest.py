@@ -25,6 +25,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def took(manifest: Manifest) -> tuple[float, dict[str, int]]:
+    """Seconds and peak memory ("host" and where there is one "gpu", in bytes) of all the runs of a recipe."""
+    runs = [stage["run"] for stage in (*manifest.get("stages", []), manifest)]
+    peaks = {where: max(run["peak_memory_bytes"][where] for run in runs) for where in runs[0]["peak_memory_bytes"]}
+    return sum(run["seconds"]["total"] for run in runs), peaks
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -1,14 +1,16 @@
 """What the figures of a run mean, in lines of text."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from slimlm.checkpoint.card import dtypes_of
+from slimlm.checkpoint.manifest import took
 
 
 def compress_summary(manifest: dict[str, Any]) -> str:
     """What was asked for, what was achieved, on what it was measured, and what it took."""
-    sparsity, run = manifest["sparsity"], manifest["run"]
+    sparsity, (seconds, peaks) = manifest["sparsity"], took(manifest)
     lines = [
         f"sparsity requested {sparsity['requested']:g}, achieved {sparsity['achieved']:.4f} of {sparsity['of']}; "
         f"{sparsity['parameters_removed']:.4f} of all parameters are gone",
@@ -19,13 +21,16 @@ def compress_summary(manifest: dict[str, Any]) -> str:
     if manifest["measured"]:
         measured = manifest["measured"]
         lines.append(_windows_line(measured, dtypes_of(measured)))
-    peaks = ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in run["peak_memory_bytes"].items())
-    lines.append(f"{run['seconds']['total']:.0f} s, peak memory: {peaks}, {run['machine']}")
+    memory = ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in peaks.items())
+    lines.append(f"{seconds:.0f} s, peak memory: {memory}, {manifest['run']['machine']}")
     return "\n".join(lines)
 
 
-def forecast_summary(job: Any, found: Any) -> str:
-    """Every shape before and after, and what the run will take (a `Job` and its `Forecast`)."""
+def forecast_summary(job: Any, found: Any, later: Sequence[Any] = ()) -> str:
+    """Every shape before and after, and what the run will take (a `Job` and its `Forecast`).
+
+    later: recipes of the runs that follow it, which the forecast includes.
+    """
     memory = ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in found.memory.items())
     recipe = job.recipe
     data = f"{recipe.num_calibration_samples} windows of {recipe.max_seq_length} tokens from {recipe.dataset}"
@@ -34,12 +39,18 @@ def forecast_summary(job: Any, found: Any) -> str:
             f"model_type {job.model.config.model_type}, method {recipe.method} ({job.method.paper})",
             f"calibration: {data}, batches of {recipe.batch_size}" if recipe.dataset else "calibration: none",
             *_shape_lines(job),
+            *(f"then, on what that gives: {_run_line(run)}" for run in later),
             f"peak memory: {memory} (imports included)",
             f"disk: {found.disk / 1e9:.2f} GB while it runs, in and beside {job.output}",
             f"time: {found.seconds:.0f} s after imports, on {job.model.device}",
             "nothing was written",
         ]
     )
+
+
+def _run_line(recipe: Any) -> str:
+    how = recipe.pattern or (f"widths {recipe.widths}" if recipe.widths else f"sparsity {recipe.sparsity:g}")
+    return f"{recipe.method}, {how}"
 
 
 def _shape_lines(job: Any) -> list[str]:
