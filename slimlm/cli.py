@@ -260,11 +260,12 @@ def _run_compress(recipe: Recipe, overwrite: bool, resume: bool) -> None:
 def _dry_run(recipe: Recipe, overwrite: bool, resume: bool) -> None:
     with _progress() as progress:
         from slimlm.forecast import forecast, require_room
-        from slimlm.prepare import check_later, check_shots, prepare
+        from slimlm.prepare import check_later, check_shots, output_of, prepare
         from slimlm.report.summary import forecast_summary
 
         check_shots(recipe)
-        job = prepare(recipe.stages[0], overwrite, resume, progress)
+        first = recipe.stages[0].model_copy(update={"output_dir": str(output_of(recipe))})
+        job = prepare(first, overwrite, resume, progress)
         check_later(job, recipe)
         found = forecast(job, progress, recipe)
     print(forecast_summary(job, found, recipe.stages[1:]))

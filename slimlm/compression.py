@@ -25,7 +25,7 @@ from slimlm.device import device_name, forget_peak, machine, peak_memory, placem
 from slimlm.errors import RunFailure, UserError
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods.plan import Outcome
-from slimlm.prepare import Job, check_later, check_shots, open_model, output_of, prepare
+from slimlm.prepare import Job, check_later, check_shots, later_runs, open_model, output_of, prepare
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe
 from slimlm.work import Work
@@ -95,9 +95,11 @@ def _compress_in_stages(
         progress.line(f"stage {number + 1} of {len(runs)}: {run.method}, sparsity {run.sparsity:g}")
         settings: dict[str, Any] = {"output_dir": str(place)}
         if number:
-            tokens = places[0] / CALIBRATION_NAME
+            first, tokens = manifests[0], places[0] / CALIBRATION_NAME
+            is_bundled = first["model"]["origin"] == "bundled"
+            run = later_runs(recipe, first["recipe"]["max_seq_length"], is_bundled)[number - 1]
             settings |= {"model": str(places[number - 1]), "revision": None}
-            if run.dataset in (None, SELF) and tokens.exists():
+            if run.dataset == SELF and tokens.exists():
                 count, length = numpy.load(tokens, mmap_mode="r").shape
                 settings |= {"dataset": str(tokens), "num_calibration_samples": count, "max_seq_length": length}
         stage = _Stage(recipe, list(manifests), is_last=place == output)
@@ -195,9 +197,10 @@ def write_recipe(directory: Path, recipe: Recipe, model: dict[str, Any]) -> None
         settings["model"] = model["path"]
     if model["revision"] is not None:
         settings["revision"] = model["revision"]
-    for name in ("dataset", "eval_text"):
-        if settings.get(name) and Path(settings[name]).expanduser().exists():
-            settings[name] = str(Path(settings[name]).expanduser().resolve())
+    for run in (settings, settings.get("then", {})):
+        for name in ("dataset", "eval_text"):
+            if run.get(name) and Path(run[name]).expanduser().exists():
+                run[name] = str(Path(run[name]).expanduser().resolve())
     (directory / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
 

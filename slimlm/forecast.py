@@ -17,16 +17,17 @@ import numpy
 import torch
 import yaml
 
-from slimlm.calibration import SAMPLING_BATCH, SELF
-from slimlm.checkpoint.manifest import MANIFEST_NAME, read_manifest, took
+from slimlm.calibration import SAMPLING_BATCH
+from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, stages_of, took
 from slimlm.checkpoint.output import COMPANIONS, check_output
 from slimlm.checkpoint.reader import INDEX_NAME
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.compression import LOG_NAME
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
+from slimlm.methods import method_named
 from slimlm.methods.widths import BY_BLOCK
-from slimlm.prepare import Job, spilled
+from slimlm.prepare import Job, keeps_shapes, later_runs_of, spilled
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 
@@ -54,28 +55,35 @@ def forecast(job: Job, progress: Progress, whole: Recipe | None = None) -> Forec
     home = next(parent for parent in job.output.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=home) as name:
         manifest, events = _probe(job, whole or job.recipe, shown, Path(name))
-    earlier = manifest.get("stages", [])
-    runs = [stage["run"] for stage in (*earlier, manifest)]
     per_kind = {
         kinds[block]: sum(event["seconds"] for event in events if event["part"] == job.model.family.block(block))
         for block in range(shown)
     }
     rest = kinds[shown:]
-    passing = sum(per_kind.get(kind, max(per_kind.values())) for kind in rest)
+    timings = [stage["run"]["seconds"] for stage in stages_of(manifest)]
     more_to_check = job.model.checkpoint.bytes_on_disk() / manifest["bytes"]["dense"] - 1
-    probed, memory = took(manifest)
-    seconds = probed + passing + more_to_check * sum(run["seconds"]["checking"] for run in runs)
-    seconds += len(rest) / shown * sum(run["seconds"].get("sampling", 0.0) for run in runs)
-    if job.recipe.dataset == SELF:
+    seconds, memory = took(manifest)
+    seconds += sum(per_kind.get(kind, max(per_kind.values())) for kind in rest)
+    seconds += more_to_check * sum(timing["checking"] for timing in timings)
+    seconds += len(rest) / shown * sum(timing.get("sampling", 0.0) for timing in timings)
+    if any("sampling" in timing for timing in timings):
         # Sampling holds every block at once, and their keys and values.
         others = parameter_count(job.model.model) - manifest["parameters"]["dense"] + len(rest) * _cached(job)
         memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
-    waiting = spilled(job.recipe, job.method, job.model)
-    sizes = [stage["bytes"]["compressed"] for stage in (*earlier, manifest)]  # all stand until the last is done
-    results = sum(spec.nbytes for spec in job.plan.tensors.values()) * sum(sizes) // sizes[0]
-    disk = results + max(waiting, *(run["work_bytes"] for run in runs))
     progress.step()
-    return Forecast(memory, disk, seconds)
+    return Forecast(memory, _disk(job, later_runs_of(job, whole) if whole else [], stages_of(manifest)), seconds)
+
+
+def _disk(job: Job, later: list[Recipe], probed: list[Manifest]) -> int:
+    """Bytes of what all runs give, which stands until the last is done, and of what waits in files in one of them."""
+    waiting: list[int] = [stage["run"]["work_bytes"] for stage in probed]
+    waiting.append(spilled(job.recipe, job.method, job.model))
+    for run in later:
+        method = method_named(run.method)
+        data = run.dataset if method.calibrates(run, job.resolved.path) else None
+        waiting.append(spilled(run.model_copy(update={"dataset": data}), method, job.model))
+    sizes: list[int] = [stage["bytes"]["compressed"] for stage in probed]
+    return sum(spec.nbytes for spec in job.plan.tensors.values()) * sum(sizes) // sizes[0] + max(waiting)
 
 
 def _cached(job: Job) -> int:
@@ -95,8 +103,8 @@ def _probe(job: Job, whole: Recipe, shown: int, scratch: Path) -> tuple[dict[str
     settings |= whole.model_dump(include={"shots", "schedule", "then"}, exclude_none=True)
     if whole.shots > 1:
         settings["sparsity"] = whole.sparsity
-    if whole.then is not None and whole.dataset not in (None, SELF):
-        settings["then"] = {"dataset": whole.dataset, **whole.then}  # which may want more of it
+    if whole.then is not None:
+        settings["then"] = _last_run(job, whole)
     if job.plan.widths and job.recipe.sparsity:
         settings["widths"] = job.plan.widths
     if "widths" in settings or not job.recipe.sparsity:
@@ -118,6 +126,17 @@ def _probe(job: Job, whole: Recipe, shown: int, scratch: Path) -> tuple[dict[str
     manifest = json.loads((scratch / "out" / MANIFEST_NAME).read_text())
     log = (scratch / "out" / LOG_NAME).read_text()
     return manifest, [json.loads(line) for line in log.splitlines()]
+
+
+def _last_run(job: Job, whole: Recipe) -> dict[str, Any]:
+    """`then:` of a recipe with what does not come out of the first blocks: the widths to choose from."""
+    run = later_runs_of(job, whole)[-1]
+    settings = {**(whole.then or {}), "max_seq_length": run.max_seq_length, "dataset": run.dataset}
+    widths = method_named(run.method).plan(job.model, run).widths if keeps_shapes(job) else None
+    if widths:
+        settings["widths"] = widths
+        settings.pop("sparsity", None)
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:

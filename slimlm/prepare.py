@@ -24,6 +24,10 @@ from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 
+NO_DATA = (
+    "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
+    "fineweb-edu, or --dataset self to let the model write its own (needs the whole model in memory)"
+)
 LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than page faults
 
 
@@ -86,10 +90,35 @@ def check_shots(recipe: Recipe) -> None:
         raise UserError(f"shots are for methods that set weights to zero, not for {recipe.method}")
 
 
+def later_runs(whole: Recipe, window: int, is_bundled: bool) -> list[Recipe]:
+    """The runs of a recipe after its first, with what they take over from that: the length of its windows, and that the
+    bundled model can do without data."""
+    own = {"dataset": SELF} if is_bundled else {}
+    return [
+        run.model_copy(update={"max_seq_length": run.max_seq_length or window, **({} if run.dataset else own)})
+        for run in whole.stages[1:]
+    ]
+
+
+def later_runs_of(job: Job, whole: Recipe) -> list[Recipe]:
+    """The same, after the prepared first."""
+    assert job.recipe.max_seq_length is not None
+    return later_runs(whole, job.recipe.max_seq_length, job.resolved.origin == "bundled")
+
+
+def keeps_shapes(job: Job) -> bool:
+    return job.plan.parameters == parameter_count(job.model.model)
+
+
 def check_later(job: Job, whole: Recipe) -> None:
     """Raises UserError for runs of a recipe that cannot follow its first, the prepared one."""
-    for later in whole.stages[1:]:
+    for later in later_runs_of(job, whole):
+        method = method_named(later.method)
         require_room_later(job.model, job.recipe, later)
+        if keeps_shapes(job):
+            method.plan(job.model, later)
+        if later.dataset is None and method.calibrates(later, job.resolved.path):
+            raise UserError(f"{NO_DATA}, for the {later.method} that comes later, too")
 
 
 def resolve_known(model: str, revision: str | None, trust_remote_code: bool) -> ResolvedModel:
@@ -176,10 +205,7 @@ def settle(recipe: Recipe, method: Method, resolved: ResolvedModel, config: Any,
     if not method.calibrates(recipe, resolved.path):
         dataset = None
     elif dataset is None:
-        raise UserError(
-            "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
-            "fineweb-edu, or --dataset self to let the model write its own (needs the whole model in memory)"
-        )
+        raise UserError(NO_DATA)
     context: int = getattr(config, "max_position_embeddings", DEFAULT_WINDOW)
     default = BUNDLED_CONTEXT if resolved.origin == "bundled" else min(DEFAULT_WINDOW, context)
     length = recipe.max_seq_length or default

@@ -12,7 +12,8 @@ from slimlm.compression import compress
 from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
 from slimlm.forecast import Forecast, forecast, require_room
-from slimlm.prepare import prepare, spilled
+from slimlm.methods import method_named
+from slimlm.prepare import later_runs_of, prepare, spilled
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 from tests.conftest import CONFIGS, SIZES, build_tiny, random_tokens
@@ -59,8 +60,8 @@ def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"then": {"method": "sparsegpt", "pattern": "2:4", "num_calibration_samples": 8}},
-        {"dataset": "self", "method": "sparsegpt", "sparsity": 0.5, "shots": 2},
+        {"method": "magnitude", "then": {"widths": "mlp=40,blocks=2", "num_calibration_samples": 8}},
+        {"dataset": "self", "method": "magnitude", "shots": 2, "then": {"method": "wanda", "sparsity": 0.5}},
     ],
     ids=["then", "shots"],
 )
@@ -74,6 +75,7 @@ def test_every_run_of_several_is_probed(recipe: Recipe, tmp_path: Path, monkeypa
     actual = forecast_module._probe
     monkeypatch.setattr(forecast_module, "_probe", probe)
     whole = recipe.model_copy(update=settings)
+    assert len(whole.stages) == 2 + ("shots" in settings)
     job = prepare(whole.stages[0], False, False, Progress())
     found = forecast(job, Progress(), whole)
     ((manifest, events),) = seen
@@ -83,9 +85,11 @@ def test_every_run_of_several_is_probed(recipe: Recipe, tmp_path: Path, monkeypa
     assert found.memory["host"] >= max(run["peak_memory_bytes"]["host"] for run in runs)
     assert sum(event["part"] == "model.layers.0" for event in events) >= len(runs)
     compressed = compress(whole).manifest
-    assert [stage["recipe"]["sparsity"] for stage in compressed["stages"]] == pytest.approx(
-        [stage["recipe"]["sparsity"] for stage in manifest["stages"]], abs=0.1
-    )
+    for stage, probed in zip(compressed["stages"], manifest["stages"], strict=True):
+        assert stage["recipe"]["sparsity"] == probed["recipe"]["sparsity"]
+    for what in ("windows", "window"):
+        assert manifest["calibration"][what] == compressed["calibration"][what]
+    assert manifest["measured"]["window"] == compressed["measured"]["window"] == recipe.max_seq_length
     log = (tmp_path / "out" / "slimlm.log.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["part"] == "model.layers.2" for line in log) >= len(runs)
     assert found.disk >= sum(stage["bytes"]["compressed"] for stage in (*compressed["stages"], compressed))
@@ -130,7 +134,7 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
         "bytes": {"dense": 1000, "compressed": 600},
         "parameters": {"dense": 10},
         "run": {
-            "seconds": {"checking": 1.0, "sampling": 4.0, "total": 20.0},
+            "seconds": {"checking": 1.0, "total": 20.0},
             "peak_memory_bytes": {"host": 500},
             "work_bytes": 7,
         },
@@ -140,18 +144,27 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     job = prepare(recipe, False, False, Progress())
     monkeypatch.setattr(job.model.checkpoint, "bytes_on_disk", lambda: 3000)
     found = forecast(job, Progress())
-    assert found.seconds == 20 + 2 * (2 + 2 + 4) + 2 * 1
+    assert found.seconds == 20 + 2 * (2 + 2) + 2 * 1
     assert found.memory == {"host": 500}
     waiting = spilled(job.recipe, job.method, job.model)
     assert found.disk == waiting + sum(spec.nbytes for spec in job.plan.tensors.values())
     earlier = {"bytes": {"compressed": 800}, "run": {**manifest["run"], "peak_memory_bytes": {"host": 900}}}
     manifest["stages"] = [earlier]
-    found = forecast(job, Progress())
-    assert found.seconds == 2 * (20 + 2 * 4 + 2 * 1) + 2 * 2 * 2
+    whole = recipe.model_copy(
+        update={
+            "then": {"method": "slimlm", "sparsity": 0.5, "curvature": "gram+fisher", "num_calibration_samples": 50}
+        }
+    )
+    (last,) = later_runs_of(job, whole)
+    more = spilled(last, method_named("slimlm"), job.model)
+    assert more > waiting
+    found = forecast(job, Progress(), whole)
+    assert found.seconds == 2 * (20 + 2 * 1) + 2 * (2 + 2)
     assert found.memory == {"host": 900}
-    assert found.disk == waiting + sum(spec.nbytes for spec in job.plan.tensors.values()) * 1400 // 800
+    assert found.disk == more + sum(spec.nbytes for spec in job.plan.tensors.values()) * 1400 // 800
     del manifest["stages"]
-    job.recipe = job.recipe.model_copy(update={"dataset": "self"})
+    manifest["run"]["seconds"]["sampling"] = 4.0
+    assert forecast(job, Progress()).seconds == 20 + 2 * (2 + 2 + 4) + 2 * 1
     others = sum(parameter.numel() for parameter in job.model.model.parameters()) - 10
     config = job.model.config
     cached = 2 * config.num_key_value_heads * config.head_dim * 6 * 32  # keys and values of 6 windows of 32, per block

@@ -116,6 +116,11 @@ def test_one_shot_is_the_linear_schedule_of_one():
         ({"sparsity": 0.2, "then": {"output_dir": "x"}}, "'output_dir' is no setting of a second run"),
         ({"sparsity": 0.2, "then": {"sparsty": 0.5}}, "'sparsty' is no setting of a second run"),
         ({"sparsity": 0.2, "then": {"method": "wanda"}}, "'sparsity' is not given"),
+        ({"method": "magnitude", "sparsity": 0.2, "then": {"widths": "mlp=4000"}}, "mlp=4000: the model has 48"),
+        (
+            {"method": "magnitude", "sparsity": 0.2, "dataset": None, "then": {"method": "wanda", "sparsity": 0.5}},
+            "no calibration data: .* for the wanda that comes later",
+        ),
     ],
 )
 def test_what_cannot_be_done_in_stages_is_said_before_any_work(
@@ -124,6 +129,24 @@ def test_what_cannot_be_done_in_stages_is_said_before_any_work(
     with pytest.raises(UserError, match=message):
         compress(make_recipe({**settings, **more}))
     assert not list(tmp_path.glob("out*"))
+
+
+def test_the_bundled_model_is_measured_on_the_same_windows_and_needs_no_data_in_any_stage(tmp_path: Path):
+    settings = {"num_calibration_samples": 5, "eval_windows": 4, "batch_size": 4, "output_dir": str(tmp_path / "out")}
+    then = {"method": "wanda", "sparsity": 0.5, "eval_text": str(tmp_path / "text.txt")}
+    (tmp_path / "text.txt").write_text("The cat sat on the mat and looked at the dog. " * 400)
+    recipe = make_recipe({**settings, "model": "llama", "method": "magnitude", "sparsity": 0.3, "then": then})
+    manifest = compress(recipe).manifest
+    assert manifest["stages"][0]["measured"]["window"] == manifest["measured"]["window"] == 256
+    assert manifest["calibration"]["source"] == "self"
+    assert manifest["calibration"]["window"] == 256
+    saved = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert Path(saved["then"]["eval_text"]).is_absolute()
+
+
+def test_peaks_are_of_all_runs_on_whichever_device():
+    runs = [{"seconds": {"total": 2.0}, "peak_memory_bytes": peaks} for peaks in ({"host": 5, "gpu": 3}, {"host": 7})]
+    assert took({"stages": [{"run": runs[0]}], "run": runs[1]}) == (4.0, {"host": 7, "gpu": 3})
 
 
 def test_text_the_model_writes_is_the_same_for_every_stage(tmp_path: Path):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from slimlm.checkpoint.manifest import Manifest, took
+from slimlm.checkpoint.manifest import Manifest, stages_of, took
 
 CARD_NAME = "README.md"
 
@@ -99,6 +99,7 @@ def dtypes_of(measured: dict[str, Any]) -> str:
 
 def _reproduce(manifest: Manifest) -> str:
     calibration, run, (seconds, peaks) = manifest["calibration"], manifest["run"], took(manifest)
+    resumed = any(stage["run"]["resumed"] for stage in stages_of(manifest))
     data = "No calibration data"
     if calibration is not None:
         data = (
@@ -106,7 +107,7 @@ def _reproduce(manifest: Manifest) -> str:
             f"`{calibration['source']}` (seed {calibration['seed']}, SHA-256 `{calibration['sha256'][:16]}`)"
         )
     return (
-        f"## How it was made\n\n{data}; {'resumed, the last part took ' if run['resumed'] else ''}"
+        f"## How it was made\n\n{data}; {'resumed, what was left took ' if resumed else ''}"
         f"{seconds:.0f} s on {run['machine']}, peak memory {peaks['host'] / 1e9:.2f} GB. "
         "`slimlm.json` beside this file holds the whole recipe, hashes and versions; "
         "`slimlm compress --recipe recipe.yaml --output-dir again` with the recipe beside it repeats it.\n"

@@ -25,11 +25,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def stages_of(manifest: Manifest) -> list[Manifest]:
+    """What there is to say of each of a recipe's runs, the last being the manifest itself."""
+    return [*manifest.get("stages", []), manifest]
+
+
 def took(manifest: Manifest) -> tuple[float, dict[str, int]]:
     """Seconds and peak memory ("host" and where there is one "gpu", in bytes) of all the runs of a recipe."""
-    runs = [stage["run"] for stage in (*manifest.get("stages", []), manifest)]
-    peaks = {where: max(run["peak_memory_bytes"][where] for run in runs) for where in runs[0]["peak_memory_bytes"]}
-    return sum(run["seconds"]["total"] for run in runs), peaks
+    peaks: dict[str, int] = {}
+    seconds = 0.0
+    for run in (stage["run"] for stage in stages_of(manifest)):
+        seconds += run["seconds"]["total"]
+        for where, size in run["peak_memory_bytes"].items():
+            peaks[where] = max(size, peaks.get(where, 0))
+    return seconds, peaks
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -293,5 +293,6 @@ def _narrow(
     size, linear = tensors[name].shape[1] // full, name.removesuffix(".weight")
     with data.gram() as gram:
         kept, tensors[name] = without_units(gram, tensors[name], size, full - width, linear)
+    del gram
     narrow_rows(pair.layout, axis, kept, tensors)
     return data.take(kept.repeat_interleave(size).nonzero().flatten())

@@ -49,8 +49,10 @@ def forecast_summary(job: Any, found: Any, later: Sequence[Any] = ()) -> str:
 
 
 def _run_line(recipe: Any) -> str:
-    how = recipe.pattern or (f"widths {recipe.widths}" if recipe.widths else f"sparsity {recipe.sparsity:g}")
-    return f"{recipe.method}, {how}"
+    if recipe.widths:
+        return f"{recipe.method}, widths {recipe.widths}"
+    pattern = f" in tiles of {recipe.pattern}" if recipe.tile else f" ({recipe.pattern})" if recipe.pattern else ""
+    return f"{recipe.method}, sparsity {recipe.sparsity:g}{pattern}"
 
 
 def _shape_lines(job: Any) -> list[str]:
