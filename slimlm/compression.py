@@ -128,7 +128,7 @@ def _compress(
     if finished is not None:
         progress.line(f"{job.output} is complete already")
         return finished
-    job.seconds["checking"] = time.perf_counter() - started
+    job.seconds["preparing"] = time.perf_counter() - started - job.seconds["checking"]
     with staged_output(job.output, overwrite, resume) as staging:
         journal = Journal(staging.work, fingerprint)
         resumed = len(journal.records) > 1

@@ -1,8 +1,8 @@
 """What a run will need, found by running its own code on the first blocks.
 
 Memory does not grow with depth, so the peak of a run over a block of each kind is the peak of the whole; time is what
-such a block took, times the number of them, and the rest once. The probe is a real run in a process of its own, on a
-directory that shows only the first blocks of the checkpoint, with the calibration tokens of the run.
+the last such block took, times the number of them, and the rest once. The probe is a real run in a process of its own,
+on a directory that shows only the first blocks of the checkpoint, with the calibration tokens of the run.
 """
 
 import json
@@ -31,7 +31,8 @@ from slimlm.prepare import Job, keeps_shapes, later_runs_of, spilled
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 
-MOST = 8  # blocks to probe; a kind that comes later is taken to be like the slowest of them
+LEAST = 2  # blocks to probe: the first of a process is slow, and a GPU has the next one in memory, too
+MOST = 8  # of them; a kind that comes later is taken to be like the slowest of them
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ def forecast(job: Job, progress: Progress, whole: Recipe | None = None) -> Forec
     """
     progress.stage("probing the first blocks", 1)
     kinds = job.model.kinds
-    least = 1 if job.model.device.type == "cpu" else 2  # a GPU has the next block in memory too, and a slow start
-    shown = min(MOST, len(kinds), max(least, *(kinds.index(kind) + 1 for kind in kinds)))
+    shown = min(MOST, len(kinds), max(LEAST, *(kinds.index(kind) + 1 for kind in kinds)))
     home = next(parent for parent in job.output.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=home) as name:
         manifest, events = _probe(job, whole or job.recipe, shown, Path(name))

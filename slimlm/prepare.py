@@ -1,6 +1,7 @@
 """Everything that can be checked before a run, checked before the run."""
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,10 @@ LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than pa
 
 @dataclass
 class Job:
-    """Everything a run needs, checked. windows: None if there are none, or they are still to be sampled."""
+    """Everything a run needs, checked. windows: None if there are none, or they are still to be sampled.
+
+    seconds: what each stage took so far.
+    """
 
     recipe: Recipe
     resolved: ResolvedModel
@@ -44,7 +48,7 @@ class Job:
     plan: Plan
     test: TestWindows | None
     windows: Windows | None
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
 
 
 def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, is_probe: bool = False) -> Job:
@@ -80,8 +84,10 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, i
     windows, test = _windows(recipe, method, tokenizer, model.config.vocab_size)
     check_output(output, replaceable, inputs, size + spilled(recipe, method, model))
     progress.stage("checking weights", parameter_count(model.model))
+    start = time.perf_counter()
     model.checkpoint.check_finite(progress.step)
-    return Job(recipe, resolved, method, output, model, tokenizer, plan, test, windows)
+    seconds = {"checking": time.perf_counter() - start}  # the one part of this that grows with the model
+    return Job(recipe, resolved, method, output, model, tokenizer, plan, test, windows, seconds)
 
 
 def check_shots(recipe: Recipe) -> None:

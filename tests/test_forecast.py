@@ -139,12 +139,13 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
             "work_bytes": 7,
         },
     }
-    events = [{"part": "model.layers.0", "seconds": 2.0}, {"part": "lm_head", "seconds": 50.0}] * 2
+    took = {"model.layers.0": 7.0, "model.layers.1": 2.0, "lm_head": 50.0}
+    events = [{"part": part, "seconds": seconds} for part, seconds in took.items()] * 2
     monkeypatch.setattr(forecast_module, "_probe", lambda job, whole, shown, scratch: (manifest, events))
     job = prepare(recipe, False, False, Progress())
     monkeypatch.setattr(job.model.checkpoint, "bytes_on_disk", lambda: 3000)
     found = forecast(job, Progress())
-    assert found.seconds == 20 + 2 * (2 + 2) + 2 * 1
+    assert found.seconds == 20 + (2 + 2) + 2 * 1
     assert found.memory == {"host": 500}
     waiting = spilled(job.recipe, job.method, job.model)
     assert found.disk == waiting + sum(spec.nbytes for spec in job.plan.tensors.values())
@@ -159,16 +160,16 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     more = spilled(last, method_named("slimlm"), job.model)
     assert more > waiting
     found = forecast(job, Progress(), whole)
-    assert found.seconds == 2 * (20 + 2 * 1) + 2 * (2 + 2)
+    assert found.seconds == 2 * (20 + 2 * 1) + (2 + 2)
     assert found.memory == {"host": 900}
     assert found.disk == more + sum(spec.nbytes for spec in job.plan.tensors.values()) * 1400 // 800
     del manifest["stages"]
     manifest["run"]["seconds"]["sampling"] = 4.0
-    assert forecast(job, Progress()).seconds == 20 + 2 * (2 + 2 + 4) + 2 * 1
+    assert forecast(job, Progress()).seconds == 20 + (2 + 2 + 4 / 2) + 2 * 1
     others = sum(parameter.numel() for parameter in job.model.model.parameters()) - 10
     config = job.model.config
     cached = 2 * config.num_key_value_heads * config.head_dim * 6 * 32  # keys and values of 6 windows of 32, per block
-    assert forecast(job, Progress()).memory == {"host": 500 + 4 * (others + 2 * cached)}
+    assert forecast(job, Progress()).memory == {"host": 500 + 4 * (others + cached)}
 
 
 def test_too_little_memory_or_disk_is_an_error_that_says_what_to_change(recipe: Recipe, monkeypatch):
