@@ -203,14 +203,15 @@ def _sketch(like: Tensor, metric: Tensor | None) -> Tensor:
     outputs = like.shape[1]
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(outputs, SKETCH, dtype=like.dtype, generator=generator).to(like.device)
+    plain = torch.eye(outputs).to(like) if outputs <= SKETCH else normal
     if metric is None:
-        return torch.eye(outputs).to(like) if outputs <= SKETCH else normal
+        return plain
     system = metric.clone()
     system.diagonal().add_(1e-6 * metric.diagonal().mean())
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(system)
-    if failed:
-        raise ValueError("the metric is not positive semi-definite")
+    if failed:  # of weights so uneven that their products are not definite in this precision
+        return plain
     return root if outputs <= SKETCH else root @ normal
 
 

@@ -122,3 +122,12 @@ def test_errors_count_in_the_metric_they_are_given():
     blind = torch.eye(4)
     blind[0, 0] = 0
     assert ridge(regression(x, y), prior).strength < ridge(regression(x, y), prior, blind).strength
+
+
+def test_a_metric_that_rounding_made_indefinite_or_infinite_is_no_error():
+    x, y, truth = data()
+    for broken in (-torch.eye(4), torch.full((4, 4), math.inf)):
+        fit = ridge(regression(x, y), truth, broken)
+        assert torch.isfinite(fit.weight).all()
+    assert math.isinf(fit.strength)  # held-out errors are no numbers, and the prior stays
+    assert torch.equal(fit.weight, truth)
