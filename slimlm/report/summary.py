@@ -21,8 +21,7 @@ def compress_summary(manifest: dict[str, Any]) -> str:
     if manifest["measured"]:
         measured = manifest["measured"]
         lines.append(_windows_line(measured, dtypes_of(measured)))
-    memory = ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in peaks.items())
-    lines.append(f"{seconds:.0f} s, peak memory: {memory}, {manifest['run']['machine']}")
+    lines.append(f"{seconds:.0f} s, peak memory: {_gigabytes(peaks)}, {manifest['run']['machine']}")
     return "\n".join(lines)
 
 
@@ -31,7 +30,6 @@ def forecast_summary(job: Any, found: Any, later: Sequence[Any] = ()) -> str:
 
     later: recipes of the runs that follow it, which the forecast includes.
     """
-    memory = ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in found.memory.items())
     recipe = job.recipe
     data = f"{recipe.num_calibration_samples} windows of {recipe.max_seq_length} tokens from {recipe.dataset}"
     return "\n".join(
@@ -40,12 +38,16 @@ def forecast_summary(job: Any, found: Any, later: Sequence[Any] = ()) -> str:
             f"calibration: {data}, batches of {recipe.batch_size}" if recipe.dataset else "calibration: none",
             *_shape_lines(job),
             *(f"then, on what that gives: {_run_line(run)}" for run in later),
-            f"peak memory: {memory} (imports included)",
+            f"peak memory: {_gigabytes(found.memory)} (imports included)",
             f"disk: {found.disk / 1e9:.2f} GB while it runs, in and beside {job.output}",
             f"time: {found.seconds:.0f} s after imports, on {job.model.device}",
             "nothing was written",
         ]
     )
+
+
+def _gigabytes(memory: dict[str, int]) -> str:
+    return ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in memory.items())
 
 
 def _run_line(recipe: Any) -> str:
