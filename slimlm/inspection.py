@@ -9,7 +9,7 @@ from slimlm.calibration import load_windows
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.device import pick_device
 from slimlm.errors import RunFailure
-from slimlm.linalg.allocation import outlier_ratio, pq_index, pq_kept, spectrum, tail_exponent
+from slimlm.linalg.allocation import outlier_ratio, pq_index, pq_share, spectrum, tail_exponent
 from slimlm.linalg.hessian import SingularCurvature, hessian
 from slimlm.matrices import matrix
 from slimlm.methods.inputs import input_statistics
@@ -23,16 +23,18 @@ SPARSITIES = (0.25, 0.5, 0.75)
 class MatrixFigures:
     """One matrix inside a block.
 
-    zeros: share of weights that are zero. pq: PQ Index; prunable: the share that it says can go. alpha: exponent of the
-    spectrum's tail. stable_rank: sum of squared singular values over the largest. outliers: share of |w| ||x|| above 5
-    times their mean. predicted: for each of SPARSITIES, the share of the output's energy lost when that many of the
-    weights with the smallest second-order scores go, each made up for as if alone. The last two need data.
+    zeros: share of weights that are zero. pq: PQ Index of those that are not; pq_with_zeros: of all. prunable: the
+    share of all that the first says can go, zeros included. alpha: exponent of the spectrum's tail. stable_rank: sum of
+    squared singular values over the largest. outliers: share of |w| ||x|| above 5 times their mean. predicted: for each
+    of SPARSITIES, the share of the output's energy lost when that many of the weights with the smallest second-order
+    scores go, each made up for as if alone. The last two need data.
     """
 
     name: str
     shape: tuple[int, int]
     zeros: float
     pq: float
+    pq_with_zeros: float
     prunable: float
     alpha: float
     stable_rank: float
@@ -85,7 +87,6 @@ def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixF
     if not torch.isfinite(weight).all():
         raise RunFailure(f"{name}.weight holds NaN or Inf")
     energies = spectrum(weight)
-    index = pq_index(weight)
     outliers, predicted = None, None
     if gram is not None:
         outliers = outlier_ratio(weight.abs() * gram.diagonal().sqrt().float())
@@ -94,8 +95,9 @@ def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixF
         name,
         (weight.shape[0], weight.shape[1]),
         float((weight == 0).double().mean()),
-        index,
-        1 - pq_kept(index),
+        pq_index(weight),
+        pq_index(weight, with_zeros=True),
+        1 - pq_share(weight),
         tail_exponent(energies),
         float(energies.sum() / energies[0].clamp_min(1e-300)),
         outliers,

@@ -344,6 +344,12 @@ class StreamedModel:
         return hidden, found.get(reader or "")
 
     @property
+    def norm_eps(self) -> float:
+        """The epsilon of the residual stream's norms."""
+        name = self.family.norm_eps
+        return float(getattr(self.config, name)) if name else float(nn.LayerNorm(1).eps)
+
+    @property
     def residual_scale(self) -> float:
         """What writers' outputs are multiplied by before they are added."""
         return self._factor(self.family.residual_scale)

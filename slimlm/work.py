@@ -90,8 +90,9 @@ class Work:
         """Hidden states that wait on disk, for a stage that starts over when it is interrupted."""
         return Spilled(self.directory / f"scratch-{name}", device, hashed=False)
 
-    def clear_scratch(self) -> None:
-        for path in self.directory.glob("scratch-*"):
+    def clear_scratch(self, names: str = "*") -> None:
+        """Let go of hidden states made by `scratch` whose names match the pattern."""
+        for path in self.directory.glob(f"scratch-{names}"):
             path.unlink()
 
     def __enter__(self) -> "Work":

@@ -1,14 +1,17 @@
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from slimlm.cli import app
 from slimlm.errors import RunFailure
-from slimlm.inspection import figures_of, inspect_model
+from slimlm.inspection import SPARSITIES, figures_of, inspect_model
+from slimlm.report.table import inspection_table
 from tests.conftest import CONFIGS, build_tiny
 
 
@@ -53,5 +56,17 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path):
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "figures.json").read_text())
     assert len(rows) == 21
-    assert {"pq", "alpha", "stable_rank"} < rows[0].keys()
+    assert {"pq", "pq_with_zeros", "alpha", "stable_rank"} < rows[0].keys()
     assert "prunable" in result.output
+
+
+def test_both_indices_of_a_pruned_matrix_are_shown():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    weight[weight.abs() < weight.abs().median()] = 0
+    figures = figures_of("model.layers.0.q", weight)
+    assert figures.pq < 0.1 < 0.45 < figures.pq_with_zeros
+    assert figures.prunable > 0.5  # the zeros are gone already
+    console = Console(width=120, file=io.StringIO())
+    console.print(inspection_table([figures.describe()], SPARSITIES))
+    assert f"{figures.pq:.3f}" in console.file.getvalue()
+    assert f"{figures.pq_with_zeros:.3f}" in console.file.getvalue()

@@ -12,13 +12,15 @@ ALPHA_SPAN = 0.3  # the same for AlphaPruning, as a share of the sparsity (secti
 LEAST_KEPT = 0.01  # of a matrix, whatever its figures say
 
 
-def pq_index(weight: Tensor, p: float = 0.5, q: float = 1.0) -> float:
-    """PQ Index (Diao et al., arXiv 2302.05601, definition 1): 1 - d^(1/q - 1/p) ||w||_p / ||w||_q.
+def pq_index(weight: Tensor, p: float = 0.5, q: float = 1.0, with_zeros: bool = False) -> float:
+    """PQ Index (Diao et al., arXiv 2302.05601, definition 1) of d weights: 1 - d^(1/q - 1/p) ||w||_p / ||w||_q.
 
-    0 when all weights are equal; the larger, the fewer weights carry the matrix.
+    0 when all weights are equal; the larger, the fewer weights carry the matrix. As in SAP (algorithm 1) the d weights
+    are those that are still active, not zero, unless zeros are to count like the others.
     """
     size = weight.abs().double().flatten()
-    largest = size.max()
+    size = size if with_zeros else size[size > 0]
+    largest = size.max() if size.numel() else 0
     if largest == 0:
         return 0.0
     size = size / largest
@@ -29,6 +31,11 @@ def pq_index(weight: Tensor, p: float = 0.5, q: float = 1.0) -> float:
 def pq_kept(index: float, p: float = 0.5, q: float = 1.0) -> float:
     """The share of weights that a PQ index says to keep at least (theorem 2, eta = 0): (1 - I)^(pq / (q - p))."""
     return float((1 - index) ** (p * q / (q - p)))
+
+
+def pq_share(weight: Tensor) -> float:
+    """The share of a matrix's weights, zeros counted, that the PQ Index of its active ones says to keep."""
+    return pq_kept(pq_index(weight)) * int(weight.count_nonzero()) / weight.numel()
 
 
 def spectrum(weight: Tensor) -> Tensor:
@@ -109,10 +116,27 @@ def histogram(scores: Tensor) -> Tensor:
 
 
 def global_counts(histograms: Mapping[str, Tensor], total: int) -> dict[str, int]:
-    """Of each matrix, how many of its scores are among the `total` smallest of all.
+    """Of each matrix, how many of its scores are among the `total` smallest of all, but for what LEAST_KEPT leaves of
+    it: a matrix that would go whole cuts the model in two (layer collapse, Tanaka et al., arXiv 2006.05467).
 
     Exact but for scores in the threshold's own bin, which count as equal and are taken from matrices in proportion.
+    Raises ValueError for a total that cannot be had.
     """
+    sizes = {name: int(bins.sum()) for name, bins in histograms.items()}
+    most = {name: size - max(1, int(LEAST_KEPT * size)) for name, size in sizes.items()}
+    if not 0 <= total <= sum(most.values()):
+        raise ValueError(f"cannot prune {total} of {sum(sizes.values())} weights")
+    full: dict[str, int] = {}  # matrices that give all they may; what they do not give the others do
+    while True:
+        free = {name: bins for name, bins in histograms.items() if name not in full}
+        counts = _below_threshold(free, total - sum(full.values())) if free else {}
+        over = {name: most[name] for name, count in counts.items() if count > most[name]}
+        if not over:
+            return {name: full[name] if name in full else counts[name] for name in histograms}
+        full |= over
+
+
+def _below_threshold(histograms: Mapping[str, Tensor], total: int) -> dict[str, int]:
     whole = torch.stack(list(histograms.values())).sum(0).cumsum(0)
     edge = int(torch.searchsorted(whole, total))  # the first bin by whose end `total` are reached
     counts = {name: int(bins[:edge].sum()) for name, bins in histograms.items()}

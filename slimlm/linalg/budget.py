@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+from torch import Tensor
 
 SMALLEST_LOSS = 1e-6
 TOLERANCE = 0.01
@@ -17,23 +19,62 @@ def is_near(removed: float, sparsity: float) -> bool:
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Measured rise of the loss, [(units removed, nats a token)], removed units increasing from above 0."""
+    """Measured rise of the loss, [(units removed, nats a token)], removed units increasing from above 0.
+
+    errors: the points' standard errors, where they are known. A rise below its own error, a fall not least, is noise
+    and counts as that error: nothing measured is free. Removing more never costs less: points that fall are averaged
+    (isotonic regression, Barlow et al. 1972).
+    """
 
     points: Sequence[tuple[int, float]]
+    errors: Sequence[float] = ()
+
+    @cached_property
+    def rising(self) -> list[tuple[int, float]]:
+        """The points as they count."""
+        errors = self.errors or [0.0] * len(self.points)
+        losses = [max(loss, error, SMALLEST_LOSS) for (_, loss), error in zip(self.points, errors, strict=True)]
+        return [(units, loss) for (units, _), loss in zip(self.points, isotonic(losses), strict=True)]
+
+    def scaled(self, factor: float) -> "LossCurve":
+        """The curve of so many times the loss."""
+        points = [(units, loss * factor) for units, loss in self.points]
+        return LossCurve(points, [error * factor for error in self.errors])
 
     def __call__(self, removed: int) -> float:
-        """The rise at any number of removed units: a power law through the two nearest points (one point: linear)."""
-        if removed == 0:
-            return 0.0
-        points = [(units, max(loss, SMALLEST_LOSS)) for units, loss in self.points]
-        if not points:
+        """The rise at any number of removed units: between points a power law, below the first one that is at least
+        linear; infinite beyond the last, where nothing was measured."""
+        points = self.rising
+        known = dict(points) | {0: 0.0}
+        if removed in known:
+            return known[removed]
+        if not points or removed > points[-1][0]:
             return math.inf
-        if len(points) == 1:
-            return points[0][1] * removed / points[0][0]
-        index = next((i for i, (units, _) in enumerate(points) if units >= removed), len(points) - 1)
-        (a, low), (b, high) = points[max(0, index - 1) : max(0, index - 1) + 2]
-        slope = max(math.log(high / low) / math.log(b / a), 0.0)
-        return float(low * (removed / a) ** slope)
+        index = next(index for index, (units, _) in enumerate(points) if units >= removed)
+        (a, low), (b, high) = points[max(0, index - 1)], points[min(max(index, 1), len(points) - 1)]
+        slope = math.log(high / low) / math.log(b / a) if b > a else 1.0
+        return float(low * (removed / a) ** (max(slope, 1.0) if index == 0 else slope))
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The nondecreasing sequence nearest to the values in least squares: neighbours that fall are averaged."""
+    runs: list[tuple[float, int]] = []  # (mean, how many)
+    for value in values:
+        runs.append((value, 1))
+        while len(runs) > 1 and runs[-2][0] > runs[-1][0]:
+            (right, more), (left, count) = runs.pop(), runs.pop()
+            runs.append(((left * count + right * more) / (count + more), count + more))
+    return [mean for mean, count in runs for _ in range(count)]
+
+
+def rise_of(after: Tensor, before: Tensor) -> tuple[float, float]:
+    """Mean rise of a loss measured on the same windows before and after, [windows] each, and its standard error.
+
+    The error is that of paired differences; of a single window none can be told, and it is 0.
+    """
+    differences = (after - before).double()
+    error = differences.std() / math.sqrt(len(differences)) if len(differences) > 1 else torch.zeros(())
+    return float(differences.mean()), float(error)
 
 
 def predicted_loss(curves: Mapping[str, LossCurve], removed: Mapping[str, int]) -> float:

@@ -4,6 +4,7 @@ W: [out, in], H: [in, in] positive definite, pruned: [out, in] bool. W need not 
 any quadratic with this H will do, such as a least-squares fit to what the dense model computes.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from slimlm.linalg.hessian import Hessian, quadratic_loss
 from slimlm.linalg.masks import Tile, pooled, spread_out
+
+logger = logging.getLogger(__name__)
 
 BATCH_ELEMENTS = 1 << 23  # of the rows' own inverses held at once
 ITERATIONS = 200  # of conjugate gradients, at most
@@ -97,7 +100,8 @@ def joint(
 
     Conjugate gradients for all rows at once, preconditioned by (H^-1)_KK, which is (H_KK)^-1 but for what pruned and
     kept inputs have to do with one another: ten iterations of two GEMMs do what a Cholesky factorisation for every row
-    does. They end when the error, in the norm of H, is `tolerance` of the first one. A dead input's weight is zero.
+    does. They end when the error, in the norm of H, is `tolerance` of the first one; rows that do not get there in
+    ITERATIONS are said in the log, with how far they came. A dead input's weight is zero.
     """
     tiny = torch.finfo(weight.dtype).tiny
     kept = (~(pruned | hessian.dead)).to(weight.dtype)
@@ -116,6 +120,13 @@ def joint(
         step = (residual @ hessian.inverse) * kept
         before, product = product, (residual * step).sum(1)
         direction = step.addcmul((product / before.clamp_min(tiny))[:, None], direction)
+    else:
+        if unfinished := int((product > small).sum()):
+            reached = tolerance * float((product / small.clamp_min(tiny)).max().sqrt())
+            logger.warning(
+                "%d of %d rows are solved to %.1e instead of %.0e: conjugate gradients ended after %d iterations",
+                *(unfinished, len(product), reached, tolerance, ITERATIONS),
+            )
     return found
 
 

@@ -1,7 +1,7 @@
 """Least squares towards a prior, its strength chosen on tokens that were held out."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -26,11 +26,20 @@ def held_out(windows: int, start: int = 0) -> Tensor:
     return torch.arange(start, start + windows) % HELD_EVERY == HELD_EVERY - 1
 
 
+def gram_dtype(inputs: int) -> torch.dtype:
+    """What second moments of so many inputs are summed in."""
+    return torch.float32 if inputs > WIDE else torch.float64
+
+
+def gram_bytes(inputs: int) -> int:
+    return inputs**2 * gram_dtype(inputs).itemsize
+
+
 class Moments:
     """Sums over tokens of `x^T x`: [in, in] and `x^T y`: [in, out]."""
 
     def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu") -> None:
-        dtype = torch.float32 if inputs > WIDE else torch.float64
+        dtype = gram_dtype(inputs)
         self.xx = torch.zeros(inputs, inputs, dtype=dtype, device=device)
         self.xy = torch.zeros(inputs, outputs, dtype=dtype, device=device)
 
@@ -53,6 +62,8 @@ class Moments:
             for start, rows in zip(starts, half, strict=True):
                 self.xx[start : start + ROWS, start:] = rows
                 self.xx[start:, start : start + ROWS] = rows.T
+                square = rows[:, : len(rows)].triu()
+                self.xx[start : start + len(rows), start : start + len(rows)] = square + square.triu(1).T
 
     def take(self, kept: Tensor) -> "Moments":
         """The moments of the inputs numbered `kept`."""
@@ -94,13 +105,22 @@ class Rows:
         return mapped
 
 
+Add = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]  # as `Regression.add`
+
+
 @dataclass
 class Regression:
-    """What predicting y from x by least squares needs: of the tokens to fit, and of those held out."""
+    """What predicting y from x by least squares needs: of the tokens to fit, and of those held out.
+
+    again: shows all data to a function like `add` once more. Of wide inputs a sample of the held-out tokens is kept,
+    and it takes another look to have all of them in the fit in the end. prior: what `centre` took off y.
+    """
 
     fit: Moments
     held: Moments | Rows
+    again: Callable[[Add], None] | None = None
     joined: bool = False
+    prior: Tensor | None = None
 
     @classmethod
     def of(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> "Regression":
@@ -111,8 +131,7 @@ class Regression:
         """x: [windows, time, in], y: [windows, time, out]; held: [windows]; weight: [windows, time] of the squares."""
         for moments, chosen in ((self.fit, ~held), (self.held, held)):
             if chosen.any():
-                factor = 1.0 if weight is None else weight[chosen].sqrt()[..., None].float()
-                moments.add((x[chosen].float() * factor).flatten(0, 1), (y[chosen].float() * factor).flatten(0, 1))
+                moments.add(*_weighted(x, y, chosen, weight))
 
     @contextmanager
     def gram(self) -> Iterator[Tensor]:
@@ -124,10 +143,12 @@ class Regression:
                 yield gram
 
     def take(self, kept: Tensor) -> "Regression":
-        return Regression(self.fit.take(kept), self.held.take(kept))
+        """The data of the inputs numbered `kept`; where it is shown again, the others are gone."""
+        return Regression(self.fit.take(kept), self.held.take(kept), self.again)
 
     def centre(self, start: Tensor) -> None:
-        """Replace y by what is left of it once x @ start is taken off, in place; start: [in, out]."""
+        """Replace y by what is left of it once x @ start is taken off, in place, once; start: [in, out]."""
+        self.prior = start
         for data in (self.fit, self.held):
             if isinstance(data, Moments):
                 data.xy.addmm_(data.xx, start.to(data.xy), alpha=-1)
@@ -151,17 +172,31 @@ class Regression:
         return total
 
     def join(self) -> Moments:
-        """The held-out tokens put to those to fit, in place, once."""
+        """The held-out tokens put to those to fit, in place, once: all of them, where they can be shown again."""
         if self.joined:
             return self.fit
         self.joined = True
         if isinstance(self.held, Moments):
             self.fit.xx += self.held.xx
             self.fit.xy += self.held.xy
+        elif self.again is not None:
+            self.held.parts = []
+            self.again(self._add_held)
         else:
             for x, y in self.held.parts:
                 self.fit.add(x, y)
         return self.fit
+
+    def _add_held(self, x: Tensor, y: Tensor, held: Tensor, weight: Tensor | None = None) -> None:
+        if held.any():
+            x, y = _weighted(x, y, held, weight)
+            self.fit.add(x, y if self.prior is None else y - x @ self.prior.to(y))
+
+
+def _weighted(x: Tensor, y: Tensor, chosen: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens of the chosen windows, [tokens, in] and [tokens, out] in fp32, times the root of their weights."""
+    factor = 1.0 if weight is None else weight[chosen].sqrt()[..., None].float()
+    return (x[chosen].float() * factor).flatten(0, 1), (y[chosen].float() * factor).flatten(0, 1)
 
 
 @dataclass(frozen=True)

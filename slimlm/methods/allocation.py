@@ -21,14 +21,13 @@ from slimlm.linalg.allocation import (
     histogram,
     outlier_ratio,
     owl_shares,
-    pq_index,
-    pq_kept,
+    pq_share,
 )
 from slimlm.linalg.ridge import WIDE
 from slimlm.matrices import matrix
 from slimlm.methods.fisher import TokenGradients, gradients_of, row_fisher
 from slimlm.methods.matrix import FISHERS, Choice, curvature_of
-from slimlm.methods.solved import solved_shares
+from slimlm.methods.solved import MOST, solved_shares
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
@@ -55,6 +54,8 @@ def allocate(
     total = sum(round(recipe.sparsity * size) for size in sizes.values())
     if recipe.allocation != "uniform" and total > (1 - LEAST_KEPT) * sum(sizes.values()):
         raise UserError(f"--allocation {recipe.allocation} leaves {LEAST_KEPT:.0%} of every matrix: lower --sparsity")
+    if recipe.allocation == "solved" and recipe.sparsity > MOST:
+        raise UserError(f"--allocation solved measures blocks up to a sparsity of {MOST:g}: lower --sparsity")
     if recipe.allocation == "solved":
         shares = solved_shares(model, recipe.sparsity, choice, batches, work)
         of = {name: shares[_block_number(model, name)] for name in sizes}
@@ -88,7 +89,7 @@ def _counts(
             for name, scores in global_scores(weights, gradients, part, recipe, choice):
                 histograms[f"{part}.{name}"] = histogram(scores)
         elif recipe.allocation == "pq":
-            kept |= {f"{part}.{name}": pq_kept(pq_index(weight)) for name, weight in weights.items()}
+            kept |= {f"{part}.{name}": pq_share(weight) for name, weight in weights.items()}
         elif recipe.allocation == "alphapruning":
             merits.append(sum(map(hill_alpha, weights.values())) / len(weights))
         else:
@@ -98,9 +99,12 @@ def _counts(
             )
             merits.append(outlier_ratio(scores))
     if recipe.allocation == "global":
-        return global_counts(histograms, total)
+        # Of a matrix nothing is known of, its share like in a uniform allocation.
+        unknown = {name: round(recipe.sparsity * size) for name, size in sizes.items() if name not in histograms}
+        return {**global_counts(histograms, total - sum(unknown.values())), **unknown}
     if recipe.allocation == "pq":
-        return exact_counts(sizes, lambda name, c: 1 - (1 - c) * kept[name] / max(kept.values()), total, -20.0, 1.0)
+        most, least = max(kept.values()), max(min(kept.values()), 1e-12)
+        return exact_counts(sizes, lambda name, c: 1 - (1 - c) * kept[name] / most, total, 1 - most / least, 1.0)
     shares = (
         owl_shares(merits, recipe.sparsity) if recipe.allocation == "owl" else alpha_shares(merits, recipe.sparsity)
     )
@@ -120,28 +124,31 @@ def global_scores(
     """What pruning each weight [out, in] of a block's linears alone is predicted to cost, on one scale for the model.
 
     |w| without data; w^2 / (2 [F^-1]) for Fisher information; else the inputs' Gram times the mean square of the
-    output's gradient, as in K-FAC (Martens & Grosse, arXiv 1503.05671). Raises RunFailure with a linear's name.
+    output's gradient, as in K-FAC (Martens & Grosse, arXiv 1503.05671). Both are means over the tokens a linear sees:
+    an expert's count by the share of all tokens that reach it, and one that none reached is left out.
+    Raises RunFailure with a linear's name.
     """
+    everyone = max((len(found.x) for found in gradients.values()), default=1)
     last: tuple[Tensor, Tensor] | None = None  # inputs and the diagonal of their inverse Gram: neighbours share them
     for name, weight in weights.items():
         if choice.curvature == "none":
             yield name, weight.abs()
             continue
         found = gradients.get(name)
-        if found is None:  # an expert that no token reached: nothing is lost by pruning it, as far as can be told
-            yield name, torch.zeros_like(weight)
+        if found is None:
             continue
+        share = len(found.x) / everyone
         if choice.curvature in FISHERS:
             try:
                 diagonal = row_fisher(found, recipe.fisher_damping, choice.curvature == "block-fisher").diagonal()
             except ValueError as error:
                 raise RunFailure(f"{part}.{name} cannot be pruned: {error}") from error
-            yield name, weight.double().square() / diagonal / 2
+            yield name, share * weight.double().square() / diagonal / 2
             continue
         if last is None or last[0] is not found.x:
             x = found.x.float() if found.x.shape[1] > WIDE else found.x
             last = found.x, curvature_of(x.T @ x / len(x), f"{part}.{name}").diagonal()
-        yield name, found.delta.square().mean(0)[:, None] * weight.square() / last[1] / 2
+        yield name, share * found.delta.square().mean(0)[:, None] * weight.square() / last[1] / 2
 
 
 def _blocks(model: StreamedModel, work: Work) -> Iterator[tuple[int, nn.Module]]:

@@ -117,7 +117,7 @@ def collect_statistics(model: StreamedModel, batches: list[Tensor], work: Work, 
 
     norms: whether what enters the blocks' norms is looked at, or only what leaves the last block.
     """
-    normalise = partial(rms_normalise, eps=norm_eps(model), centred=model.family.centred)
+    normalise = partial(rms_normalise, eps=model.norm_eps, centred=model.family.centred)
     hidden = model.config.hidden_size
     found = StreamStatistics(
         Gram(hidden, model.device), Gram(hidden, model.device), torch.zeros(len(model.blocks), dtype=torch.float64)
@@ -150,12 +150,6 @@ def collect_statistics(model: StreamedModel, batches: list[Tensor], work: Work, 
     for hidden_states in stream.hidden:
         _add(found, hidden_states, normalise)
     return found
-
-
-def norm_eps(model: StreamedModel) -> float:
-    """The epsilon of the residual stream's norms."""
-    name = model.family.norm_eps
-    return float(getattr(model.config, name)) if name else float(torch.nn.LayerNorm(1).eps)
 
 
 def find_influence(model: StreamedModel, batches: list[Tensor], work: Work) -> Basis:

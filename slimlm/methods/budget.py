@@ -8,14 +8,14 @@ stream least (ShortGPT, arXiv 2403.03853, eq. 1).
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from slimlm.checkpoint.skeleton import parameter_count
-from slimlm.linalg.budget import LossCurve, is_near, predicted_loss, spaced
+from slimlm.linalg.budget import LossCurve, is_near, predicted_loss, rise_of, spaced
 from slimlm.linalg.ridge import held_out
 from slimlm.linalg.units import removals
 from slimlm.matrices import matrix
@@ -114,11 +114,12 @@ def choose(
         return replace(splits[0], blocks=_kept(influence, len(splits[0].blocks))), {}
     curves = loss_curves(layout, splits, found, batches, work)
     for axis, share in REFIT_LEAVES.items() if refit else ():
-        curves[axis] = LossCurve([(units, loss * share) for units, loss in curves[axis].points])
+        curves[axis] = curves[axis].scaled(share)
     scored = sorted((predicted_loss(curves, removed(layout, split)), index) for index, split in enumerate(splits))
     best = splits[scored[0][1]]
     notes = {
         "curves": {axis: [list(point) for point in curve.points] for axis, curve in curves.items()},
+        "curve_errors": {axis: list(curve.errors) for axis, curve in curves.items()},
         "predicted_loss": scored[0][0],
         "splits": len(splits),
         "next": [f"{splits[index]}: {loss:.4f}" for loss, index in scored[1:4]],
@@ -167,12 +168,19 @@ def loss_curves(
             _through_cut_block(layout, index, found, learning, streams)
         work.progress.step()
         work.progress.done("cut", model.family.block(index), time.perf_counter() - start)
-    losses = {cut: float(model.nll(stream).mean()) / (test[0].shape[1] - 1) for cut, stream in streams.items()}
+    losses = {cut: model.nll(stream) / (test[0].shape[1] - 1) for cut, stream in streams.items()}
     work.clear_scratch()
     return {
-        axis: LossCurve([(cut.removed, losses[cut] - losses[None]) for cut in cuts if cut.axis == axis])
+        axis: measured_curve([(cut.removed, losses[cut]) for cut in cuts if cut.axis == axis], losses[None])
         for axis in POINTS
     }
+
+
+def measured_curve(losses: Sequence[tuple[int, Tensor]], dense: Tensor) -> LossCurve:
+    """From the mean loss of each window, [windows], behind so many removed units and in the dense model."""
+    rises = [rise_of(loss, dense) for _, loss in losses]
+    points = [(units, rise) for (units, _), (rise, _) in zip(losses, rises, strict=True)]
+    return LossCurve(points, [error for _, error in rises])
 
 
 def _cut_at_start(layout: Layout, cut: Cut, found: Basis, stream: Stream) -> None:

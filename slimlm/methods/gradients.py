@@ -23,8 +23,10 @@ Visit = Callable[[int, int, Seen], None]  # (block, batch number, what its modul
 
 def gradient_covariance(model: StreamedModel, batches: list[Tensor], seed: int, work: Work) -> Tensor:
     """Sum over all norms and tokens of `g g^T`: [hidden, hidden] fp64, g the gradient of the loss at the norm's input
-    times the input's root mean square, which is the gradient with respect to the normalised stream but for the part
-    along it.
+    times what the norm divides by, so that it goes with the normalised stream.
+
+    That is the gradient of the whole stream, in what the norm passes on and in the shortcut past it: what the loss
+    feels of a direction from there on. Early directions that only the shortcut carries thus count at every norm.
 
     The loss is that of tokens drawn from the model's own predictions, which makes this the true Fisher information of
     the stream (Kunstner et al., arXiv 1905.12558, section 2).
@@ -34,10 +36,10 @@ def gradient_covariance(model: StreamedModel, batches: list[Tensor], seed: int, 
     def visit(block: int, number: int, seen: Seen) -> None:
         for at, _ in seen.values():
             assert at.grad is not None
-            gram.add(_scaled(at.grad, at.detach(), model.family.centred))
+            gram.add(_scaled(at.grad, at.detach(), model.norm_eps, model.family.centred))
 
     def at_end(gradient: Tensor, hidden: Tensor) -> None:
-        gram.add(_scaled(gradient, hidden, model.family.centred))
+        gram.add(_scaled(gradient, hidden, model.norm_eps, model.family.centred))
 
     names = [norm.name for norm in model.family.norms]
     reverse_sweep(model, batches, seed, "model", (lambda index: names, 0), visit, work, at_end)
@@ -106,9 +108,11 @@ def reverse_sweep(
     work.clear_scratch()
 
 
-def _scaled(gradient: Tensor, at: Tensor, centred: bool) -> Tensor:
+def _scaled(gradient: Tensor, at: Tensor, eps: float, centred: bool) -> Tensor:
+    """The gradient at a norm's input [..., hidden], times what the norm divides by."""
+    at = at.float()
     at = at - at.mean(-1, keepdim=True) if centred else at
-    return gradient.float() * at.float().square().mean(-1, keepdim=True).sqrt()
+    return gradient.float() * (at.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 def _at_the_head(model: StreamedModel, stream: Stream, generator: torch.Generator, labels: Labels) -> Iterator[Tensor]:

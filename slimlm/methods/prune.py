@@ -30,6 +30,7 @@ from slimlm.methods.plan import Method, Outcome, Plan, require_declared
 from slimlm.methods.prune_block import by_kind, prune_by_magnitude, prune_seen, prune_together, warn_of_starved
 from slimlm.methods.repair import prune_and_repair, refits_head
 from slimlm.methods.rotation import unchanged
+from slimlm.methods.solved import SCRATCH as SOLVED_SCRATCH
 from slimlm.methods.widths import Layout
 from slimlm.modeling import own_files
 from slimlm.recipe import Allocation, Recipe
@@ -60,7 +61,12 @@ def pruning(
 
     def scratch(recipe: Recipe, model: StreamedModel) -> int:
         streams = 3 * recipe.num_calibration_samples if repairing(recipe) else 0
-        if not needs_gradients(*settled(recipe)):
+        recipe, chosen = settled(recipe)
+        if recipe.allocation == "solved":
+            streams = max(streams, SOLVED_SCRATCH)
+        if recipe.allocation == "owl":
+            streams = max(streams, recipe.num_calibration_samples)
+        if not needs_gradients(recipe, chosen):
             return streams
         return max(streams, sweep_windows(recipe, model)) + gradient_windows(recipe, model)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.linalg.hessian import Hessian
+from slimlm.linalg.ridge import gram_bytes
 from slimlm.matrices import matrix
 from slimlm.methods.fisher import TokenGradients
 from slimlm.methods.inputs import input_statistics
@@ -41,7 +42,7 @@ def in_turn(model: StreamedModel, index: int, groups: list[tuple[str, ...]]) -> 
     few: list[tuple[str, ...]] = []
     size = 0
     for names in groups:
-        added = 8 * matrix(model.blocks[index], names[0]).shape[1] ** 2 if is_expert(model, index, names[0]) else 0
+        added = gram_bytes(matrix(model.blocks[index], names[0]).shape[1]) if is_expert(model, index, names[0]) else 0
         if few and added and size + added > GRAM_BYTES:
             yield few
             few, size = [], 0

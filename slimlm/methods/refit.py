@@ -25,8 +25,9 @@ from torch import Tensor
 
 from slimlm.activations import HiddenStates
 from slimlm.checkpoint.reader import Checkpoint
+from slimlm.errors import RunFailure
 from slimlm.families import Axis, Norm, family_of
-from slimlm.linalg.ridge import GUESS, Regression, held_out, ridge
+from slimlm.linalg.ridge import GUESS, Add, Regression, held_out, ridge
 from slimlm.methods.narrow import narrow_experts, narrow_rows, without_units
 from slimlm.methods.plan import Plan
 from slimlm.methods.rotation import is_own, norm_of, seen_through, slice_block
@@ -146,17 +147,25 @@ class Pair:
     def reader_data(self, block: int, place: int, norm: Norm, tensors: Tensors) -> Regression:
         """What readers of a norm see in the compressed block of `tensors`, and saw in the dense one."""
         hidden, width = self.basis.shape
-        data = Regression.of(width, hidden, self.dense.device)
         seen = f"{norm.name}>" if norm.name else norm.readers[0]
         is_between = norm.name in self.dense.anatomy[block].between.values()
-        with self._running(block, place, seen, tensors):
-            for number, held in enumerate(self.held):
-                if is_between:
-                    dense = self.dense.blocks[block].get_submodule(norm.name)(self.between[number])
-                else:
-                    dense = self.dense.inputs(block, self.streams["dense"], number, [seen])[seen]
-                small = self.small.inputs(place, self.streams["small"], number, [seen])
-                data.add(small[seen], dense, held)
+
+        def show(add: Add) -> None:
+            with self._running(block, place, seen, tensors):
+                for number, held in enumerate(self.held):
+                    if is_between:
+                        dense = self.dense.blocks[block].get_submodule(norm.name)(self.between[number])
+                    else:
+                        dense = self.dense.inputs(block, self.streams["dense"], number, [seen])[seen]
+                    small = self.small.inputs(place, self.streams["small"], number, [seen])
+                    add(small[seen], dense, held, None)
+
+        return self._regression(width, hidden, show)
+
+    def _regression(self, inputs: int, outputs: int, show: Callable[[Add], None]) -> Regression:
+        data = Regression.of(inputs, outputs, self.dense.device)
+        data.again = show
+        show(data.add)
         return data
 
     def writer_data(
@@ -164,24 +173,28 @@ class Pair:
     ) -> Regression:
         """What a writer gets in the compressed block of `tensors`, and what it has to give."""
         small, stream, matched = self.small, self.streams["small"], name in self.dense.anatomy[block].matched
-        data = Regression.of(tensors[f"{name}.weight"].shape[1], self.basis.shape[1], self.dense.device)
-        with self._running(block, place, name, tensors):
-            for number, held in enumerate(self.held):
-                before, x = small.before(place, stream, number, [] if matched else self._earlier(block, name), name)
-                assert x is not None
-                wanted = target(number).float()
-                centred = wanted - wanted.mean(-1, keepdim=True) if small.family.centred else wanted
-                size = centred.square().mean(-1).clamp_min(1e-30)
-                wanted = self.into(wanted)
-                if not matched:
-                    before = before.float()
-                    if small.family.centred:  # norms do not see its mean, and a tied table has one
-                        before = before - before.mean(-1, keepdim=True)
-                    wanted = (wanted - before) / small.residual_scale
-                if f"{name}.bias" in tensors:
-                    wanted = wanted - tensors[f"{name}.bias"].to(wanted)
-                data.add(x, wanted, held, 1 / size)
-        return data
+
+        def show(add: Add) -> None:
+            with self._running(block, place, name, tensors):
+                for number, held in enumerate(self.held):
+                    before, x = small.before(place, stream, number, [] if matched else self._earlier(block, name), name)
+                    assert x is not None
+                    wanted, weight = self._wanted(target(number).float())
+                    if not matched:
+                        before = before.float()
+                        if small.family.centred:  # norms do not see its mean, and a tied table has one
+                            before = before - before.mean(-1, keepdim=True)
+                        wanted = (wanted - before) / small.residual_scale
+                    if f"{name}.bias" in tensors:
+                        wanted = wanted - tensors[f"{name}.bias"].to(wanted)
+                    add(x, wanted, held, weight)
+
+        return self._regression(tensors[f"{name}.weight"].shape[1], self.basis.shape[1], show)
+
+    def _wanted(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The dense stream [..., hidden] in the basis, and the square of what its next norm multiplies it by: [...]."""
+        centred = stream - stream.mean(-1, keepdim=True) if self.small.family.centred else stream
+        return self.into(stream), 1 / (centred.square().mean(-1) + self.dense.norm_eps).clamp_min(1e-30)
 
     @cached_property
     def _stays(self) -> bool:
@@ -193,7 +206,11 @@ class Pair:
 
     def stored(self, place: int, name: str, tensor: Tensor) -> Tensor:
         """A parameter of a compressed block in the dtype it is written in: what follows makes up for rounding."""
-        return tensor.to(self.small.stored_dtype(f"{self.small.family.block(place)}.{name}", self.dtype))
+        name = f"{self.small.family.block(place)}.{name}"
+        stored = tensor.to(self.small.stored_dtype(name, self.dtype))
+        if not torch.isfinite(stored).all():
+            raise RunFailure(f"tensor {name} is not finite in {stored.dtype}: write another --dtype")
+        return stored
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from torch.nn.functional import layer_norm
 
 from slimlm.families import Family
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
-from slimlm.methods.basis import norm_eps
 from slimlm.walk import StreamedModel
 from slimlm.work import Rows
 
@@ -121,7 +120,7 @@ def _entering(model: StreamedModel, device: torch.device) -> Callable[[Tensor], 
     name = model.family.embedding_norm
     if name is None:
         return lambda rows: rows
-    norm, eps = _outer_norm(model, name, device), norm_eps(model)
+    norm, eps = _outer_norm(model, name, device), model.norm_eps
     return lambda rows: layer_norm(rows, rows.shape[-1:], norm.get("weight"), norm.get("bias"), eps)
 
 

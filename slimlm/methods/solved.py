@@ -1,31 +1,35 @@
 """How sparse each block is to be, solved for from measured losses.
 
-Each block alone is pruned to a few sparsities, all in one pass over the model, and the rise of the loss on held-out
-windows measured. What blocks cost is taken to add up; which of them takes how much is then a knapsack problem, solved
-by dynamic programming (`linalg/budget.py`), as in SPDY (Frantar & Alistarh, arXiv 2201.13096), which solves it for
-speed and with errors of layers in place of measured losses.
+Each block alone is pruned to a few sparsities and the rise of the loss on held-out windows measured. What blocks cost
+is taken to add up; which of them takes how much is then a knapsack problem, solved by dynamic programming
+(`linalg/budget.py`), as in SPDY (Frantar & Alistarh, arXiv 2201.13096), which solves it for speed and with errors of
+layers in place of measured losses. No block is pruned further than it was measured, and a rise that is within its
+standard error counts as that error.
 """
 
 import torch
+from torch import Tensor
 
 from slimlm.linalg.budget import LossCurve, cheapest_split
-from slimlm.methods.budget import held_out_windows
+from slimlm.methods.budget import WINDOWS, held_out_windows, measured_curve
 from slimlm.methods.matrix import GRAMS, Choice, Pattern, Task
 from slimlm.methods.prune_block import BY_MAGNITUDE, prune_seen, prune_together
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
-POINTS = (0.5, 1.0, 1.4)  # of the sparsity asked for
+POINTS = (0.5, 1.0, 1.5, 2.0)  # of the sparsity asked for
 MOST = 0.95  # sparse, at most
+TOGETHER = 4  # blocks measured in one walk: their pruned streams wait on disk, all points of each
+SCRATCH = WINDOWS * (TOGETHER * len(POINTS) + 2)  # windows on disk at once
 LEFT_TO_RIGHT = Choice("gram", "columns", "left-to-right")
 
 
 @torch.no_grad()
 def solved_shares(
-    model: StreamedModel, sparsity: float, choice: Choice, batches: list[torch.Tensor], work: Work
+    model: StreamedModel, sparsity: float, choice: Choice, batches: list[Tensor], work: Work
 ) -> list[float]:
-    """The share of its weights each block loses."""
+    """The share of its weights each block loses, sparsity being at most MOST."""
     sizes = [
         sum(model.matrices[f"{model.family.block(index)}.{name}"].numel() for name in anatomy.linears)
         for index, anatomy in enumerate(model.anatomy)
@@ -35,28 +39,36 @@ def solved_shares(
 
 
 def _curves(
-    model: StreamedModel, sparsity: float, choice: Choice, batches: list[torch.Tensor], work: Work
+    model: StreamedModel, sparsity: float, choice: Choice, batches: list[Tensor], work: Work
 ) -> list[LossCurve]:
+    """The dense streams go through the model once; the pruned streams of a few blocks at a time on to its end."""
     learn, test = held_out_windows(batches)
-    points = sorted({min(round(100 * sparsity * point), round(100 * MOST)) for point in POINTS} - {0})
-    work.progress.stage("measuring blocks", len(model.blocks))
+    most = round(100 * MOST)
+    points = sorted({min(round(100 * sparsity * point), most) for point in POINTS} - {0})
+    blocks, tokens = len(model.blocks), len(test[0][0]) - 1
+    work.progress.stage("measuring blocks", blocks)
     learning = model.embed(learn, work.scratch("learning", model.device))
     dense = model.embed(test, work.scratch("dense-test", model.device))
-    cut: dict[tuple[int, int], Stream] = {}
-    for index in range(len(model.blocks)):
-        with model.block(index):
-            for stream in cut.values():
-                model.advance(index, stream)
-            for percent in points:
-                cut[index, percent] = _behind_pruned(model, index, percent, choice, learning, dense, work)
-            model.advance(index, learning)
-            model.advance(index, dense)
-        work.progress.step()
-    tokens = len(test[0][0]) - 1
-    before = float(model.nll(dense).mean()) / tokens
-    rises = {key: float(model.nll(stream).mean()) / tokens - before for key, stream in cut.items()}
+    losses: dict[tuple[int, int], Tensor] = {}
+    for first in range(0, blocks, TOGETHER):
+        cut: dict[tuple[int, int], Stream] = {}
+        for index in range(first, blocks):
+            with model.block(index):
+                for stream in cut.values():
+                    model.advance(index, stream)
+                if index >= first + TOGETHER:
+                    continue
+                for percent in points:
+                    cut[index, percent] = _behind_pruned(model, index, percent, choice, learning, dense, work)
+                model.advance(index, learning)
+                model.advance(index, dense)
+            work.progress.step()
+        losses |= {key: model.nll(stream) / tokens for key, stream in cut.items()}
+        work.clear_scratch("cut-*")
+    before = model.nll(dense) / tokens
     work.clear_scratch()
-    return [LossCurve([(percent, rises[index, percent]) for percent in points]) for index in range(len(model.blocks))]
+    behind = [[(percent, losses[index, percent]) for percent in points] for index in range(blocks)]
+    return [measured_curve(points_of_block, before) for points_of_block in behind]
 
 
 def _behind_pruned(
@@ -69,7 +81,7 @@ def _behind_pruned(
         return Pattern(tuple(round(percent / 100 * model.matrices[name].numel()) for name in names))
 
     copies = {name: tensor.clone() for name, tensor in model.weights(index).items()}
-    behind = Stream(dense.tokens, work.scratch(f"{part}-{percent}", model.device), dense.calls)
+    behind = Stream(dense.tokens, work.scratch(f"cut-{part}-{percent}", model.device), dense.calls)
     with model.placed(part, copies) as block:
         if choice.curvature == "none":
             for names in model.anatomy[index].inputs:

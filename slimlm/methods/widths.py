@@ -21,7 +21,6 @@ from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import UserError, one_line
 from slimlm.families import FAMILIES, Axis, Carrier
 from slimlm.matrices import matrix
-from slimlm.methods.basis import norm_eps
 from slimlm.methods.plan import Plan, require_declared
 from slimlm.modeling import OWN_CLASSES, own_files
 from slimlm.recipe import Recipe
@@ -284,7 +283,7 @@ class Layout:
             if hasattr(config, "word_embed_proj_dim"):
                 config.word_embed_proj_dim = widths.hidden
             # The norm's mean runs over fewer components; with the readers' sqrt(hidden / width) this keeps it exact.
-            setattr(config, FAMILIES[config.model_type].norm_eps, norm_eps(model) * hidden / widths.hidden)
+            setattr(config, FAMILIES[config.model_type].norm_eps, model.norm_eps * hidden / widths.hidden)
         if self.folds(widths):
             config.embedding_norm = False
         for name, axis in self.axes.items():

@@ -25,7 +25,8 @@ def comparison_table(models: list[dict[str, Any]], title: str | None = None) -> 
 def inspection_table(rows: list[dict[str, Any]], sparsities: tuple[float, ...]) -> Table:
     """Matrices down, figures across; rows: as `slimlm inspect` writes them to JSON."""
     seen = any(row["predicted"] is not None for row in rows)
-    names = ["matrix", "shape", "zeros", "pq", "prunable", "alpha", "rank"]
+    pruned = any(row["zeros"] for row in rows)  # else both indices are the same
+    names = ["matrix", "shape", "zeros", "pq", *(["with zeros"] if pruned else []), "prunable", "alpha", "rank"]
     table = Table(*names, *(["outliers", *(f"{sparsity:.0%}" for sparsity in sparsities)] if seen else []))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -33,7 +34,8 @@ def inspection_table(rows: list[dict[str, Any]], sparsities: tuple[float, ...]) 
     paths = [row["name"].split(".") for row in rows]
     shared = next((place for place, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 0)
     for row, path in zip(rows, paths, strict=True):
-        cells = [".".join(path[shared:]), "x".join(map(str, row["shape"])), f"{row['zeros']:.1%}", f"{row['pq']:.3f}"]
+        cells = [".".join(path[shared:]), "x".join(map(str, row["shape"])), f"{row['zeros']:.1%}"]
+        cells += [f"{row['pq']:.3f}", *([f"{row['pq_with_zeros']:.3f}"] if pruned else [])]
         cells += [f"{row['prunable']:.1%}", f"{row['alpha']:.2f}", f"{row['stable_rank']:.1f}"]
         if row["predicted"] is not None:
             cells += [f"{row['outliers']:.2%}", *(f"{loss:.2%}" for loss in row["predicted"])]

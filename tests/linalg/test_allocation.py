@@ -16,6 +16,7 @@ from slimlm.linalg.allocation import (
     owl_shares,
     pq_index,
     pq_kept,
+    pq_share,
     spectrum,
 )
 from slimlm.linalg.budget import LossCurve, cheapest_split
@@ -26,13 +27,23 @@ def test_the_pq_index_is_none_for_equal_weights_and_whole_for_a_single_one():
     assert pq_kept(0.0) == 1
     single = torch.zeros(10)
     single[3] = -2.0
-    assert pq_index(single) == pytest.approx(1 - 10 ** (1 - 2) * 1)
+    assert pq_index(single) == 0
+    assert pq_index(single, with_zeros=True) == pytest.approx(1 - 10 ** (1 - 2) * 1)
     assert pq_index(torch.zeros(3, 3)) == 0
     weight = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
     size = [abs(float(w)) for w in weight.flatten()]
     by_hand = 1 - 42 ** (1 - 2) * sum(math.sqrt(w) for w in size) ** 2 / sum(size)
     assert pq_index(weight) == pytest.approx(by_hand)
     assert pq_index(1000 * weight) == pytest.approx(by_hand)
+
+
+def test_what_was_pruned_has_no_say_in_the_pq_index():
+    weight = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+    pruned = weight.masked_fill(weight.abs() < weight.abs().median(), 0)
+    assert pq_index(pruned) == pytest.approx(0.03, abs=0.005)
+    assert pq_index(pruned, with_zeros=True) == pytest.approx(0.52, abs=0.01)
+    assert pq_share(pruned) == pytest.approx(0.5 * (1 - pq_index(pruned)), rel=1e-3)
+    assert pq_share(weight) == pytest.approx(1 - pq_index(weight))
 
 
 def test_hills_estimate_is_that_of_the_tail():
@@ -84,18 +95,40 @@ def test_global_counts_are_those_of_one_sorted_list(seed: int, sparsity: float, 
     if ties:
         scores = {name: value.mul(4).round() for name, value in scores.items()}
     total = round(sparsity * 550)
+    most = {"a": 297, "b": 198, "c": 49}
+    if total > sum(most.values()):
+        with pytest.raises(ValueError, match="cannot prune"):
+            global_counts({name: histogram(value) for name, value in scores.items()}, total)
+        return
     counts = global_counts({name: histogram(value) for name, value in scores.items()}, total)
     assert sum(counts.values()) == total
+    assert all(counts[name] <= most[name] for name in most)
+    if any(counts[name] == most[name] for name in most):
+        return  # the others give what these do not
     threshold = torch.cat(list(scores.values())).sort().values[max(0, total - 1)]
     for name, value in scores.items():
         low, high = int((value < threshold * (1 - 1 / 64)).sum()), int((value <= threshold * (1 + 1 / 64)).sum())
         assert low <= counts[name] <= high or total == 0
 
 
+def test_no_matrix_goes_whole_for_what_its_scores_say():
+    scores = {"small": torch.full((1000,), 1e-9), "large": torch.linspace(1, 2, 1000)}
+    counts = global_counts({name: histogram(value) for name, value in scores.items()}, 1000)
+    assert counts == {"small": 990, "large": 10}
+
+
+@pytest.mark.parametrize("least", [0.02, 1e-6])
+def test_figures_of_any_spread_decide_the_counts(least: float):
+    """`pq` at so small a total: all of it comes from the matrix whose index says that most can go."""
+    kept = {"a": least, "b": 1.0}
+    counts = exact_counts({"a": 1000, "b": 1000}, lambda name, c: 1 - (1 - c) * kept[name], 100, 1 - 1 / least, 1.0)
+    assert counts == {"a": 100, "b": 0}
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.floats(1e-3, 1), st.floats(1.1, 6), st.integers(1, 3)), min_size=2, max_size=3))
 def test_the_cheapest_split_is_the_one_that_trying_all_finds(parts: list[tuple[float, float, int]]):
-    curves = [LossCurve([(5, loss), (10, loss * rise)]) for loss, rise, _ in parts]
+    curves = [LossCurve([(5, loss), (12, loss * rise)]) for loss, rise, _ in parts]
     sizes = [size for _, _, size in parts]
     found = cheapest_split(curves, sizes, 6, 12)
     unit = sum(sizes) / len(sizes)
@@ -108,7 +141,7 @@ def test_the_cheapest_split_is_the_one_that_trying_all_finds(parts: list[tuple[f
 
 def test_a_split_that_no_part_has_room_for_is_refused():
     with pytest.raises(ValueError, match="no part may lose more than 12%"):
-        cheapest_split([LossCurve([(5, 0.1)])] * 2, [1, 1], 13, 12)
+        cheapest_split([LossCurve([(5, 0.1), (12, 0.2)])] * 2, [1, 1], 13, 12)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 5)])

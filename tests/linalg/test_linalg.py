@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimlm.families import FAMILIES
-from slimlm.linalg.budget import LossCurve, predicted_loss, spaced
+from slimlm.linalg.budget import LossCurve, isotonic, predicted_loss, rise_of, spaced
 from slimlm.linalg.gram import CHUNK_TOKENS, Gram, rms_normalise
 from slimlm.linalg.pca import felt, principal_basis, with_kept
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
@@ -121,15 +121,40 @@ def test_a_loss_curve_goes_through_its_points_and_never_falls_where_they_rise(lo
     assert curve(0) == 0
     for removed, loss in points:
         assert curve(removed) == pytest.approx(loss, rel=1e-9)
-    along = [curve(removed) for removed in range(points[-1][0] + step)]
+    along = [curve(removed) for removed in range(points[-1][0] + 1)]
     assert all(after >= before - 1e-12 for before, after in itertools.pairwise(along))
+    assert curve(points[-1][0] + 1) == math.inf
 
 
-def test_a_power_law_is_followed_beyond_its_points():
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 0.5)), min_size=1, max_size=6))
+def test_a_noisy_loss_curve_rises_and_is_never_free(measured: list[tuple[float, float]]):
+    points = [(10 * (index + 1), loss) for index, (loss, _) in enumerate(measured)]
+    errors = [error for _, error in measured]
+    curve = LossCurve(points, errors)
+    at = [curve(units) for units, _ in points]
+    assert at == sorted(at)
+    assert min(at) >= min(max(loss, error, 1e-6) for loss, error in measured) - 1e-12
+    assert sum(at) == pytest.approx(sum(max(loss, error, 1e-6) for loss, error in measured))  # averaged, not moved
+    assert 0 < curve(1) <= at[0] / 10 + 1e-12  # a little of what is noise is no dearer than linear
+
+
+def test_losses_that_fall_are_averaged():
+    assert isotonic([1.0, 3.0, 2.0, 2.5, 4.0]) == [1.0, 2.5, 2.5, 2.5, 4.0]
+    assert LossCurve([(1, 0.05), (2, 0.01)])(2) == pytest.approx(0.03)
+
+
+def test_a_rise_is_paired():
+    before = torch.tensor([1.0, 5.0, 3.0], dtype=torch.float64)
+    rise, error = rise_of(before + torch.tensor([0.1, 0.2, 0.3]), before)
+    assert (rise, error) == (pytest.approx(0.2), pytest.approx(0.1 / 3**0.5))
+    assert rise_of(before[:1], before[:1]) == (0, 0)
+
+
+def test_a_power_law_is_followed_between_its_points():
     curve = LossCurve([(8, 8**2.5), (16, 16**2.5), (32, 32**2.5)])
-    assert [curve(units) for units in (4, 20, 64)] == pytest.approx([units**2.5 for units in (4, 20, 64)])
+    assert [curve(units) for units in (4, 20, 32)] == pytest.approx([units**2.5 for units in (4, 20, 32)])
     assert LossCurve([])(3) == math.inf
-    assert predicted_loss({"a": curve, "b": LossCurve([(1, 3.0)])}, {"a": 8, "b": 2}) == pytest.approx(8**2.5 + 6)
+    assert predicted_loss({"a": curve, "b": LossCurve([(2, 6.0)])}, {"a": 8, "b": 1}) == pytest.approx(8**2.5 + 3)
 
 
 @given(st.integers(1, 500), st.integers(1, 16), st.integers(1, 6))

@@ -96,7 +96,7 @@ def test_a_gram_that_was_used_up_comes_back(monkeypatch):
         gram.fill_(math.nan)
         raise ValueError
     assert torch.allclose(found.fit.xx, before)
-    assert torch.equal(found.fit.xx, found.fit.xx.T)
+    assert torch.equal(found.fit.xx, found.fit.xx.T)  # what comes back is mirrored, however the sum was rounded
 
 
 @pytest.mark.parametrize("windows", [20, 400])
@@ -113,6 +113,32 @@ def test_wide_inputs_are_fitted_as_well_from_a_sample_of_the_held_out_tokens(win
     assert kept == (64 if windows == 20 else 320)
     wide = ridge(sampled, prior, metric)
     assert (wide.weight - narrow.weight).abs().max() < (1e-4 if windows == 20 else 0.02)
+
+
+def test_all_held_out_tokens_of_wide_inputs_are_in_the_fit_where_they_can_be_shown_again(monkeypatch):
+    x, y, truth = data(400)
+    weight = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(3)) + 0.5
+    held = held_out(len(x))
+
+    def show(add):
+        for part in range(0, len(x), 50):
+            rows = slice(part, part + 50)
+            add(x[rows], y[rows], held[rows], weight[rows])
+
+    prior = truth + 0.3 * randn(4, 6, seed=9)
+    whole = Regression.of(6, 4)
+    show(whole.add)
+    whole.centre(prior.T)
+    wanted = whole.join()
+    monkeypatch.setattr("slimlm.linalg.ridge.WIDEST", 2)
+    monkeypatch.setattr("slimlm.linalg.ridge.HELD_ELEMENTS", 6 * 40)
+    sampled = Regression.of(6, 4)
+    show(sampled.add)
+    sampled.again = show
+    sampled.centre(prior.T)
+    found = sampled.join()
+    assert torch.allclose(found.xx, wanted.xx, rtol=1e-6)
+    assert torch.allclose(found.xy, wanted.xy, rtol=1e-5, atol=1e-5)
 
 
 def test_errors_count_in_the_metric_they_are_given():
