@@ -102,6 +102,26 @@ Resume = Annotated[
 ]
 
 
+ResumeAnyway = Annotated[
+    bool,
+    typer.Option(
+        "--resume-anyway",
+        rich_help_panel=OUT,
+        help="Resume with other versions or on another kind of machine, which rounds otherwise; slimlm.json says so.",
+    ),
+]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--work-dir",
+        rich_help_panel=RUN,
+        help="Where hidden states wait while it runs, best a fast local disk.  [default: beside the output]",
+        show_default=False,
+    ),
+]
+NOT_OF_THE_RECIPE = ("recipe", "overwrite", "resume", "resume_anyway", "work_dir", "dry_run", "verbose")
+
+
 @app.command("compress")
 def compress_command(
     model: Annotated[str | None, _flag("model", WHAT, "-m")] = None,
@@ -161,6 +181,8 @@ def compress_command(
     output_dir: Annotated[str | None, _flag("output_dir", OUT, "-o", default="MODEL-METHOD-PERCENT")] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    resume_anyway: ResumeAnyway = False,
+    work_dir: WorkDir = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -191,17 +213,13 @@ def compress_command(
 
         slimlm compress --recipe llama-slice-25
     """
-    flags = {
-        key: value
-        for key, value in locals().items()
-        if key not in ("recipe", "overwrite", "resume", "dry_run", "verbose") and value is not None
-    }
+    flags = {key: value for key, value in locals().items() if key not in NOT_OF_THE_RECIPE and value is not None}
     _set_verbosity(verbose)
     chosen = _chosen_recipe(recipe, flags)
     if dry_run:
-        _dry_run(chosen, overwrite, resume)
+        _dry_run(chosen, overwrite, resume or resume_anyway, work_dir)
     else:
-        _run_compress(chosen, overwrite, resume)
+        _run_compress(chosen, overwrite, resume, resume_anyway, work_dir)
 
 
 @app.command("rotate")
@@ -219,6 +237,8 @@ def rotate_command(
     output_dir: Annotated[str | None, _flag("output_dir", OUT, "-o", default="MODEL-rotate")] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    resume_anyway: ResumeAnyway = False,
+    work_dir: WorkDir = None,
     dtype: Dtype = None,
 ) -> None:
     """Sort a model's residual stream by importance, once for every width.
@@ -233,9 +253,11 @@ def rotate_command(
 
         slimlm compress --model rotated --sparsity 0.25 --no-refit
     """
-    flags = {key: value for key, value in locals().items() if key not in ("overwrite", "resume") and value is not None}
+    flags = {key: value for key, value in locals().items() if key not in NOT_OF_THE_RECIPE and value is not None}
     _set_verbosity(False)
-    _run_compress(make_recipe({**flags, "method": "rotate"}, "command line"), overwrite, resume)
+    _run_compress(
+        make_recipe({**flags, "method": "rotate"}, "command line"), overwrite, resume, resume_anyway, work_dir
+    )
 
 
 def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
@@ -249,15 +271,18 @@ def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
     return make_recipe(flags, "command line")
 
 
-def _run_compress(recipe: Recipe, overwrite: bool, resume: bool) -> None:
+def _run_compress(
+    recipe: Recipe, overwrite: bool, resume: bool, resume_anyway: bool = False, work_dir: Path | None = None
+) -> None:
     with _progress() as progress:
         from slimlm.compression import compress
 
-        result = compress(recipe, overwrite, resume, progress)
+        result = compress(recipe, overwrite, resume, progress, resume_anyway=resume_anyway, work_dir=work_dir)
     _print_result(result, recipe.expected)
 
 
-def _dry_run(recipe: Recipe, overwrite: bool, resume: bool) -> None:
+def _dry_run(recipe: Recipe, overwrite: bool, resume: bool, work_dir: Path | None = None) -> None:
+    work_dir = None if work_dir is None else work_dir.expanduser().resolve()
     with _progress() as progress:
         from slimlm.forecast import forecast, require_room
         from slimlm.prepare import check_later, check_shots, output_of, prepare
@@ -265,11 +290,11 @@ def _dry_run(recipe: Recipe, overwrite: bool, resume: bool) -> None:
 
         check_shots(recipe)
         first = recipe.stages[0].model_copy(update={"output_dir": str(output_of(recipe))})
-        job = prepare(first, overwrite, resume, progress)
+        job = prepare(first, overwrite, resume, progress, work_dir=work_dir)
         check_later(job, recipe)
         found = forecast(job, progress, recipe)
-    print(forecast_summary(job, found, recipe.stages[1:]))
-    require_room(job, found)
+    print(forecast_summary(job, found, recipe.stages[1:], work_dir))
+    require_room(job, found, work_dir)
 
 
 def _print_result(result: Any, expected: dict[str, float]) -> None:

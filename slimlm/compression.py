@@ -3,31 +3,30 @@
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from slimlm.activations import Spilled
 from slimlm.calibration import SELF, Windows, sample_windows, start_token
 from slimlm.checkpoint.card import write_card
-from slimlm.checkpoint.disk import disk_errors
-from slimlm.checkpoint.journal import Journal, compare_fingerprints
-from slimlm.checkpoint.manifest import Manifest, read_manifest, versions, write_manifest
-from slimlm.checkpoint.output import Staging, check_output, clear_leftovers, copy_companions, staged_output
-from slimlm.checkpoint.reader import Checkpoint
-from slimlm.checkpoint.skeleton import parameter_count
-from slimlm.device import device_name, forget_peak, machine, peak_memory, placement, resident_memory
+from slimlm.checkpoint.disk import disk_errors, write_whole
+from slimlm.checkpoint.journal import COMPLETE, Journal, compare_fingerprints
+from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from slimlm.checkpoint.output import clear_leftovers, copy_companions, held, staged_output
+from slimlm.checkpoint.staging import Staging, check_output
+from slimlm.device import forget_peak, placement
 from slimlm.errors import RunFailure, UserError
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods.plan import Outcome
 from slimlm.prepare import Job, check_later, check_shots, later_runs, open_model, output_of, prepare
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe
+from slimlm.record import account_for, fingerprint_of, fingerprint_of_all, manifest_of, measured_of, write_recipe
 from slimlm.work import Work
 
 Result = TypeVar("Result")
@@ -43,168 +42,64 @@ class CompressResult:
     manifest: Manifest
 
 
+@dataclass(frozen=True)
+class _How:
+    """How a recipe is run, as `compress` takes it."""
+
+    progress: Progress
+    overwrite: bool
+    resume: bool
+    anyway: bool
+    work_dir: Path | None
+    is_probe: bool
+
+
 def compress(
     recipe: Recipe,
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
     is_probe: bool = False,
+    resume_anyway: bool = False,
+    work_dir: Path | str | None = None,
 ) -> CompressResult:
     """Carry out a recipe; the result is a directory that stock transformers loads.
 
-    resume: go on from what an interrupted run with the same recipe, model and versions left, if there is any.
+    resume: go on from what an interrupted run with the same recipe, model, versions and kind of machine left, if there
+    is any; resume_anyway: with other versions or on another kind of machine, too, which the manifest then says.
+    work_dir: a directory for hidden states that wait on disk, instead of `<output>.partial/`.
     is_probe: as in `prepare`.
     Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
     Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
     """
-    progress = progress or LogProgress()
+    place = None if work_dir is None else Path(work_dir).expanduser().resolve()
+    how = _How(progress or LogProgress(), overwrite, resume or resume_anyway, resume_anyway, place, is_probe)
     try:
         if len(recipe.stages) > 1:
-            return _compress_in_stages(recipe, overwrite, resume, progress, is_probe)
-        return _compress(recipe, overwrite, resume, progress, None, is_probe)
+            return _compress_in_stages(recipe, how)
+        job = _prepared(recipe, how)
+        return CompressResult(job.output, _result(job, job.output, how))
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RunFailure("out of memory: lower --batch-size, --max-seq-length or --eval-windows") from error
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """One of several runs, each on what the one before gave. recipe: of all. earlier: manifests of those before."""
-
-    recipe: Recipe
-    earlier: list[Manifest]
-    is_last: bool
-
-
-def _compress_in_stages(
-    recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, is_probe: bool
-) -> CompressResult:
-    """What a stage gives stands beside the output until the last one is done, whose manifest is that of all."""
-    runs, output = recipe.stages, output_of(recipe)
-    check_shots(recipe)
-    recipe = recipe.model_copy(update={"output_dir": str(output)})
-    places = [output.with_name(f"{output.name}.stage-{number}") for number in range(1, len(runs))]
-    finished = read_manifest(output) if resume and output.is_dir() else None
-    if finished is not None and finished["recipe"] == recipe.model_dump(exclude={"expected"}):
-        for place in filter(Path.exists, places):
-            shutil.rmtree(place)
-        progress.line(f"{output} is complete already")
-        return CompressResult(output, finished)
-    check_output(output, overwrite, [])
-    manifests: list[Manifest] = []
-    for number, (run, place) in enumerate(zip(runs, [*places, output], strict=True)):
-        progress.line(f"stage {number + 1} of {len(runs)}: {run.method}, sparsity {run.sparsity:g}")
-        settings: dict[str, Any] = {"output_dir": str(place)}
-        if number:
-            first, tokens = manifests[0], places[0] / CALIBRATION_NAME
-            is_bundled = first["model"]["origin"] == "bundled"
-            run = later_runs(recipe, first["recipe"]["max_seq_length"], is_bundled)[number - 1]
-            settings |= {"model": str(places[number - 1]), "revision": None}
-            if run.dataset == SELF and tokens.exists():
-                count, length = numpy.load(tokens, mmap_mode="r").shape
-                settings |= {"dataset": str(tokens), "num_calibration_samples": count, "max_seq_length": length}
-        stage = _Stage(recipe, list(manifests), is_last=place == output)
-        again = overwrite or not (stage.is_last or resume)
-        manifests.append(_compress(run.model_copy(update=settings), again, resume, progress, stage, is_probe).manifest)
-    for place in places:
-        shutil.rmtree(place)
-    return CompressResult(output, manifests[-1])
-
-
-def _compress(
-    recipe: Recipe,
-    overwrite: bool,
-    resume: bool,
-    progress: Progress,
-    stage: _Stage | None,
-    is_probe: bool,
-) -> CompressResult:
-    started, before = time.perf_counter(), resident_memory()
-    job = prepare(recipe, overwrite, resume, progress, is_probe)
+def _prepared(recipe: Recipe, how: _How, overwrite: bool = False) -> Job:
+    job = prepare(recipe, overwrite or how.overwrite, how.resume, how.progress, how.is_probe, how.work_dir)
     forget_peak(job.model.device)
-    if stage and not stage.earlier:
-        check_later(job, stage.recipe)
-    fingerprint = _fingerprint(job)
-    finished = _finished(job.output, fingerprint, overwrite) if resume else None
+    return job
+
+
+def _result(job: Job, output: Path, how: _How) -> Manifest:
+    """The manifest of one run's result, which is at `output` then: from now, or from before."""
+    fingerprint = fingerprint_of(job)
+    finished = _finished(output, fingerprint, how) if how.resume else None
     if finished is not None:
-        progress.line(f"{job.output} is complete already")
-        return finished
-    job.seconds["preparing"] = time.perf_counter() - started - job.seconds["checking"]
-    with staged_output(job.output, overwrite, resume) as staging:
-        journal = Journal(staging.work, fingerprint)
-        resumed = len(journal.records) > 1
-        progress.log = staging.work / LOG_NAME
-        with Work(staging.model, journal, progress) as work:
-            windows = job.windows
-            if job.recipe.dataset == SELF:
-                windows = _timed(job, "sampling", lambda: _sampled(job, work))
-            batches = windows.batches(job.recipe.batch_size) if windows else []
-            outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, work))
-            work.settle()
-            work.writer.finish()
-            with disk_errors(staging.model):
-                outcome.plan.config.save_pretrained(staging.model)
-            for file in outcome.plan.files:
-                shutil.copyfile(file, staging.model / file.name)
-            copy_companions(job.resolved.path, staging.model)
-            comparison = _timed(job, "measuring", lambda: _measure(job, staging, outcome, progress))
-            job.seconds["total"] = time.perf_counter() - started
-            manifest = _manifest(job, staging, windows, outcome, comparison)
-            if stage and stage.is_last:
-                _account_for(stage, manifest)
-            manifest["run"] |= {"memory_before_bytes": before, "resumed": resumed}
-            manifest["fingerprint"] = fingerprint
-            with disk_errors(staging.model):
-                write_manifest(staging.model, manifest)
-                write_card(staging.model, manifest)
-                write_recipe(staging.model, stage.recipe if stage and stage.is_last else job.recipe, manifest["model"])
-                if stage and not stage.is_last and windows is not None and job.recipe.dataset == SELF:
-                    numpy.save(staging.model / CALIBRATION_NAME, windows.tokens.numpy())
-                if progress.log is not None:
-                    earlier = [job.resolved.path / LOG_NAME] if stage and stage.earlier else []
-                    logs = [log.read_text() for log in (*earlier, progress.log) if log.exists()]
-                    (staging.model / LOG_NAME).write_text("".join(logs))
-            work.journal.commit("complete")
-    return CompressResult(job.output, manifest)
+        return _measured_later(job, job.recipe, output, finished, how)
+    with staged_output(output, how.overwrite, how.resume, how.work_dir) as staging:
+        return _carry_out(job, fingerprint, staging, how)
 
 
-def _account_for(stage: _Stage, manifest: Manifest) -> None:
-    """Make the manifest of the last stage that of all of them."""
-    first = stage.earlier[0]
-    manifest["recipe"] = stage.recipe.model_dump(exclude={"expected"})
-    manifest["model"] = first["model"]
-    for kind in ("parameters", "bytes"):
-        manifest[kind]["dense"] = first[kind]["dense"]
-    dense, left = manifest["parameters"]["dense"], manifest["parameters"]["compressed"]
-    manifest["sparsity"]["parameters_removed"] = 1 - left / dense
-    manifest["changes"] = {**first["changes"], **manifest["changes"]}
-    if manifest["calibration"] and first["calibration"] and first["calibration"]["source"] == SELF:
-        manifest["calibration"] = first["calibration"]
-    if manifest["measured"] and first["measured"]:
-        manifest["measured"]["dense"] = first["measured"]["dense"]
-    kept = ("recipe", "sparsity", "bytes", "changes", "method", "measured", "run")
-    manifest["stages"] = [{name: earlier[name] for name in kept} for earlier in stage.earlier]
-
-
-def write_recipe(directory: Path, recipe: Recipe, model: dict[str, Any]) -> None:
-    """The recipe as it was run, able to run again anywhere on this machine: whole paths, the revision, no output.
-
-    model: what the manifest says of it.
-    """
-    settings = recipe.model_dump(exclude={"expected", "output_dir"}, exclude_none=True)
-    if recipe.widths or not recipe.sparsity:
-        del settings["sparsity"]
-    if model["origin"] == "directory":
-        settings["model"] = model["path"]
-    if model["revision"] is not None:
-        settings["revision"] = model["revision"]
-    for run in (settings, settings.get("then", {})):
-        for name in ("dataset", "eval_text"):
-            if run.get(name) and Path(run[name]).expanduser().exists():
-                run[name] = str(Path(run[name]).expanduser().resolve())
-    (directory / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-
-
-def _finished(output: Path, fingerprint: dict[str, object], overwrite: bool) -> CompressResult | None:
+def _finished(output: Path, fingerprint: dict[str, object], how: _How) -> Manifest | None:
     """The result, if the run to resume had come as far as giving the output its name.
 
     Raises UserError naming the difference when what stands there is another run's and not to be replaced.
@@ -213,27 +108,133 @@ def _finished(output: Path, fingerprint: dict[str, object], overwrite: bool) -> 
     if manifest is None:
         return None
     try:
-        compare_fingerprints(manifest.get("fingerprint") or {}, fingerprint)
+        compare_fingerprints(manifest.get("fingerprint") or {}, fingerprint, how.anyway)
     except UserError:
-        if overwrite:
+        if how.overwrite:
             return None
         raise
-    clear_leftovers(output)
+    clear_leftovers(output, how.work_dir)
+    how.progress.line(f"{output} is complete already")
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Several:
+    """One of several runs, each on what the one before gave. recipe: of all. earlier: manifests of those before.
+
+    fingerprint: of all of them, for the last one.
+    """
+
+    recipe: Recipe
+    fingerprint: dict[str, object]
+    earlier: list[Manifest] = field(default_factory=list)
+    is_last: bool = False
+
+
+def _compress_in_stages(recipe: Recipe, how: _How) -> CompressResult:
+    """What a run gives stands in the place where the output is built until the last one is done."""
+    runs, output = recipe.stages, output_of(recipe)
+    check_shots(recipe)
+    recipe = recipe.model_copy(update={"output_dir": str(output)})
+    places = [Staging(output).stages / str(number) for number in range(1, len(runs))]
+    first = _prepared(runs[0].model_copy(update={"output_dir": str(places[0])}), how, overwrite=True)
+    replaceable = how.overwrite or (how.resume and (output / MANIFEST_NAME).is_file())
+    check_output(output, replaceable, first.inputs, work_dir=how.work_dir)
+    check_later(first, recipe)
+    fingerprint = fingerprint_of_all(first, recipe)
+    finished = _finished(output, fingerprint, how) if how.resume else None
+    if finished is not None:
+        return CompressResult(output, _measured_later(first, recipe, output, finished, how))
+    with staged_output(output, how.overwrite, how.resume, how.work_dir) as staging:
+        manifests: list[Manifest] = []
+        for number, place in enumerate(places):
+            job = first if number == 0 else _prepared(_next_run(recipe, first, number, places), how, overwrite=True)
+            _announce(job, number, len(runs), how)
+            manifests.append(_stage(job, place, _Several(recipe, fingerprint, list(manifests)), how))
+        last = _prepared(_next_run(recipe, first, len(places), [*places, output]), how)
+        _announce(last, len(places), len(runs), how)
+        several = _Several(recipe, fingerprint, manifests, is_last=True)
+        manifest = _carry_out(last, fingerprint_of(last), staging, how, several)
     return CompressResult(output, manifest)
 
 
-def _fingerprint(job: Job) -> dict[str, object]:
-    """Everything that decides the weights to the last bit: what was read by its hash, not by its name."""
-    names = {"expected", "model", "revision", "output_dir", "measure", "eval_text", "eval_windows"}
-    settings = job.recipe.model_dump(exclude=names | ({"dataset"} if job.windows else set()))
-    found = versions()
-    return {
-        **{f"model {name}": digest for name, digest in job.model.checkpoint.hashes.items()},
-        **{f"recipe {name}": value for name, value in settings.items()},
-        **{f"version {name}": found.get(name) for name in ("python", "slimlm", "torch", "transformers")},
-        "calibration sha256": job.windows.sha256 if job.windows else None,
-        "device": device_name(job.model.device),
-    }
+def _announce(job: Job, number: int, of: int, how: _How) -> None:
+    how.progress.line(f"stage {number + 1} of {of}: {job.recipe.method}, sparsity {job.recipe.sparsity:g}")
+
+
+def _next_run(whole: Recipe, first: Job, number: int, places: list[Path]) -> Recipe:
+    """A run after the first, number 0, on what the one before it gave."""
+    window, is_bundled = first.recipe.max_seq_length, first.resolved.origin == "bundled"
+    assert window is not None
+    run, tokens = later_runs(whole, window, is_bundled)[number - 1], places[0] / CALIBRATION_NAME
+    settings: dict[str, Any] = {"output_dir": str(places[number]), "model": str(places[number - 1]), "revision": None}
+    if run.dataset == SELF and tokens.exists():
+        count, length = numpy.load(tokens, mmap_mode="r").shape
+        settings |= {"dataset": str(tokens), "num_calibration_samples": count, "max_seq_length": length}
+    return run.model_copy(update=settings)
+
+
+def _stage(job: Job, place: Path, several: _Several, how: _How) -> Manifest:
+    """One of the earlier runs' results, at `place` then."""
+    fingerprint = fingerprint_of(job)
+    finished = _finished(place, fingerprint, how) if how.resume else None
+    if finished is not None:
+        return finished
+    with staged_output(place, True, how.resume, how.work_dir) as staging:
+        return _carry_out(job, fingerprint, staging, how, several)
+
+
+def _carry_out(
+    job: Job, fingerprint: dict[str, object], staging: Staging, how: _How, several: _Several | None = None
+) -> Manifest:
+    """Compress, measure, and leave everything that belongs into the result in the place it is built at."""
+    job.seconds["preparing"] = time.perf_counter() - job.started - job.seconds["checking"]
+    journal = Journal(staging.work, fingerprint, how.anyway)
+    job.resumed = len(journal.records) > 1
+    how.progress.log = staging.work / LOG_NAME
+    with Work(staging.model, journal, how.progress, staging.scratch) as work:
+        windows = job.windows
+        if job.recipe.dataset == SELF:
+            windows = _timed(job, "sampling", lambda: _sampled(job, work))
+        batches = windows.batches(job.recipe.batch_size) if windows else []
+        outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, work))
+        work.settle()
+        work.writer.finish()
+        with disk_errors(staging.model):
+            outcome.plan.config.save_pretrained(staging.model)
+            for file in outcome.plan.files:
+                shutil.copyfile(file, staging.model / file.name)
+        copy_companions(job.resolved.path, staging.model)
+        comparison = _timed(job, "measuring", lambda: _measure(job, staging, staging.model, how.progress, outcome))
+        job.seconds["total"] = time.perf_counter() - job.started
+        manifest = manifest_of(job, staging, journal, windows, outcome, comparison)
+        manifest["fingerprint"] = fingerprint
+        recipe = job.recipe
+        if several and several.is_last:
+            account_for(several.earlier, several.recipe, manifest)
+            manifest["fingerprint"], recipe = several.fingerprint, several.recipe
+        elif several and windows is not None and job.recipe.dataset == SELF:
+            with disk_errors(staging.model):
+                numpy.save(staging.model / CALIBRATION_NAME, windows.tokens.numpy())
+        _write_account(staging.model, recipe, manifest)
+        _write_log(job, staging, how.progress, several)
+        journal.commit(COMPLETE)
+    return manifest
+
+
+def _write_account(directory: Path, recipe: Recipe, manifest: Manifest) -> None:
+    write_manifest(directory, manifest)
+    write_card(directory, manifest)
+    write_recipe(directory, recipe, manifest["model"])
+
+
+def _write_log(job: Job, staging: Staging, progress: Progress, several: _Several | None) -> None:
+    """What is left of the log after a full disk, behind those of the runs before."""
+    earlier = [job.resolved.path / LOG_NAME] if several and several.earlier else []
+    logs = [*earlier, *([progress.log] if progress.log is not None else [])]
+    text = "".join(log.read_text(encoding="utf-8") for log in logs if log.exists())
+    if text:
+        write_whole(staging.model / LOG_NAME, text)
 
 
 def _sampled(job: Job, work: Work) -> Windows:
@@ -262,24 +263,51 @@ def _sampled(job: Job, work: Work) -> Windows:
     return windows
 
 
-def _measure(job: Job, staging: Staging, outcome: Outcome, progress: Progress) -> Comparison | None:
-    """Both models in the dtype they are stored in, as `from_pretrained` would load them, so that `eval` agrees."""
+def _measure(
+    job: Job, staging: Staging, compressed: Path, progress: Progress, outcome: Outcome | None
+) -> Comparison | None:
+    """Both models in the dtype they are stored in, as `from_pretrained` would load them, so that `eval` agrees.
+
+    outcome: of the run, or None for one that is long over: blocks that were rotated cannot be compared then.
+    """
     if job.test is None:
         return None
-    dense, compressed = (
+    pair = [
         open_model(path, job.model.device, "stock", job.recipe.trust_remote_code)
-        for path in (job.resolved.path, staging.model)
-    )
+        for path in (job.resolved.path, compressed)
+    ]
+    blocks = tuple(range(len(pair[1].blocks))) if outcome is None else outcome.blocks
     batches = list(job.test.tokens.split(job.recipe.batch_size))
-    hidden = [Spilled(staging.work / name, job.model.device, hashed=False) for name in ("dense", "compressed")]
+    hidden = [Spilled(staging.scratch / name, job.model.device, hashed=False) for name in ("dense", "compressed")]
     try:
-        comparison = compare_streamed(dense, compressed, batches, outcome.basis, progress, hidden, outcome.blocks)
+        return compare_streamed(
+            pair[0],
+            pair[1],
+            batches,
+            outcome.basis if outcome else None,
+            progress,
+            hidden,
+            blocks,
+            compares_blocks=outcome is not None or job.method.sparsity_of != "parameters",
+        )
     except RunFailure as error:
         raise RunFailure(
             f"measuring failed: {error}; the compression itself is done: "
             "add --resume --no-measure to keep it unmeasured"
         ) from error
-    return comparison
+
+
+def _measured_later(job: Job, recipe: Recipe, output: Path, manifest: Manifest, how: _How) -> Manifest:
+    """A finished result's manifest; one that was not measured is, if that is wanted now. recipe: of all its runs."""
+    if job.test is None or manifest["measured"] is not None:
+        return manifest
+    with held(output, how.work_dir) as staging:
+        start = time.perf_counter()
+        manifest |= measured_of(job, _measure(job, staging, output, how.progress, None))
+        manifest["run"]["seconds"]["measuring"] = round(time.perf_counter() - start, 3)
+        manifest["recipe"] |= job.recipe.model_dump(include={"measure", "eval_text", "eval_windows"})
+        _write_account(output, recipe, manifest)
+    return manifest
 
 
 def _timed(job: Job, name: str, work: Callable[[], Result]) -> Result:
@@ -287,72 +315,3 @@ def _timed(job: Job, name: str, work: Callable[[], Result]) -> Result:
     result = work()
     job.seconds[name] = time.perf_counter() - start
     return result
-
-
-def _manifest(
-    job: Job, staging: Staging, windows: Windows | None, outcome: Outcome, comparison: Comparison | None
-) -> Manifest:
-    dense, plan, recipe = parameter_count(job.model.model), outcome.plan, job.recipe
-    removed = 1 - plan.parameters / dense
-    return {
-        "model": {
-            "name": job.resolved.name,
-            "origin": job.resolved.origin,
-            "path": str(job.resolved.path),
-            "revision": job.resolved.revision,
-            "model_type": job.model.config.model_type,
-            "sha256": job.model.checkpoint.hashes,
-        },
-        "recipe": recipe.model_dump(exclude={"expected"}),
-        "paper": job.method.paper,
-        "needs_remote_code": bool(plan.files),
-        "sparsity": {
-            "requested": removed if recipe.widths else recipe.sparsity,
-            "of": job.method.sparsity_of,
-            "achieved": removed if outcome.zeros is None else outcome.zeros,
-            "parameters_removed": removed,
-            "zeros_in_pruned_matrices": outcome.zeros,
-        },
-        "parameters": {"dense": dense, "compressed": plan.parameters},
-        "bytes": {
-            "dense": job.model.checkpoint.bytes_on_disk(),
-            "compressed": Checkpoint(staging.model).bytes_on_disk(),
-        },
-        "changes": {name: list(pair) for name, pair in plan.changes.items()},
-        "method": outcome.notes,
-        "calibration": _calibration(windows, recipe.seed),
-        "measured": _measured(job, comparison),
-        "blocks": [
-            {"block": job.model.family.block(index), "relative_error": error}
-            for index, error in enumerate(comparison.block_errors if comparison else [])
-        ],
-        "run": {
-            "seconds": {name: round(value, 3) for name, value in job.seconds.items()},
-            "peak_memory_bytes": peak_memory(job.model.device),
-            "work_bytes": sum(path.stat().st_size for path in staging.work.iterdir()),
-            "machine": machine(job.model.device),
-            "compute_dtype": str(job.model.dtype).removeprefix("torch."),
-        },
-        "versions": versions(),
-    }
-
-
-def _calibration(windows: Windows | None, seed: int) -> dict[str, object] | None:
-    if windows is None:
-        return None
-    count, length = windows.tokens.shape
-    return {
-        "source": windows.source,
-        "windows": count,
-        "window": length,
-        "bos": windows.bos,
-        "seed": seed,
-        "sha256": windows.sha256,
-    }
-
-
-def _measured(job: Job, comparison: Comparison | None) -> dict[str, object] | None:
-    if comparison is None or job.test is None:
-        return None
-    sides = {"dense": comparison.dense, "compressed": comparison.compressed}
-    return {**job.test.describe(), **{name: likelihood.describe() for name, likelihood in sides.items()}}

@@ -59,6 +59,29 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
+def rounding(device: torch.device) -> dict[str, object]:
+    """What of this machine decides how sums round."""
+    found: dict[str, object] = {"device": device_name(device), "precision": torch.get_float32_matmul_precision()}
+    if device.type != "cuda":
+        found |= {
+            "processor": _processor(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        }
+    return found
+
+
+@cache
+def _processor() -> str:
+    """The kind of processor, by which BLAS libraries choose their kernels."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
 def resident_memory() -> int:
     """Bytes of this process that are in memory now."""
     return int(psutil.Process().memory_info().rss)

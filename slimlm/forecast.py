@@ -19,9 +19,10 @@ import yaml
 
 from slimlm.calibration import SAMPLING_BATCH
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, stages_of, took
-from slimlm.checkpoint.output import COMPANIONS, check_output
+from slimlm.checkpoint.output import COMPANIONS
 from slimlm.checkpoint.reader import INDEX_NAME
 from slimlm.checkpoint.skeleton import parameter_count
+from slimlm.checkpoint.staging import check_output
 from slimlm.compression import LOG_NAME
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
@@ -37,11 +38,19 @@ MOST = 8  # of them; a kind that comes later is taken to be like the slowest of 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes and seconds a run is expected to take. memory: "host", imports included, and "gpu" where there is one."""
+    """Bytes and seconds a run is expected to take. memory: "host", imports included, and "gpu" where there is one.
+
+    result: bytes on disk of what is written in the end and on the way there; scratch: of hidden states that wait.
+    """
 
     memory: dict[str, int]
-    disk: int
+    result: int
+    scratch: int
     seconds: float
+
+    @property
+    def disk(self) -> int:
+        return self.result + self.scratch
 
 
 def forecast(job: Job, progress: Progress, whole: Recipe | None = None) -> Forecast:
@@ -71,19 +80,22 @@ def forecast(job: Job, progress: Progress, whole: Recipe | None = None) -> Forec
         others = parameter_count(job.model.model) - manifest["parameters"]["dense"] + len(rest) * _cached(job)
         memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
     progress.step()
-    return Forecast(memory, _disk(job, later_runs_of(job, whole) if whole else [], stages_of(manifest)), seconds)
+    result, scratch = _disk(job, later_runs_of(job, whole) if whole else [], stages_of(manifest))
+    return Forecast(memory, result, scratch, seconds)
 
 
-def _disk(job: Job, later: list[Recipe], probed: list[Manifest]) -> int:
-    """Bytes of what all runs give, which stands until the last is done, and of what waits in files in one of them."""
-    waiting: list[int] = [stage["run"]["work_bytes"] for stage in probed]
-    waiting.append(spilled(job.recipe, job.method, job.model))
+def _disk(job: Job, later: list[Recipe], probed: list[Manifest]) -> tuple[int, int]:
+    """Bytes of what all runs give, which stands until the last is done, and of hidden states waiting in one of them."""
+    waiting: list[int] = [spilled(job.recipe, job.method, job.model)]
     for run in later:
         method = method_named(run.method)
         data = run.dataset if method.calibrates(run, job.resolved.path) else None
         waiting.append(spilled(run.model_copy(update={"dataset": data}), method, job.model))
     sizes: list[int] = [stage["bytes"]["compressed"] for stage in probed]
-    return sum(spec.nbytes for spec in job.plan.tensors.values()) * sum(sizes) // sizes[0] + max(waiting)
+    runs = [stage["run"] for stage in probed]
+    kept = max(run["work_bytes"] - run["scratch_bytes"] for run in runs)
+    written = sum(spec.nbytes for spec in job.plan.tensors.values()) * sum(sizes) // sizes[0]
+    return written + kept, max(*waiting, *(run["scratch_bytes"] for run in runs))
 
 
 def _cached(job: Job) -> int:
@@ -164,9 +176,9 @@ def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def require_room(job: Job, found: Forecast) -> None:
+def require_room(job: Job, found: Forecast, work_dir: Path | None = None) -> None:
     """Raises UserError when memory or disk space is too small."""
-    check_output(job.output, True, [], found.disk)
+    check_output(job.output, True, [], found.result, work_dir, found.scratch)
     available = available_memory(torch.device(job.model.device))
     for where, needed in found.memory.items():
         if needed > available[where]:

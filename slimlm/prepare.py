@@ -9,11 +9,11 @@ import torch
 
 from slimlm.calibration import SELF, Windows, load_windows
 from slimlm.checkpoint.manifest import MANIFEST_NAME
-from slimlm.checkpoint.output import check_output
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
 from slimlm.checkpoint.skeleton import auto_dtype, load_config, load_tokenizer, parameter_count
-from slimlm.device import pick_device, return_memory_at_once
+from slimlm.checkpoint.staging import check_output
+from slimlm.device import pick_device, resident_memory, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
 from slimlm.families import family_of
@@ -36,7 +36,8 @@ LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than pa
 class Job:
     """Everything a run needs, checked. windows: None if there are none, or they are still to be sampled.
 
-    seconds: what each stage took so far.
+    inputs: files and directories that are read. started, memory_before: the clock's seconds and the process's resident
+    bytes when all this began. seconds: what each stage took so far.
     """
 
     recipe: Recipe
@@ -48,17 +49,30 @@ class Job:
     plan: Plan
     test: TestWindows | None
     windows: Windows | None
+    inputs: list[Path]
+    started: float
+    memory_before: int
     seconds: dict[str, float]
+    resumed: bool = False
 
 
-def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, is_probe: bool = False) -> Job:
+def prepare(
+    recipe: Recipe,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress,
+    is_probe: bool = False,
+    work_dir: Path | None = None,
+) -> Job:
     """Find every fault that can be found without computing. Raises UserError; writes nothing.
 
     resume: what an earlier run wrote may stand at the output; whether it is this one's is not decided here.
     is_probe: the model is a part of the one that is meant, and may grow by what makes the whole smaller.
+    work_dir: where hidden states are to wait, if not beside the output.
     """
+    started, memory_before = time.perf_counter(), resident_memory()
     method = method_named(recipe.method)
-
+    recipe = method.resolve(recipe)
     resolved = resolve_known(recipe.model, recipe.revision, recipe.trust_remote_code)
     progress.line(f"model: {resolved}")
     if sum(file.stat().st_size for file in resolved.path.glob("*.safetensors") if file.is_file()) > LARGE:
@@ -69,7 +83,7 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, i
         *(Path(name) for name in (recipe.dataset, recipe.eval_text) if name and Path(name).exists()),
     ]
     replaceable = overwrite or (resume and (output / MANIFEST_NAME).is_file())
-    check_output(output, replaceable, inputs)
+    check_output(output, replaceable, inputs, work_dir=work_dir)
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
     plan = method.plan(model, recipe)
     if recipe.widths:
@@ -82,12 +96,26 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, progress: Progress, i
     tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
     recipe = settle(recipe, method, resolved, model.config, output)
     windows, test = _windows(recipe, method, tokenizer, model.config.vocab_size)
-    check_output(output, replaceable, inputs, size + spilled(recipe, method, model))
+    check_output(output, replaceable, inputs, size, work_dir, spilled(recipe, method, model))
     progress.stage("checking weights", parameter_count(model.model))
     start = time.perf_counter()
     model.checkpoint.check_finite(progress.step)
     seconds = {"checking": time.perf_counter() - start}  # the one part of this that grows with the model
-    return Job(recipe, resolved, method, output, model, tokenizer, plan, test, windows, seconds)
+    return Job(
+        recipe=recipe,
+        resolved=resolved,
+        method=method,
+        output=output,
+        model=model,
+        tokenizer=tokenizer,
+        plan=plan,
+        test=test,
+        windows=windows,
+        inputs=inputs,
+        started=started,
+        memory_before=memory_before,
+        seconds=seconds,
+    )
 
 
 def check_shots(recipe: Recipe) -> None:

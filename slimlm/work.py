@@ -52,12 +52,14 @@ class Work:
     """What a method gets besides the model: a place for results, for finished steps, and for hidden states.
 
     output: directory for the checkpoint, whose tensors a method announces with `lay_out` before it writes any.
+    waiting: where hidden states wait, the journal's directory if not elsewhere.
     Waiting for the disk to have a part, and recording it, happens beside the computing of the next.
     """
 
     output: Path
     journal: Journal
     progress: Progress
+    waiting: Path | None = None
     _writer: CheckpointWriter | None = None
     _carrier: PreTrainedModel | None = None
     _flusher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="flush"))
@@ -70,7 +72,8 @@ class Work:
 
     @property
     def directory(self) -> Path:
-        return self.journal.directory
+        """Where hidden states wait."""
+        return self.waiting or self.journal.directory
 
     def lay_out(self, specs: Mapping[str, TensorSpec], carrier: PreTrainedModel) -> None:
         """Take the disk space for the result's tensors; what an earlier process wrote of the same ones stays.

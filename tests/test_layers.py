@@ -21,6 +21,7 @@ ORDER = [
     {"methods", "evaluation"},
     {"report"},
     {"prepare"},
+    {"record"},
     {"compression", "inspection"},
     {"forecast", "probe"},
     {"cli"},

@@ -1,15 +1,19 @@
 """Whatever instant a run dies at, resuming it gives the bytes of an undisturbed run."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import slimlm.checkpoint.output as output_module
+import slimlm.checkpoint.staging as staging_module
+from slimlm.activations import Spilled
 from slimlm.checkpoint.journal import JOURNAL_NAME, Journal
-from slimlm.checkpoint.manifest import versions
-from slimlm.checkpoint.output import Staging
+from slimlm.checkpoint.manifest import read_manifest, versions
+from slimlm.checkpoint.staging import Staging
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
@@ -50,43 +54,90 @@ def undisturbed(recipe: Recipe, tmp_path: Path) -> dict[str, bytes]:
     return result(compress(recipe.model_copy(update={"output_dir": str(tmp_path / "undisturbed")})).output_dir)
 
 
-def die_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int, after: bool) -> None:
+def die_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int, after: bool, die=None) -> None:
     """Let the number-th call of a function be the run's last, before or after it did its work."""
     original = getattr(owner, name)
     calls = iter(range(1, 10**6))
 
+    def killed() -> None:
+        raise Killed
+
     def dying(*args, **kwargs):
         last = next(calls) == number
         if last and not after:
-            raise Killed
+            (die or killed)()
         answer = original(*args, **kwargs)
         if last:
-            raise Killed
+            (die or killed)()
         return answer
 
     monkeypatch.setattr(owner, name, dying)
 
 
-def test_death_around_every_journal_record(recipe: Recipe, undisturbed, monkeypatch, tmp_path: Path):
-    deaths = 0
-    for number in range(1, 100):
-        with monkeypatch.context() as patch:
-            die_at(patch, Journal, "commit", number, after=number % 2 == 0)
-            try:
-                compress(recipe)
-            except Killed:
-                deaths += 1
-            else:
-                # start, calibrated blocks, basis, widths, embedding, head twice, refitted blocks twice, end
-                assert deaths == 1 + 3 + 1 + 1 + 1 + 2 + 2 * 3 + 1
-                return
-        assert not (tmp_path / "out").exists()
-        assert result(compress(recipe, resume=True).output_dir) == undisturbed
-        assert not Staging(tmp_path / "out").root.exists()
-        for path in (tmp_path / "out").iterdir():
-            path.unlink()
-        (tmp_path / "out").rmdir()
+KILLED = 77
+
+
+def dies_at_record(recipe: Recipe, number: int, after: bool) -> bool:
+    """Run in a child process that is gone at once, threads and all, before or after its number-th journal record.
+
+    False when it came to its end before that.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                die_at(patch, Journal, "commit", number, after, die=lambda: os._exit(KILLED))
+                compress(recipe, overwrite=True)
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, KILLED)
+    return status == KILLED
+
+
+@pytest.fixture
+def one_thread():
+    """A forked child has none of its parent's worker threads, which torch would wait for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def survives_death_at_every_record(recipe: Recipe, tmp_path: Path) -> int:
+    """A run that dies before or after any of its records is resumed to the same bytes; how many records there are."""
+    expected = result(compress(recipe.model_copy(update={"output_dir": str(tmp_path / "expected")})).output_dir)
+    output = Path(recipe.output_dir or "")
+    for number in range(1, 200):
+        for after in (False, True):
+            if not dies_at_record(recipe, number, after):
+                assert not after
+                assert result(output) == expected
+                return number - 1
+            assert not output.exists()
+            assert result(compress(recipe, resume=True).output_dir) == expected
+            assert not list(tmp_path.glob("out.*"))
+            shutil.rmtree(output)
     pytest.fail("the run never ended")
+
+
+def test_death_on_both_sides_of_every_journal_record(recipe: Recipe, one_thread, tmp_path: Path):
+    records = survives_death_at_every_record(recipe.model_copy(update={"measure": False}), tmp_path)
+    # start, calibrated blocks, basis, widths, embedding, head twice, refitted blocks twice, end
+    assert records == 1 + 3 + 1 + 1 + 1 + 2 + 2 * 3 + 1
+
+
+@pytest.mark.slow
+def test_death_on_both_sides_of_every_record_of_several_runs(recipe: Recipe, one_thread, tmp_path: Path):
+    settings = recipe.model_dump(include=recipe.model_fields_set - {"sparsity"})
+    then = {"method": "sparsegpt", "sparsity": 0.5}
+    several = Recipe(**{**settings, "widths": "mlp=32", "measure": False, "then": then})
+    records = survives_death_at_every_record(several, tmp_path)
+    # a slice: start, blocks, influence, widths, embedding, norm with head, refitted blocks twice, head fitted, end;
+    # pruning: start, embedding, norm and head, pruned blocks twice, end
+    assert records == (1 + 3 + 1 + 1 + 1 + 1 + 2 * 3 + 1 + 1 + 1) + (1 + 3 + 2 * 3 + 1)
 
 
 @pytest.mark.parametrize("number", [1, 7, 20, 28])
@@ -187,8 +238,8 @@ def test_another_recipe_is_refused_with_the_difference_named(recipe: Recipe, mon
 def test_another_model_or_version_is_refused_with_the_difference_named(recipe: Recipe, monkeypatch, tmp_path: Path):
     killed_halfway(recipe, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr("slimlm.compression.versions", lambda: {**versions(), "torch": "0.1"})
-        with pytest.raises(UserError, match=r"version torch was '.*', is now '0\.1'; "):
+        patch.setattr("slimlm.record.versions", lambda: {**versions(), "torch": "0.1"})
+        with pytest.raises(UserError, match=r"version torch was '.*', is now '0\.1'; .*--resume-anyway"):
             compress(recipe, resume=True)
     weights = tmp_path / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -228,8 +279,8 @@ def test_without_resume_a_run_starts_over(recipe: Recipe, undisturbed, monkeypat
 def test_what_a_killed_run_holds_of_the_disk_counts_as_free(recipe: Recipe, undisturbed, monkeypatch):
     staging = killed_halfway(recipe, monkeypatch)
     held = sum(file.stat().st_size for file in staging.root.rglob("*") if file.is_file())
-    usage = output_module.shutil.disk_usage(staging.root.parent)
-    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage._replace(free=held // 2))
+    usage = staging_module.shutil.disk_usage(staging.root.parent)
+    monkeypatch.setattr(staging_module.shutil, "disk_usage", lambda path: usage._replace(free=held // 2))
     monkeypatch.setattr("slimlm.prepare.spilled", lambda recipe, method, model: 0)
     assert result(compress(recipe, resume=True).output_dir) == undisturbed
 
@@ -281,19 +332,105 @@ def test_sampled_calibration_text_is_not_sampled_twice(recipe: Recipe, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"basis": "per-block", "sparsity": 0.06}, {"method": "rotate"}])
-def test_death_at_any_record_of_another_kind_of_run(recipe: Recipe, monkeypatch, tmp_path: Path, settings: dict):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"basis": "per-block", "sparsity": 0.06, "round_to": 4},
+        {"method": "rotate"},
+        {"method": "slimlm", "sparsity": 0.5, "allocation": "global"},
+    ],
+)
+def test_death_on_both_sides_of_every_record_of_another_kind_of_run(
+    recipe: Recipe, one_thread, tmp_path: Path, settings: dict
+):
     fields = recipe.model_dump(include=recipe.model_fields_set - {"sparsity"})
-    recipe = Recipe(**{**fields, **settings, "round_to": 4 if "basis" in settings else None, "measure": False})
-    expected = result(compress(recipe.model_copy(update={"output_dir": str(tmp_path / "undisturbed")})).output_dir)
-    for number in range(2, 30, 2):
-        with monkeypatch.context() as patch:
-            die_at(patch, Journal, "commit", number, after=number % 4 == 0)
-            try:
-                compress(recipe, overwrite=True)
-            except Killed:
-                assert result(compress(recipe, overwrite=True, resume=True).output_dir) == expected
-            else:
-                assert number > 6
-                return
-    pytest.fail("the run never ended")
+    assert survives_death_at_every_record(Recipe(**{**fields, **settings, "measure": False}), tmp_path) > 6
+
+
+MACHINES = [
+    ("torch.backends.cpu.get_cpu_capability", "SMALL", "machine instructions was '.*', is now 'SMALL'"),
+    ("torch.get_num_threads", 77, r"machine threads was \d+, is now 77"),
+    ("torch.get_float32_matmul_precision", "medium", "machine precision was 'highest', is now 'medium'"),
+]
+
+
+@pytest.mark.parametrize(("what", "value", "named"), MACHINES)
+def test_another_machine_is_refused_unless_that_is_accepted_and_then_it_is_recorded(
+    recipe: Recipe, monkeypatch, tmp_path: Path, what: str, value: object, named: str
+):
+    killed_halfway(recipe, monkeypatch)
+    monkeypatch.setattr(what, lambda: value)
+    with pytest.raises(UserError, match=f"{named}; repeat what was run, start over without --resume, or go on with"):
+        compress(recipe, resume=True)
+    manifest = compress(recipe, resume_anyway=True).manifest
+    (differences,) = manifest["run"]["resumed_anyway"]
+    assert [after for _, after in differences.values()] == [value]
+    assert "resumed on another kind of machine" in (tmp_path / "out" / "README.md").read_text()
+    assert compress(recipe, resume=True).manifest == manifest  # what stands there is from this machine now
+
+
+def test_what_is_computed_is_never_accepted_from_another_run(recipe: Recipe, monkeypatch):
+    killed_halfway(recipe, monkeypatch)
+    with pytest.raises(UserError, match=r"recipe seed was 0, is now 3.*; repeat what was run, or start over"):
+        compress(recipe.model_copy(update={"seed": 3}), resume_anyway=True)
+
+
+def test_a_finished_result_is_measured_later_and_only_then(recipe: Recipe, undisturbed, tmp_path: Path):
+    unmeasured = compress(recipe.model_copy(update={"measure": False}))
+    assert unmeasured.manifest["measured"] is None
+    manifest = compress(recipe, resume=True).manifest
+    whole = compress(recipe.model_copy(update={"output_dir": str(tmp_path / "whole")})).manifest
+    assert manifest["measured"] == whole["measured"]
+    assert read_manifest(tmp_path / "out") == manifest
+    assert manifest["recipe"]["measure"] is True
+    assert f"{manifest['measured']['compressed']['perplexity']:.2f}" in (tmp_path / "out" / "README.md").read_text()
+    assert result(tmp_path / "out") == undisturbed
+    assert not list(tmp_path.glob("out.*"))
+    stamp = (tmp_path / "out" / "slimlm.json").stat().st_mtime_ns
+    compress(recipe, resume=True)
+    assert (tmp_path / "out" / "slimlm.json").stat().st_mtime_ns == stamp
+
+
+def test_what_is_thrown_away_of_an_interrupted_run_is_said(recipe: Recipe, undisturbed, monkeypatch, caplog):
+    staging = killed_halfway(recipe, monkeypatch)
+    assert result(compress(recipe).output_dir) == undisturbed
+    assert f"discarding 6 finished steps in {staging.root}: --resume would have" in caplog.text
+    caplog.clear()
+    compress(recipe, overwrite=True)
+    assert "discarding" not in caplog.text
+
+
+def test_hidden_states_wait_where_they_are_told_to(recipe: Recipe, undisturbed, monkeypatch, tmp_path: Path):
+    (tmp_path / "fast").mkdir()
+    seen = set()
+
+    class Watched(Spilled):
+        def __init__(self, stem: Path, *args, **kwargs) -> None:
+            seen.add(stem.parent)
+            super().__init__(stem, *args, **kwargs)
+
+    monkeypatch.setattr("slimlm.work.Spilled", Watched)
+    monkeypatch.setattr("slimlm.compression.Spilled", Watched)
+    with monkeypatch.context() as patch:
+        die_at(patch, Journal, "commit", 12, after=True)
+        with pytest.raises(Killed):
+            compress(recipe, work_dir=tmp_path / "fast")
+    (place,) = (tmp_path / "fast").iterdir()
+    assert seen == {place}
+    assert not [file for file in Staging(tmp_path / "out").work.iterdir() if file.suffix in (".0", ".1")]
+    assert result(compress(recipe, resume=True, work_dir=tmp_path / "fast").output_dir) == undisturbed
+    assert list((tmp_path / "fast").iterdir()) == []
+    with pytest.raises(UserError, match="--work-dir .* is not a directory"):
+        compress(recipe, overwrite=True, work_dir=tmp_path / "nowhere")
+
+
+def test_a_scratch_disk_that_was_wiped_meanwhile_costs_time_alone(
+    recipe: Recipe, undisturbed, monkeypatch, tmp_path: Path
+):
+    (tmp_path / "fast").mkdir()
+    with monkeypatch.context() as patch:
+        die_at(patch, Journal, "commit", 12, after=True)
+        with pytest.raises(Killed):
+            compress(recipe, work_dir=tmp_path / "fast")
+    shutil.rmtree(next((tmp_path / "fast").iterdir()))
+    assert result(compress(recipe, resume=True, work_dir=tmp_path / "fast").output_dir) == undisturbed

@@ -8,13 +8,15 @@ import yaml
 from safetensors.torch import load_file
 
 from slimlm import compression
-from slimlm.checkpoint.manifest import took
+from slimlm.checkpoint.journal import Journal
+from slimlm.checkpoint.manifest import took, versions
 from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.recipe import Recipe, make_recipe
 from slimlm.report.summary import compress_summary
 from tests.conftest import CONFIGS, build_tiny, random_tokens
 from tests.methods.test_prune import LINEAR
+from tests.test_resume import Killed, die_at
 
 
 @pytest.fixture
@@ -69,29 +71,137 @@ def test_shots_grow_to_the_sparsity_and_a_dead_run_goes_on_where_it_was(
     sizes = [tensor.numel() for name, tensor in found.items() if name.split(".")[-2] in LINEAR]
     assert zeros == [round(0.6 * size) for size in sizes]
 
-    ran, real = [], compression._compress
+    ran, real = [], compression._carry_out
 
-    def dying(run: Recipe, *args):
-        ran.append(run.sparsity)
+    def dying(job, *args):
+        ran.append(job.recipe.sparsity)
         if len(ran) == 3:
             raise KeyboardInterrupt
-        return real(run, *args)
+        return real(job, *args)
 
     again = recipe.model_copy(update={"output_dir": str(tmp_path / "again")})
-    monkeypatch.setattr(compression, "_compress", dying)
+    monkeypatch.setattr(compression, "_carry_out", dying)
     with pytest.raises(KeyboardInterrupt):
         compress(again)
-    place = tmp_path / "again.stage-2" / "model.safetensors"
-    before, seen = place.stat().st_mtime_ns, []
-
-    def watching(run: Recipe, *args):
-        seen.append(place.stat().st_mtime_ns)
-        return real(run, *args)
-
-    monkeypatch.setattr(compression, "_compress", watching)
+    assert sorted(path.name for path in tmp_path.glob("again*")) == ["again.partial"]
+    ran.clear()
+    monkeypatch.setattr(
+        compression, "_carry_out", lambda job, *args: ran.append(job.recipe.sparsity) or real(job, *args)
+    )
     compress(again, resume=True)
-    assert seen == [before] * 3
+    assert ran == pytest.approx([0.6])  # the first two were done
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
+    assert not list(tmp_path.glob("again.*"))
+
+
+def interrupted_in_the_second_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = compression._carry_out
+
+    def dying(job, fingerprint, staging, how, several):
+        if several.is_last:
+            raise KeyboardInterrupt
+        return real(job, fingerprint, staging, how, several)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, "_carry_out", dying)
+        with pytest.raises(KeyboardInterrupt):
+            compress(recipe)
+
+
+def test_results_beside_the_output_are_never_touched(settings: dict, tmp_path: Path):
+    """Whatever they are called: what several runs write on the way is in the place where the output is built."""
+    bystanders = [tmp_path / name for name in ("out.stage-1", "out.stage-2", "out.1", "stages")]
+    for place in bystanders:
+        place.mkdir()
+        (place / "slimlm.json").write_text('{"precious": true}')
+    compress(make_recipe({**settings, "method": "magnitude", "sparsity": 0.6, "shots": 3, "measure": False}))
+    assert all((place / "slimlm.json").read_text() == '{"precious": true}' for place in bystanders)
+    assert {path.name for path in tmp_path.glob("out*")} == {"out", "out.stage-1", "out.stage-2", "out.1"}
+
+
+def test_the_model_itself_is_never_the_output_of_several_runs(settings: dict, tiny_llama: Path):
+    before = weights(tiny_llama)
+    (tiny_llama / "slimlm.json").write_text("{}")
+    recipe = make_recipe(
+        {**settings, "output_dir": str(tiny_llama), "method": "magnitude", "sparsity": 0.6, "shots": 2}
+    )
+    with pytest.raises(UserError, match="is or holds an input of this run"):
+        compress(recipe, overwrite=True)
+    assert weights(tiny_llama) == before
+
+
+TWO = {"method": "magnitude", "sparsity": 0.3, "measure": False, "then": {"method": "wanda", "sparsity": 0.5}}
+
+
+def changed_weight(settings: dict, then: dict, patch: pytest.MonkeyPatch) -> None:
+    path = Path(settings["model"]) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def other_data(settings: dict, then: dict, patch: pytest.MonkeyPatch) -> None:
+    numpy.save(settings["dataset"], random_tokens(20, 24, seed=7).numpy())
+
+
+def other_seed_later(settings: dict, then: dict, patch: pytest.MonkeyPatch) -> None:
+    then["seed"] = 3
+
+
+def other_version(settings: dict, then: dict, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("slimlm.record.versions", lambda: {**versions(), "torch": "0.1"})
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["interrupted", "finished"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (changed_weight, r"model model\.safetensors was"),
+        (other_data, "calibration sha256"),
+        (other_seed_later, "recipe seed.* was 0, is now 3"),
+        (other_version, r"version torch was '.*', is now '0\.1'"),
+    ],
+)
+def test_several_runs_are_resumed_only_where_one_would_be(
+    settings: dict, monkeypatch: pytest.MonkeyPatch, change, named: str, done: bool
+):
+    recipe = make_recipe({**settings, **TWO})
+    if done:
+        compress(recipe)
+    else:
+        with monkeypatch.context() as patch:
+            die_at(patch, Journal, "commit", 12, after=True)  # in the second run
+            with pytest.raises(Killed):
+                compress(recipe)
+    then = dict(TWO["then"])
+    change(settings, then, monkeypatch)
+    with pytest.raises(UserError, match=f"cannot resume: {named}"):
+        compress(make_recipe({**settings, **TWO, "then": then}), resume=True)
+
+
+def test_several_finished_runs_are_complete_already_and_measured_if_they_were_not(settings: dict, tmp_path: Path):
+    first = compress(make_recipe({**settings, **TWO}))
+    again = compress(make_recipe({**settings, **TWO}), resume=True)
+    assert again.manifest == first.manifest
+    manifest = compress(make_recipe({**settings, **TWO, "measure": True}), resume=True).manifest
+    whole = compress(make_recipe({**settings, **TWO, "measure": True, "output_dir": str(tmp_path / "whole")})).manifest
+    assert manifest["measured"] == whole["measured"]
+
+
+def test_an_interrupted_first_run_is_said_before_it_goes(settings: dict, monkeypatch, caplog):
+    recipe = make_recipe({**settings, **TWO})
+    interrupted_in_the_second_run(recipe, monkeypatch)
+    compress(recipe)
+    assert "discarding 0 finished steps and 1 finished runs" in caplog.text
+
+
+def test_the_manifest_says_what_every_run_chose(settings: dict):
+    manifest = compress(make_recipe({**settings, **TWO})).manifest
+    assert manifest["recipe"]["then"] == {
+        "method": "wanda", "sparsity": 0.5, "allocation": "uniform", "curvature": "diagonal", "mask": "wanda",
+        "update": "none", "swaps": 0,
+    }  # fmt: skip
+    assert manifest["stages"][0]["recipe"]["curvature"] == manifest["recipe"]["curvature"] == "none"
 
 
 def test_one_shot_is_the_linear_schedule_of_one():

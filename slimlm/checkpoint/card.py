@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from slimlm.checkpoint.disk import write_whole
 from slimlm.checkpoint.manifest import Manifest, stages_of, took
 
 CARD_NAME = "README.md"
 
 
 def write_card(directory: Path, manifest: Manifest) -> None:
-    (directory / CARD_NAME).write_text(render_card(manifest))
+    """Raises RunFailure on a full disk."""
+    write_whole(directory / CARD_NAME, render_card(manifest))
 
 
 def render_card(manifest: Manifest) -> str:
@@ -82,12 +84,15 @@ def _loss(manifest: Manifest) -> str:
         return "## What was lost\n\nNot measured: run `slimlm eval` on this directory.\n"
     dense, compressed = measured["dense"], measured["compressed"]
     pair = {"dense": dense["perplexity"], "compressed": compressed["perplexity"]}
+    error = ""
+    if manifest["blocks"]:
+        last = manifest["blocks"][-1]["relative_error"]
+        error = f" Mean relative error of the residual stream after the last block: {last:.3f}."
     return (
         "## What was lost\n\n| | dense | compressed | change |\n| --- | ---: | ---: | ---: |\n"
         + _row("perplexity", pair, "{:.2f}")
         + f"\nOn {measured['text']}: {measured['windows']} windows of {measured['window']} tokens, stride "
-        f"{measured['stride']}, BOS {measured['bos']}, computed in {dtypes_of(measured)}. Mean relative error of the "
-        f"residual stream after the last block: {manifest['blocks'][-1]['relative_error']:.3f}.\n"
+        f"{measured['stride']}, BOS {measured['bos']}, computed in {dtypes_of(measured)}.{error}\n"
     )
 
 
@@ -100,6 +105,7 @@ def dtypes_of(measured: dict[str, Any]) -> str:
 def _reproduce(manifest: Manifest) -> str:
     calibration, run, (seconds, peaks) = manifest["calibration"], manifest["run"], took(manifest)
     resumed = any(stage["run"]["resumed"] for stage in stages_of(manifest))
+    elsewhere = any(stage["run"]["resumed_anyway"] for stage in stages_of(manifest))
     data = "No calibration data"
     if calibration is not None:
         data = (
@@ -109,6 +115,7 @@ def _reproduce(manifest: Manifest) -> str:
     return (
         f"## How it was made\n\n{data}; {'resumed, what was left took ' if resumed else ''}"
         f"{seconds:.0f} s on {run['machine']}, peak memory {peaks['host'] / 1e9:.2f} GB. "
+        f"{'It was resumed on another kind of machine or with other versions. ' if elsewhere else ''}"
         "`slimlm.json` beside this file holds the whole recipe, hashes and versions; "
         "`slimlm compress --recipe recipe.yaml --output-dir again` with the recipe beside it repeats it.\n"
     )

@@ -19,9 +19,21 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a directory's entries, are on the disk itself. Raises RunFailure when they cannot be."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no directories
     with disk_errors(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """A file that has all of the data or is as it was before, whatever happens. Raises RunFailure on a full disk."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with disk_errors(path):
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)

@@ -14,35 +14,45 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from slimlm.checkpoint.disk import disk_errors, sync
+from slimlm.checkpoint.disk import disk_errors, sync, write_whole
 from slimlm.checkpoint.reader import file_hash
 from slimlm.errors import UserError
 
 JOURNAL_NAME = "journal.jsonl"
+COMPLETE = "complete"  # the last step of a run
 Record = dict[str, Any]
+ROUNDING = ("machine ", "version ")  # keys of a fingerprint that speak of how sums round, not of what is computed
 
 
 class Journal:
     """The steps finished in `directory` by runs with this fingerprint.
 
-    A fresh journal starts with the fingerprint. An existing one is continued only if its fingerprint is the same; else
-    UserError names what differs.
+    A fresh journal starts with the fingerprint. An existing one is continued only if its fingerprint is the same, or
+    differs in nothing but the machine and is to be continued `anyway`; else UserError names what differs.
     """
 
-    def __init__(self, directory: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, fingerprint: Mapping[str, Any], anyway: bool = False) -> None:
         self.directory = directory
         self.path = directory / JOURNAL_NAME
         self.records = _read(self.path)
-        if self.records:
-            compare_fingerprints(self.records[0]["fingerprint"], fingerprint)
-        else:
+        if not self.records:
             self.commit("start", fingerprint=dict(fingerprint))
             sync(directory)
+            return
+        before = next(record["fingerprint"] for record in reversed(self.records) if "fingerprint" in record)
+        differences = compare_fingerprints(before, fingerprint, anyway)
+        if differences:
+            self.commit("resumed anyway", fingerprint=dict(fingerprint), differences=differences)
+
+    @property
+    def differences(self) -> list[dict[str, list[Any]]]:
+        """What differed, [before, after], each time that the run was resumed all the same."""
+        return [record["differences"] for record in self.records if record["step"] == "resumed anyway"]
 
     def commit(self, step: str, **facts: Any) -> None:
         """Record that a step is finished."""
         record = {"step": step, **facts}
-        with disk_errors(self.path), self.path.open("a") as file:
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -66,12 +76,7 @@ class Journal:
         """Put tensors on disk under a name of their own; what is returned goes into a record."""
         path = self.directory / f"{name}.safetensors"
         data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-        temporary = path.with_suffix(".tmp")
-        with disk_errors(path):
-            temporary.write_bytes(data)
-            sync(temporary)
-            temporary.replace(path)
-            sync(self.directory)
+        write_whole(path, data)
         return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest()}
 
     def load(self, saved: Record) -> dict[str, Tensor] | None:
@@ -104,15 +109,32 @@ def _read(path: Path) -> list[Record]:
     return records if records and records[0]["step"] == "start" else []
 
 
-def compare_fingerprints(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises UserError naming what differs between the run that was and the one that is."""
+def compare_fingerprints(
+    before: Mapping[str, Any], now: Mapping[str, Any], anyway: bool = False
+) -> dict[str, list[Any]]:
+    """What differs between the run that was and the one that is, [before, now] by key.
+
+    Raises UserError naming it, unless nothing but the machine and versions differ and that is accepted (`anyway`):
+    they round otherwise, but compute the same thing.
+    """
     now = json.loads(json.dumps(dict(now)))  # as it would come back from the journal
     keys = sorted(before.keys() | now.keys(), key=lambda key: (key.startswith("calibration"), key))  # causes first
-    differing = [key for key in keys if before.get(key) != now.get(key)]
-    if differing:
-        key = differing[0]
-        more = f" (and {len(differing) - 1} more: {', '.join(differing[1:4])})" if len(differing) > 1 else ""
+    differing = {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
+    other = [key for key in differing if not key.startswith(ROUNDING)]
+    if differing and (other or not anyway):
+        key, *rest = [*other, *(key for key in differing if key not in other)]
+        more = f" (and {len(rest)} more: {', '.join(rest[:3])})" if rest else ""
+        ways = "start over without --resume"
+        if not other:
+            ways += ", or go on with --resume-anyway to a result that is neither machine's to the bit"
         raise UserError(
-            f"cannot resume: {key} was {before.get(key)!r}, is now {now.get(key)!r}{more}; "
-            "repeat what was run, or start over without --resume"
+            f"cannot resume: {key} was {differing[key][0]!r}, is now {differing[key][1]!r}{more}; "
+            f"repeat what was run, {'or ' if other else ''}{ways}"
         )
+    return differing
+
+
+def finished_steps(directory: Path) -> int:
+    """How many steps a run had finished that was interrupted, its journal in `directory`; 0 for one that was not."""
+    records = _read(directory / JOURNAL_NAME)
+    return len(records) - 1 if records and records[-1]["step"] != COMPLETE else 0

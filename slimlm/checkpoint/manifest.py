@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from slimlm.checkpoint.disk import write_whole
 from slimlm.errors import UserError
 
 MANIFEST_NAME = "slimlm.json"
@@ -42,7 +43,8 @@ def took(manifest: Manifest) -> tuple[float, dict[str, int]]:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+    """Raises RunFailure on a full disk."""
+    write_whole(directory / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -51,7 +53,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        manifest: Manifest = json.loads(path.read_text())
+        manifest: Manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(manifest, dict):

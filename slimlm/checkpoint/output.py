@@ -1,23 +1,25 @@
 """The output directory: built beside its final name, locked while in use, moved there in one step when whole.
 
-`<output>.partial/` holds `model/`, which becomes the output, and `work/`, from which a run can be resumed.
+`<output>.partial/` holds `model/`, which becomes the output, `work/`, from which a run can be resumed, and `stages/`,
+what the earlier of several runs gave. Nothing else beside the output is ever touched.
 """
 
-import fcntl
+import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from slimlm.checkpoint.disk import disk_errors, sync
+from slimlm.checkpoint.journal import finished_steps
+from slimlm.checkpoint.lock import Gone, Taken, locked
 from slimlm.checkpoint.manifest import MANIFEST_NAME
+from slimlm.checkpoint.staging import LOCK_FILES, Staging, require_ours
 from slimlm.errors import UserError
 
-LOCK_NAME = "lock"
-OUR_NAMES = {LOCK_NAME, "model", "work", "replaced"}
+logger = logging.getLogger(__name__)
+
 # Tokenizer, chat template, generation settings and licence travel with the weights, byte for byte.
 COMPANIONS = (
     "tokenizer*",
@@ -34,136 +36,103 @@ COMPANIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Staging:
-    """The place beside `output` where it is built."""
-
-    output: Path
-
-    @property
-    def root(self) -> Path:
-        return self.output.with_name(self.output.name + ".partial")
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model"
-
-    @property
-    def work(self) -> Path:
-        return self.root / "work"
-
-    @property
-    def replaced(self) -> Path:
-        return self.root / "replaced"
-
-
-def check_output(output: Path, overwrite: bool, inputs: Iterable[Path], needed_bytes: int = 0) -> None:
-    """Raises UserError when a checkpoint cannot be put at `output`: taken, not writable, not on a large enough disk.
-
-    `inputs` are never overwritten, nor is a directory that slimlm did not write.
-    """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} exists and is not a directory")
-    for path in inputs:
-        if path.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"output {output} is or holds an input of this run, {path}: choose another --output-dir")
-    if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise UserError(
-                f"output directory {output} is not empty: choose another, or pass --overwrite to replace it"
-            )
-        _require_ours(output)
-    root = Staging(output).root
-    if root.exists() and not (root.is_dir() and {path.name for path in root.iterdir()} <= OUR_NAMES):
-        raise UserError(f"{root} is in the way and was not made by slimlm: move it, or choose another --output-dir")
-    home = next(parent for parent in output.absolute().parents if parent.exists())
-    try:
-        # Permissions and mount flags do not tell the truth to root; trying does.
-        os.rmdir(tempfile.mkdtemp(prefix=".slimlm-", dir=home))
-    except OSError as error:
-        raise UserError(f"output directory {output} cannot be created in {home}: {error.strerror}") from error
-    # What an earlier run left is either taken over or cleared.
-    free = shutil.disk_usage(home).free + sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
-    if free < needed_bytes:
-        raise UserError(
-            f"output {output} needs {needed_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
-            "free some space or choose another --output-dir"
-        )
-
-
-def _require_ours(output: Path) -> None:
-    if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
-        raise UserError(f"output directory {output} holds something slimlm did not write: choose another")
-
-
 @contextmanager
-def staged_output(output: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Staging]:
+def staged_output(
+    output: Path, overwrite: bool = False, resume: bool = False, work_dir: Path | None = None
+) -> Iterator[Staging]:
     """A locked `<output>.partial/` to build in; `model/` is renamed to `output` at the end and the rest removed.
 
-    Without `resume` it starts empty. Whatever goes wrong, the output's name is untouched, and what was built stays
-    where it is for another run to resume. Raises UserError when another run holds it.
+    Without `resume` it starts empty, and what an interrupted run had done is said before it goes. Whatever goes wrong,
+    the output's name is untouched, and what was built stays where it is for another run to resume. Raises UserError
+    when another run holds it, or what is there cannot be removed.
     """
-    staging = Staging(output)
-    with _locked(staging):
+    staging = Staging(output, work_dir)
+    with _held(staging):
         if staging.replaced.exists() and not output.exists():
             staging.replaced.rename(output)  # a run died between taking the old output away and putting the new one
         if not resume:
-            shutil.rmtree(staging.model, ignore_errors=True)
-            shutil.rmtree(staging.work, ignore_errors=True)
-        staging.model.mkdir(exist_ok=True)
-        staging.work.mkdir(exist_ok=True)
+            _start_over(staging)
+        for path in (staging.model, staging.work, staging.scratch):
+            path.mkdir(exist_ok=True)
         yield staging
         _publish(staging, overwrite)
 
 
-def clear_leftovers(output: Path) -> None:
-    """Remove what a run that finished did not come to remove. Raises UserError when another run is at work there."""
-    staging = Staging(output)
-    if staging.root.exists():
-        with _locked(staging):
-            _remove(staging)
+def _start_over(staging: Staging) -> None:
+    """Clear what an interrupted run left; what is lost by that is said first."""
+    stages = sorted(staging.stages.iterdir()) if staging.stages.is_dir() else []
+    steps = finished_steps(staging.work) + sum(map(finished_steps, (stage / "work" for stage in stages)))
+    runs = len([stage for stage in stages if (stage / MANIFEST_NAME).is_file()])
+    if steps or runs:
+        done = f"{steps} finished steps" + (f" and {runs} finished runs" if runs else "")
+        logger.warning("discarding %s in %s: --resume would have gone on from there", done, staging.root)
+    for path in (staging.model, staging.work, staging.stages, staging.scratch):
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Raises UserError naming what cannot be deleted."""
+    try:
+        if os.path.lexists(path):
+            shutil.rmtree(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be deleted: {error.strerror}; delete it yourself") from error
 
 
 @contextmanager
-def _locked(staging: Staging) -> Iterator[None]:
-    try:
-        staging.root.mkdir(parents=True, exist_ok=True)
-        lock = os.open(staging.root / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise UserError(f"output directory {staging.output} cannot be created: {error.strerror}") from error
-    try:
-        _take(lock, staging)
+def held(output: Path, work_dir: Path | None = None) -> Iterator[Staging]:
+    """The locked place beside a finished output, empty, and gone afterwards. Raises UserError when a run is there."""
+    staging = Staging(output, work_dir)
+    with _held(staging):
+        _start_over(staging)
+        for path in (staging.work, staging.scratch):
+            path.mkdir(exist_ok=True)
+        try:
+            yield staging
+        finally:
+            _remove(staging)
+
+
+def clear_leftovers(output: Path, work_dir: Path | None = None) -> None:
+    """Remove what a run that finished did not come to remove. Raises UserError when another run is at work there."""
+    if Staging(output).root.exists():
+        with held(output, work_dir):
+            pass
+
+
+@contextmanager
+def _held(staging: Staging) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            staging.output.parent.mkdir(parents=True, exist_ok=True)
+            staging.root.mkdir(mode=0o700, exist_ok=True)
+            stack.callback(_remove_root, staging.root)
+            stack.enter_context(locked(staging.root))
+        except Taken as error:
+            raise UserError(f"another slimlm run is writing {staging.output} ({error})") from error
+        except Gone as error:
+            raise UserError(f"another slimlm run has just finished writing {staging.output}") from error
+        except OSError as error:
+            raise UserError(f"output directory {staging.output} cannot be created: {error.strerror}") from error
         yield
-    finally:
-        os.close(lock)
 
 
-def _take(lock: int, staging: Staging) -> None:
-    path = staging.root / LOCK_NAME
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another slimlm run is writing {staging.output} (it holds {path})") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be locked: {error.strerror}") from error
-    if not _is_current(lock, path):
-        raise UserError(f"another slimlm run has just finished writing {staging.output}")
+def _remove_root(root: Path) -> None:
+    """Once everything in it is removed and the lock is let go of: NFS keeps a removed file as long as it is open."""
+    with suppress(OSError):  # somebody else's lock, or work to resume, is in it
+        root.rmdir()
 
 
 def _remove(staging: Staging) -> None:
     """The lock goes last, so that whatever is left of the directory is still known as ours."""
-    for path in (staging.replaced, staging.work, staging.model):
-        shutil.rmtree(path, ignore_errors=True)
-    (staging.root / LOCK_NAME).unlink(missing_ok=True)
-    staging.root.rmdir()
-
-
-def _is_current(lock: int, path: Path) -> bool:
-    """Whether the lock we hold is still the one at `path`; the run that held it before may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(lock), path.stat())
-    except FileNotFoundError:
-        return False
+    for path in {staging.replaced, staging.stages, staging.scratch, staging.work, staging.model}:
+        try:
+            _delete(path)
+        except UserError as error:
+            logger.warning("%s; the result is whole, at %s", error, staging.output)
+    for name in reversed(LOCK_FILES):
+        (staging.root / name).unlink(missing_ok=True)
+    _remove_root(staging.root)
 
 
 def _publish(staging: Staging, overwrite: bool) -> None:
@@ -172,8 +141,8 @@ def _publish(staging: Staging, overwrite: bool) -> None:
         sync(path)
     try:
         if overwrite and output.exists():
-            _require_ours(output)
-            shutil.rmtree(staging.replaced, ignore_errors=True)
+            require_ours(output)
+            _delete(staging.replaced)
             output.rename(staging.replaced)
         staging.model.rename(output)
     except BaseException as error:

@@ -112,7 +112,7 @@ def file_hash(path: Path) -> str:
 def parse_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name. Raises UserError for what is no index, or points outside its directory."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(key): str(file) for key, file in weight_map.items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index} is not a safetensors index: {type(error).__name__} {error}") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimlm.checkpoint.disk import disk_errors, sync
+from slimlm.checkpoint.disk import disk_errors, sync, write_whole
 from slimlm.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from slimlm.checkpoint.shard import DTYPE_NAMES, StoredTensor
 from slimlm.errors import RunFailure
@@ -62,9 +62,7 @@ class CheckpointWriter:
                 "metadata": {"total_size": sum(spec.nbytes for spec in self.specs.values())},
                 "weight_map": {name: place.path.name for name, place in sorted(self.places.items())},
             }
-            path = self.directory / INDEX_NAME
-            with disk_errors(path):
-                path.write_text(json.dumps(index, indent=2) + "\n")
+            write_whole(self.directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
     def _lay_out(self, path: Path, names: list[str]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}

@@ -182,7 +182,9 @@ def gradients_of(model: StreamedModel, work: Work, index: int) -> dict[str, Toke
     """What `gather_gradients` left of a block, by linear; experts that no token reached are not there."""
     recalled = work.journal.recall(_step(index))
     if recalled is None:
-        raise RunFailure(f"the gradients of {model.family.block(index)} are gone from {work.directory}: start over")
+        raise RunFailure(
+            f"the gradients of {model.family.block(index)} are gone from {work.journal.directory}: start over"
+        )
     _, saved = recalled
     tensors = {name: tensor.to(model.device).double() for name, tensor in saved.items()}
     window = int(tensors.pop("window"))

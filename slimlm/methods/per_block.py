@@ -194,7 +194,7 @@ def _centred(tensor: Tensor, axis: int, family: Family) -> Tensor:
 def _basis_after(work: Work, index: int) -> Tensor:
     recalled = work.journal.recall(f"basis {index}")
     if recalled is None:
-        raise RunFailure(f"{work.directory} lost the basis after block {index}: start over without --resume")
+        raise RunFailure(f"{work.journal.directory} lost the basis after block {index}: start over without --resume")
     return recalled[1]["basis"]
 
 

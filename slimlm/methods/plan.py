@@ -61,6 +61,7 @@ class Method:
     scratch(recipe, model): windows whose hidden states wait on disk at once while it runs, beside the calibration's.
     calibrates(recipe, path): whether it looks at data, for the model in a directory.
     holds_out(recipe): whether it chooses something on windows it holds out, and so needs a few.
+    resolve(recipe): the recipe with what the method chooses where the recipe does not say.
     """
 
     summary: str
@@ -71,6 +72,7 @@ class Method:
     run: Callable[[StreamedModel, Plan, list[Tensor], Work], Outcome]
     scratch: Callable[[Recipe, StreamedModel], int] = lambda recipe, model: 0
     holds_out: Callable[[Recipe], bool] = lambda recipe: False
+    resolve: Callable[[Recipe], Recipe] = lambda recipe: recipe
 
 
 def require_declared(model: StreamedModel, verb: str) -> None:

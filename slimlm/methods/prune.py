@@ -50,7 +50,8 @@ def pruning(
 
     def settled(recipe: Recipe) -> tuple[Recipe, Choice]:
         chosen = recipe.allocation or ("uniform" if recipe.pattern else allocation)
-        return recipe.model_copy(update={"allocation": chosen}), combined(choice, recipe)
+        whole = combined(choice, recipe)
+        return recipe.model_copy(update={"allocation": chosen, **vars(whole)}), whole
 
     def calibrates(recipe: Recipe, path: Path) -> bool:
         recipe, chosen = settled(recipe)
@@ -82,6 +83,7 @@ def pruning(
         run=run,
         scratch=scratch,
         holds_out=repairing,
+        resolve=lambda recipe: settled(recipe)[0],
     )
 
 

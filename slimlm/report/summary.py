@@ -25,10 +25,10 @@ def compress_summary(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def forecast_summary(job: Any, found: Any, later: Sequence[Any] = ()) -> str:
+def forecast_summary(job: Any, found: Any, later: Sequence[Any] = (), work_dir: Any = None) -> str:
     """Every shape before and after, and what the run will take (a `Job` and its `Forecast`).
 
-    later: recipes of the runs that follow it, which the forecast includes.
+    later: recipes of the runs that follow it, which the forecast includes. work_dir: where hidden states are to wait.
     """
     recipe = job.recipe
     data = f"{recipe.num_calibration_samples} windows of {recipe.max_seq_length} tokens from {recipe.dataset}"
@@ -39,11 +39,21 @@ def forecast_summary(job: Any, found: Any, later: Sequence[Any] = ()) -> str:
             *_shape_lines(job),
             *(f"then, on what that gives: {_run_line(run)}" for run in later),
             f"peak memory: {_gigabytes(found.memory)} (imports included)",
-            f"disk: {found.disk / 1e9:.2f} GB while it runs, in and beside {job.output}",
+            *_disk_lines(job, found, work_dir),
             f"time: {found.seconds:.0f} s after imports, on {job.model.device}",
             "nothing was written",
         ]
     )
+
+
+def _disk_lines(job: Any, found: Any, work_dir: Any) -> list[str]:
+    """What each place needs."""
+    if work_dir is None:
+        return [f"disk: {found.disk / 1e9:.2f} GB while it runs, in and beside {job.output}"]
+    return [
+        f"disk: {found.result / 1e9:.2f} GB while it runs, in and beside {job.output}",
+        f"disk: {found.scratch / 1e9:.2f} GB while it runs, in {work_dir}",
+    ]
 
 
 def _gigabytes(memory: dict[str, int]) -> str:

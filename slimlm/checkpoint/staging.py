@@ -1,0 +1,179 @@
+"""Where an output is built, and everything that can be found wrong with the place before any work."""
+
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimlm.checkpoint.lock import LOCK_NAME, OWNER_NAME
+from slimlm.checkpoint.manifest import MANIFEST_NAME
+from slimlm.errors import UserError
+
+LOCK_FILES = (LOCK_NAME, OWNER_NAME, f"{OWNER_NAME}.now")
+OUR_NAMES = {*LOCK_FILES, "model", "work", "stages", "replaced"}
+
+
+@dataclass(frozen=True)
+class Staging:
+    """The place beside `output` where it is built. work_dir: where files that only wait are to be, if not there."""
+
+    output: Path
+    work_dir: Path | None = None
+
+    @property
+    def root(self) -> Path:
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work"
+
+    @property
+    def stages(self) -> Path:
+        return self.root / "stages"
+
+    @property
+    def replaced(self) -> Path:
+        return self.root / "replaced"
+
+    @property
+    def scratch(self) -> Path:
+        """Where hidden states wait: a directory of this output's own."""
+        if self.work_dir is None:
+            return self.work
+        digest = hashlib.sha256(os.fsencode(self.output)).hexdigest()[:12]
+        return self.work_dir / f"slimlm-{self.output.name[:100]}-{digest}"
+
+
+def check_output(
+    output: Path,
+    overwrite: bool,
+    inputs: Iterable[Path],
+    needed_bytes: int = 0,
+    work_dir: Path | None = None,
+    scratch_bytes: int = 0,
+) -> None:
+    """Raises UserError when a checkpoint cannot be put at `output`: taken, not writable, not on a large enough disk.
+
+    `inputs` are never overwritten, nor is a directory that slimlm did not write. needed_bytes: of the result;
+    scratch_bytes: of what waits in files meanwhile, beside it or in `work_dir`.
+    """
+    staging = Staging(output, work_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} exists and is not a directory")
+    for path in inputs:
+        if path.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"output {output} is or holds an input of this run, {path}: choose another --output-dir")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise UserError(
+                f"output directory {output} is not empty: choose another, or pass --overwrite to replace it"
+            )
+        require_ours(output)
+    home = next(parent for parent in output.absolute().parents if parent.exists())
+    owner = _try_writing(home, f"output directory {output}")
+    _require_renamable(staging)
+    _require_our_staging(staging.root, owner)
+    if work_dir is not None:
+        if not work_dir.is_dir():
+            raise UserError(f"--work-dir {work_dir} is not a directory")
+        _require_real(staging.scratch, _try_writing(work_dir, "--work-dir: files"))
+    # What an earlier run left there is either taken over or cleared.
+    left = sum(map(_size, {staging.model, staging.replaced, staging.work} - {staging.scratch}))
+    _require_space(output, [(home, needed_bytes - left), (work_dir or home, scratch_bytes - _size(staging.scratch))])
+
+
+def _try_writing(home: Path, what: str) -> int | None:
+    """Permissions and mount flags do not tell the truth to root; trying does. The owner that new files get there."""
+    try:
+        probe = tempfile.mkdtemp(prefix=".slimlm-", dir=home)
+        owner = os.lstat(probe).st_uid
+        os.rmdir(probe)
+    except OSError as error:
+        raise UserError(f"{what} cannot be created in {home}: {error.strerror}") from error
+    return owner if hasattr(os, "getuid") else None
+
+
+def _require_renamable(staging: Staging) -> None:
+    """Raises UserError where the last step, giving the result its name, could not be taken: found before the work."""
+    for path in (staging.output, staging.root):
+        if is_mount_point(path):
+            raise UserError(
+                f"{path} is a mount point, whose place a finished result cannot take: choose a directory in it, such "
+                f"as --output-dir {staging.output / 'model'}"
+            )
+
+
+def is_mount_point(path: Path) -> bool:
+    """Also one of the same file system (`mount --bind`), which `os.path.ismount` does not see."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # no Linux
+        return False
+    return _escaped(os.path.realpath(path)) in {line.split()[4] for line in lines}
+
+
+def _escaped(path: str) -> str:
+    """A path as mountinfo has it."""
+    for character in "\\ \t\n":
+        path = path.replace(character, f"\\{ord(character):03o}")
+    return path
+
+
+def _require_our_staging(root: Path, owner: int | None) -> None:
+    if not os.path.lexists(root):
+        return
+    _require_real(root, owner)
+    if not {path.name for path in root.iterdir()} <= OUR_NAMES:
+        raise UserError(f"{root} is in the way and was not made by slimlm: move it, or choose another --output-dir")
+    for path in root.iterdir():
+        _require_real(path, owner)
+
+
+def _require_real(path: Path, owner: int | None) -> None:
+    """Raises UserError for what somebody may have put there to have slimlm write elsewhere: a link, or theirs."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(found.st_mode):
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which slimlm did not make: remove it")
+    if not stat.S_ISDIR(found.st_mode) and path.name not in LOCK_FILES:
+        raise UserError(f"{path} is in the way and was not made by slimlm: move it, or choose another --output-dir")
+    if owner is not None and found.st_uid != owner:
+        raise UserError(f"{path} belongs to another user (uid {found.st_uid}): choose another --output-dir")
+
+
+def _require_space(output: Path, needs: list[tuple[Path, int]]) -> None:
+    """Raises UserError where a disk has less free than all that is still to go there: [(place, bytes)]."""
+    by_disk: dict[int, list[tuple[Path, int]]] = {}
+    for place, size in needs:
+        by_disk.setdefault(place.stat().st_dev, []).append((place, size))
+    for places in by_disk.values():
+        home, needed = places[0][0], sum(size for _, size in places)
+        free = shutil.disk_usage(home).free
+        if free < needed:
+            raise UserError(
+                f"output {output} needs {needed / 1e9:.2f} GB in {home} and its disk has {free / 1e9:.2f} GB free: "
+                "free some space or choose another --output-dir or --work-dir"
+            )
+
+
+def _size(directory: Path) -> int:
+    return sum(file.lstat().st_size for file in directory.rglob("*") if file.is_file() and not file.is_symlink())
+
+
+def require_ours(output: Path) -> None:
+    """Raises UserError for a directory that holds something and was not written by slimlm."""
+    if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
+        raise UserError(f"output directory {output} holds something slimlm did not write: choose another")
