@@ -1,6 +1,7 @@
 """Kill a compression at random instants, resume it, and compare the result with an undisturbed run's.
 
     python eval/kill.py --kills 20 --seed 0
+    python eval/kill.py --kills 20 --seed 0 --several
 
 Every run is the real command line on the bundled model. A row per kill: the instant, how far the run had come, whether
 anything stood under the output's name, and whether the resumed run's weights, config and tokenizer are the same bytes.
@@ -23,7 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--several", action="store_true", help="kill a recipe of three runs: pruning in three shots")
     arguments = parser.parse_args()
+    if arguments.several:
+        FLAGS.extend(["--method=sparsegpt", "--shots=3", "-s=0.6"])
+    else:
+        FLAGS.append("-s=0.25")
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -37,9 +43,11 @@ def main() -> None:
     sys.exit(same != arguments.kills)
 
 
+FLAGS = ["-m", "llama", "--num-calibration-samples", "32", "--max-seq-length", "64", "--eval-windows", "8", "-o", "out"]
+
+
 def command(*more: str) -> list[str]:
-    flags = "-m llama -s 0.25 --num-calibration-samples 32 --max-seq-length 64 --eval-windows 8 -o out"
-    return [sys.executable, "-m", "slimlm", "compress", *flags.split(), *more]
+    return [sys.executable, "-m", "slimlm", "compress", *FLAGS, *more]
 
 
 def undisturbed(place: Path) -> tuple[dict[str, bytes], float, float]:
@@ -65,9 +73,10 @@ def kill_once(place: Path, instant: float, reference: dict[str, bytes]) -> bool:
     time.sleep(instant)
     process.kill()
     process.wait()
-    journal = place / "out.partial" / "work" / "journal.jsonl"
-    lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
-    steps = ["none", *(json.loads(line)["step"] for line in lines if line.endswith("\n"))]
+    journals = sorted((place / "out.partial").rglob("journal.jsonl"), key=lambda path: path.stat().st_mtime)
+    lines = journals[-1].read_text().splitlines(keepends=True) if journals else []
+    run = journals[-1].relative_to(place / "out.partial").parts[-3:-2] if journals else ()
+    steps = ["none", *(" ".join([json.loads(line)["step"], *run]) for line in lines if line.endswith("\n"))]
     standing = sorted(path.name for path in (place / "out").iterdir()) if (place / "out").exists() else []
     whole = set(reference) <= set(standing) and not {"work", "lock"} & set(standing)
     subprocess.run(command("--resume"), cwd=place, check=True, capture_output=True)

@@ -441,7 +441,8 @@ def inspect_command(
 ) -> None:
     """Show what each matrix of a model looks like to a pruner.
 
-    **pq** and **prunable**: PQ Index, and the share of weights it says can go. **alpha**: how heavy the spectrum's tail
+    **pq** and **prunable**: PQ Index of the weights that are not zero, and the share of all that it says can go (of a
+    pruned model also the index **with zeros**). **alpha**: how heavy the spectrum's tail
     is; well-trained matrices are below 4. **rank**: stable rank. With `--dataset`, **outliers**: share of |w| ||x||
     above 5 times their mean; **25%, 50%, 75%**: predicted share of the output lost at that sparsity.
 

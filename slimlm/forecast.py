@@ -19,7 +19,7 @@ import yaml
 
 from slimlm.calibration import SAMPLING_BATCH
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, stages_of, took
-from slimlm.checkpoint.output import COMPANIONS
+from slimlm.checkpoint.output import companions
 from slimlm.checkpoint.reader import INDEX_NAME
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.staging import check_output
@@ -70,7 +70,9 @@ def forecast(job: Job, progress: Progress, whole: Recipe | None = None) -> Forec
     }
     rest = kinds[shown:]
     timings = [stage["run"]["seconds"] for stage in stages_of(manifest)]
-    more_to_check = job.model.checkpoint.bytes_on_disk() / manifest["bytes"]["dense"] - 1
+    tensors = job.model.checkpoint.tensors
+    read = sum(tensors[key].nbytes for key in _shown_keys(job, shown))  # of files that may hold all blocks
+    more_to_check = sum(tensor.nbytes for tensor in tensors.values()) / read - 1
     seconds, memory = took(manifest)
     seconds += sum(per_kind.get(kind, max(per_kind.values())) for kind in rest)
     seconds += more_to_check * sum(timing["checking"] for timing in timings)
@@ -155,9 +157,8 @@ def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
     """A model directory of links to the real one, whose config and index speak of the first blocks alone."""
     directory.mkdir()
     source, model = job.resolved.path, job.model
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            (directory / file.name).symlink_to(file.resolve())
+    for file in companions(source):
+        (directory / file.name).symlink_to(file.resolve())
     config = json.loads((source / "config.json").read_text())
     config[model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = shown
     for name in BY_BLOCK:
@@ -168,12 +169,15 @@ def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
     if "influence" in manifest.get("method", {}):  # `slimlm rotate` wrote it, and slicing it goes another way
         influence = {"influence": manifest["method"]["influence"][:shown]}
         (directory / MANIFEST_NAME).write_text(json.dumps({"method": influence}))
-    parts = [*model.outside, *map(model.family.block, range(shown))]
-    keys = [key for part in parts for key in model.keys_of.get(part, [])]
-    weight_map = {key: model.checkpoint.tensors[key].path.name for key in keys}
+    weight_map = {key: model.checkpoint.tensors[key].path.name for key in _shown_keys(job, shown)}
     for name in set(weight_map.values()):
         (directory / name).symlink_to((source / name).resolve())
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _shown_keys(job: Job, shown: int) -> list[str]:
+    parts = [*job.model.outside, *map(job.model.family.block, range(shown))]
+    return [key for part in parts for key in job.model.keys_of.get(part, [])]
 
 
 def require_room(job: Job, found: Forecast, work_dir: Path | None = None) -> None:

@@ -161,10 +161,13 @@ def copy_companions(source: Path, target: Path) -> None:
         _copy_companions(source, target)
 
 
+def companions(source: Path) -> list[Path]:
+    """The files that travel with a checkpoint's weights, each once."""
+    return sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
+
+
 def _copy_companions(source: Path, target: Path) -> None:
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    for file in companions(source):
+        shutil.copyfile(file, target / file.name)
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates", dirs_exist_ok=True)

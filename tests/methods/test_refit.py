@@ -196,6 +196,22 @@ def test_the_split_is_the_one_that_measures_best(tmp_path: Path):
     assert notes["splits"] == len(splits)
 
 
+def test_what_the_refit_wins_back_is_not_held_against_a_width(tiny_llama: Path, tmp_path: Path):
+    """Three quarters of what cutting hidden_size costs stays, all of what cutting the others does."""
+    model = stream(tiny_llama)
+    recipe, layout, batches = Recipe(model="x", sparsity=0.3), Layout(model), list(random_tokens(20, 24).split(4))
+    basis = find_basis(model, recipe, batches, work_at(tmp_path / "basis"))
+    splits = candidates(layout, recipe)
+    found = {
+        refit: choose(layout, splits, basis, batches, work_at(tmp_path / str(refit)), refit)[1]["curves"]
+        for refit in (False, True)
+    }
+    for axis, left in (("hidden", 0.75), ("mlp", 1.0), ("groups", 1.0)):
+        assert len(found[True][axis]) > 0
+        for (units, measured), (same, counted) in zip(found[False][axis], found[True][axis], strict=True):
+            assert (units, left * measured) == (same, pytest.approx(counted))
+
+
 def plant_massive_activations(path: Path) -> None:
     """Give the first token, and nothing else, a huge norm in two directions that no reader looks at."""
     tensors = load_file(path / "model.safetensors")
