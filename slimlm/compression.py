@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy
-import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -20,9 +19,9 @@ from slimlm.checkpoint.journal import Journal, compare_fingerprints
 from slimlm.checkpoint.manifest import Manifest, read_manifest, versions, write_manifest
 from slimlm.checkpoint.output import Staging, check_output, clear_leftovers, copy_companions, staged_output
 from slimlm.checkpoint.reader import Checkpoint
-from slimlm.checkpoint.skeleton import parameter_count
-from slimlm.device import device_name, forget_peak, machine, peak_memory, placement, resident_memory
-from slimlm.errors import RunFailure, UserError
+from slimlm.checkpoint.skeleton import BUILDING, parameter_count
+from slimlm.device import check_process, device_name, forget_peak, machine, peak_memory, placement, resident_memory
+from slimlm.errors import RunFailure, UserError, out_of_memory
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods.plan import Outcome
 from slimlm.prepare import Job, check_later, check_shots, later_runs, open_model, output_of, prepare
@@ -58,12 +57,11 @@ def compress(
     Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
     """
     progress = progress or LogProgress()
-    try:
+    check_process()
+    with out_of_memory("lower --batch-size or --max-seq-length; --dry-run says what a run needs"):
         if len(recipe.stages) > 1:
             return _compress_in_stages(recipe, overwrite, resume, progress, is_probe)
         return _compress(recipe, overwrite, resume, progress, None, is_probe)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise RunFailure("out of memory: lower --batch-size, --max-seq-length or --eval-windows") from error
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,8 @@ def _compress(
                     numpy.save(staging.model / CALIBRATION_NAME, windows.tokens.numpy())
                 if progress.log is not None:
                     earlier = [job.resolved.path / LOG_NAME] if stage and stage.earlier else []
-                    logs = [log.read_text() for log in (*earlier, progress.log) if log.exists()]
-                    (staging.model / LOG_NAME).write_text("".join(logs))
+                    logs = [log.read_text(encoding="utf-8") for log in (*earlier, progress.log) if log.exists()]
+                    (staging.model / LOG_NAME).write_text("".join(logs), encoding="utf-8")
             work.journal.commit("complete")
     return CompressResult(job.output, manifest)
 
@@ -201,7 +199,7 @@ def write_recipe(directory: Path, recipe: Recipe, model: dict[str, Any]) -> None
         for name in ("dataset", "eval_text"):
             if run.get(name) and Path(run[name]).expanduser().exists():
                 run[name] = str(Path(run[name]).expanduser().resolve())
-    (directory / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def _finished(output: Path, fingerprint: dict[str, object], overwrite: bool) -> CompressResult | None:
@@ -244,12 +242,13 @@ def _sampled(job: Job, work: Work) -> Windows:
     if sampled:
         return Windows(sampled[1]["tokens"], SELF, start_token(job.tokenizer))
     work.progress.stage("sampling calibration text", recipe.num_calibration_samples)
-    model = AutoModelForCausalLM.from_pretrained(
-        job.resolved.path,
-        dtype="auto",
-        trust_remote_code=recipe.trust_remote_code,
-        device_map=placement(job.model.device),
-    )
+    with BUILDING:
+        model = AutoModelForCausalLM.from_pretrained(
+            job.resolved.path,
+            dtype="auto",
+            trust_remote_code=recipe.trust_remote_code,
+            device_map=placement(job.model.device),
+        )
     windows = sample_windows(
         model.eval(),
         job.tokenizer,

@@ -36,7 +36,7 @@ class Progress:
         if self.log is not None:
             event = {"time": time.time(), "what": what, "part": part, "seconds": seconds, "memory": memory, **facts}
             try:
-                with self.log.open("a") as file:
+                with self.log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(event) + "\n")
             except OSError as error:  # a run is worth more than its log
                 logger.warning("the log %s ends here: %s", self.log, error.strerror)

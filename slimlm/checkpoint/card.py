@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from slimlm.checkpoint.manifest import Manifest, stages_of, took
 
 CARD_NAME = "README.md"
 
 
 def write_card(directory: Path, manifest: Manifest) -> None:
-    (directory / CARD_NAME).write_text(render_card(manifest))
+    (directory / CARD_NAME).write_text(render_card(manifest), encoding="utf-8")
 
 
 def render_card(manifest: Manifest) -> str:
@@ -43,11 +45,10 @@ def _use(manifest: Manifest) -> str:
 
 def _header(manifest: Manifest) -> str:
     model = manifest["model"]
-    base = model["name"] if model["origin"] == "hub" else Path(model["path"]).name
-    lines = ["---", f"base_model: {base}"]
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- slimlm", "- compression"]
-    lines += [f"- {manifest['recipe']['method']}", "---", ""]
-    return "\n".join(lines)
+    fields = {"base_model": model["name"]} if model["origin"] == "hub" else {}  # the hub refuses what is no id of its
+    fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    fields |= {"tags": ["slimlm", "compression", manifest["recipe"]["method"]]}
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _summary(manifest: Manifest) -> str:

@@ -4,7 +4,9 @@ transformers renames and fuses tensors between file and module (`core_model_load
 of a model keeps slimlm right for every checkpoint layout that `from_pretrained` understands.
 """
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from slimlm.errors import UserError
+
+_bars = threading.Lock()
+_quiet: list[bool] = []  # of each load that goes on: whether bars were on before the first of them
 
 
 def module_names(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
@@ -52,18 +57,27 @@ def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any], device: torc
     config = LoadStateDictConfig(
         device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)
     )
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    with _no_bars():
         info, _ = convert_and_load_state_dict_in_model(model, dict(slices), config)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     model.__dict__.pop("_weight_conversions", None)  # of these tensors alone; names to save by are all the model's
     for name, found, expected in info.mismatched_keys:
         raise UserError(f"tensor {name} has shape {list(found)} in the checkpoint, {list(expected)} by its config")
     for name, error in info.conversion_errors.items():
         raise UserError(f"tensor {name} could not be converted: {error}")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers has one switch for all threads: the first off, the last on again."""
+    with _bars:
+        _quiet.append(_quiet[0] if _quiet else transformers_logging.is_progress_bar_enabled())
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with _bars:
+            if _quiet.pop() and not _quiet:
+                transformers_logging.enable_progress_bar()
 
 
 def checkpoint_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
