@@ -4,9 +4,7 @@ transformers renames and fuses tensors between file and module (`core_model_load
 of a model keeps slimlm right for every checkpoint layout that `from_pretrained` understands.
 """
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +22,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from slimlm.errors import UserError
+from slimlm.progress import Switch
 
-_bars = threading.Lock()
-_quiet: list[bool] = []  # of each load that goes on: whether bars were on before the first of them
+BARS = Switch(
+    transformers_logging.is_progress_bar_enabled,
+    transformers_logging.disable_progress_bar,
+    transformers_logging.enable_progress_bar,
+)
 
 
 def module_names(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
@@ -57,27 +59,13 @@ def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any], device: torc
     config = LoadStateDictConfig(
         device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)
     )
-    with _no_bars():
+    with BARS.off():
         info, _ = convert_and_load_state_dict_in_model(model, dict(slices), config)
     model.__dict__.pop("_weight_conversions", None)  # of these tensors alone; names to save by are all the model's
     for name, found, expected in info.mismatched_keys:
         raise UserError(f"tensor {name} has shape {list(found)} in the checkpoint, {list(expected)} by its config")
     for name, error in info.conversion_errors.items():
         raise UserError(f"tensor {name} could not be converted: {error}")
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers has one switch for all threads: the first off, the last on again."""
-    with _bars:
-        _quiet.append(_quiet[0] if _quiet else transformers_logging.is_progress_bar_enabled())
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        with _bars:
-            if _quiet.pop() and not _quiet:
-                transformers_logging.enable_progress_bar()
 
 
 def checkpoint_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
