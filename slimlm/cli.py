@@ -282,7 +282,8 @@ def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
 
 
 def _run_compress(recipe: Recipe, overwrite: bool, resume: bool, verbose: bool = False) -> None:
-    with _progress(verbose, "interrupted; run the same command with --resume to go on") as progress:
+    with _progress("interrupted; run the same command with --resume to go on") as progress:
+        _set_verbosity(verbose)
         from slimlm.compression import compress
 
         result = compress(recipe, overwrite, resume, progress)
@@ -290,7 +291,8 @@ def _run_compress(recipe: Recipe, overwrite: bool, resume: bool, verbose: bool =
 
 
 def _dry_run(recipe: Recipe, overwrite: bool, resume: bool, verbose: bool) -> None:
-    with _progress(verbose) as progress:
+    with _progress() as progress:
+        _set_verbosity(verbose)
         from slimlm.device import check_process
         from slimlm.forecast import forecast, require_room
         from slimlm.prepare import check_later, check_shots, output_of, prepare
@@ -385,7 +387,8 @@ def eval_command(
     if json_path is not None:
         check_results(json_path)
     names = DEFAULT_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
-    with _progress(verbose) as progress:
+    with _progress() as progress:
+        _set_verbosity(verbose)
         from slimlm.evaluation.evaluate import evaluate
 
         evaluation = evaluate(
@@ -470,6 +473,7 @@ def inspect_command(
     if json_path is not None:
         check_results(json_path)
     with _progress() as progress:
+        _set_verbosity(False)
         from slimlm.inspection import SPARSITIES, inspect_model
 
         found = inspect_model(
@@ -556,14 +560,13 @@ def _set_verbosity(verbose: bool) -> None:
 
 
 @contextmanager
-def _progress(verbose: bool = False, when_interrupted: str = "interrupted") -> Iterator[Any]:
+def _progress(when_interrupted: str = "interrupted") -> Iterator[Any]:
     """Bars while it runs; Ctrl-C and signals as an error of our own, whose exit code the shell understands."""
     from slimlm.report.progress import progress_bars
 
     with progress_bars() as progress:
         try:
             progress.stage("starting", 1)  # importing PyTorch takes seconds
-            _set_verbosity(verbose)
             yield progress
         except KeyboardInterrupt as error:
             raise Interrupted(when_interrupted) from error
