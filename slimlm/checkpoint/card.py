@@ -11,7 +11,7 @@ CARD_NAME = "README.md"
 
 
 def write_card(directory: Path, manifest: Manifest) -> None:
-    (directory / CARD_NAME).write_text(render_card(manifest), encoding="utf-8")
+    (directory / CARD_NAME).write_text(render_card(manifest), encoding="utf-8", errors="backslashreplace")
 
 
 def render_card(manifest: Manifest) -> str:
