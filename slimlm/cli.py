@@ -1,6 +1,5 @@
 """The command line: argv -> Recipe -> call -> print. Heavy imports wait until a command runs."""
 
-import json
 import logging
 import os
 import signal
@@ -8,12 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from slimlm.errors import Interrupted, SlimlmError, UserError
+from slimlm.errors import Interrupted, RunFailure, SlimlmError, UserError, out_of_memory
 from slimlm.recipe import Recipe, load_recipe, make_recipe, shipped_recipes
+from slimlm.report.streams import sturdy_streams, to_nowhere
 
 app = typer.Typer(
     name="slimlm",
@@ -23,20 +23,42 @@ app = typer.Typer(
     "Start with `slimlm compress --model llama --sparsity 0.25`: it needs no network, and ends with what was lost.",
 )
 
+FLAGS = ""  # what make_recipe calls them
 WHAT, DATA, RUN, OUT = "What to do", "Calibration data", "How to run", "Output"
+UNREAD = 141  # what a shell reports of a program that SIGPIPE ended, as `head` does to whatever writes on
+
+
+class Stopped(BaseException):
+    """A polite kill, or a terminal that was closed: ends a run like Ctrl-C. Holds the signal's number."""
 
 
 def main() -> None:
-    """Entry point of the console command: exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
+    """Entry point of the console command.
+
+    Exit code 2 for a user's mistake, 1 for a failed run, 128 and its number for a signal: 130 is Ctrl-C, 141 says that
+    nobody read the output to its end. What was written to files stands then.
+    """
+    sturdy_streams()
     logging.basicConfig(level=logging.WARNING, format="slimlm: %(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for stop in (signal.SIGTERM, signal.SIGHUP):  # a polite kill, or a terminal closed, ends a run like Ctrl-C
-        if signal.getsignal(stop) is not signal.SIG_IGN:  # nohup
-            signal.signal(stop, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _stop)
     try:
-        sys.exit(app(standalone_mode=False))
+        with out_of_memory("use a larger machine or a smaller model"):
+            code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except Stopped as stopped:
+        _fail("interrupted", 128 + stopped.args[0])
     except SlimlmError as error:
         _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        _leave_unread()
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # rich and typer leave on their own
+            _leave_unread()
+        raise
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except Exception as error:
@@ -44,11 +66,21 @@ def main() -> None:
         if message is None:
             raise
         _fail(f"{message()} (see --help)", 2)
+    sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(number)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     print(f"slimlm: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _leave_unread() -> NoReturn:
+    to_nowhere(sys.stdout)  # what is still in its buffer would fail once more, on the way out
+    sys.exit(UNREAD)
 
 
 def _version(show: bool) -> None:
@@ -214,12 +246,11 @@ def compress_command(
         slimlm compress --recipe llama-slice-25
     """
     flags = {key: value for key, value in locals().items() if key not in NOT_OF_THE_RECIPE and value is not None}
-    _set_verbosity(verbose)
     chosen = _chosen_recipe(recipe, flags)
     if dry_run:
-        _dry_run(chosen, overwrite, resume or resume_anyway, work_dir)
+        _dry_run(chosen, overwrite, resume or resume_anyway, work_dir, verbose)
     else:
-        _run_compress(chosen, overwrite, resume, resume_anyway, work_dir)
+        _run_compress(chosen, overwrite, resume, resume_anyway, work_dir, verbose)
 
 
 @app.command("rotate")
@@ -254,40 +285,48 @@ def rotate_command(
         slimlm compress --model rotated --sparsity 0.25 --no-refit
     """
     flags = {key: value for key, value in locals().items() if key not in NOT_OF_THE_RECIPE and value is not None}
-    _set_verbosity(False)
-    _run_compress(
-        make_recipe({**flags, "method": "rotate"}, "command line"), overwrite, resume, resume_anyway, work_dir
-    )
+    _run_compress(make_recipe({**flags, "method": "rotate"}, FLAGS), overwrite, resume, resume_anyway, work_dir)
 
 
 def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
     if name is not None:
         return load_recipe(name, flags)
+    if flags.get("method") == "rotate":
+        raise UserError("rotating has a command of its own: try `slimlm rotate --model llama`")
     for field in ("model", "sparsity"):
         if field not in flags and not (field == "sparsity" and {"pattern", "widths"} & flags.keys()):
             raise UserError(
                 f"--{field} is missing (or give --recipe): try `slimlm compress --model llama --sparsity 0.25`"
             )
-    return make_recipe(flags, "command line")
+    return make_recipe(flags, FLAGS)
 
 
 def _run_compress(
-    recipe: Recipe, overwrite: bool, resume: bool, resume_anyway: bool = False, work_dir: Path | None = None
+    recipe: Recipe,
+    overwrite: bool,
+    resume: bool,
+    resume_anyway: bool = False,
+    work_dir: Path | None = None,
+    verbose: bool = False,
 ) -> None:
-    with _progress() as progress:
+    with _progress("interrupted; run the same command with --resume to go on") as progress:
+        _set_verbosity(verbose)
         from slimlm.compression import compress
 
         result = compress(recipe, overwrite, resume, progress, resume_anyway=resume_anyway, work_dir=work_dir)
     _print_result(result, recipe.expected)
 
 
-def _dry_run(recipe: Recipe, overwrite: bool, resume: bool, work_dir: Path | None = None) -> None:
+def _dry_run(recipe: Recipe, overwrite: bool, resume: bool, work_dir: Path | None, verbose: bool) -> None:
     work_dir = None if work_dir is None else work_dir.expanduser().resolve()
     with _progress() as progress:
+        _set_verbosity(verbose)
+        from slimlm.device import check_process
         from slimlm.forecast import forecast, require_room
         from slimlm.prepare import check_later, check_shots, output_of, prepare
         from slimlm.report.summary import forecast_summary
 
+        check_process()
         check_shots(recipe)
         first = recipe.stages[0].model_copy(update={"output_dir": str(output_of(recipe))})
         job = prepare(first, overwrite, resume, progress, work_dir=work_dir)
@@ -298,10 +337,9 @@ def _dry_run(recipe: Recipe, overwrite: bool, resume: bool, work_dir: Path | Non
 
 
 def _print_result(result: Any, expected: dict[str, float]) -> None:
-    from rich.console import Console
-
     from slimlm.report.summary import compress_summary, expectation_lines
     from slimlm.report.table import comparison_table
+    from slimlm.report.terminal import console
 
     manifest = result.manifest
     sides = [
@@ -313,8 +351,7 @@ def _print_result(result: Any, expected: dict[str, float]) -> None:
         }
         for side in ("compressed", "dense")
     ]
-    console = Console()
-    console.print(comparison_table(sides))
+    console().print(comparison_table(sides))
     print(compress_summary(manifest))
     for line in expectation_lines(manifest, expected):
         print(line)
@@ -373,12 +410,13 @@ def eval_command(
         slimlm eval DIR --against meta-llama/Llama-3.2-3B --tasks arc_easy,hellaswag --text test.txt --json result.json
     """
     from slimlm.evaluation.tasks import DEFAULT_TASKS
+    from slimlm.report.results import check_results
 
-    _set_verbosity(verbose)
     if json_path is not None:
-        _try_writing(json_path)
+        check_results(json_path)
     names = DEFAULT_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     with _progress() as progress:
+        _set_verbosity(verbose)
         from slimlm.evaluation.evaluate import evaluate
 
         evaluation = evaluate(
@@ -402,24 +440,29 @@ def eval_command(
     _print_evaluation(evaluation.data, json_path)
 
 
-def _try_writing(path: Path) -> None:
-    """Find out before hours of work whether their result can be kept."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
-
-
 def _print_evaluation(data: dict[str, Any], json_path: Path | None) -> None:
-    from rich.console import Console
-
     from slimlm.report.summary import evaluation_summary
     from slimlm.report.table import comparison_table
+    from slimlm.report.terminal import console
 
-    Console().print(comparison_table(data["models"]))
-    print(evaluation_summary(data))
+    with _kept(data, json_path):
+        console().print(comparison_table(data["models"]))
+        print(evaluation_summary(data))
+
+
+@contextmanager
+def _kept(data: Any, json_path: Path | None) -> Iterator[None]:
+    """Figures are in their file before any are shown, and are shown even where that file cannot be had."""
+    from slimlm.report.results import write_results
+
+    try:
+        if json_path is not None:
+            write_results(json_path, data)
+    except RunFailure:
+        yield
+        raise
+    yield
     if json_path is not None:
-        json_path.write_text(json.dumps(data, indent=2) + "\n")
         print(f"written to {json_path}")
 
 
@@ -452,24 +495,22 @@ def inspect_command(
 
         slimlm inspect meta-llama/Llama-3.2-1B --dataset wikitext2 --json figures.json
     """
-    from rich.console import Console
-
+    from slimlm.report.results import check_results
     from slimlm.report.table import inspection_table
+    from slimlm.report.terminal import console
 
-    _set_verbosity(False)
     if json_path is not None:
-        _try_writing(json_path)
+        check_results(json_path)
     with _progress() as progress:
+        _set_verbosity(False)
         from slimlm.inspection import SPARSITIES, inspect_model
 
         found = inspect_model(
             model, dataset, windows, window, seed, device, revision, trust_remote_code, progress=progress
         )
     rows = [figures.describe() for figures in found]
-    Console().print(inspection_table(rows, SPARSITIES))
-    if json_path is not None:
-        json_path.write_text(json.dumps(rows, indent=2) + "\n")
-        print(f"written to {json_path}")
+    with _kept(rows, json_path):
+        console().print(inspection_table(rows, SPARSITIES))
 
 
 Source = Annotated[Path, typer.Argument(help="Directory to read.")]
@@ -517,13 +558,14 @@ def models_command(
     if markdown:
         print(models_table(), end="")
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from slimlm.report.terminal import console
 
     table = Table(*COLUMNS, show_lines=True)
     for row in model_rows():
         table.add_row(*(cell.replace("`", "") for cell in row))
-    Console().print(table)
+    console().print(table)
     print("bundled: `--model llama` is a 6.5M-parameter Llama that ships with slimlm")
 
 
@@ -547,12 +589,15 @@ def _set_verbosity(verbose: bool) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
-    """Bars while it runs; Ctrl-C as an error of our own, whose exit code the shell understands."""
+def _progress(when_interrupted: str = "interrupted") -> Iterator[Any]:
+    """Bars while it runs; Ctrl-C and signals as an error of our own, whose exit code the shell understands."""
     from slimlm.report.progress import progress_bars
 
     with progress_bars() as progress:
         try:
+            progress.stage("starting", 1)  # importing PyTorch takes seconds
             yield progress
         except KeyboardInterrupt as error:
-            raise Interrupted("interrupted; run the same command with --resume to go on") from error
+            raise Interrupted(when_interrupted) from error
+        except Stopped as error:
+            raise Interrupted(when_interrupted, 128 + error.args[0]) from error

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy
-import torch
 from transformers import AutoModelForCausalLM
 
 from slimlm.activations import Spilled
@@ -18,9 +17,10 @@ from slimlm.checkpoint.disk import disk_errors, write_whole
 from slimlm.checkpoint.journal import COMPLETE, Journal, compare_fingerprints
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from slimlm.checkpoint.output import clear_leftovers, copy_companions, held, staged_output
+from slimlm.checkpoint.skeleton import BUILDING
 from slimlm.checkpoint.staging import Staging, check_output
-from slimlm.device import forget_peak, placement
-from slimlm.errors import RunFailure, UserError
+from slimlm.device import check_process, forget_peak, placement
+from slimlm.errors import RunFailure, UserError, out_of_memory
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods.plan import Outcome
 from slimlm.prepare import Job, check_later, check_shots, later_runs, open_model, output_of, prepare
@@ -74,13 +74,12 @@ def compress(
     """
     place = None if work_dir is None else Path(work_dir).expanduser().resolve()
     how = _How(progress or LogProgress(), overwrite, resume or resume_anyway, resume_anyway, place, is_probe)
-    try:
+    check_process()
+    with out_of_memory("lower --batch-size or --max-seq-length; --dry-run says what a run needs"):
         if len(recipe.stages) > 1:
             return _compress_in_stages(recipe, how)
         job = _prepared(recipe, how)
         return CompressResult(job.output, _result(job, job.output, how))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise RunFailure("out of memory: lower --batch-size, --max-seq-length or --eval-windows") from error
 
 
 def _prepared(recipe: Recipe, how: _How, overwrite: bool = False) -> Job:
@@ -245,12 +244,13 @@ def _sampled(job: Job, work: Work) -> Windows:
     if sampled:
         return Windows(sampled[1]["tokens"], SELF, start_token(job.tokenizer))
     work.progress.stage("sampling calibration text", recipe.num_calibration_samples)
-    model = AutoModelForCausalLM.from_pretrained(
-        job.resolved.path,
-        dtype="auto",
-        trust_remote_code=recipe.trust_remote_code,
-        device_map=placement(job.model.device),
-    )
+    with BUILDING:
+        model = AutoModelForCausalLM.from_pretrained(
+            job.resolved.path,
+            dtype="auto",
+            trust_remote_code=recipe.trust_remote_code,
+            device_map=placement(job.model.device),
+        )
     windows = sample_windows(
         model.eval(),
         job.tokenizer,

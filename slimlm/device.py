@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import resource
 import sys
 from functools import cache
 from pathlib import Path
@@ -20,27 +19,63 @@ CGROUP_FILES = (
 )
 
 
+def check_process() -> None:
+    """Raises UserError in a process slimlm cannot work in: one of several, or one whose float32 is not float32."""
+    ranks = os.environ.get("WORLD_SIZE", "")
+    if ranks.isdigit() and int(ranks) > 1:
+        raise UserError(
+            f"WORLD_SIZE is {ranks}, and slimlm works in one process: start it without torchrun, accelerate launch or "
+            "the like, or unset WORLD_SIZE"
+        )
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set half through torch's old settings and half through its new ones
+        precision = "unclear"
+    if precision != "highest":
+        raise UserError(
+            f"torch's float32 matmul precision is {precision!r}, too coarse for slimlm's sums: "
+            'call torch.set_float32_matmul_precision("highest") first'
+        )
+
+
 def pick_device(device: str) -> torch.device:
-    """`auto` is torch's current GPU, or the CPU. Raises UserError for a device that is not there."""
+    """`auto` is torch's current GPU, or the CPU; a GPU becomes the current one of this thread.
+
+    Raises UserError for a device that is not there, or cannot compute in float64.
+    """
     if device == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if device.startswith("meta"):
+    kind = device.partition(":")[0]
+    if kind == "meta":
         raise UserError("device 'meta' holds no numbers: choose cpu or cuda")
+    if kind == "mps":
+        raise UserError(f"device {device!r} has no float64, in which slimlm sums: choose cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen).add_(1)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.ones(1, device=chosen, dtype=torch.float64).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UserError(f"device {device!r} is not available: {one_line(error)}") from error
+    if chosen.type == "cuda":  # kernels of other libraries run on the current one, whatever holds their operands
+        chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+        torch.cuda.set_device(chosen)
     return chosen
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Bytes: this process's peak resident memory, and the GPU's if that is where it computes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"host": _peak_resident()}
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def _peak_resident() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows keeps count elsewhere
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def placement(device: torch.device) -> torch.device | None:

@@ -6,6 +6,7 @@ on a directory that shows only the first blocks of the checkpoint, with the cali
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -129,7 +130,12 @@ def _probe(job: Job, whole: Recipe, shown: int, scratch: Path) -> tuple[dict[str
         settings["dataset"] = str(scratch / "tokens.npy")
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "slimlm.probe", str(scratch / "recipe.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    ours, held = os.pipe()  # nobody writes: that it closes when this process ends, however it does, ends the probe
+    try:
+        done = subprocess.run(command, stdin=ours, capture_output=True, text=True, check=False)
+    finally:
+        os.close(ours)
+        os.close(held)
     if done.returncode < 0:
         raise RunFailure(
             f"the probe of the first blocks was killed by signal {-done.returncode}, probably for want of memory: "

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from slimlm.calibration import load_windows
 from slimlm.checkpoint.skeleton import load_tokenizer
-from slimlm.device import pick_device
-from slimlm.errors import RunFailure
+from slimlm.device import check_process, pick_device
+from slimlm.errors import RunFailure, out_of_memory, require_at_least
 from slimlm.linalg.allocation import outlier_ratio, pq_index, pq_share, spectrum, tail_exponent
 from slimlm.linalg.hessian import SingularCurvature, hessian
 from slimlm.matrices import matrix
@@ -45,6 +45,7 @@ class MatrixFigures:
         return asdict(self)
 
 
+@out_of_memory("lower --window, or inspect without --dataset")
 @torch.no_grad()
 def inspect_model(
     name: str,
@@ -62,7 +63,9 @@ def inspect_model(
     Raises UserError for a model or data that cannot be used, RunFailure for NaN.
     """
     progress = progress or Progress()
-
+    check_process()
+    require_at_least(1, windows=windows)
+    require_at_least(2, window=window)
     resolved = resolve_known(name, revision, trust_remote_code)
     progress.line(f"model: {resolved}")
     model = open_model(resolved.path, pick_device(device), "fast", trust_remote_code)

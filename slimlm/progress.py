@@ -2,7 +2,10 @@
 
 import json
 import logging
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +39,36 @@ class Progress:
         if self.log is not None:
             event = {"time": time.time(), "what": what, "part": part, "seconds": seconds, "memory": memory, **facts}
             try:
-                with self.log.open("a") as file:
+                with self.log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(event) + "\n")
             except OSError as error:  # a run is worth more than its log
                 logger.warning("the log %s ends here: %s", self.log, error.strerror)
                 self.log = None
+
+
+class Switch:
+    """A library's one switch for all threads: off while anybody wants it off, then as it was before the first did."""
+
+    def __init__(self, is_on: Callable[[], bool], turn_off: Callable[[], None], turn_on: Callable[[], None]) -> None:
+        self.is_on, self.turn_off, self.turn_on = is_on, turn_off, turn_on
+        self.lock = threading.Lock()
+        self.users = 0
+        self.was_on = False
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        with self.lock:
+            if self.users == 0:
+                self.was_on = self.is_on()
+            self.users += 1
+            self.turn_off()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if self.users == 0 and self.was_on:
+                    self.turn_on()
 
 
 class LogProgress(Progress):

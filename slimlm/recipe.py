@@ -216,16 +216,20 @@ class Recipe(BaseModel):
             if not self.widths and self.method != "rotate":
                 raise ValueError("'sparsity' is not given")
         elif not 0 < self.sparsity < 1:
-            raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {self.sparsity:g}")
+            meant = f": did you mean {self.sparsity / 100:g}?" if 2 <= self.sparsity < 100 else ""
+            raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {self.sparsity:g}{meant}")
         return self
 
 
 def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Validate values into a Recipe. Raises UserError naming the key, the nearest known one, and the reason."""
+    """Validate values into a Recipe. Raises UserError naming the key, the nearest known one, and the reason.
+
+    source: where the values stand; none for flags, which name themselves.
+    """
     try:
         return Recipe(**values)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from error
+        raise UserError(f"{source}: {_explain(error)}" if source else _explain(error, "--")) from error
 
 
 def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -262,9 +266,10 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for directory in RECIPE_DIRECTORIES for path in sorted(directory.glob("*.yaml"))}
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, dashes: str = "") -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    key = dashes + key.replace("_", "-") if dashes and key else key
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(key, Recipe.model_fields)}"
     if first["type"] == "missing":

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -46,6 +47,7 @@ def test_the_output_is_all_a_stock_process_needs(compressed: Path, tmp_path: Pat
 import sys
 sys.modules["slimlm"] = None  # importing it would fail
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, report = AutoModelForCausalLM.from_pretrained({str(compressed)!r}, output_loading_info=True)
 assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
@@ -75,7 +77,7 @@ def test_the_manifest_and_card_hold_what_was_measured(compressed: Path):
     assert all(0 < block["relative_error"] < 1 for block in manifest["blocks"])
     card = (compressed / "README.md").read_text()
     assert f"{smaller:.2f}" in card
-    assert "base_model:" in card
+    assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["slimlm", "compression", "slice"]
 
 
 def test_the_same_command_gives_the_same_bytes_and_the_saved_recipe_repeats_it(compressed: Path, tmp_path: Path):

@@ -350,7 +350,7 @@ def test_death_on_both_sides_of_every_record_of_another_kind_of_run(
 MACHINES = [
     ("torch.backends.cpu.get_cpu_capability", "SMALL", "machine instructions was '.*', is now 'SMALL'"),
     ("torch.get_num_threads", 77, r"machine threads was \d+, is now 77"),
-    ("torch.get_float32_matmul_precision", "medium", "machine precision was 'highest', is now 'medium'"),
+    ("slimlm.device._processor", "Another CPU", "machine processor was '.*', is now 'Another CPU'"),
 ]
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from slimlm.checkpoint.disk import write_whole
 from slimlm.checkpoint.manifest import Manifest, stages_of, took
 
@@ -11,7 +13,7 @@ CARD_NAME = "README.md"
 
 def write_card(directory: Path, manifest: Manifest) -> None:
     """Raises RunFailure on a full disk."""
-    write_whole(directory / CARD_NAME, render_card(manifest))
+    write_whole(directory / CARD_NAME, render_card(manifest).encode("utf-8", "backslashreplace"))
 
 
 def render_card(manifest: Manifest) -> str:
@@ -45,11 +47,10 @@ def _use(manifest: Manifest) -> str:
 
 def _header(manifest: Manifest) -> str:
     model = manifest["model"]
-    base = model["name"] if model["origin"] == "hub" else Path(model["path"]).name
-    lines = ["---", f"base_model: {base}"]
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- slimlm", "- compression"]
-    lines += [f"- {manifest['recipe']['method']}", "---", ""]
-    return "\n".join(lines)
+    fields = {"base_model": model["name"]} if model["origin"] == "hub" else {}  # the hub refuses what is no id of its
+    fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    fields |= {"tags": ["slimlm", "compression", manifest["recipe"]["method"]]}
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _summary(manifest: Manifest) -> str:

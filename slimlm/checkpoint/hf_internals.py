@@ -22,6 +22,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from slimlm.errors import UserError
+from slimlm.progress import Switch
+
+BARS = Switch(
+    transformers_logging.is_progress_bar_enabled,
+    transformers_logging.disable_progress_bar,
+    transformers_logging.enable_progress_bar,
+)
 
 
 def module_names(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
@@ -52,13 +59,8 @@ def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any], device: torc
     config = LoadStateDictConfig(
         device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)
     )
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    with BARS.off():
         info, _ = convert_and_load_state_dict_in_model(model, dict(slices), config)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     model.__dict__.pop("_weight_conversions", None)  # of these tensors alone; names to save by are all the model's
     for name, found, expected in info.mismatched_keys:
         raise UserError(f"tensor {name} has shape {list(found)} in the checkpoint, {list(expected)} by its config")

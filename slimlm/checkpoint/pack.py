@@ -3,12 +3,12 @@
 The archive is a directory: safetensors with `<name>#mask` (uint8, a bit per weight) and `<name>#values` for every
 tensor that gets smaller this way, all others as they are; `packed.json` with the shapes; and under `files/` whatever
 else the checkpoint consists of, so that nothing takes the archive for a model. Unpacking gives the same tensors to
-the last bit.
+the last bit, and the other files as they were.
 """
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy
@@ -16,24 +16,28 @@ import torch
 from torch import Tensor
 
 from slimlm.checkpoint.disk import disk_errors
+from slimlm.checkpoint.journal import JOURNAL_NAME
 from slimlm.checkpoint.output import staged_output
 from slimlm.checkpoint.reader import INDEX_NAME, Checkpoint
 from slimlm.checkpoint.shard import StoredTensor
+from slimlm.checkpoint.staging import Staging
 from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
-from slimlm.errors import UserError
+from slimlm.errors import UserError, out_of_memory
 
-PACKED_NAME = "packed.json"
+PACKED_NAME, FILES = "packed.json", "files"
 FORMAT = 1
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Advance = Callable[[int], None]
+ADVICE = "every tensor has to fit in memory, one at a time: use a larger machine"
 
 
+@out_of_memory(ADVICE)
 def pack(source: Path, output: Path, advance: Advance = lambda tensors: None) -> tuple[int, int]:
     """Write the archive of a checkpoint directory; bytes of weights before and after. One tensor is in memory at once.
 
     Raises UserError for a directory that is no checkpoint or an output that is taken, RunFailure when the disk is full.
     """
-    _refuse_taken(output)
+    _refuse_taken(source, output)
     checkpoint = Checkpoint(source)
     counts = {name: _nonzero(stored) for name, stored in checkpoint.tensors.items()}
     specs: dict[str, TensorSpec] = {}
@@ -60,28 +64,27 @@ def pack(source: Path, output: Path, advance: Advance = lambda tensors: None) ->
                 writer.write(name, tensor)
             advance(1)
         writer.finish()
-        others = [path for path in source.iterdir() if path.is_file() and not _is_weights(path)]
+        packed = json.dumps({"format": FORMAT, "shapes": shapes}, indent=2) + "\n"
         with disk_errors(staging.model):
-            (staging.model / "files").mkdir()
-            for path in others:
-                shutil.copy2(path, staging.model / "files" / path.name)
-            (staging.model / PACKED_NAME).write_text(json.dumps({"format": FORMAT, "shapes": shapes}, indent=2) + "\n")
+            (staging.model / FILES).mkdir()
+            _copy(filter(_is_companion, source.iterdir()), staging.model / FILES)
+            (staging.model / PACKED_NAME).write_text(packed, encoding="utf-8")
     return checkpoint.bytes_on_disk(), Checkpoint(output).bytes_on_disk()
 
 
+@out_of_memory(ADVICE)
 def unpack(source: Path, output: Path, advance: Advance = lambda tensors: None) -> tuple[int, int]:
     """Write the checkpoint that an archive was made of; bytes of weights before and after.
 
     Raises UserError for a directory that is no archive or a damaged one, or an output that is taken.
     """
-    _refuse_taken(output)
+    _refuse_taken(source, output)
     shapes = _shapes(source)
     archive = Checkpoint(source)
+    _refuse_damaged(archive, shapes)
     specs: dict[str, TensorSpec] = {}
     for key, stored in archive.tensors.items():
         name, _, part = key.rpartition("#")
-        if part == "values" and name not in shapes:
-            raise UserError(f"{source / PACKED_NAME} is damaged: it has no shape for {name}")
         if part == "values":
             specs[name] = TensorSpec(tuple(shapes[name]), stored.dtype)
         elif part != "mask":
@@ -93,9 +96,24 @@ def unpack(source: Path, output: Path, advance: Advance = lambda tensors: None) 
             advance(1)
         writer.finish()
         with disk_errors(staging.model):
-            for path in (source / "files").iterdir():
-                shutil.copy2(path, staging.model / path.name)
+            _copy((source / FILES).iterdir(), staging.model)
     return archive.bytes_on_disk(), Checkpoint(output).bytes_on_disk()
+
+
+def _refuse_damaged(archive: Checkpoint, shapes: dict[str, list[int]]) -> None:
+    """Raises UserError for an archive that lacks a part of any tensor, or the checkpoint's other files."""
+    if not (archive.path / FILES).is_dir():
+        raise UserError(f"{archive.path} is damaged: it has no {FILES}/")
+    for name in shapes:
+        for part in ("mask", "values"):
+            if f"{name}#{part}" not in archive.tensors:
+                raise UserError(f"{archive.path} is damaged: it lacks the {part} of {name}")
+        if archive.tensors[f"{name}#mask"].dtype != torch.uint8:
+            raise UserError(f"{archive.path} is damaged: the mask of {name} is not one of bits")
+    for key in archive.tensors:
+        name, _, part = key.rpartition("#")
+        if part in ("mask", "values") and name not in shapes:
+            raise UserError(f"{archive.path / PACKED_NAME} is damaged: it has no shape for {name}")
 
 
 def _restored(archive: Checkpoint, name: str, shapes: dict[str, list[int]]) -> Tensor:
@@ -116,21 +134,40 @@ def _shapes(source: Path) -> dict[str, list[int]]:
     if not path.is_file():
         raise UserError(f"{source} is not an archive of `slimlm pack`: it has no {PACKED_NAME}")
     try:
-        packed = json.loads(path.read_text())
+        packed = json.loads(path.read_text(encoding="utf-8"))
         if packed["format"] != FORMAT:
             raise UserError(f"{path} is of format {packed['format']}, this slimlm reads {FORMAT}: use a newer one")
-        return {str(name): [int(width) for width in shape] for name, shape in packed["shapes"].items()}
+        shapes = {str(name): [int(width) for width in shape] for name, shape in packed["shapes"].items()}
+        if any(width < 0 for shape in shapes.values() for width in shape):
+            raise ValueError("a shape is negative")
+        return shapes
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _refuse_taken(output: Path) -> None:
+def _refuse_taken(source: Path, output: Path) -> None:
+    if output.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{output} is inside {source}: choose another")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty: choose another")
+    staging = Staging(output)
+    if (staging.work / JOURNAL_NAME).exists():
+        raise UserError(f"{staging.root} holds what `slimlm compress` did not finish: choose another, or remove it")
 
 
-def _is_weights(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name == INDEX_NAME
+def _is_companion(path: Path) -> bool:
+    """Files but weights, and directories such as additional chat templates, but not git's and the hub's own."""
+    if path.is_dir():
+        return not path.name.startswith(".")
+    return path.is_file() and path.suffix != ".safetensors" and path.name != INDEX_NAME
+
+
+def _copy(paths: Iterable[Path], target: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copy2(path, target / path.name)
 
 
 def _size(stored: StoredTensor) -> int:

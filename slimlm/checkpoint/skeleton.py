@@ -1,11 +1,15 @@
 """A model without its weights: every module in place, every parameter on the meta device."""
 
 import logging
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 import slimlm.modeling  # noqa: F401  # its classes are known to transformers from here on
@@ -14,6 +18,11 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
+
+# Building a model, transformers changes torch for the whole process and then puts back what it found: its default
+# dtype, its functions. Of two that build at once, the later would put back what the earlier had changed.
+BUILDING = threading.RLock()
+_here = threading.local()
 
 SIZES = (
     "hidden_size",
@@ -61,16 +70,35 @@ def build_skeleton(
 
     Raises UserError when the config describes a model that cannot be built.
     """
-    from accelerate import init_empty_weights
-
     try:
-        with init_empty_weights(include_buffers=False):
+        with BUILDING, _empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # model classes raise anything from KeyError to RuntimeError on absurd sizes
         raise UserError(f"no {config.model_type!r} model can be built from its config: {one_line(error)}") from error
     model.tie_weights()
     model.requires_grad_(False)
     return model.eval()
+
+
+@contextmanager
+def _empty_weights() -> Iterator[None]:
+    """Inside, modules that this thread makes have their parameters on meta."""
+    _here.empty = True
+    try:
+        yield
+    finally:
+        _here.empty = False
+
+
+def _emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or not getattr(_here, "empty", False):
+        return None  # as it is
+    empty = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+    empty.__dict__.update(parameter.__dict__)
+    return empty
+
+
+register_module_parameter_registration_hook(_emptied)  # type: ignore[arg-type]  # for all threads, but see _emptied
 
 
 def refuse_absurd_sizes(config: PretrainedConfig, checkpoint: Checkpoint) -> None:

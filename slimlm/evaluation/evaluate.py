@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from slimlm.checkpoint.manifest import read_manifest, versions
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
-from slimlm.checkpoint.skeleton import load_config, load_tokenizer
-from slimlm.device import machine, pick_device, placement
-from slimlm.errors import UserError, one_line
+from slimlm.checkpoint.skeleton import BUILDING, load_config, load_tokenizer
+from slimlm.device import check_process, machine, pick_device, placement
+from slimlm.errors import UserError, one_line, out_of_memory, require_at_least
 from slimlm.evaluation.harness import load_task_manager, run_tasks, task_scores
 from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.tasks import DEFAULT_TASKS, TASKS_PATH
@@ -50,6 +50,7 @@ class _Settings:
     trust_remote_code: bool
 
 
+@out_of_memory("lower --batch-size or --window, or spread the model with --device-map auto")
 def evaluate(
     model: str,
     against: str | None = None,
@@ -75,6 +76,10 @@ def evaluate(
     several GPUs. Raises UserError for models, texts or tasks that cannot be used, before any work.
     """
     progress = progress or LogProgress()
+    check_process()
+    require_at_least(1, num_windows=num_windows, batch_size=batch_size)
+    require_at_least(2, window=window)
+    require_at_least(0, num_fewshot=num_fewshot)
     settings = _Settings(
         tuple(tasks), batch_size, dtype, pick_device(device), device_map, limit, num_fewshot, trust_remote_code
     )
@@ -166,13 +171,14 @@ def _measure(
 def load_model(path: Path, settings: _Settings) -> Any:
     """The whole model through stock transformers. Raises UserError unless every weight is found in the checkpoint."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-            device_map=settings.device_map or placement(settings.device),
-        )
+        with BUILDING:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=settings.dtype,
+                trust_remote_code=settings.trust_remote_code,
+                output_loading_info=True,
+                device_map=settings.device_map or placement(settings.device),
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded by transformers: {one_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):

@@ -1,16 +1,13 @@
 """lm-eval's Python API, quietly."""
 
-import contextlib
-import logging
-import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from yaml import YAMLError
 
 from slimlm.errors import UserError, nearest, one_line
+from slimlm.evaluation.quiet import quiet as _quiet
 from slimlm.evaluation.tasks import TASKS_PATH
 
 
@@ -68,30 +65,6 @@ def run_tasks(
             log_samples=False,
         )
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the banners, bars and git complaints of lm-eval and datasets off the screen.
-
-    Standard error is redirected as a file descriptor, since lm-eval starts a `git` that writes there itself.
-    """
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def task_scores(results: dict[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:

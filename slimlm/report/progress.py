@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +14,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from slimlm.progress import Progress
+from slimlm.report.terminal import console
 
 
 class BarProgress(Progress):
@@ -34,20 +34,20 @@ class BarProgress(Progress):
             self.bars.advance(self.current, count)
 
     def line(self, text: str) -> None:
-        self.bars.console.print(text, highlight=False, soft_wrap=True)
+        self.bars.console.print(text, soft_wrap=True)
 
 
 @contextmanager
 def progress_bars() -> Iterator[BarProgress]:
     """Bars on standard error, gone when the work is done."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    terminal = console(stderr=True)
+    with RichProgress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bars:
         yield BarProgress(bars)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,51 @@ def test_the_commands_say_what_was_saved(pruned: Path, tmp_path: Path):
         result = CliRunner().invoke(app, [command, str(source), str(tmp_path / target)])
         assert result.exit_code == 0, result.output
         assert "bytes of weights ->" in result.output
+
+
+def test_templates_in_a_directory_come_back_too(pruned: Path, tmp_path: Path):
+    (pruned / "additional_chat_templates").mkdir()
+    (pruned / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (pruned / ".cache").mkdir()
+    pack(pruned, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert (tmp_path / "again" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+    assert not (tmp_path / "again" / ".cache").exists()
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("part", ["mask", "values", "files", "bits", "negative"])
+def test_a_damaged_archive_is_named_and_nothing_written(pruned: Path, tmp_path: Path, part: str):
+    pack(pruned, tmp_path / "packed")
+    weights, listing = tmp_path / "packed" / "model.safetensors", tmp_path / "packed" / PACKED_NAME
+    tensors, document = load_file(weights), json.loads(listing.read_text())
+    message = {"files": "it has no files/", "bits": f"the mask of {NAME} is not one of bits", "negative": "negative"}
+    if part == "files":
+        shutil.rmtree(tmp_path / "packed" / "files")
+    elif part == "negative":
+        document["shapes"][NAME] = [-width for width in document["shapes"][NAME]]
+        listing.write_text(json.dumps(document))
+    elif part == "bits":
+        save_file({**tensors, f"{NAME}#mask": tensors[f"{NAME}#mask"].short()}, weights, metadata={"format": "pt"})
+    else:
+        del tensors[f"{NAME}#{part}"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message.get(part, f"it lacks the {part} of {NAME}")):
+        unpack(tmp_path / "packed", tmp_path / "again")
+    assert not list(tmp_path.glob("again*"))
+
+
+def test_what_compress_did_not_finish_is_not_cleared(pruned: Path, tmp_path: Path):
+    journal = tmp_path / "out.partial" / "work" / "journal.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.write_text("hours of work")
+    with pytest.raises(UserError, match=r"out\.partial holds what `slimlm compress` did not finish"):
+        pack(pruned, tmp_path / "out")
+    assert journal.read_text() == "hours of work"
+
+
+def test_an_archive_inside_its_source_is_refused(pruned: Path):
+    with pytest.raises(UserError, match="is inside"):
+        pack(pruned, pruned / "packed")

@@ -1,0 +1,58 @@
+"""Figures as a JSON file: the whole of them or nothing."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from slimlm.errors import RunFailure, UserError
+
+
+def check_results(path: Path) -> None:
+    """Find out before hours of work whether their result can be kept; leaves nothing. Raises UserError."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a directory")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(0, "it may not be written")
+        if _in_one_step(path):
+            part = _part(path)
+            part.open("x").close()
+            part.unlink()
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
+
+
+def write_results(path: Path, data: Any) -> None:
+    """Write JSON; an earlier file stays until this one is whole. Raises RunFailure naming the file."""
+    text = json.dumps(data, indent=2) + "\n"
+    try:
+        if not _in_one_step(path):
+            path.write_text(text, encoding="utf-8")
+            return
+        part = _part(path)
+        try:
+            part.write_text(text, encoding="utf-8")
+            _rename(part, path.resolve())
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFailure(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _in_one_step(path: Path) -> bool:
+    """Not for /dev/stdout and other things that are no files."""
+    return path.is_file() or not path.exists()
+
+
+def _part(path: Path) -> Path:
+    target = path.resolve()  # of a link, what it leads to is replaced
+    return target.with_name(f".{target.name}.{os.getpid()}.part")
+
+
+def _rename(part: Path, target: Path) -> None:
+    try:
+        part.replace(target)
+    except OSError:  # a file that is a mount point, as containers make them, keeps its place
+        shutil.copyfile(part, target)
