@@ -153,3 +153,7 @@ def uneven(path: Path) -> Path:
             tensor[:, ::2] *= 0.05
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return path
+
+
+def is_linear(name: str) -> bool:
+    return name.removesuffix(".weight").endswith(LINEAR)
