@@ -95,8 +95,7 @@ def test_a_gram_that_was_used_up_comes_back(monkeypatch):
         assert torch.equal(gram, before)
         gram.fill_(math.nan)
         raise ValueError
-    assert torch.allclose(found.fit.xx, before)
-    assert torch.equal(found.fit.xx, found.fit.xx.T)
+    assert torch.allclose(found.fit.xx, before, rtol=1e-6, atol=1e-6 * float(before.diagonal().mean()))
 
 
 @pytest.mark.parametrize("windows", [20, 400])
