@@ -8,11 +8,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from slimlm.calibration import load_windows
+from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.cli import app
 from slimlm.errors import RunFailure
 from slimlm.inspection import SPARSITIES, figures_of, inspect_model
 from slimlm.report.table import inspection_table
 from tests.conftest import CONFIGS, build_tiny
+from tests.methods.helpers import damped, inputs_of, stock
 
 
 def test_figures_are_those_of_the_weights(tmp_path: Path):
@@ -27,9 +30,16 @@ def test_figures_are_those_of_the_weights(tmp_path: Path):
         assert (one.pq, one.alpha, one.stable_rank) == (other.pq, other.alpha, other.stable_rank)
         assert one.outliers is None
         assert one.predicted is None
-        assert 0 <= other.outliers < 0.2
-        low, middle, high = other.predicted
-        assert 0 < low < middle < high
+    tokens = load_windows(str(tmp_path / "text.txt"), load_tokenizer(path), 3, 24).tokens
+    model = stock(path)
+    for figures, x in zip(seen, inputs_of(model, tokens, [figures.name for figures in seen]), strict=True):
+        weight, x = model.get_submodule(figures.name).weight.double(), x.flatten(0, 1)
+        sizes = weight.abs() * x.norm(dim=0)
+        assert figures.outliers == pytest.approx(float((sizes > 5 * sizes.mean()).double().mean()), abs=2e-3)
+        scores = (weight.square() / torch.linalg.inv(damped(x.T @ x)).diagonal()).flatten().sort().values
+        energy = float((x @ weight.T).square().sum())
+        expected = [float(scores[: round(share * len(scores))].sum()) / energy for share in SPARSITIES]
+        assert figures.predicted == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_predicted_loss_of_uncorrelated_inputs_is_the_energy_that_goes():

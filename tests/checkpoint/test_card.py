@@ -9,7 +9,13 @@ from slimlm.checkpoint.card import CARD_NAME, write_card
 
 
 def manifest(name: str, origin: str) -> dict[str, Any]:
-    run = {"seconds": {"total": 1.0}, "peak_memory_bytes": {"host": 10**9}, "machine": "a machine", "resumed": False, "resumed_anyway": []}
+    run = {
+        "seconds": {"total": 1.0},
+        "peak_memory_bytes": {"host": 10**9},
+        "machine": "a machine",
+        "resumed": False,
+        "resumed_anyway": [],
+    }
     return {
         "model": {"name": name, "origin": origin, "path": name},
         "recipe": {"method": "slice"},

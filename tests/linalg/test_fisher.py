@@ -71,11 +71,13 @@ def test_restricting_gradients_restricts_the_fisher_matrix():
     assert torch.allclose(low_rank_inverse(gradients[:, kept], 0.1).matrix(), torch.linalg.inv(dense), atol=1e-10)
 
 
-def test_fp32_gradients_keep_a_positive_diagonal():
-    gradients = randn(64, 32).float() * 100
+def test_gradients_in_fp32_lose_no_more_than_its_digits():
+    gradients = 3 * randn(64, 32).float()
     exact = torch.linalg.inv(1e-2 * torch.eye(32).double() + gradients.double().T @ gradients.double() / 64).diagonal()
-    found = low_rank_inverse(gradients.double(), 1e-2).diagonal()
-    assert torch.allclose(found, exact, rtol=1e-6)
+    found = low_rank_inverse(gradients, 1e-2).diagonal()
+    assert found.dtype == torch.float32
+    assert exact.max() < 0.1 / 1e-2  # most of what the damping alone gives cancels
+    assert torch.allclose(found.double(), exact, rtol=5e-3)
 
 
 def test_bad_input_is_refused():
@@ -88,9 +90,7 @@ def test_bad_input_is_refused():
 @pytest.mark.parametrize("size", [3, 4, 12])
 def test_block_inverses_are_those_of_the_diagonal_blocks(size: int):
     x, delta = randn(20, 12), randn(20, 5, seed=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slimlm.linalg.fisher.CHUNK_ELEMENTS", 2 * x.numel())
-        found = block_inverse(x, delta, 0.2, size)
+    found = block_inverse(x, delta, 0.2, size)
     vector = randn(5, 12, seed=2)
     for row in range(5):
         gradients = delta[:, row, None] * x

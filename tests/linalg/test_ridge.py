@@ -95,7 +95,7 @@ def test_a_gram_that_was_used_up_comes_back(monkeypatch):
         assert torch.equal(gram, before)
         gram.fill_(math.nan)
         raise ValueError
-    assert torch.allclose(found.fit.xx, before)
+    assert torch.allclose(found.fit.xx, before, rtol=1e-6, atol=1e-6 * float(before.diagonal().mean()))
     assert torch.equal(found.fit.xx, found.fit.xx.T)  # what comes back is mirrored, however the sum was rounded
 
 

@@ -8,24 +8,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimlm.calibration import sample_windows
-from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
-from slimlm.methods.basis import MASSIVE, collect_statistics, find_basis
+from slimlm.methods.basis import find_basis
 from slimlm.methods.budget import candidates, choose, loss_curves
-from slimlm.methods.gradients import gradient_covariance
 from slimlm.methods.slice import plan_slice, run_slice
 from slimlm.methods.widths import Layout
-from slimlm.progress import LogProgress
 from slimlm.recipe import Recipe
-from slimlm.work import Work
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
-
-
-def work_at(path: Path) -> Work:
-    (path / "work").mkdir(parents=True)
-    (path / "model").mkdir()
-    return Work(path / "model", Journal(path / "work", {}), LogProgress())
+from tests.methods.helpers import work_at
 
 
 def sliced(model, tokens: torch.Tensor, path: Path, **settings) -> tuple[Path, dict]:
@@ -74,9 +65,8 @@ def test_the_refit_comes_nearer_to_the_dense_model_than_rotation_alone(tmp_path:
     path = build_tiny(CONFIGS[name], tmp_path / name)
     model, tokens, unseen = stream(path), random_tokens(60, 32), random_tokens(12, 32, seed=7)
     plain, _ = sliced(model, tokens, tmp_path / "plain", widths="hidden=24", refit=False)
-    refitted, notes = sliced(model, tokens, tmp_path / "refitted", widths="hidden=24")
+    refitted, _ = sliced(model, tokens, tmp_path / "refitted", widths="hidden=24")
     assert divergence(path, refitted, unseen) < 0.9 * divergence(path, plain, unseen)
-    assert notes["refit"]["head"]["kl"] <= notes["refit"]["head"]["kl_least_squares"]
 
 
 def test_units_that_do_nothing_go_first_and_their_going_is_exact(tiny_llama: Path, tmp_path: Path):
@@ -101,36 +91,6 @@ def test_a_block_that_does_nothing_is_the_one_that_goes(tiny_llama: Path, tmp_pa
     assert (logits_of(tiny_llama, tokens) - logits_of(path, tokens)).abs().max() < 1e-3
 
 
-def test_the_gradient_covariance_is_autograds(tiny_llama: Path, tmp_path: Path):
-    """With the labels it draws, on the whole model at once."""
-    tokens = random_tokens(5, 12)
-    found = gradient_covariance(stream(tiny_llama), list(tokens.split(2)), 3, work_at(tmp_path))
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    seen: list[torch.Tensor] = []
-
-    def tap(module, args):
-        args[0].retain_grad()
-        seen.append(args[0])
-
-    for name, module in model.named_modules():
-        if name.endswith("norm"):
-            module.register_forward_pre_hook(tap)
-    model.requires_grad_(False)
-    generator, expected = torch.Generator().manual_seed(3), torch.zeros(32, 32, dtype=torch.float64)
-    for batch in tokens.split(2):
-        seen.clear()
-        hidden = model.model.embed_tokens(batch).requires_grad_()
-        logits = model(inputs_embeds=hidden).logits.flatten(0, 1)
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
-        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-        for at in seen:
-            gradient = (at.grad * at.detach().square().mean(-1, keepdim=True).sqrt()).flatten(0, 1).double()
-            expected += gradient.T @ gradient
-    assert len(seen) == 7
-    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.diagonal().mean()))
-    assert not list((tmp_path / "work").glob("scratch-*"))
-
-
 def large_blocks(name: str, path: Path) -> Path:
     """A tiny model most of whose parameters are in its blocks."""
     config = copy.deepcopy(CONFIGS[name])
@@ -149,7 +109,9 @@ def test_candidates_have_the_size_asked_for_and_widths_that_fit_the_config(tmp_p
         plan = layout.plan(split, Recipe(model="x", sparsity=0.4))  # builds the stock class, which checks its config
         assert 1 - plan.parameters / dense == pytest.approx(0.4, abs=0.01)
         assert layout.parameters(split) == plan.parameters
-    assert len(candidates(layout, Recipe(model="x", sparsity=0.3, budget="hidden"))) <= 1
+    narrower = replace(layout.dense, hidden=16)
+    share = 1 - layout.parameters(narrower) / dense
+    assert candidates(layout, Recipe(model="x", sparsity=share + 0.002, budget="hidden")) == [narrower]
 
 
 def test_a_curve_is_the_loss_of_the_model_that_is_cut_so_far(tiny_llama: Path, tmp_path: Path):
@@ -213,37 +175,6 @@ def test_what_the_refit_wins_back_is_not_held_against_a_width(tmp_path: Path):
             assert (units, left * measured) == (same, pytest.approx(counted))
 
 
-def plant_massive_activations(path: Path) -> None:
-    """Give the first token, and nothing else, a huge norm in two directions that no reader looks at."""
-    tensors = load_file(path / "model.safetensors")
-    for name, tensor in tensors.items():
-        if "embed_tokens" in name:
-            tensor[:, :2] = 0
-            tensor[0, :2] = torch.tensor([900.0, -700.0])
-        elif "o_proj" in name or "down_proj" in name:
-            tensor[:2] = 0
-        elif tensor.ndim == 2 and "lm_head" not in name:
-            tensor[:, :2] *= 3  # the readers do look: the sink is what they see there
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-
-
-def test_massive_activations_keep_their_directions(tiny_llama: Path, tmp_path: Path):
-    plant_massive_activations(tiny_llama)
-    tokens = random_tokens(20, 24).clamp_min(1)
-    tokens[:, 0] = 0
-    model = stream(tiny_llama)
-    statistics = collect_statistics(model, list(tokens.split(4)), work_at(tmp_path / "statistics"))
-    assert statistics.massive.tokens == 20 * 7  # the first token of every window at every norm
-    assert MASSIVE * 20 < 900
-    recipe = Recipe(model="x", widths="hidden=16", refit=False, weighting="none")
-    basis = find_basis(model, recipe, list(tokens.split(4)), work_at(tmp_path / "basis"))
-    assert basis.notes["massive_activations"]["directions"] >= 1
-    sink = torch.zeros(32, dtype=torch.float64)
-    sink[:2] = torch.tensor([900.0, -700.0])
-    kept = basis.vectors[:, :16]
-    assert (kept @ (kept.T @ sink) - sink).norm() < 1e-2 * sink.norm()
-
-
 def test_no_candidate_is_wider_than_the_model(tmp_path: Path):
     config = copy.deepcopy(CONFIGS["mistral"])
     config.vocab_size, config.intermediate_size = 64, 70  # no multiple of 8
@@ -257,7 +188,7 @@ def test_batches_that_are_held_out_as_a_whole_do_no_harm(tiny_llama: Path, tmp_p
     model, tokens = stream(tiny_llama), random_tokens(10, 24)
     plan = plan_slice(model, Recipe(model="x", widths="hidden=24"))
     notes = run_slice(model, plan, list(tokens.split(batch_size)), work_at(tmp_path)).notes
-    assert 0 < notes["refit"]["head"]["kl"] <= notes["refit"]["head"]["kl_least_squares"]
+    assert 0 < notes["refit"]["head"]["kl"] < divergence_of_guessing(tiny_llama, tokens)
 
 
 def test_computing_in_bf16_as_on_a_gpu_costs_little(tmp_path: Path):

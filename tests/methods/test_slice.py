@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import build_skeleton, parameter_count
 from slimlm.compression import compress
 from slimlm.errors import UserError
@@ -17,21 +16,14 @@ from slimlm.methods.plan import Plan
 from slimlm.methods.rotation import slice_embedding, write_tied_norm
 from slimlm.methods.slice import plan_rotate, plan_slice, rotate_model, run_slice
 from slimlm.methods.widths import Layout, Widths
-from slimlm.progress import LogProgress
 from slimlm.recipe import Recipe
 from slimlm.stream import put
-from slimlm.work import Work
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import family_config
+from tests.methods.helpers import work_at
 
 RECIPE = Recipe(model="x", sparsity=0.5)
 PLAIN = {"model": "x", "refit": False, "weighting": "none"}
-
-
-def work_at(path: Path) -> Work:
-    (path / "work").mkdir(parents=True)
-    (path / "model").mkdir()
-    return Work(path / "model", Journal(path / "work", {}), LogProgress())
 
 
 def widths(model, hidden: int) -> Widths:
@@ -164,17 +156,24 @@ def test_a_sparsity_that_rounding_cannot_reach_names_the_nearest(tiny_llama: Pat
         plan_slice(stream(tiny_llama), Recipe(**PLAIN, sparsity=sparsity))
 
 
-@pytest.mark.parametrize("sparsity", [0.001, 0.004, 0.008, 0.02])
-def test_a_small_request_never_gives_a_larger_model(tmp_path: Path, sparsity: float):
+def small_tied(path: Path) -> Path:
     config = copy.deepcopy(CONFIGS["mistral-tied"])
     config.hidden_size, config.head_dim, config.vocab_size = 128, 32, 512
-    path = build_tiny(config, tmp_path / "tied")
-    model = stream(path)
-    try:
-        plan = plan_slice(model, Recipe(**PLAIN, sparsity=sparsity))
-    except UserError:
-        return
-    assert plan.parameters < parameter_count(model.model)
+    return build_tiny(config, path)
+
+
+@pytest.mark.parametrize("sparsity", [0.008, 0.02])
+def test_a_small_request_never_gives_a_larger_model(tmp_path: Path, sparsity: float):
+    """A second vocabulary, which untying the head brings, is more than so few parameters."""
+    model = stream(small_tied(tmp_path / "tied"))
+    plan = plan_slice(model, Recipe(**PLAIN, sparsity=sparsity))
+    assert 1 - plan.parameters / parameter_count(model.model) == pytest.approx(sparsity, rel=0.5)
+
+
+@pytest.mark.parametrize("sparsity", [0.001, 0.004])
+def test_a_request_too_small_for_any_narrower_model_is_refused(tmp_path: Path, sparsity: float):
+    with pytest.raises(UserError, match="cannot be reached: the nearest is 0.00"):
+        plan_slice(stream(small_tied(tmp_path / "tied")), Recipe(**PLAIN, sparsity=sparsity))
 
 
 def test_a_requested_rounding_is_kept(tiny_llama: Path):
