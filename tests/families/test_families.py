@@ -92,12 +92,15 @@ PLANNED = [name for name in SETTINGS if getattr(family_config(name), "base_model
 
 
 @pytest.mark.parametrize("name", PLANNED)
-def test_readers_and_writers_are_those_of_transformers_plan_for_tensor_parallelism(name: str):
+def test_readers_writers_and_embeddings_are_those_of_transformers_plan_for_tensor_parallelism(name: str):
     config = family_config(name)
     family = family_of(config)
     for path, how in config.base_model_tp_plan.items():
         linear = path.removeprefix("layers.*.")
         if family.experts and linear.startswith("mlp."):  # a list for layers with and without experts
+            continue
+        if how == "embedding_rowwise":
+            assert any(embedding.endswith(f".{path}") for embedding in family.embeddings), path
             continue
         expected = {"colwise": family.readers, "rowwise": family.writers}.get(how.partition("_")[0], family.inner)
         assert linear in expected, (path, how)
