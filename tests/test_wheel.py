@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from tests.test_end_to_end import QUICK
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
