@@ -18,7 +18,6 @@ import pytest
 from tests.deprecation import HEARD, KINDS, ROOT
 
 LAWS = ["tests/checkpoint/test_hf_internals.py", "tests/test_walk.py", "tests/test_calibration.py", "tests/families"]
-CHOSEN = "not tests/families or walk or declared or plan or rotation or count or scales or docs"
 QUICK = ["--num-calibration-samples", "8", "--max-seq-length", "64"]
 COMMANDS = [
     ["compress", "--model", "llama", "--sparsity", "0.25", "--output-dir", "{out}", "--eval-windows", "4", *QUICK],
@@ -29,7 +28,11 @@ COMMANDS = [
 def main() -> None:
     print_versions()
     listen = [f"-Walways::{kind.__name__}" for kind in KINDS]
-    failures = [f"pytest of the laws: exit code {code}"] if (code := pytest.main(["-q", *listen, *LAWS])) else []
+    failures = (
+        [f"pytest of the laws: exit code {code}"]
+        if (code := pytest.main(["-q", "-m", "not slow", *listen, *LAWS]))
+        else []
+    )
     with tempfile.TemporaryDirectory() as folder:
         for command in COMMANDS:
             arguments = [word.format(out=Path(folder) / "out") for word in command]
