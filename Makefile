@@ -1,8 +1,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The one PyTorch that development knows, of which a machine can keep a build without CUDA at hand.
+TORCH := $(shell grep '^torch==' constraints.txt)
+REAL_MODEL ?= /tmp/smollm2
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install lock demo test test-slow test-wheel test-newest real-model lint format clean
 
 install: $(VENV)/.installed
 
@@ -11,19 +14,43 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# constraints.txt anew, with the newest of everything but PyTorch; run it with Python 3.11.
+lock:
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --quiet '$(TORCH)' --editable '.[dev]'
+	.venv-lock/bin/python -m pip list --format=freeze --exclude-editable --exclude pip > .venv-lock/found
+	(grep '^#' constraints.txt; sed 's/+cpu$$//' .venv-lock/found | LC_ALL=C sort -f) > .venv-lock/constraints.txt
+	mv .venv-lock/constraints.txt constraints.txt
+	rm -r .venv-lock
+
 # The main job on the model that ships with slimlm: no network, no token, no GPU.
 demo: install
 	$(BIN)/slimlm compress --model llama --sparsity 0.25 --output-dir demo-out --overwrite
 	$(BIN)/slimlm eval demo-out --against llama
 
-# Two processes at once are many times slower when idle OpenMP threads spin.
-test test-slow: export OMP_WAIT_POLICY = passive
+# The real model that comparisons are made with; make real-model REAL_MODEL=directory.
+real-model: install
+	$(BIN)/python eval/real_model.py $(REAL_MODEL)
+
+# Tiny models gain nothing from a second thread, and two processes do. Those a test starts must not spin when idle.
+test test-slow test-wheel test-newest: export OMP_NUM_THREADS = 1
+test test-slow test-wheel test-newest: export OMP_WAIT_POLICY = passive
+WORKERS ?= 2
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
 
 test-slow: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist loadfile
+
+test-wheel: install
+	$(BIN)/python -m pytest tests/test_wheel.py
+
+# What users get today, whatever constraints.txt says; fails only where slimlm uses what a library will remove.
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade '$(TORCH)' --editable '.[dev]'
+	.venv-newest/bin/python -m tests.newest
 
 lint: install
 	$(BIN)/ruff check .
@@ -35,4 +62,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-lock .venv-newest demo-out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,6 +6,7 @@ which the seed picks n. There is no padding.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import random
@@ -289,11 +290,13 @@ def sample_windows(
 def _sample(model: Any, count: int, length: int, bos: int, generator: torch.Generator) -> Tensor:
     """[count, length] tokens, position 0 BOS."""
     tokens = torch.full((count, 1), bos, device=model.device)
+    # transformers calls it `cache` since 5.24, and code that comes with a model may be older.
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
     cache = None
     columns = [tokens]
     for _ in range(length - 1):
-        out = model(input_ids=columns[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = model(input_ids=columns[-1], use_cache=True, logits_to_keep=1, **{name: cache})
+        cache = out[name]
         probabilities = out.logits[:, -1].float().softmax(-1)
         columns.append(torch.multinomial(probabilities, 1, generator=generator))
     return torch.cat(columns, dim=1).cpu()

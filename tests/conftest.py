@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_config
 from slimlm.families import family_of
 from slimlm.walk import StreamedModel
+from tests.deprecation import HEARD
 
 SIZES = {
     "vocab_size": 4096,
@@ -53,6 +55,20 @@ def build_tiny(config: PretrainedConfig, path: Path, dtype: torch.dtype = torch.
     model.to(dtype).save_pretrained(path)
     AutoTokenizer.from_pretrained(BUNDLED["llama"]).save_pretrained(path)
     return path
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    with HEARD.watching():  # of fixtures of every scope, too
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated() -> Iterator[None]:
+    """Fails a test in which a library says that we use something it will remove."""
+    yield
+    found, HEARD.ours = HEARD.ours, []
+    assert not found, found
 
 
 @pytest.fixture(params=sorted(CONFIGS))

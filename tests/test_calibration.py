@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from slimlm.calibration import load_windows, sample_windows, split_documents
 from slimlm.checkpoint.resolve import BUNDLED
@@ -149,3 +149,28 @@ def test_a_model_samples_the_same_windows_for_the_same_seed_from_its_own_distrib
         likelihood = lambda tokens: model(tokens, labels=tokens).loss.item()  # noqa: E731
         uniform = torch.randint(0, 4096, (33, 12), generator=torch.Generator().manual_seed(0))
         assert likelihood(first.tokens) < likelihood(uniform) - 3
+
+
+class Outputs(dict):
+    __getattr__ = dict.__getitem__
+
+
+class OlderLlama(LlamaForCausalLM):
+    """As transformers' own were before 5.24, and as code that comes with a model may be."""
+
+    def forward(self, input_ids, past_key_values=None, **kwargs):
+        out = super().forward(input_ids, cache=past_key_values, **kwargs)
+        return Outputs(logits=out.logits, past_key_values=out.cache)
+
+
+def test_sampling_reads_what_came_before_whatever_the_model_calls_its_cache(tokenizer):
+    """Token by token as the whole window gives it."""
+    for kind in (LlamaForCausalLM, OlderLlama):
+        model = kind.from_pretrained(BUNDLED["llama"], dtype=torch.float32).eval()
+        tokens = sample_windows(model, tokenizer, 3, 12).tokens
+        generator, expected = torch.Generator().manual_seed(0), tokens[:, :1]
+        for _ in range(11):
+            with torch.no_grad():
+                logits = LlamaForCausalLM.forward(model, expected).logits[:, -1]
+            expected = torch.cat([expected, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
+        assert torch.equal(tokens, expected)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slimlm.checkpoint.resolve import BUNDLED
+from slimlm.evaluation.text import python_reference
 from tests.conftest import CONFIGS, build_tiny, logits_of
 
 QUICK = ["--num-calibration-samples", "8", "--max-seq-length", "64", "--eval-windows", "4"]
@@ -34,6 +35,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("run")
     done = slimlm("compress", "--model", "llama", "--sparsity", "0.25", *QUICK, cwd=place)
     assert done.returncode == 0, done.stderr
+    assert "deprecat" not in done.stderr
     assert "6,524,160" in done.stdout
     output = place / "llama-slice-25"
     tensors = load_file(output / "model.safetensors").values()
@@ -80,13 +82,11 @@ def test_the_manifest_and_card_hold_what_was_measured(compressed: Path):
     assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["slimlm", "compression", "slice"]
 
 
-def test_the_same_command_gives_the_same_bytes_and_the_saved_recipe_repeats_it(compressed: Path, tmp_path: Path):
-    again = slimlm("compress", "-m", "llama", "-s", "0.25", *QUICK, "-o", "again", cwd=tmp_path)
+def test_the_saved_recipe_gives_the_same_bytes_again(compressed: Path, tmp_path: Path):
     repeat = slimlm("compress", "--recipe", str(compressed / "recipe.yaml"), "-o", "repeat", cwd=tmp_path)
     assert "output_dir" not in (compressed / "recipe.yaml").read_text()
-    assert again.returncode == repeat.returncode == 0, again.stderr + repeat.stderr
+    assert repeat.returncode == 0, repeat.stderr
     original = (compressed / "model.safetensors").read_bytes()
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == original
     assert (tmp_path / "repeat" / "model.safetensors").read_bytes() == original
 
 
@@ -257,8 +257,9 @@ def test_bad_input_writes_nothing(answers, broken: Path):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_leaves_nothing_under_the_final_name(tmp_path: Path, stop: signal.Signals):
+    (tmp_path / "text.txt").write_text("\n".join(python_reference()))  # long enough to be at work when it is stopped
     process = subprocess.Popen(
-        [sys.executable, "-m", "slimlm", "compress", "-m", "llama", "-s", "0.25", "-o", "out"],
+        [sys.executable, "-m", "slimlm", "compress", "-m", "llama", "-s", "0.25", "-o", "out", "--dataset", "text.txt"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
@@ -281,10 +282,15 @@ def test_help_teaches_and_imports_nothing_heavy():
         "import sys, slimlm.cli, slimlm; assert not {'torch', 'transformers', 'datasets', 'lm_eval'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
-    for command in ([], ["compress"], ["eval"]):
+    first = "slimlm compress --model llama --sparsity 0.25"
+    for command, example in (
+        ([], first),
+        (["compress"], first),
+        (["eval"], "slimlm eval llama-slice-25 --against llama"),
+    ):
         done = slimlm(*command, "--help", cwd=Path.cwd(), env={**os.environ, "COLUMNS": "120"})
         assert done.returncode == 0
-        assert "--model llama --sparsity 0.25" in done.stdout or command == ["eval"]
+        assert example in done.stdout
 
 
 def test_the_python_api_is_the_same_verbs(tmp_path: Path):

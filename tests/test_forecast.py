@@ -15,7 +15,7 @@ from slimlm.forecast import Forecast, forecast, require_room
 from slimlm.methods import method_named
 from slimlm.prepare import later_runs_of, prepare, spilled
 from slimlm.progress import Progress
-from slimlm.recipe import Recipe
+from slimlm.recipe import Recipe, load_recipe
 from tests.conftest import CONFIGS, SIZES, build_tiny, random_tokens
 from tests.families.configs import family_config
 
@@ -30,7 +30,34 @@ def recipe(tmp_path: Path) -> Recipe:
     )  # fmt: skip
 
 
-def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(recipe: Recipe, tmp_path: Path):
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes without a process of their own, whose imports take longer than all that a tiny model needs."""
+
+    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+        assert command[1:3] == ["-m", "slimlm.probe"]
+        compress(load_recipe(command[3]), is_probe=True)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(forecast_module.subprocess, "run", run)
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict, list[dict]]]:
+    """The manifest and the events of each probe of a test."""
+    seen, actual = [], forecast_module._probe
+
+    def spy(*arguments):
+        seen.append(actual(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(forecast_module, "_probe", spy)
+    return seen
+
+
+def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(
+    recipe: Recipe, tmp_path: Path, in_process
+):
     job = prepare(recipe.model_copy(update={"widths": "hidden=24/mlp=40"}), False, False, Progress())
     place = tmp_path / "probe"
     place.mkdir()
@@ -46,7 +73,7 @@ def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(rec
     assert [event["part"] for event in events if event["what"] == "cut"] == ["model.layers.0"]
 
 
-def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, tmp_path: Path):
+def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, tmp_path: Path, in_process, probed):
     """Embeddings that are no longer tied, in a deep model."""
     config = LlamaConfig(**{**SIZES, "num_hidden_layers": 24, "vocab_size": 512}, tie_word_embeddings=True)
     path = build_tiny(config, tmp_path / "deep")
@@ -54,7 +81,10 @@ def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, 
     update = {"model": str(path), "widths": "hidden=24", "dataset": str(tmp_path / "tokens.npy"), "measure": False}
     job = prepare(recipe.model_copy(update=update), False, False, Progress())
     assert job.plan.parameters < parameter_count(job.model.model)
-    assert forecast(job, Progress()).seconds > 0
+    found = forecast(job, Progress())
+    ((manifest, _),) = probed
+    assert manifest["parameters"]["compressed"] > manifest["parameters"]["dense"]
+    assert found.disk >= 4 * job.plan.parameters
 
 
 @pytest.mark.parametrize(
@@ -65,20 +95,12 @@ def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, 
     ],
     ids=["then", "shots"],
 )
-def test_every_run_of_several_is_probed(recipe: Recipe, tmp_path: Path, monkeypatch, settings: dict):
-    seen = []
-
-    def probe(*arguments):
-        seen.append(actual(*arguments))
-        return seen[0]
-
-    actual = forecast_module._probe
-    monkeypatch.setattr(forecast_module, "_probe", probe)
+def test_every_run_of_several_is_probed(recipe: Recipe, tmp_path: Path, in_process, probed, settings: dict):
     whole = recipe.model_copy(update=settings)
     assert len(whole.stages) == 2 + ("shots" in settings)
     job = prepare(whole.stages[0], False, False, Progress())
     found = forecast(job, Progress(), whole)
-    ((manifest, events),) = seen
+    ((manifest, events),) = probed
     runs = [stage["run"] for stage in (*manifest["stages"], manifest)]
     assert len(runs) == len(whole.stages)
     assert found.seconds > sum(run["seconds"]["total"] for run in runs)
@@ -95,22 +117,16 @@ def test_every_run_of_several_is_probed(recipe: Recipe, tmp_path: Path, monkeypa
     assert found.disk >= sum(stage["bytes"]["compressed"] for stage in (*compressed["stages"], compressed))
 
 
-def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(recipe: Recipe, tmp_path: Path, monkeypatch):
+def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(
+    recipe: Recipe, tmp_path: Path, in_process, probed
+):
     """In a mixture of experts whose first block has none."""
     config = family_config("qwen3_moe")
     config.mlp_only_layers = [0]
     path = build_tiny(config, tmp_path / "moe")
-    seen = []
-
-    def probe(job, whole, shown, scratch):
-        seen.append(actual(job, whole, shown, scratch))
-        return seen[0]
-
-    actual = forecast_module._probe
-    monkeypatch.setattr(forecast_module, "_probe", probe)
     job = prepare(recipe.model_copy(update={"model": str(path)}), False, False, Progress())
     found = forecast(job, Progress())
-    ((manifest, events),) = seen
+    ((manifest, events),) = probed
     parts = {event["part"] for event in events}
     assert {"model.layers.0", "model.layers.1"} < parts
     assert "model.layers.2" not in parts
@@ -120,13 +136,15 @@ def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(recipe: Rec
     assert found.seconds == pytest.approx(run["total"] + second + checked * run["checking"])
 
 
-def test_a_forecast_writes_nothing_and_says_what_the_run_then_takes(recipe: Recipe, tmp_path: Path):
+def test_a_forecast_writes_nothing_and_says_what_the_run_then_takes(recipe: Recipe, tmp_path: Path, probed):
     found = forecast(prepare(recipe, False, False, Progress()), Progress())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
     run = compress(recipe).manifest
     assert found.disk >= run["run"]["work_bytes"] + 4 * run["parameters"]["compressed"]
-    assert found.memory["host"] > 10**8
-    assert found.seconds > 0
+    ((manifest, _),) = probed
+    assert found.memory == manifest["run"]["peak_memory_bytes"]
+    assert found.memory["host"] > 10**8  # PyTorch alone
+    assert found.seconds > manifest["run"]["seconds"]["total"]
 
 
 def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, monkeypatch):

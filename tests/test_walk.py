@@ -58,7 +58,7 @@ def test_a_block_fetched_ahead_is_the_block(tiny: Path):
         assert set(model.ahead.coming) == set(model.keys_of[model.family.block(1)])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which nothing can install")
 def test_on_a_gpu_the_walk_is_the_models_too(tiny: Path):
     model = stream(tiny, device="cuda")
     got = walked_logits(model, [random_tokens(2, 16)])[0].cpu()

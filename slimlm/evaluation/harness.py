@@ -1,38 +1,60 @@
 """lm-eval's Python API, quietly."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError
+import yaml
 
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.evaluation.quiet import quiet as _quiet
 from slimlm.evaluation.tasks import TASKS_PATH
 
+YAML = (".yaml", ".yml")
+
 
 def load_task_manager(tasks: Sequence[str]) -> Any:
-    """A TaskManager that knows lm-eval's tasks and slimlm's; every task is loaded once here, so faults show early.
+    """A TaskManager that knows the tasks asked for; every one is loaded once here, so faults show early.
 
-    tasks: names, or paths of YAML files. Raises UserError naming the task that is unknown, broken or unreachable.
+    tasks: names of lm-eval's tasks or slimlm's, or paths of YAML files. Raises UserError naming the task that is
+    unknown, broken or unreachable.
     """
     with _quiet():
-        from lm_eval.tasks import TaskManager
-
-        manager = TaskManager(include_path=str(TASKS_PATH))
+        manager = _task_manager(with_lm_evals=not all(map(_stands_alone, tasks)))
         for task in tasks:
             _load(manager, task)
     return manager
 
 
+@functools.cache
+def _task_manager(with_lm_evals: bool) -> Any:
+    """lm-eval reads every one of its own tasks' files, more than ten thousand, to know their names."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASKS_PATH), include_defaults=with_lm_evals)
+
+
+def _stands_alone(task: str) -> bool:
+    """Whether it is one of slimlm's tasks or a file of one task, rather than of a group, which names others."""
+    if not task.endswith(YAML):
+        return (TASKS_PATH / f"{task}.yaml").is_file()
+    try:
+        node = yaml.compose(Path(task).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return True  # loading it says what is wrong
+    fields = {key.value: value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+    return "group" not in fields and isinstance(fields.get("task"), yaml.ScalarNode)
+
+
 def _load(manager: Any, task: str) -> None:
-    if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+    if task.endswith(YAML) and not Path(task).is_file():
         raise UserError(f"task file {task} does not exist")
     try:
         manager.load([task])
     except KeyError as error:
         raise UserError(f"unknown task {task!r}{nearest(task, manager.all_tasks)}: see `lm_eval ls tasks`") from error
-    except (ValueError, TypeError, ImportError, AttributeError, YAMLError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"task {task!r} cannot be loaded: {one_line(error)}") from error
     except Exception as error:  # datasets and the hub client raise their HTTP library's own errors too
         raise UserError(

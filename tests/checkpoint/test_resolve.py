@@ -1,8 +1,11 @@
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED, resolve_model
 from slimlm.errors import UserError
 
@@ -57,21 +60,32 @@ def test_whatever_the_hub_client_raises_is_one_line(monkeypatch, error: Exceptio
     assert "\n" not in str(caught.value)
 
 
-def test_only_the_shards_the_index_names_are_fetched_and_by_commit(tiny_llama: Path, tmp_path: Path, monkeypatch):
+def test_what_a_model_needs_is_fetched_by_commit_and_no_other_weights(tiny_llama: Path, tmp_path: Path, monkeypatch):
+    """By the hub client's own filter of names."""
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
-    snapshot = tmp_path / "0123456789abcdef"
-    shutil.copytree(tiny_llama, snapshot)
-    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
-    fetched = []
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda model, revision, allow_patterns: fetched.append((revision, allow_patterns)) or str(snapshot),
-    )
-    assert resolve_model("someone/tiny", "main").revision == snapshot.name
-    assert fetched[0][0] == "main"
-    assert fetched[1] == (snapshot.name, ["model-00001-of-00001.safetensors"])
+    shard, more = "model-00001-of-00001.safetensors", ("tokenizer.model", "chat_template.jinja", "LICENSE.txt")
+    (tiny_llama / "model.safetensors").rename(tiny_llama / shard)
+    keys = list(load_file(tiny_llama / shard))
+    (tiny_llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(keys, shard)}))
+    needed = {path.name for path in tiny_llama.iterdir()} | {*more}
+    for name in (*more, "pytorch_model.bin", "consolidated.safetensors", "model.gguf"):
+        (tiny_llama / name).write_text("x")
+    snapshot, fetched = tmp_path / "0123456789abcdef", []
+
+    def download(model: str, revision: str, allow_patterns: list[str]) -> str:
+        fetched.append(revision)
+        snapshot.mkdir(exist_ok=True)
+        for name in filter_repo_objects([path.name for path in tiny_llama.iterdir()], allow_patterns=allow_patterns):
+            shutil.copy(tiny_llama / name, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    resolved = resolve_model("someone/tiny", "main")
+    assert fetched == ["main", resolved.revision] == ["main", snapshot.name]
+    assert {path.name for path in snapshot.iterdir()} == needed
+    assert Checkpoint(resolved.path).tensors.keys() == set(keys)
 
 
 @pytest.mark.parametrize("name", ["./missing", "/nowhere/model", "~/nope-slimlm", "a/b/c"])

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slimlm.activations import InMemory
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.errors import UserError
+from slimlm.evaluation import harness
 from slimlm.evaluation.evaluate import evaluate
 from slimlm.evaluation.perplexity import LogLikelihood, measure_perplexity
 from slimlm.evaluation.streamed import compare_streamed, relative_error
@@ -154,7 +155,19 @@ def test_questions_have_one_answer_that_really_follows():
     assert all(80 < answers.count(choice) < 170 for choice in range(4))
 
 
-def test_a_local_task_file_runs_by_path(tmp_path: Path):
+@pytest.fixture
+def no_index(monkeypatch: pytest.MonkeyPatch):
+    """lm-eval's own tasks, which take half a minute to list, must not be listed."""
+    made = harness._task_manager
+
+    def manager(with_lm_evals: bool):
+        assert not with_lm_evals
+        return made(with_lm_evals)
+
+    monkeypatch.setattr(harness, "_task_manager", manager)
+
+
+def test_a_local_task_file_runs_by_path(tmp_path: Path, no_index):
     source = (TASKS_PATH / "python_reference_continuation.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(source.replace("python_reference_continuation\n", "my_own_task\n"))
     (tmp_path / "continuation.py").write_text((TASKS_PATH / "continuation.py").read_text())
@@ -162,9 +175,23 @@ def test_a_local_task_file_runs_by_path(tmp_path: Path):
     assert set(data["models"][0]["tasks"]) == {"my_own_task"}
 
 
-def test_random_weights_answer_at_chance_and_the_trained_model_above_it(tmp_path: Path):
+def test_a_group_in_a_file_may_name_lm_evals_own_tasks(tmp_path: Path):
+    (tmp_path / "group.yaml").write_text("group: mine\ntask: [python_reference_continuation, copa]\n")
+    with pytest.raises(UserError, match=r"data of task '.*group.yaml' could not be fetched"):  # that of copa
+        harness.load_task_manager([str(tmp_path / "group.yaml")])
+
+
+@pytest.mark.parametrize("text", ["task: [", "- 1", "task: mine\nmetric_list: 3\n", "\x00"])
+def test_a_broken_task_file_is_one_clear_line(tmp_path: Path, text: str):
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"task '.*broken.yaml' cannot be loaded: ") as caught:
+        harness.load_task_manager([str(tmp_path / "broken.yaml")])
+    assert "\n" not in str(caught.value)
+
+
+def test_random_weights_answer_at_chance_and_the_trained_model_above_it(tmp_path: Path, no_index):
     path = build_tiny(CONFIGS["llama"], tmp_path / "random")
-    data = evaluate(str(path), "llama", num_windows=1, window=32, limit=100).data
+    data = evaluate(str(path), "llama", num_windows=1, window=32, limit=100, dtype="float32").data
     random, trained = (entry["tasks"]["python_reference_continuation"]["acc"] for entry in data["models"])
     assert abs(random["value"] - 0.25) < 4 * random["stderr"]
     assert trained["value"] - random["value"] > 2 * trained["stderr"]
