@@ -13,7 +13,7 @@ from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
 from slimlm.forecast import Forecast, forecast, require_room
 from slimlm.methods import method_named
-from slimlm.prepare import later_runs_of, prepare, spilled
+from slimlm.prepare import Job, later_runs_of, prepare, spilled
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe, load_recipe
 from tests.conftest import CONFIGS, SIZES, build_tiny, random_tokens
@@ -132,8 +132,15 @@ def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(
     assert "model.layers.2" not in parts
     run = manifest["run"]["seconds"]
     second = sum(event["seconds"] for event in events if event["part"] == "model.layers.1")
-    checked = job.model.checkpoint.bytes_on_disk() / manifest["bytes"]["dense"] - 1
-    assert found.seconds == pytest.approx(run["total"] + second + checked * run["checking"])
+    assert found.seconds == pytest.approx(run["total"] + second + not_shown(job, 2) * run["checking"])
+
+
+def not_shown(job: Job, shown: int) -> float:
+    """Bytes of the tensors of all blocks but the first so many, as a share of all others'."""
+    sizes = {name: tensor.nbytes for name, tensor in job.model.checkpoint.tensors.items()}
+    later = [f"model.layers.{block}." for block in range(shown, len(job.model.blocks))]
+    hidden = sum(size for name, size in sizes.items() if name.startswith(tuple(later)))
+    return hidden / (sum(sizes.values()) - hidden)
 
 
 def test_a_forecast_writes_nothing_and_says_what_the_run_then_takes(recipe: Recipe, tmp_path: Path, probed):
@@ -155,18 +162,19 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
             "seconds": {"checking": 1.0, "total": 20.0},
             "peak_memory_bytes": {"host": 500},
             "work_bytes": 7,
+            "scratch_bytes": 3,
         },
     }
     took = {"model.layers.0": 7.0, "model.layers.1": 2.0, "lm_head": 50.0}
     events = [{"part": part, "seconds": seconds} for part, seconds in took.items()] * 2
     monkeypatch.setattr(forecast_module, "_probe", lambda job, whole, shown, scratch: (manifest, events))
     job = prepare(recipe, False, False, Progress())
-    monkeypatch.setattr(job.model.checkpoint, "bytes_on_disk", lambda: 3000)
     found = forecast(job, Progress())
-    assert found.seconds == 20 + (2 + 2) + 2 * 1
+    assert found.seconds == pytest.approx(20 + (2 + 2) + not_shown(job, 2) * 1)
     assert found.memory == {"host": 500}
     waiting = spilled(job.recipe, job.method, job.model)
-    assert found.disk == waiting + sum(spec.nbytes for spec in job.plan.tensors.values())
+    assert found.scratch == waiting
+    assert found.result == 4 + sum(spec.nbytes for spec in job.plan.tensors.values())
     earlier = {"bytes": {"compressed": 800}, "run": {**manifest["run"], "peak_memory_bytes": {"host": 900}}}
     manifest["stages"] = [earlier]
     whole = recipe.model_copy(
@@ -178,26 +186,30 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     more = spilled(last, method_named("slimlm"), job.model)
     assert more > waiting
     found = forecast(job, Progress(), whole)
-    assert found.seconds == 2 * (20 + 2 * 1) + (2 + 2)
+    assert found.seconds == pytest.approx(2 * (20 + not_shown(job, 2) * 1) + (2 + 2))
     assert found.memory == {"host": 900}
-    assert found.disk == more + sum(spec.nbytes for spec in job.plan.tensors.values()) * 1400 // 800
+    assert found.scratch == more
+    assert found.result == 4 + sum(spec.nbytes for spec in job.plan.tensors.values()) * 1400 // 800
     del manifest["stages"]
     manifest["run"]["seconds"]["sampling"] = 4.0
-    assert forecast(job, Progress()).seconds == 20 + (2 + 2 + 4 / 2) + 2 * 1
+    assert forecast(job, Progress()).seconds == pytest.approx(20 + (2 + 2 + 4 / 2) + not_shown(job, 2) * 1)
     others = sum(parameter.numel() for parameter in job.model.model.parameters()) - 10
     config = job.model.config
     cached = 2 * config.num_key_value_heads * config.head_dim * 6 * 32  # keys and values of 6 windows of 32, per block
     assert forecast(job, Progress()).memory == {"host": 500 + 4 * (others + cached)}
 
 
-def test_too_little_memory_or_disk_is_an_error_that_says_what_to_change(recipe: Recipe, monkeypatch):
+def test_too_little_memory_or_disk_is_an_error_that_says_what_to_change(recipe: Recipe, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(forecast_module, "available_memory", lambda device: {"host": 10**6})
     job = prepare(recipe, False, False, Progress())
     with pytest.raises(UserError, match=r"needs 2\.00 GB of host memory and 0\.00 GB are free: lower --batch-size"):
-        require_room(job, Forecast({"host": 2 * 10**9}, 0, 0.0))
-    require_room(job, Forecast({"host": 10**5}, 0, 0.0))
-    with pytest.raises(UserError, match=r"needs 1000000000\.00 GB and its disk has .* free: free some space"):
-        require_room(job, Forecast({"host": 10**5}, 10**18, 0.0))
+        require_room(job, Forecast({"host": 2 * 10**9}, 0, 0, 0.0))
+    require_room(job, Forecast({"host": 10**5}, 0, 0, 0.0))
+    with pytest.raises(UserError, match=r"needs 1000000000\.00 GB in .* and its disk has .* free: free some space"):
+        require_room(job, Forecast({"host": 10**5}, 10**18, 0, 0.0))
+    require_room(job, Forecast({"host": 10**5}, 0, 0, 0.0), tmp_path)
+    with pytest.raises(UserError, match=r"needs 1000000000\.00 GB in .* free some space or choose .* --work-dir"):
+        require_room(job, Forecast({"host": 10**5}, 0, 10**18, 0.0), tmp_path)
 
 
 def test_a_probe_that_is_killed_says_so(recipe: Recipe, monkeypatch):
