@@ -255,3 +255,20 @@ def test_gradients_beside_the_gram_are_a_curvature_for_every_row():
         expected = without(weight[row : row + 1], matrix, pruned[row : row + 1]).masked_fill(pruned[row], 0)
         assert torch.allclose(found[row], expected[0], atol=1e-9)
         assert torch.allclose(curvature.apply(weight)[row], weight[row] @ matrix, atol=1e-8)
+
+
+def test_rows_that_are_not_solved_to_the_end_are_said(monkeypatch, caplog):
+    weight, gram = problem()
+    curvature = hessian(gram)
+    pruned = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    whole = joint(weight, curvature, pruned)
+    assert not caplog.records
+    monkeypatch.setattr("slimlm.linalg.obs.ITERATIONS", 1)
+    short = joint(weight, curvature, pruned)
+    (record,) = caplog.records
+    count, of, reached, wanted, after = record.args
+    assert (of, wanted, after) == (6, 1e-5, 1)
+    assert 0 < count <= 6
+    assert wanted < reached < 1
+    lost = [quadratic_loss(found - weight, curvature).sum() for found in (whole, short)]
+    assert lost[0] < lost[1]

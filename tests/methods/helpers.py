@@ -36,7 +36,7 @@ def run(
     model: StreamedModel, tokens: Tensor, path: Path, batch: int = 4, **settings
 ) -> tuple[dict[str, Tensor], Outcome, Work]:
     """A method on calibration windows: the tensors it wrote, what it found out, and its journal."""
-    recipe = Recipe(model="x", dtype="float32", **settings)
+    recipe = Recipe(model="x", **{"dtype": "float32", **settings})
     method, work = METHODS[recipe.method], work_at(path)
     outcome = method.run(model, method.plan(model, recipe), list(tokens.split(batch)), work)
     work.settle()

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from slimlm.errors import RunFailure
 from slimlm.linalg.ridge import GUESS
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.methods.helpers import (
@@ -96,3 +98,13 @@ def test_slimlm_is_its_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swa
             check(expected[f"{part}.{writer}.weight"], wanted, writer)
     assert outcome.notes["ridge"] == noted(strengths)
     assert any(0.01 < strength < math.inf for strength in strengths.values())  # the ridge is part of the curvature
+
+
+def test_a_weight_too_large_for_the_dtype_is_named_with_what_to_change(tmp_path: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e7
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    named = r"tensor model\.layers\.1\.mlp\.down_proj\.weight is not finite in torch\.float16: write another --dtype"
+    with pytest.raises(RunFailure, match=named):
+        run(stream(path), random_tokens(20, 16), tmp_path / "run", method="slimlm", sparsity=0.5, dtype="float16")
