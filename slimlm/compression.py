@@ -107,11 +107,13 @@ def _finished(output: Path, fingerprint: dict[str, object], how: _How) -> Manife
     if manifest is None:
         return None
     try:
-        compare_fingerprints(manifest.get("fingerprint") or {}, fingerprint, how.anyway)
+        differences = compare_fingerprints(manifest.get("fingerprint") or {}, fingerprint, how.anyway)
     except UserError:
         if how.overwrite:
             return None
         raise
+    if differences:
+        manifest["run"]["resumed_anyway"].append(differences)  # for whoever goes on from it
     clear_leftovers(output, how.work_dir)
     how.progress.line(f"{output} is complete already")
     return manifest
@@ -136,8 +138,9 @@ def _compress_in_stages(recipe: Recipe, how: _How) -> CompressResult:
     check_shots(recipe)
     recipe = recipe.model_copy(update={"output_dir": str(output)})
     places = [Staging(output).stages / str(number) for number in range(1, len(runs))]
-    first = _prepared(runs[0].model_copy(update={"output_dir": str(places[0])}), how, overwrite=True)
     replaceable = how.overwrite or (how.resume and (output / MANIFEST_NAME).is_file())
+    check_output(output, replaceable, [], work_dir=how.work_dir)
+    first = _prepared(runs[0].model_copy(update={"output_dir": str(places[0])}), how, overwrite=True)
     check_output(output, replaceable, first.inputs, work_dir=how.work_dir)
     check_later(first, recipe)
     fingerprint = fingerprint_of_all(first, recipe)

@@ -268,3 +268,15 @@ def test_text_the_model_writes_is_the_same_for_every_stage(tmp_path: Path):
     manifest = compress(recipe).manifest
     assert manifest["calibration"]["source"] == "self"
     assert not (tmp_path / "out" / compression.CALIBRATION_NAME).exists()
+
+
+def test_a_first_run_from_another_machine_is_recorded_where_it_is_accepted(settings: dict, monkeypatch):
+    recipe = make_recipe({**settings, **TWO})
+    interrupted_in_the_second_run(recipe, monkeypatch)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "SMALL")
+    with pytest.raises(UserError, match="machine instructions was .*, is now 'SMALL'"):
+        compress(recipe, resume=True)
+    manifest = compress(recipe, resume_anyway=True).manifest
+    (differences,) = manifest["stages"][0]["run"]["resumed_anyway"]
+    assert differences["machine instructions"][1] == "SMALL"
+    assert manifest["run"]["resumed_anyway"] == []  # the second run began here

@@ -15,7 +15,7 @@ from slimlm.checkpoint.disk import disk_errors, sync
 from slimlm.checkpoint.journal import finished_steps
 from slimlm.checkpoint.lock import Gone, Taken, locked
 from slimlm.checkpoint.manifest import MANIFEST_NAME
-from slimlm.checkpoint.staging import LOCK_FILES, Staging, require_ours
+from slimlm.checkpoint.staging import LOCK_FILES, Staging, require_our_staging, require_ours
 from slimlm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ def clear_leftovers(output: Path, work_dir: Path | None = None) -> None:
 def _held(staging: Staging) -> Iterator[None]:
     with ExitStack() as stack:
         try:
+            require_our_staging(staging.root)
             staging.output.parent.mkdir(parents=True, exist_ok=True)
             staging.root.mkdir(mode=0o700, exist_ok=True)
             stack.callback(_remove_root, staging.root)

@@ -81,7 +81,7 @@ def check_output(
     home = next(parent for parent in output.absolute().parents if parent.exists())
     owner = _try_writing(home, f"output directory {output}")
     _require_renamable(staging)
-    _require_our_staging(staging.root, owner)
+    require_our_staging(staging.root, owner)
     if work_dir is not None:
         if not work_dir.is_dir():
             raise UserError(f"--work-dir {work_dir} is not a directory")
@@ -130,7 +130,11 @@ def _escaped(path: str) -> str:
     return path
 
 
-def _require_our_staging(root: Path, owner: int | None) -> None:
+def require_our_staging(root: Path, owner: int | None = None) -> None:
+    """Raises UserError where what is to be written would land elsewhere, or on somebody's files.
+
+    owner: of whom everything there must be, where that is known.
+    """
     if not os.path.lexists(root):
         return
     _require_real(root, owner)

@@ -247,7 +247,7 @@ def test_a_link_that_is_planted_as_a_lock_is_not_followed(tmp_path: Path):
     root = Staging(tmp_path / "out").root
     root.mkdir()
     (root / LOCK_NAME).symlink_to(tmp_path / "victim")
-    with pytest.raises(UserError, match="cannot be created"), staged_output(tmp_path / "out"):
+    with pytest.raises(UserError, match="lock is a link to .*victim"), staged_output(tmp_path / "out"):
         pass
     assert not (tmp_path / "victim").exists()
 
