@@ -331,7 +331,7 @@ def _dry_run(recipe: Recipe, overwrite: bool, resume: bool, work_dir: Path | Non
         first = recipe.stages[0].model_copy(update={"output_dir": str(output_of(recipe))})
         job = prepare(first, overwrite, resume, progress, work_dir=work_dir)
         check_later(job, recipe)
-        found = forecast(job, progress, recipe)
+        found = forecast(job, progress, recipe, work_dir)
     print(forecast_summary(job, found, recipe.stages[1:], work_dir))
     require_room(job, found, work_dir)
 

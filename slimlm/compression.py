@@ -14,16 +14,17 @@ from slimlm.activations import Spilled
 from slimlm.calibration import SELF, Windows, sample_windows, start_token
 from slimlm.checkpoint.card import write_card
 from slimlm.checkpoint.disk import disk_errors, write_whole
-from slimlm.checkpoint.journal import COMPLETE, Journal, compare_fingerprints
+from slimlm.checkpoint.journal import COMPLETE, Journal, compare_fingerprints, finished_steps
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from slimlm.checkpoint.output import clear_leftovers, copy_companions, held, staged_output
 from slimlm.checkpoint.skeleton import BUILDING
-from slimlm.checkpoint.staging import Staging, check_output
+from slimlm.checkpoint.staging import Staging, check_output, size_of
 from slimlm.device import check_process, forget_peak, placement
 from slimlm.errors import RunFailure, UserError, out_of_memory
 from slimlm.evaluation.streamed import Comparison, compare_streamed
+from slimlm.methods import method_named
 from slimlm.methods.plan import Outcome
-from slimlm.prepare import Job, check_later, check_shots, later_runs, open_model, output_of, prepare
+from slimlm.prepare import Job, check_later, check_shots, later_runs_of, open_model, output_of, prepare, spilled
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe
 from slimlm.record import account_for, fingerprint_of, fingerprint_of_all, manifest_of, measured_of, write_recipe
@@ -32,6 +33,7 @@ from slimlm.work import Work
 Result = TypeVar("Result")
 LOG_NAME = "slimlm.log.jsonl"
 CALIBRATION_NAME = "calibration.npy"
+OTHER_RUN = "repeat what was run, or start over without --resume"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def _result(job: Job, output: Path, how: _How) -> Manifest:
     if finished is not None:
         return _measured_later(job, job.recipe, output, finished, how)
     with staged_output(output, how.overwrite, how.resume, how.work_dir) as staging:
+        if staging.stages.exists():
+            raise UserError(f"cannot resume: {staging.root} holds a recipe of several runs; {OTHER_RUN}")
         return _carry_out(job, fingerprint, staging, how)
 
 
@@ -141,6 +145,12 @@ def _compress_in_stages(recipe: Recipe, how: _How) -> CompressResult:
     replaceable = how.overwrite or (how.resume and (output / MANIFEST_NAME).is_file())
     check_output(output, replaceable, [], work_dir=how.work_dir)
     first = _prepared(runs[0].model_copy(update={"output_dir": str(places[0])}), how, overwrite=True)
+    # All results stand until the last is done, none of them larger than the first.
+    needed = len(runs) * sum(spec.nbytes for spec in first.plan.tensors.values())
+    needed -= size_of(Staging(output).stages) if how.resume else 0
+    if not (how.resume and (output / MANIFEST_NAME).is_file()):
+        waiting = spilled(first.recipe, first.method, first.model)
+        check_output(output, replaceable, first.inputs, needed, how.work_dir, waiting, how.resume)
     check_output(output, replaceable, first.inputs, work_dir=how.work_dir)
     check_later(first, recipe)
     fingerprint = fingerprint_of_all(first, recipe)
@@ -148,6 +158,10 @@ def _compress_in_stages(recipe: Recipe, how: _How) -> CompressResult:
     if finished is not None:
         return CompressResult(output, _measured_later(first, recipe, output, finished, how))
     with staged_output(output, how.overwrite, how.resume, how.work_dir) as staging:
+        if not staging.stages.exists() and finished_steps(staging.work):
+            raise UserError(f"cannot resume: {staging.root} holds a single run; {OTHER_RUN}")
+        staging.stages.mkdir(exist_ok=True)
+        Journal(staging.stages, fingerprint, how.anyway)  # what all of them are, compared before any of them runs
         manifests: list[Manifest] = []
         for number, place in enumerate(places):
             job = first if number == 0 else _prepared(_next_run(recipe, first, number, places), how, overwrite=True)
@@ -166,9 +180,7 @@ def _announce(job: Job, number: int, of: int, how: _How) -> None:
 
 def _next_run(whole: Recipe, first: Job, number: int, places: list[Path]) -> Recipe:
     """A run after the first, number 0, on what the one before it gave."""
-    window, is_bundled = first.recipe.max_seq_length, first.resolved.origin == "bundled"
-    assert window is not None
-    run, tokens = later_runs(whole, window, is_bundled)[number - 1], places[0] / CALIBRATION_NAME
+    run, tokens = later_runs_of(first, whole)[number - 1], places[0] / CALIBRATION_NAME
     settings: dict[str, Any] = {"output_dir": str(places[number]), "model": str(places[number - 1]), "revision": None}
     if run.dataset == SELF and tokens.exists():
         count, length = numpy.load(tokens, mmap_mode="r").shape
@@ -181,7 +193,7 @@ def _stage(job: Job, place: Path, several: _Several, how: _How) -> Manifest:
     fingerprint = fingerprint_of(job)
     finished = _finished(place, fingerprint, how) if how.resume else None
     if finished is not None:
-        return finished
+        return _measured_later(job, job.recipe, place, finished, how)
     with staged_output(place, True, how.resume, how.work_dir) as staging:
         return _carry_out(job, fingerprint, staging, how, several)
 
@@ -192,7 +204,7 @@ def _carry_out(
     """Compress, measure, and leave everything that belongs into the result in the place it is built at."""
     job.seconds["preparing"] = time.perf_counter() - job.started - job.seconds["checking"]
     journal = Journal(staging.work, fingerprint, how.anyway)
-    job.resumed = len(journal.records) > 1
+    job.resumed = journal.steps > 0
     how.progress.log = staging.work / LOG_NAME
     with Work(staging.model, journal, how.progress, staging.scratch) as work:
         windows = job.windows
@@ -220,14 +232,16 @@ def _carry_out(
                 numpy.save(staging.model / CALIBRATION_NAME, windows.tokens.numpy())
         _write_account(staging.model, recipe, manifest)
         _write_log(job, staging, how.progress, several)
+        how.progress.log = None  # it goes with the rest
         journal.commit(COMPLETE)
     return manifest
 
 
 def _write_account(directory: Path, recipe: Recipe, manifest: Manifest) -> None:
-    write_manifest(directory, manifest)
+    """The manifest last: what it says is there."""
     write_card(directory, manifest)
     write_recipe(directory, recipe, manifest["model"])
+    write_manifest(directory, manifest)
 
 
 def _write_log(job: Job, staging: Staging, progress: Progress, several: _Several | None) -> None:
@@ -267,11 +281,17 @@ def _sampled(job: Job, work: Work) -> Windows:
 
 
 def _measure(
-    job: Job, staging: Staging, compressed: Path, progress: Progress, outcome: Outcome | None
+    job: Job,
+    staging: Staging,
+    compressed: Path,
+    progress: Progress,
+    outcome: Outcome | None,
+    compares_blocks: bool = True,
 ) -> Comparison | None:
     """Both models in the dtype they are stored in, as `from_pretrained` would load them, so that `eval` agrees.
 
-    outcome: of the run, or None for one that is long over: blocks that were rotated cannot be compared then.
+    outcome: of the run, or None for one that is long over. compares_blocks: as in `compare_streamed`; what was cut or
+    rotated in a run that is over cannot be.
     """
     if job.test is None:
         return None
@@ -283,16 +303,9 @@ def _measure(
     batches = list(job.test.tokens.split(job.recipe.batch_size))
     hidden = [Spilled(staging.scratch / name, job.model.device, hashed=False) for name in ("dense", "compressed")]
     try:
-        return compare_streamed(
-            pair[0],
-            pair[1],
-            batches,
-            outcome.basis if outcome else None,
-            progress,
-            hidden,
-            blocks,
-            compares_blocks=outcome is not None or job.method.sparsity_of != "parameters",
-        )
+        with out_of_memory("there is not enough for both models' largest parts"):
+            basis = outcome.basis if outcome else None
+            return compare_streamed(pair[0], pair[1], batches, basis, progress, hidden, blocks, compares_blocks)
     except RunFailure as error:
         raise RunFailure(
             f"measuring failed: {error}; the compression itself is done: "
@@ -306,7 +319,8 @@ def _measured_later(job: Job, recipe: Recipe, output: Path, manifest: Manifest, 
         return manifest
     with held(output, how.work_dir) as staging:
         start = time.perf_counter()
-        manifest |= measured_of(job, _measure(job, staging, output, how.progress, None))
+        kept = all(method_named(run.method).sparsity_of != "parameters" for run in recipe.stages)
+        manifest |= measured_of(job, _measure(job, staging, output, how.progress, None, kept))
         manifest["run"]["seconds"]["measuring"] = round(time.perf_counter() - start, 3)
         manifest["recipe"] |= job.recipe.model_dump(include={"measure", "eval_text", "eval_windows"})
         _write_account(output, recipe, manifest)

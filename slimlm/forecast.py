@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.methods import method_named
 from slimlm.methods.widths import BY_BLOCK
-from slimlm.prepare import Job, keeps_shapes, later_runs_of, spilled
+from slimlm.prepare import Job, journalled, keeps_shapes, later_runs_of, spilled
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 
@@ -54,17 +55,22 @@ class Forecast:
         return self.result + self.scratch
 
 
-def forecast(job: Job, progress: Progress, whole: Recipe | None = None) -> Forecast:
+def forecast(job: Job, progress: Progress, whole: Recipe | None = None, work_dir: Path | None = None) -> Forecast:
     """Probe the first blocks of a prepared run, in a directory beside its output. Raises RunFailure when that fails.
 
-    whole: a recipe of several runs, of which `job` is the first. All of them are probed, on what each gives.
+    whole: a recipe of several runs, of which `job` is the first. All of them are probed, on what each gives. work_dir:
+    where hidden states are to wait.
     """
     progress.stage("probing the first blocks", 1)
     kinds = job.model.kinds
     shown = min(MOST, len(kinds), max(LEAST, *(kinds.index(kind) + 1 for kind in kinds)))
     home = next(parent for parent in job.output.parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=home) as name:
-        manifest, events = _probe(job, whole or job.recipe, shown, Path(name))
+    with ExitStack() as stack:
+        own, waiting = (
+            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=place)))
+            for place in (home, work_dir or home)
+        )
+        manifest, events = _probe(job, whole or job.recipe, shown, own, waiting if work_dir else None)
     per_kind = {
         kinds[block]: sum(event["seconds"] for event in events if event["part"] == job.model.family.block(block))
         for block in range(shown)
@@ -96,9 +102,10 @@ def _disk(job: Job, later: list[Recipe], probed: list[Manifest]) -> tuple[int, i
         waiting.append(spilled(run.model_copy(update={"dataset": data}), method, job.model))
     sizes: list[int] = [stage["bytes"]["compressed"] for stage in probed]
     runs = [stage["run"] for stage in probed]
-    kept = max(run["work_bytes"] - run["scratch_bytes"] for run in runs)
+    kept: list[int] = [run["work_bytes"] - run["scratch_bytes"] for run in runs]
+    kept.append(journalled(job.recipe, job.method, job.model))
     written = sum(spec.nbytes for spec in job.plan.tensors.values()) * sum(sizes) // sizes[0]
-    return written + kept, max(*waiting, *(run["scratch_bytes"] for run in runs))
+    return written + max(kept), max(*waiting, *(run["scratch_bytes"] for run in runs))
 
 
 def _cached(job: Job) -> int:
@@ -111,7 +118,9 @@ def _cached(job: Job) -> int:
     return 2 * int(heads * width) * batch * recipe.max_seq_length
 
 
-def _probe(job: Job, whole: Recipe, shown: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _probe(
+    job: Job, whole: Recipe, shown: int, scratch: Path, work_dir: Path | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compress the first so many blocks alone; the manifest and the log of that."""
     _show_first_blocks(job, shown, scratch / "model")
     settings = job.recipe.model_dump(exclude={"expected"}, exclude_none=True)
@@ -129,7 +138,13 @@ def _probe(job: Job, whole: Recipe, shown: int, scratch: Path) -> tuple[dict[str
         numpy.save(scratch / "tokens.npy", job.windows.tokens.numpy())
         settings["dataset"] = str(scratch / "tokens.npy")
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "slimlm.probe", str(scratch / "recipe.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "slimlm.probe",
+        str(scratch / "recipe.yaml"),
+        *([str(work_dir)] if work_dir else []),
+    ]
     ours, held = os.pipe()  # nobody writes: that it closes when this process ends, however it does, ends the probe
     try:
         done = subprocess.run(command, stdin=ours, capture_output=True, text=True, check=False)

@@ -29,6 +29,7 @@ NO_DATA = (
     "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
     "fineweb-edu, or --dataset self to let the model write its own (needs the whole model in memory)"
 )
+GRADIENT_BYTES = 2  # they are kept in bf16
 LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than page faults
 
 
@@ -96,7 +97,9 @@ def prepare(
     tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
     recipe = settle(recipe, method, resolved, model.config, output)
     windows, test = _windows(recipe, method, tokenizer, model.config.vocab_size)
-    check_output(output, replaceable, inputs, size, work_dir, spilled(recipe, method, model))
+    if not (resume and (output / MANIFEST_NAME).is_file()):  # a result that is there needs no room
+        written = size + journalled(recipe, method, model)
+        check_output(output, replaceable, inputs, written, work_dir, spilled(recipe, method, model), resume)
     progress.stage("checking weights", parameter_count(model.model))
     start = time.perf_counter()
     model.checkpoint.check_finite(progress.step)
@@ -124,20 +127,15 @@ def check_shots(recipe: Recipe) -> None:
         raise UserError(f"shots are for methods that set weights to zero, not for {recipe.method}")
 
 
-def later_runs(whole: Recipe, window: int, is_bundled: bool) -> list[Recipe]:
-    """The runs of a recipe after its first, with what they take over from that: the length of its windows, and that the
-    bundled model can do without data."""
-    own = {"dataset": SELF} if is_bundled else {}
+def later_runs_of(job: Job, whole: Recipe) -> list[Recipe]:
+    """The runs of a recipe after its first, the prepared one, with what they take over from that: the length of its
+    windows, and that the bundled model can do without data."""
+    own = {"dataset": SELF} if job.resolved.origin == "bundled" else {}
+    window = job.recipe.max_seq_length
     return [
         run.model_copy(update={"max_seq_length": run.max_seq_length or window, **({} if run.dataset else own)})
         for run in whole.stages[1:]
     ]
-
-
-def later_runs_of(job: Job, whole: Recipe) -> list[Recipe]:
-    """The same, after the prepared first."""
-    assert job.recipe.max_seq_length is not None
-    return later_runs(whole, job.recipe.max_seq_length, job.resolved.origin == "bundled")
 
 
 def keeps_shapes(job: Job) -> bool:
@@ -175,6 +173,11 @@ def describe(plan: Plan, method: Method, model: StreamedModel, size: int) -> lis
         *(f"{name}: {before} -> {after}" for name, (before, after) in plan.changes.items()),
         *([plan.remark] if plan.remark else []),
     ]
+
+
+def journalled(recipe: Recipe, method: Method, model: StreamedModel) -> int:
+    """Bytes of gradients that lie beside the result while it is made."""
+    return GRADIENT_BYTES * method.gradients(recipe, model) if recipe.dataset else 0
 
 
 def spilled(recipe: Recipe, method: Method, model: StreamedModel) -> int:

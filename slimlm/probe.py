@@ -1,4 +1,6 @@
-"""`python -m slimlm.probe RECIPE`: what `--dry-run` runs on the first blocks of a model, in a directory of its own.
+"""`python -m slimlm.probe RECIPE [WORK_DIR]`: what `--dry-run` runs on the first blocks of a model.
+
+The recipe lies in a directory of the probe's own, and so is the one where hidden states wait.
 
 Standard input is a pipe that the dry run holds open; when it dies, even by `kill -9`, that ends, and so does the probe.
 """
@@ -14,17 +16,19 @@ from slimlm.errors import SlimlmError
 from slimlm.recipe import load_recipe
 
 
-def end_with_parent(scratch: Path) -> None:
-    """Wait for the end of standard input, then take the probe's directory along."""
+def end_with_parent(*places: Path) -> None:
+    """Wait for the end of standard input, then take the probe's directories along."""
     while os.read(0, 1):
         pass
-    shutil.rmtree(scratch, ignore_errors=True)
+    for place in places:
+        shutil.rmtree(place, ignore_errors=True)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=end_with_parent, args=(Path(sys.argv[1]).parent,), daemon=True).start()
+    recipe, *work_dir = map(Path, sys.argv[1:])
+    threading.Thread(target=end_with_parent, args=(recipe.parent, *work_dir), daemon=True).start()
     try:
-        compress(load_recipe(sys.argv[1]), is_probe=True)
+        compress(load_recipe(str(recipe)), is_probe=True, work_dir=work_dir[0] if work_dir else None)
     except SlimlmError as error:
         sys.exit(str(error))

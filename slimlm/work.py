@@ -171,7 +171,7 @@ class Work:
                 for label, stream in streams.items():
                     stream.hidden = hidden[label]  # type: ignore[assignment]
                 return streams, state, record["block"] + 1
-            logger.warning("what was saved of %s is damaged: it is computed again", name)
+            logger.warning("what was saved of %s is gone or changed: it is computed again", name)
         streams = {
             label: model.embed(batches, Spilled(self.directory / f"{name}-{label}", model.device))
             for label, (model, batches) in starts.items()
@@ -180,8 +180,8 @@ class Work:
 
     def _adopted(self, name: str, label: str, saved: Record, model: StreamedModel) -> Spilled | None:
         hidden = Spilled(self.directory / f"{name}-{label}", model.device)
-        shapes = [tuple(shape) for shape in saved["shapes"]]
-        intact = hidden.adopt(saved["side"], shapes, getattr(torch, saved["dtype"]), saved["sha256"])
+        shapes, dtype = [tuple(shape) for shape in saved["shapes"]], getattr(torch, saved["dtype"])
+        intact = dtype == model.dtype and hidden.adopt(saved["side"], shapes, dtype, saved["sha256"])
         return hidden if intact else None
 
     def save_streams(self, name: str, block: int, streams: Mapping[str, Stream], state: dict[str, Tensor]) -> None:

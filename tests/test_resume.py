@@ -18,6 +18,7 @@ from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
 from slimlm.recipe import Recipe
+from slimlm.walk import StreamedModel
 from tests.conftest import CONFIGS, build_tiny
 
 
@@ -422,6 +423,57 @@ def test_hidden_states_wait_where_they_are_told_to(recipe: Recipe, undisturbed, 
     assert list((tmp_path / "fast").iterdir()) == []
     with pytest.raises(UserError, match="--work-dir .* is not a directory"):
         compress(recipe, overwrite=True, work_dir=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("then", [None, "slow"])
+def test_hidden_states_of_an_interrupted_run_are_found_or_cleared(
+    recipe: Recipe, undisturbed, monkeypatch, tmp_path: Path, caplog, then: str | None
+):
+    """Resumed without --work-dir they are where they were; with another, they are computed again there."""
+    for name in ("fast", "slow"):
+        (tmp_path / name).mkdir()
+    with monkeypatch.context() as patch:
+        die_at(patch, Journal, "commit", 12, after=True)
+        with pytest.raises(Killed):
+            compress(recipe, work_dir=tmp_path / "fast")
+    manifest = compress(recipe, resume=True, work_dir=tmp_path / then if then else None)
+    assert result(manifest.output_dir) == undisturbed
+    assert ("are computed again" in caplog.text) == (then is not None)
+    assert "gone or changed" not in caplog.text or then is not None
+    assert list((tmp_path / "fast").iterdir()) == list((tmp_path / "slow").iterdir()) == []
+
+
+def test_hidden_states_elsewhere_go_when_a_run_starts_over(recipe: Recipe, monkeypatch, tmp_path: Path):
+    (tmp_path / "fast").mkdir()
+    with monkeypatch.context() as patch:
+        die_at(patch, Journal, "commit", 12, after=True)
+        with pytest.raises(Killed):
+            compress(recipe, work_dir=tmp_path / "fast")
+    compress(recipe)
+    assert list((tmp_path / "fast").iterdir()) == []
+
+
+def test_streams_of_another_dtype_are_computed_again(recipe: Recipe, monkeypatch, caplog):
+    """A CPU computes in fp32 what a GPU computes in the checkpoint's own dtype."""
+    killed_halfway(recipe, monkeypatch, 12)
+    original = StreamedModel.__init__
+
+    def finer(self, checkpoint, config, family, device="cpu", dtype=torch.float32, *rest) -> None:
+        original(self, checkpoint, config, family, device, torch.float64, *rest)
+
+    monkeypatch.setattr(StreamedModel, "__init__", finer)
+    compress(recipe, resume=True)
+    assert "gone or changed: it is computed again" in caplog.text
+
+
+def test_torchs_default_dtype_decides_nothing(recipe: Recipe, undisturbed):
+    """Another thread that builds a model in bf16 changes it for the whole process meanwhile."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = result(compress(recipe.model_copy(update={"measure": False})).output_dir)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == undisturbed
 
 
 def test_a_scratch_disk_that_was_wiped_meanwhile_costs_time_alone(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from slimlm import compression
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.manifest import took, versions
+from slimlm.checkpoint.pack import pack
 from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.recipe import Recipe, make_recipe
@@ -280,3 +281,44 @@ def test_a_first_run_from_another_machine_is_recorded_where_it_is_accepted(setti
     (differences,) = manifest["stages"][0]["run"]["resumed_anyway"]
     assert differences["machine instructions"][1] == "SMALL"
     assert manifest["run"]["resumed_anyway"] == []  # the second run began here
+
+
+def test_runs_that_are_measured_only_after_they_were_resumed_are_measured_against_the_dense_model(
+    settings: dict, tmp_path: Path, monkeypatch
+):
+    recipe = make_recipe({**settings, **TWO})
+    interrupted_in_the_second_run(recipe, monkeypatch)
+    measured = compress(make_recipe({**settings, **TWO, "measure": True}), resume=True).manifest["measured"]
+    whole = compress(make_recipe({**settings, **TWO, "measure": True, "output_dir": str(tmp_path / "whole")})).manifest
+    assert measured == whole["measured"]
+
+
+def test_pruning_then_slicing_is_measured_later(settings: dict, tmp_path: Path):
+    more = {"method": "magnitude", "sparsity": 0.3, "then": {"method": "slice", "widths": "hidden=24"}}
+    compress(make_recipe({**settings, **more, "measure": False}))
+    manifest = compress(make_recipe({**settings, **more}), resume=True).manifest
+    whole = compress(make_recipe({**settings, **more, "output_dir": str(tmp_path / "whole")})).manifest
+    assert manifest["measured"] == whole["measured"]
+    assert manifest["blocks"] == []
+
+
+@pytest.mark.parametrize("several_first", [False, True])
+def test_one_run_is_no_part_of_several_nor_the_other_way_round(settings: dict, monkeypatch, several_first: bool):
+    one = make_recipe({**settings, "method": "magnitude", "sparsity": 0.3, "measure": False})
+    recipes = [one, make_recipe({**settings, **TWO})]
+    with monkeypatch.context() as patch:
+        die_at(patch, Journal, "commit", 4, after=True)
+        with pytest.raises(Killed):
+            compress(recipes[several_first])
+    monkeypatch.setattr(compression, "_carry_out", lambda *args: pytest.fail("work was done"))
+    with pytest.raises(UserError, match="cannot resume: .* holds a (single run|recipe of several runs)"):
+        compress(recipes[not several_first], resume=True)
+
+
+def test_packing_into_a_place_where_runs_were_interrupted_is_refused(settings: dict, tiny_llama: Path, monkeypatch):
+    recipe = make_recipe({**settings, **TWO})
+    interrupted_in_the_second_run(recipe, monkeypatch)
+    with pytest.raises(UserError, match="holds what `slimlm compress` did not finish"):
+        pack(tiny_llama, Path(settings["output_dir"]))
+    monkeypatch.undo()
+    compress(recipe, resume=True)

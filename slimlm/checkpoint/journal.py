@@ -20,6 +20,8 @@ from slimlm.errors import UserError
 
 JOURNAL_NAME = "journal.jsonl"
 COMPLETE = "complete"  # the last step of a run
+START, ANYWAY = "start", "resumed anyway"
+NO_STEPS = (START, ANYWAY)
 Record = dict[str, Any]
 ROUNDING = ("machine ", "version ")  # keys of a fingerprint that speak of how sums round, not of what is computed
 
@@ -36,18 +38,23 @@ class Journal:
         self.path = directory / JOURNAL_NAME
         self.records = _read(self.path)
         if not self.records:
-            self.commit("start", fingerprint=dict(fingerprint))
+            self.commit(START, fingerprint=dict(fingerprint))
             sync(directory)
             return
         before = next(record["fingerprint"] for record in reversed(self.records) if "fingerprint" in record)
         differences = compare_fingerprints(before, fingerprint, anyway)
         if differences:
-            self.commit("resumed anyway", fingerprint=dict(fingerprint), differences=differences)
+            self.commit(ANYWAY, fingerprint=dict(fingerprint), differences=differences)
+
+    @property
+    def steps(self) -> int:
+        """How many steps are finished."""
+        return sum(record["step"] not in NO_STEPS for record in self.records)
 
     @property
     def differences(self) -> list[dict[str, list[Any]]]:
         """What differed, [before, after], each time that the run was resumed all the same."""
-        return [record["differences"] for record in self.records if record["step"] == "resumed anyway"]
+        return [record["differences"] for record in self.records if record["step"] == ANYWAY]
 
     def commit(self, step: str, **facts: Any) -> None:
         """Record that a step is finished."""
@@ -89,12 +96,20 @@ class Journal:
 
 def _read(path: Path) -> list[Record]:
     """Every whole record; whatever follows the first that is not whole is cut off."""
+    records, kept = _whole_records(path)
+    if path.is_file() and kept < path.stat().st_size:
+        with disk_errors(path), path.open("r+b") as file:
+            file.truncate(kept)
+    return records
+
+
+def _whole_records(path: Path) -> tuple[list[Record], int]:
+    """The records of a journal up to the first that is not whole, and the bytes they take; none without a start."""
     if not path.is_file():
-        return []
+        return [], 0
     records: list[Record] = []
     kept = 0
-    content = path.read_bytes()
-    for line in content.splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
         except ValueError:
@@ -103,10 +118,7 @@ def _read(path: Path) -> list[Record]:
             break
         records.append(record)
         kept += len(line)
-    if kept < len(content):
-        with disk_errors(path), path.open("r+b") as file:
-            file.truncate(kept)
-    return records if records and records[0]["step"] == "start" else []
+    return (records, kept) if records and records[0]["step"] == START else ([], kept)
 
 
 def compare_fingerprints(
@@ -134,7 +146,11 @@ def compare_fingerprints(
     return differing
 
 
+def is_complete(directory: Path) -> bool:
+    """Whether the run whose journal is in `directory` came to its end, but perhaps for giving its result the name."""
+    return any(record["step"] == COMPLETE for record in _whole_records(directory / JOURNAL_NAME)[0])
+
+
 def finished_steps(directory: Path) -> int:
-    """How many steps a run had finished that was interrupted, its journal in `directory`; 0 for one that was not."""
-    records = _read(directory / JOURNAL_NAME)
-    return len(records) - 1 if records and records[-1]["step"] != COMPLETE else 0
+    """How many steps a run had finished whose journal is in `directory`."""
+    return sum(record["step"] not in NO_STEPS for record in _whole_records(directory / JOURNAL_NAME)[0])

@@ -10,8 +10,9 @@ import json
 import os
 import platform
 import threading
+import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -78,7 +79,7 @@ def _is_current(lock: int, path: Path) -> bool:
 
 @contextmanager
 def _owned(path: Path) -> Iterator[None]:
-    _claim(path)
+    mine = _claim(path)
     over = threading.Event()
     alive = threading.Thread(target=_stay_alive, args=(path, over), name="heartbeat", daemon=True)
     alive.start()
@@ -87,21 +88,37 @@ def _owned(path: Path) -> Iterator[None]:
     finally:
         over.set()
         alive.join()
-        path.unlink(missing_ok=True)
+        if _read(path) == mine:
+            path.unlink(missing_ok=True)
 
 
-def _claim(path: Path) -> None:
-    who = json.dumps({"host": platform.node(), "pid": os.getpid()})
+def _claim(path: Path) -> str:
+    """What the file says now that it is ours. Raises Taken."""
+    mine = json.dumps({"host": platform.node(), "pid": os.getpid(), "id": uuid.uuid4().hex})
     for _ in range(2):
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(who)
-            return
+                file.write(mine)
+            return mine
         except FileExistsError:
-            if not _is_dead(path):
+            found = _read(path)
+            if not _is_dead(path, found):
                 break
-            path.unlink(missing_ok=True)
+            _put_away(path, found)
     raise Taken(f"{path} says {_read(path)}")
+
+
+def _put_away(path: Path, found: str) -> None:
+    """Remove a dead owner's file, unless somebody else has meanwhile, and made one of their own."""
+    away = path.with_name(f"{OWNER_NAME}.{uuid.uuid4().hex}")
+    try:
+        path.rename(away)
+    except FileNotFoundError:
+        return
+    if _read(away) != found:
+        with suppress(FileExistsError):
+            os.link(away, path)  # a live one's: back with it
+    away.unlink()
 
 
 def _read(path: Path) -> str:
@@ -111,22 +128,23 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _is_dead(path: Path) -> bool:
+def _is_dead(path: Path, found: str) -> bool:
     """Whether an owner is gone: from this machine, or for too long by the file system's own clock."""
     try:
-        who = json.loads(_read(path))
+        who = json.loads(found)
         if who["host"] == platform.node() and not psutil.pid_exists(who["pid"]):
             return True
-    except (ValueError, KeyError, TypeError):  # it died before it had written who it is, or is about to
-        who = None
-    now = path.with_name(f"{OWNER_NAME}.now")
+    except (ValueError, KeyError, TypeError):
+        who = None  # it died before it had written who it is, or is about to
+    now = path.with_name(f"{OWNER_NAME}.{uuid.uuid4().hex}")
     now.touch()
     try:
-        return now.stat().st_mtime - path.stat().st_mtime > STALE
+        age = now.stat().st_mtime - path.stat().st_mtime
     except FileNotFoundError:
         return True
     finally:
-        now.unlink(missing_ok=True)
+        now.unlink()
+    return age > STALE
 
 
 def _stay_alive(path: Path, over: threading.Event) -> None:

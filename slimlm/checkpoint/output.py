@@ -9,13 +9,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
-from slimlm.checkpoint.disk import disk_errors, sync
-from slimlm.checkpoint.journal import finished_steps
-from slimlm.checkpoint.lock import Gone, Taken, locked
+from slimlm.checkpoint.disk import disk_errors, sync, write_whole
+from slimlm.checkpoint.journal import finished_steps, is_complete
+from slimlm.checkpoint.lock import LOCK_NAME, OWNER_NAME, Gone, Taken, locked
 from slimlm.checkpoint.manifest import MANIFEST_NAME
-from slimlm.checkpoint.staging import LOCK_FILES, Staging, require_our_staging, require_ours
+from slimlm.checkpoint.staging import Staging, require_our_staging, require_ours
 from slimlm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -52,22 +53,50 @@ def staged_output(
             staging.replaced.rename(output)  # a run died between taking the old output away and putting the new one
         if not resume:
             _start_over(staging)
+        elif staging.elsewhere is not None:
+            staging = _where_it_was(staging, staging.elsewhere)
         for path in (staging.model, staging.work, staging.scratch):
             path.mkdir(exist_ok=True)
+        if staging.work_dir is not None:
+            write_whole(staging.note, str(staging.scratch))
         yield staging
         _publish(staging, overwrite)
 
 
+def _where_it_was(staging: Staging, before: Path) -> Staging:
+    """The place with the hidden states where the interrupted run had them, unless they are to be elsewhere now."""
+    if staging.work_dir is None:
+        return replace(staging, work_dir=before.parent) if before.parent.is_dir() else staging
+    if before != staging.scratch:
+        logger.warning("hidden states wait in %s from now on: those in %s are computed again", staging.scratch, before)
+        _delete(before)
+    return staging
+
+
+def unfinished(staging: Staging) -> tuple[int, int]:
+    """What an interrupted run left here: finished steps, and finished runs of several. (0, 0) where there is nothing
+    to lose, as beside a result that has its name already."""
+    stages = sorted(staging.stages.iterdir()) if staging.stages.is_dir() else []
+    steps = [finished_steps(place / "work") for place in (staging.root, *stages)]
+    runs = len([stage for stage in stages if (stage / MANIFEST_NAME).is_file()])
+    published = is_complete(staging.work) and not staging.model.exists()
+    return (0, 0) if published else (sum(steps), runs)
+
+
 def _start_over(staging: Staging) -> None:
     """Clear what an interrupted run left; what is lost by that is said first."""
-    stages = sorted(staging.stages.iterdir()) if staging.stages.is_dir() else []
-    steps = finished_steps(staging.work) + sum(map(finished_steps, (stage / "work" for stage in stages)))
-    runs = len([stage for stage in stages if (stage / MANIFEST_NAME).is_file()])
+    steps, runs = unfinished(staging)
     if steps or runs:
         done = f"{steps} finished steps" + (f" and {runs} finished runs" if runs else "")
         logger.warning("discarding %s in %s: --resume would have gone on from there", done, staging.root)
-    for path in (staging.model, staging.work, staging.stages, staging.scratch):
+    for path in _parts(staging):
         _delete(path)
+
+
+def _parts(staging: Staging) -> list[Path]:
+    """Everything but the old output and the locks; the journal goes last, as it says what the rest is."""
+    elsewhere = [staging.elsewhere] if staging.elsewhere else []
+    return list(dict.fromkeys([staging.stages, *elsewhere, staging.scratch, staging.model, staging.work]))
 
 
 def _delete(path: Path) -> None:
@@ -76,14 +105,20 @@ def _delete(path: Path) -> None:
         if os.path.lexists(path):
             shutil.rmtree(path)
     except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be deleted: {error.strerror}; delete it yourself") from error
+        reason = error.strerror or error
+        raise UserError(f"{error.filename or path} cannot be deleted: {reason}; delete it yourself") from error
 
 
 @contextmanager
 def held(output: Path, work_dir: Path | None = None) -> Iterator[Staging]:
-    """The locked place beside a finished output, empty, and gone afterwards. Raises UserError when a run is there."""
+    """The locked place beside a finished output, empty, and gone afterwards.
+
+    Raises UserError when a run is at work there, or another one was interrupted.
+    """
     staging = Staging(output, work_dir)
     with _held(staging):
+        if any(unfinished(staging)):
+            raise UserError(f"{staging.root} holds an interrupted run of another kind: finish it, or remove it")
         _start_over(staging)
         for path in (staging.work, staging.scratch):
             path.mkdir(exist_ok=True)
@@ -94,10 +129,18 @@ def held(output: Path, work_dir: Path | None = None) -> Iterator[Staging]:
 
 
 def clear_leftovers(output: Path, work_dir: Path | None = None) -> None:
-    """Remove what a run that finished did not come to remove. Raises UserError when another run is at work there."""
-    if Staging(output).root.exists():
-        with held(output, work_dir):
-            pass
+    """Remove what a run that finished did not come to remove; what another one left to be resumed stays.
+
+    Raises UserError when another run is at work there.
+    """
+    staging = Staging(output)
+    if not staging.root.exists():
+        return
+    if any(unfinished(staging)):
+        logger.warning("%s holds an interrupted run of another kind: it is left alone", staging.root)
+        return
+    with held(output, work_dir):
+        pass
 
 
 @contextmanager
@@ -126,13 +169,13 @@ def _remove_root(root: Path) -> None:
 
 def _remove(staging: Staging) -> None:
     """The lock goes last, so that whatever is left of the directory is still known as ours."""
-    for path in {staging.replaced, staging.stages, staging.scratch, staging.work, staging.model}:
+    for path in (staging.replaced, *_parts(staging)):
         try:
             _delete(path)
         except UserError as error:
             logger.warning("%s; the result is whole, at %s", error, staging.output)
-    for name in reversed(LOCK_FILES):
-        (staging.root / name).unlink(missing_ok=True)
+    for path in (*staging.root.glob(f"{OWNER_NAME}*"), staging.note, staging.root / LOCK_NAME):
+        path.unlink(missing_ok=True)
     _remove_root(staging.root)
 
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from slimlm.checkpoint.disk import disk_errors
-from slimlm.checkpoint.journal import JOURNAL_NAME
-from slimlm.checkpoint.output import staged_output
+from slimlm.checkpoint.output import staged_output, unfinished
 from slimlm.checkpoint.reader import INDEX_NAME, Checkpoint
 from slimlm.checkpoint.shard import StoredTensor
 from slimlm.checkpoint.staging import Staging
@@ -151,7 +150,7 @@ def _refuse_taken(source: Path, output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty: choose another")
     staging = Staging(output)
-    if (staging.work / JOURNAL_NAME).exists():
+    if any(unfinished(staging)):
         raise UserError(f"{staging.root} holds what `slimlm compress` did not finish: choose another, or remove it")
 
 

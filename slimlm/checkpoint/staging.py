@@ -13,8 +13,8 @@ from slimlm.checkpoint.lock import LOCK_NAME, OWNER_NAME
 from slimlm.checkpoint.manifest import MANIFEST_NAME
 from slimlm.errors import UserError
 
-LOCK_FILES = (LOCK_NAME, OWNER_NAME, f"{OWNER_NAME}.now")
-OUR_NAMES = {*LOCK_FILES, "model", "work", "stages", "replaced"}
+OUR_FILES = (LOCK_NAME, OWNER_NAME, "elsewhere")
+OUR_DIRECTORIES = ("model", "work", "stages", "replaced")
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,26 @@ class Staging:
     @property
     def scratch(self) -> Path:
         """Where hidden states wait: a directory of this output's own."""
-        if self.work_dir is None:
-            return self.work
+        return self.work if self.work_dir is None else self.work_dir / self._own_name
+
+    @property
+    def _own_name(self) -> str:
         digest = hashlib.sha256(os.fsencode(self.output)).hexdigest()[:12]
-        return self.work_dir / f"slimlm-{self.output.name[:100]}-{digest}"
+        return f"slimlm-{self.output.name[:100]}-{digest}"
+
+    @property
+    def note(self) -> Path:
+        """The file that says where hidden states wait, if not in `work`."""
+        return self.root / "elsewhere"
+
+    @property
+    def elsewhere(self) -> Path | None:
+        """Where the run that left off here had its hidden states, if not in `work`."""
+        try:
+            noted = Path(self.note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return noted if noted.is_absolute() and noted.name == self._own_name and not noted.is_symlink() else None
 
 
 def check_output(
@@ -60,11 +76,13 @@ def check_output(
     needed_bytes: int = 0,
     work_dir: Path | None = None,
     scratch_bytes: int = 0,
+    resume: bool = False,
 ) -> None:
     """Raises UserError when a checkpoint cannot be put at `output`: taken, not writable, not on a large enough disk.
 
     `inputs` are never overwritten, nor is a directory that slimlm did not write. needed_bytes: of the result;
-    scratch_bytes: of what waits in files meanwhile, beside it or in `work_dir`.
+    scratch_bytes: of what waits in files meanwhile, beside it or in `work_dir`. resume: whether what earlier runs of
+    several gave stays.
     """
     staging = Staging(output, work_dir)
     if output.exists() and not output.is_dir():
@@ -87,8 +105,9 @@ def check_output(
             raise UserError(f"--work-dir {work_dir} is not a directory")
         _require_real(staging.scratch, _try_writing(work_dir, "--work-dir: files"))
     # What an earlier run left there is either taken over or cleared.
-    left = sum(map(_size, {staging.model, staging.replaced, staging.work} - {staging.scratch}))
-    _require_space(output, [(home, needed_bytes - left), (work_dir or home, scratch_bytes - _size(staging.scratch))])
+    left = {staging.model, staging.replaced, *([] if resume else [staging.work, staging.stages])} - {staging.scratch}
+    needs = [(home, needed_bytes - sum(map(size_of, left)))]
+    _require_space(output, [*needs, (work_dir or home, scratch_bytes - size_of(staging.scratch))])
 
 
 def _try_writing(home: Path, what: str) -> int | None:
@@ -138,10 +157,14 @@ def require_our_staging(root: Path, owner: int | None = None) -> None:
     if not os.path.lexists(root):
         return
     _require_real(root, owner)
-    if not {path.name for path in root.iterdir()} <= OUR_NAMES:
-        raise UserError(f"{root} is in the way and was not made by slimlm: move it, or choose another --output-dir")
     for path in root.iterdir():
+        if not (path.name in OUR_DIRECTORIES or is_our_file(path.name)):
+            raise UserError(f"{root} is in the way and was not made by slimlm: move it, or choose another --output-dir")
         _require_real(path, owner)
+
+
+def is_our_file(name: str) -> bool:
+    return name in OUR_FILES or name.startswith(f"{OWNER_NAME}.")
 
 
 def _require_real(path: Path, owner: int | None) -> None:
@@ -152,7 +175,7 @@ def _require_real(path: Path, owner: int | None) -> None:
         return
     if stat.S_ISLNK(found.st_mode):
         raise UserError(f"{path} is a link to {os.readlink(path)}, which slimlm did not make: remove it")
-    if not stat.S_ISDIR(found.st_mode) and path.name not in LOCK_FILES:
+    if not stat.S_ISDIR(found.st_mode) and not is_our_file(path.name):
         raise UserError(f"{path} is in the way and was not made by slimlm: move it, or choose another --output-dir")
     if owner is not None and found.st_uid != owner:
         raise UserError(f"{path} belongs to another user (uid {found.st_uid}): choose another --output-dir")
@@ -173,7 +196,8 @@ def _require_space(output: Path, needs: list[tuple[Path, int]]) -> None:
             )
 
 
-def _size(directory: Path) -> int:
+def size_of(directory: Path) -> int:
+    """Bytes of all files below a directory, if there is one."""
     return sum(file.lstat().st_size for file in directory.rglob("*") if file.is_file() and not file.is_symlink())
 
 

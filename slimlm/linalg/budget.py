@@ -73,8 +73,8 @@ def rise_of(after: Tensor, before: Tensor) -> tuple[float, float]:
     The error is that of paired differences; of a single window none can be told, and it is 0.
     """
     differences = (after - before).double()
-    error = differences.std() / math.sqrt(len(differences)) if len(differences) > 1 else torch.zeros(())
-    return float(differences.mean()), float(error)
+    error = float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return float(differences.mean()), error
 
 
 def predicted_loss(curves: Mapping[str, LossCurve], removed: Mapping[str, int]) -> float:
@@ -108,9 +108,10 @@ def cheapest_split(curves: Sequence[LossCurve], sizes: Sequence[int], percent: f
         total = torch.where(before >= 0, least[before.clamp_min(0)] + loss, math.inf)
         least, choice = total.min(1)
         choices.append((choice, taken))
-    if not torch.isfinite(least[-1]):
+    left = int(torch.isfinite(least).nonzero().max())
+    if budget - left > len(sizes) / 2:  # more than rounding each part's hundredths comes to
         raise ValueError(f"no part may lose more than {most}%, and {percent:g}% are to go of all")
-    found, left = [], budget
+    found = []
     for choice, taken in reversed(choices):
         count = int(choice[left])
         found.append(count)

@@ -238,7 +238,7 @@ def _sketch(like: Tensor, metric: Tensor | None) -> Tensor:
     outputs = like.shape[1]
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(outputs, SKETCH, dtype=like.dtype, generator=generator).to(like.device)
-    plain = torch.eye(outputs).to(like) if outputs <= SKETCH else normal
+    plain = torch.eye(outputs, dtype=like.dtype, device=like.device) if outputs <= SKETCH else normal
     if metric is None:
         return plain
     system = metric.clone()

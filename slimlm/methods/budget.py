@@ -263,7 +263,11 @@ class _Order:
         like = next(iter(self.matrices.values()))
         packed = {count: like.new_empty(len(self.matrices), *like.shape) for count in counts}
         for expert, (name, weight) in enumerate(self.matrices.items()):
-            gram = grams.pop(name) if name in grams else torch.eye(weight.shape[1], device=weight.device)
+            gram = (
+                grams.pop(name)
+                if name in grams
+                else torch.eye(weight.shape[1], dtype=torch.float32, device=weight.device)
+            )
             for gone, left in removals(gram, weight, self.size, counts):
                 packed[len(gone)][expert] = left
         yield from packed.items()

@@ -119,12 +119,11 @@ def row_fisher(gradients: TokenGradients, damping: float, blocks: bool) -> RowFi
     return RowFisher(gradients, damping * max(float(gradients.mean_square()), 1e-30), size)
 
 
-def gradient_windows(recipe: Recipe, model: StreamedModel) -> int:
-    """Room on disk that gathered gradients take, in windows of hidden states."""
+def gradient_numbers(recipe: Recipe, model: StreamedModel) -> int:
+    """How many numbers gathered gradients are."""
     assert recipe.max_seq_length is not None
     of_each = recipe.max_seq_length if recipe.fisher_unit == "sequence" else 1
-    numbers = min(TOKENS, recipe.fisher_samples * of_each) * sum(map(sum, model.matrices.values()))
-    return 1 + numbers // (recipe.max_seq_length * int(model.config.hidden_size))
+    return int(min(TOKENS, recipe.fisher_samples * of_each) * sum(map(sum, model.matrices.values())))
 
 
 def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work: Work) -> None:

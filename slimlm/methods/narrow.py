@@ -57,7 +57,7 @@ def narrow_experts(
                 expert, tokens = len(writing), seen.tokens.get(name, 0)
                 if tokens < FEW * full:
                     starved[name] = tokens
-                    seen.statistics[name] = torch.eye(full, device=model.device)
+                    seen.statistics[name] = torch.eye(full, dtype=torch.float32, device=model.device)
                 kept, weight = without_units(
                     seen.statistics.pop(name),
                     tensors[writes][expert],

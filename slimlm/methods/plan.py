@@ -61,6 +61,7 @@ class Method:
     scratch(recipe, model): windows whose hidden states wait on disk at once while it runs, beside the calibration's.
     calibrates(recipe, path): whether it looks at data, for the model in a directory.
     holds_out(recipe): whether it chooses something on windows it holds out, and so needs a few.
+    gradients(recipe, model): numbers of gradients that are kept beside the result while it runs.
     resolve(recipe): the recipe with what the method chooses where the recipe does not say.
     """
 
@@ -72,6 +73,7 @@ class Method:
     run: Callable[[StreamedModel, Plan, list[Tensor], Work], Outcome]
     scratch: Callable[[Recipe, StreamedModel], int] = lambda recipe, model: 0
     holds_out: Callable[[Recipe], bool] = lambda recipe: False
+    gradients: Callable[[Recipe, StreamedModel], int] = lambda recipe, model: 0
     resolve: Callable[[Recipe], Recipe] = lambda recipe: recipe
 
 

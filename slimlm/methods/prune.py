@@ -21,7 +21,7 @@ from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import RunFailure, UserError
 from slimlm.linalg.masks import Tile
 from slimlm.methods.allocation import allocate
-from slimlm.methods.fisher import gather_gradients, gradient_names, gradient_windows, gradients_of, row_fisher
+from slimlm.methods.fisher import gather_gradients, gradient_names, gradient_numbers, gradients_of, row_fisher
 from slimlm.methods.gather import gathered
 from slimlm.methods.gradients import sweep_windows
 from slimlm.methods.inputs import input_statistics
@@ -67,9 +67,10 @@ def pruning(
             streams = max(streams, SOLVED_SCRATCH)
         if recipe.allocation == "owl":
             streams = max(streams, recipe.num_calibration_samples)
-        if not needs_gradients(recipe, chosen):
-            return streams
-        return max(streams, sweep_windows(recipe, model)) + gradient_windows(recipe, model)
+        return max(streams, sweep_windows(recipe, model)) if needs_gradients(recipe, chosen) else streams
+
+    def gradients(recipe: Recipe, model: StreamedModel) -> int:
+        return gradient_numbers(recipe, model) if needs_gradients(*settled(recipe)) else 0
 
     def run(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
         return run_prune(model, plan, batches, work, combined(choice, plan.recipe), repairing(plan.recipe))
@@ -82,6 +83,7 @@ def pruning(
         plan=lambda model, recipe: plan_prune(model, settled(recipe)[0]),
         run=run,
         scratch=scratch,
+        gradients=gradients,
         holds_out=repairing,
         resolve=lambda recipe: settled(recipe)[0],
     )

@@ -276,7 +276,7 @@ def _fit_map(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensors) -
     weights = pair.dense.weights(block)
     data = pair.reader_data(block, place, norm, tensors)
     readers = pair.dense.anatomy[block].reading(norm)
-    metric = torch.zeros(len(pair.basis), len(pair.basis), device=pair.basis.device)
+    metric = torch.zeros(len(pair.basis), len(pair.basis), dtype=torch.float32, device=pair.basis.device)
     for name in readers:
         weight = weights[name].float().flatten(0, -2)
         metric.addmm_(weight.T, weight)

@@ -43,7 +43,7 @@ def prune_and_repair(
 ) -> dict[str, Any]:
     """Write every block pruned, and the head refitted unless it is tied to the embedding; figures for the manifest."""
     layout = Layout(model)
-    eye = torch.eye(model.config.hidden_size, device=model.device)
+    eye = torch.eye(model.config.hidden_size, dtype=torch.float32, device=model.device)
     small = StreamedModel(model.checkpoint, copy.deepcopy(model.config), model.family, model.device, model.dtype)
     work.progress.stage("pruning", len(model.blocks))
     starts = {"dense": (model, batches), "small": (small, batches)}
@@ -81,7 +81,7 @@ def _prune_block(pair: Pair, index: int, task: Task) -> Tensors:
         if names:
             data = pair.reader_data(index, index, norm, tensors)
             weights = torch.cat([tensors[f"{name}.weight"].float() for name in names])
-            prior = torch.eye(weights.shape[1], device=weights.device)
+            prior = torch.eye(weights.shape[1], dtype=torch.float32, device=weights.device)
             fit = ridge(data, prior, weights.T @ weights, pair.guess(index, norm.label))
             pair.fits[f"{index}.{norm.label}"] = fit.strength
             target = Fit(weights @ fit.weight, fit.strength)

@@ -40,7 +40,7 @@ def seen_through(norm: Mapping[str, Tensor], family: Family, basis: Tensor) -> T
     up for it goes in here rather than into the gain, where bf16 would round it by up to 0.2% for the whole stream.
     """
     if is_own(basis):
-        return torch.eye(basis.shape[0], device=basis.device)
+        return torch.eye(basis.shape[0], dtype=torch.float32, device=basis.device)
     hidden, width = basis.shape
     seen = (basis * math.sqrt(hidden / width)).float()
     if "weight" in norm:
@@ -53,7 +53,9 @@ def sliced_norm(norm: Mapping[str, Tensor], family: Family, basis: Tensor) -> di
     if is_own(basis):
         return dict(norm)
     evenly = {"weight": 1 - family.offset, "bias": CONSTANT}
-    return {name: torch.full((basis.shape[1],), evenly[name], device=basis.device) for name in norm}
+    return {
+        name: torch.full((basis.shape[1],), evenly[name], dtype=torch.float32, device=basis.device) for name in norm
+    }
 
 
 def slice_block(
@@ -64,7 +66,7 @@ def slice_block(
     family: as it is in this block. weights: linears' as [out, in]; readers may be left out. zeros: further biases that
     the result has.
     """
-    yield from ((name, torch.zeros(basis.shape[1], device=basis.device)) for name in zeros)
+    yield from ((name, torch.zeros(basis.shape[1], dtype=torch.float32, device=basis.device)) for name in zeros)
     if is_own(basis):
         yield from weights.items()
         return
@@ -173,7 +175,7 @@ def write_tied_norm(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, 
     gain = norm["weight"] + family.offset
     yield f"{family.final_norm}.weight", (gain.mean() * scale - family.offset).expand(width)
     if "bias" in norm:
-        yield f"{family.final_norm}.bias", torch.full((width,), CONSTANT, device=basis.device)
+        yield f"{family.final_norm}.bias", torch.full((width,), CONSTANT, dtype=torch.float32, device=basis.device)
 
 
 def unchanged(model: StreamedModel, part: str) -> Iterator[tuple[str, Rows]]:

@@ -136,7 +136,9 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
     for name, (before, after) in plan.changes.items():
         work.progress.line(f"{name}: {before} -> {after}")
     stays = layout.stays(widths)
-    basis = torch.eye(widths.hidden, device=model.device) if stays else found.of(widths.hidden).float()
+    basis = (
+        torch.eye(widths.hidden, dtype=torch.float32, device=model.device) if stays else found.of(widths.hidden).float()
+    )
     notes = {**found.notes, **notes}
     del found  # larger than what is kept of it
     work.lay_out(plan.tensors, plan.carrier)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ def check_results(path: Path) -> None:
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(0, "it may not be written")
         if _in_one_step(path):
-            part = _part(path)
-            part.open("x").close()
-            part.unlink()
+            _part(path).unlink()
     except OSError as error:
         raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
 
@@ -43,12 +42,17 @@ def write_results(path: Path, data: Any) -> None:
 
 def _in_one_step(path: Path) -> bool:
     """Not for /dev/stdout and other things that are no files."""
-    return path.is_file() or not path.exists()
+    return (
+        not path.is_relative_to("/dev") and not path.is_relative_to("/proc") and (path.is_file() or not path.exists())
+    )
 
 
 def _part(path: Path) -> Path:
-    target = path.resolve()  # of a link, what it leads to is replaced
-    return target.with_name(f".{target.name}.{os.getpid()}.part")
+    """An empty file of our own beside the path, or beside what it leads to, which is what is replaced."""
+    target = path.resolve()
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    part.open("x").close()
+    return part
 
 
 def _rename(part: Path, target: Path) -> None:

@@ -7,13 +7,15 @@ import shutil
 import stat
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from slimlm.checkpoint import lock as lock_module
+from slimlm.checkpoint.journal import COMPLETE, JOURNAL_NAME, Journal
 from slimlm.checkpoint.lock import LOCK_NAME, OWNER_NAME
-from slimlm.checkpoint.output import clear_leftovers, staged_output
+from slimlm.checkpoint.output import clear_leftovers, held, staged_output
 from slimlm.checkpoint.staging import Staging, check_output
 from slimlm.errors import UserError
 
@@ -393,3 +395,60 @@ def test_an_unwritable_place_is_one_clear_error(tmp_path: Path):
             check_output(place, overwrite=False, inputs=[])
         with pytest.raises(UserError, match="cannot be created"), staged_output(place, overwrite=False):
             pass
+
+
+def test_a_live_owner_is_never_taken_for_dead(tmp_path: Path, without_locks):
+    """However many look at it at once."""
+    staging = Staging(tmp_path / "out")
+    with staged_output(staging.output):
+        owner = staging.root / OWNER_NAME
+        with ThreadPoolExecutor(4) as pool:
+            judged = list(pool.map(lambda _: lock_module._is_dead(owner, owner.read_text()), range(400)))
+        assert not any(judged)
+        assert not list(staging.root.glob(f"{OWNER_NAME}.*"))
+
+
+def test_of_two_that_find_a_dead_owner_one_wins(tmp_path: Path, without_locks):
+    """The second judged the dead one's file before the first put its own there."""
+    staging = Staging(tmp_path / "out")
+    staging.root.mkdir()
+    owner = staging.root / OWNER_NAME
+    with lock_module._owned(owner):
+        mine = owner.read_text()
+        lock_module._put_away(owner, "what the dead one said")
+        assert owner.read_text() == mine
+    assert not owner.exists()
+
+
+def test_what_a_finished_run_did_not_come_to_publish_is_said_before_it_goes(tmp_path: Path, caplog):
+    staging = Staging(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt), staged_output(staging.output) as place:
+        journal = Journal(place.work, {})
+        journal.commit("written model.layers.0")
+        journal.commit(COMPLETE)
+        raise KeyboardInterrupt
+    with staged_output(staging.output):
+        pass
+    assert f"discarding 2 finished steps in {staging.root}" in caplog.text
+
+
+def test_leftovers_of_another_run_stay(tmp_path: Path, caplog):
+    with pytest.raises(KeyboardInterrupt), staged_output(tmp_path / "out") as staging:
+        Journal(staging.work, {}).commit("written model.layers.0")
+        raise KeyboardInterrupt
+    clear_leftovers(staging.output)
+    assert "holds an interrupted run of another kind: it is left alone" in caplog.text
+    assert (staging.work / JOURNAL_NAME).exists()
+    with pytest.raises(UserError, match="holds an interrupted run of another kind"), held(staging.output):
+        pass
+
+
+def test_runs_that_are_cleared_first_count_as_free(tmp_path: Path, monkeypatch):
+    stages = Staging(tmp_path / "out").stages
+    stages.mkdir(parents=True)
+    (stages / "weights").write_bytes(b"x" * 500)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("slimlm.checkpoint.staging.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    check_output(tmp_path / "out", False, [], 1500)
+    with pytest.raises(UserError, match="needs"):
+        check_output(tmp_path / "out", False, [], 1500, resume=True)

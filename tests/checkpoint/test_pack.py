@@ -121,10 +121,11 @@ def test_a_damaged_archive_is_named_and_nothing_written(pruned: Path, tmp_path: 
 def test_what_compress_did_not_finish_is_not_cleared(pruned: Path, tmp_path: Path):
     journal = tmp_path / "out.partial" / "work" / "journal.jsonl"
     journal.parent.mkdir(parents=True)
-    journal.write_text("hours of work")
+    work = '{"step": "start", "fingerprint": {}}\n{"step": "written model.layers.0"}\n{"step": "wri'
+    journal.write_text(work)
     with pytest.raises(UserError, match=r"out\.partial holds what `slimlm compress` did not finish"):
         pack(pruned, tmp_path / "out")
-    assert journal.read_text() == "hours of work"
+    assert journal.read_text() == work
 
 
 def test_an_archive_inside_its_source_is_refused(pruned: Path):

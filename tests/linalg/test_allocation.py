@@ -150,3 +150,12 @@ def test_a_spectrum_is_the_squared_singular_values(shape: tuple[int, int]):
     weight[:2] = weight[2:3]  # two of rank less
     wanted = torch.linalg.svdvals(weight.double()).square()
     assert torch.allclose(spectrum(weight), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("percent", [94, 95])
+def test_all_that_may_go_goes_from_parts_of_any_size(percent: int):
+    curves = [LossCurve([(50, 0.1 * size), (95, float(size))]) for size in (3, 4, 5)]
+    split = cheapest_split(curves, [3, 4, 5], percent, 95)
+    assert sum(size * count for size, count in zip([3, 4, 5], split, strict=True)) / 12 == pytest.approx(
+        percent, abs=0.7
+    )
