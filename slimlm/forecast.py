@@ -66,11 +66,11 @@ def forecast(job: Job, progress: Progress, whole: Recipe | None = None, work_dir
     shown = min(MOST, len(kinds), max(LEAST, *(kinds.index(kind) + 1 for kind in kinds)))
     home = next(parent for parent in job.output.parents if parent.is_dir())
     with ExitStack() as stack:
-        own, waiting = (
+        own, *waiting = (
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=place)))
-            for place in (home, work_dir or home)
+            for place in (home, *([work_dir] if work_dir else []))
         )
-        manifest, events = _probe(job, whole or job.recipe, shown, own, waiting if work_dir else None)
+        manifest, events = _probe(job, whole or job.recipe, shown, own, waiting[0] if waiting else None)
     per_kind = {
         kinds[block]: sum(event["seconds"] for event in events if event["part"] == job.model.family.block(block))
         for block in range(shown)

@@ -5,6 +5,7 @@ The recipe lies in a directory of the probe's own, and so is the one where hidde
 Standard input is a pipe that the dry run holds open; when it dies, even by `kill -9`, that ends, and so does the probe.
 """
 
+import _thread
 import os
 import shutil
 import sys
@@ -15,20 +16,24 @@ from slimlm.compression import compress
 from slimlm.errors import SlimlmError
 from slimlm.recipe import load_recipe
 
+ended = threading.Event()  # whether the dry run is over before the probe is
 
-def end_with_parent(*places: Path) -> None:
-    """Wait for the end of standard input, then take the probe's directories along."""
+
+def end_with_parent() -> None:
+    """Wait for the end of standard input, then have the main thread stop and take the probe's directories along."""
     while os.read(0, 1):
         pass
-    for place in places:
-        shutil.rmtree(place, ignore_errors=True)
-    os._exit(1)
+    ended.set()
+    _thread.interrupt_main()
 
 
 if __name__ == "__main__":
     recipe, *work_dir = map(Path, sys.argv[1:])
-    threading.Thread(target=end_with_parent, args=(recipe.parent, *work_dir), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         compress(load_recipe(str(recipe)), is_probe=True, work_dir=work_dir[0] if work_dir else None)
     except SlimlmError as error:
         sys.exit(str(error))
+    finally:
+        for place in (recipe.parent, *work_dir) if ended.is_set() else ():
+            shutil.rmtree(place, ignore_errors=True)

@@ -139,6 +139,7 @@ def stopped(number):
     return work
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     slimlm.compression.compress = slimlm.evaluation.evaluate.evaluate = stopped(number)
     slimlm.inspection.inspect_model = stopped(number)

@@ -167,7 +167,7 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     }
     took = {"model.layers.0": 7.0, "model.layers.1": 2.0, "lm_head": 50.0}
     events = [{"part": part, "seconds": seconds} for part, seconds in took.items()] * 2
-    monkeypatch.setattr(forecast_module, "_probe", lambda job, whole, shown, scratch: (manifest, events))
+    monkeypatch.setattr(forecast_module, "_probe", lambda job, whole, shown, scratch, work_dir: (manifest, events))
     job = prepare(recipe, False, False, Progress())
     found = forecast(job, Progress())
     assert found.seconds == pytest.approx(20 + (2 + 2) + not_shown(job, 2) * 1)
