@@ -29,8 +29,8 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     recipe, *work_dir = map(Path, sys.argv[1:])
-    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
+        threading.Thread(target=end_with_parent, daemon=True).start()
         compress(load_recipe(str(recipe)), is_probe=True, work_dir=work_dir[0] if work_dir else None)
     except SlimlmError as error:
         sys.exit(str(error))
