@@ -24,6 +24,7 @@ lock:
 	rm -r .venv-lock
 
 # The main job on the model that ships with slimlm: no network, no token, no GPU.
+demo: export OMP_WAIT_POLICY = passive
 demo: install
 	$(BIN)/slimlm compress --model llama --sparsity 0.25 --output-dir demo-out --overwrite
 	$(BIN)/slimlm eval demo-out --against llama

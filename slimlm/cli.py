@@ -147,7 +147,8 @@ WorkDir = Annotated[
     typer.Option(
         "--work-dir",
         rich_help_panel=RUN,
-        help="Where hidden states wait while it runs, best a fast local disk.  [default: beside the output]",
+        help="Existing directory where hidden states wait while it runs, best on a fast local disk.  "
+        "[default: beside the output]",
         show_default=False,
     ),
 ]
@@ -157,7 +158,10 @@ NOT_OF_THE_RECIPE = ("recipe", "overwrite", "resume", "resume_anyway", "work_dir
 @app.command("compress")
 def compress_command(
     model: Annotated[str | None, _flag("model", WHAT, "-m")] = None,
-    sparsity: Annotated[float | None, _flag("sparsity", WHAT, "-s")] = None,
+    sparsity: Annotated[
+        float | None,
+        _flag("sparsity", WHAT, "-s", default="none; needed unless a pattern, widths or a recipe say it"),
+    ] = None,
     method: Annotated[str | None, _flag("method", WHAT)] = None,
     pattern: Annotated[str | None, _flag("pattern", WHAT)] = None,
     recipe: Annotated[

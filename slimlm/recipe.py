@@ -37,8 +37,8 @@ class Recipe(BaseModel):
     revision: str | None = Field(None, description="hub revision of the model")
     method: str = Field(
         "slice",
-        description="how: `slice` gives smaller widths; `slimlm` (loses least), `sparsegpt`, `obc`, `wanda` and "
-        "`magnitude` set weights to zero",
+        description="how: `slice` gives smaller widths; `slimlm` (loses least), `sparsegpt`, `obc`, `mfac`, "
+        "`woodfisher`, `wanda` and `magnitude` set weights to zero",
     )
     sparsity: float = Field(
         0.0, description="share to remove, above 0 and below 1: of all parameters (slice), or of the pruned matrices"

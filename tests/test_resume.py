@@ -421,7 +421,7 @@ def test_hidden_states_wait_where_they_are_told_to(recipe: Recipe, undisturbed, 
     assert not [file for file in Staging(tmp_path / "out").work.iterdir() if file.suffix in (".0", ".1")]
     assert result(compress(recipe, resume=True, work_dir=tmp_path / "fast").output_dir) == undisturbed
     assert list((tmp_path / "fast").iterdir()) == []
-    with pytest.raises(UserError, match="--work-dir .* is not a directory"):
+    with pytest.raises(UserError, match="--work-dir .* does not exist"):
         compress(recipe, overwrite=True, work_dir=tmp_path / "nowhere")
 
 

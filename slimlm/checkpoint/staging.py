@@ -102,7 +102,7 @@ def check_output(
     require_our_staging(staging.root, owner)
     if work_dir is not None:
         if not work_dir.is_dir():
-            raise UserError(f"--work-dir {work_dir} is not a directory")
+            raise UserError(f"--work-dir {work_dir} {'is not a directory' if work_dir.exists() else 'does not exist'}")
         _require_real(staging.scratch, _try_writing(work_dir, "--work-dir: files"))
     # What an earlier run left there is either taken over or cleared.
     left = {staging.model, staging.replaced, *([] if resume else [staging.work, staging.stages])} - {staging.scratch}
@@ -191,9 +191,13 @@ def _require_space(output: Path, needs: list[tuple[Path, int]]) -> None:
         free = shutil.disk_usage(home).free
         if free < needed:
             raise UserError(
-                f"output {output} needs {needed / 1e9:.2f} GB in {home} and its disk has {free / 1e9:.2f} GB free: "
+                f"output {output} needs {_text(needed)} in {home} and its disk has {_text(free)} free: "
                 "free some space or choose another --output-dir or --work-dir"
             )
+
+
+def _text(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.2f} MB"
 
 
 def size_of(directory: Path) -> int:

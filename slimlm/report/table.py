@@ -59,7 +59,11 @@ def _rows(columns: list[dict[str, Any]]) -> list[tuple[str, list[str], str]]:
 
 
 def _ratio_row(label: str, values: list[Any], form: str) -> tuple[str, list[str], str]:
-    return label, [form.format(value) for value in values], f"{100 * (values[-1] / values[0] - 1):+.1f}%"
+    return (
+        label,
+        [form.format(value) for value in values],
+        f"{100 * (values[-1] / values[0] - 1):+.1f}%".replace("-0.0%", "+0.0%"),
+    )
 
 
 def _task_row(task: str, metric: str, scores: list[dict[str, Any]]) -> tuple[str, list[str], str]:
