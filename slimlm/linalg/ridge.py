@@ -135,12 +135,21 @@ class Regression:
 
     @contextmanager
     def gram(self) -> Iterator[Tensor]:
-        """x^T x: [in, in], to be used up inside the context; without the held-out tokens where those are Rows."""
+        """x^T x of all tokens: [in, in], to be used up inside the context. Where a sample of the held-out ones is kept,
+        it takes another look at the data, and without one they are left out."""
         if isinstance(self.held, Moments):
             yield self.fit.xx + self.held.xx
-        else:
-            with self.fit.lent() as gram:
-                yield gram
+            return
+        with self.fit.lent() as gram:
+
+            def add(x: Tensor, y: Tensor, held: Tensor, weight: Tensor | None = None) -> None:
+                if held.any():
+                    x, _ = _weighted(x, y[..., :0], held, weight)
+                    gram.addmm_(x.T.to(gram), x.to(gram))
+
+            if self.again is not None:
+                self.again(add)
+            yield gram
 
     def take(self, kept: Tensor) -> "Regression":
         """The data of the inputs numbered `kept`; where it is shown again, the others are gone."""

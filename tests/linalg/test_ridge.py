@@ -135,6 +135,8 @@ def test_all_held_out_tokens_of_wide_inputs_are_in_the_fit_where_they_can_be_sho
     sampled = Regression.of(6, 4)
     show(sampled.add)
     sampled.again = show
+    with sampled.gram() as gram:
+        assert torch.allclose(gram, wanted.xx, rtol=1e-6)
     sampled.centre(prior.T)
     found = sampled.join()
     assert torch.allclose(found.xx, wanted.xx, rtol=1e-6)
