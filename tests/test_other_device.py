@@ -10,6 +10,7 @@ from tests.families.configs import family_config
 from tests.other_device import RUNS
 
 
+@pytest.mark.slow
 def test_another_device_computes_the_same_and_no_tensor_stays_behind(tmp_path: Path):
     build_tiny(CONFIGS["llama"], tmp_path / "llama")
     build_tiny(family_config("qwen3_moe"), tmp_path / "qwen3_moe")

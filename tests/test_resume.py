@@ -124,6 +124,7 @@ def survives_death_at_every_record(recipe: Recipe, tmp_path: Path) -> int:
     pytest.fail("the run never ended")
 
 
+@pytest.mark.slow
 def test_death_on_both_sides_of_every_journal_record(recipe: Recipe, one_thread, tmp_path: Path):
     records = survives_death_at_every_record(recipe.model_copy(update={"measure": False}), tmp_path)
     # start, calibrated blocks, basis, widths, embedding, head twice, refitted blocks twice, end
@@ -139,6 +140,16 @@ def test_death_on_both_sides_of_every_record_of_several_runs(recipe: Recipe, one
     # a slice: start, blocks, influence, widths, embedding, norm with head, refitted blocks twice, head fitted, end;
     # pruning: start, embedding, norm and head, pruned blocks twice, end
     assert records == (1 + 3 + 1 + 1 + 1 + 1 + 2 * 3 + 1 + 1 + 1) + (1 + 3 + 2 * 3 + 1)
+
+
+@pytest.mark.parametrize(("number", "after"), [(1, True), (5, False), (12, True), (15, False)])
+def test_death_at_once_around_a_journal_record(
+    recipe: Recipe, undisturbed, one_thread, tmp_path: Path, number: int, after: bool
+):
+    """Of a process that is gone with its threads; every record, of every kind of run, has its turn in the slow tests."""
+    assert dies_at_record(recipe.model_copy(update={"measure": False}), number, after)
+    assert result(compress(recipe.model_copy(update={"measure": False}), resume=True).output_dir) == undisturbed
+    assert not list(tmp_path.glob("out.*"))
 
 
 @pytest.mark.parametrize("number", [1, 7, 20, 28])
