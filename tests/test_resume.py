@@ -146,7 +146,7 @@ def test_death_on_both_sides_of_every_record_of_several_runs(recipe: Recipe, one
 def test_death_at_once_around_a_journal_record(
     recipe: Recipe, undisturbed, one_thread, tmp_path: Path, number: int, after: bool
 ):
-    """Of a process that is gone with its threads; every record, of every kind of run, has its turn in the slow tests."""
+    """Of a process that is gone with its threads; in the slow tests every record of every kind of run has its turn."""
     assert dies_at_record(recipe.model_copy(update={"measure": False}), number, after)
     assert result(compress(recipe.model_copy(update={"measure": False}), resume=True).output_dir) == undisturbed
     assert not list(tmp_path.glob("out.*"))
