@@ -90,6 +90,7 @@ def test_the_saved_recipe_gives_the_same_bytes_again(compressed: Path, tmp_path:
     assert (tmp_path / "repeat" / "model.safetensors").read_bytes() == original
 
 
+@pytest.mark.slow
 def test_eval_agrees_with_lm_evals_own_command_to_every_digit(compressed: Path, tmp_path: Path):
     ours = slimlm(
         "eval", str(compressed), "--against", "llama", "--num-windows", "4", "--limit", "20", "--json", "ours.json",
