@@ -142,16 +142,15 @@ def _compress_in_stages(recipe: Recipe, how: _How) -> CompressResult:
     check_shots(recipe)
     recipe = recipe.model_copy(update={"output_dir": str(output)})
     places = [Staging(output).stages / str(number) for number in range(1, len(runs))]
-    replaceable = how.overwrite or (how.resume and (output / MANIFEST_NAME).is_file())
+    is_there = how.resume and (output / MANIFEST_NAME).is_file()  # a result, which needs no room
+    replaceable = how.overwrite or is_there
     check_output(output, replaceable, [], work_dir=how.work_dir)
     first = _prepared(runs[0].model_copy(update={"output_dir": str(places[0])}), how, overwrite=True)
     # All results stand until the last is done, none of them larger than the first.
-    needed = len(runs) * sum(spec.nbytes for spec in first.plan.tensors.values())
+    needed = 0 if is_there else len(runs) * sum(spec.nbytes for spec in first.plan.tensors.values())
     needed -= size_of(Staging(output).stages) if how.resume else 0
-    if not (how.resume and (output / MANIFEST_NAME).is_file()):
-        waiting = spilled(first.recipe, first.method, first.model)
-        check_output(output, replaceable, first.inputs, needed, how.work_dir, waiting, how.resume)
-    check_output(output, replaceable, first.inputs, work_dir=how.work_dir)
+    waiting = 0 if is_there else spilled(first.recipe, first.method, first.model)
+    check_output(output, replaceable, first.inputs, needed, how.work_dir, waiting, how.resume)
     check_later(first, recipe)
     fingerprint = fingerprint_of_all(first, recipe)
     finished = _finished(output, fingerprint, how) if how.resume else None

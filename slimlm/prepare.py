@@ -83,7 +83,8 @@ def prepare(
         resolved.path,
         *(Path(name) for name in (recipe.dataset, recipe.eval_text) if name and Path(name).exists()),
     ]
-    replaceable = overwrite or (resume and (output / MANIFEST_NAME).is_file())
+    is_there = resume and (output / MANIFEST_NAME).is_file()  # a result, which needs no room
+    replaceable = overwrite or is_there
     check_output(output, replaceable, inputs, work_dir=work_dir)
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
     plan = method.plan(model, recipe)
@@ -97,7 +98,7 @@ def prepare(
     tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
     recipe = settle(recipe, method, resolved, model.config, output)
     windows, test = _windows(recipe, method, tokenizer, model.config.vocab_size)
-    if not (resume and (output / MANIFEST_NAME).is_file()):  # a result that is there needs no room
+    if not is_there:
         written = size + journalled(recipe, method, model)
         check_output(output, replaceable, inputs, written, work_dir, spilled(recipe, method, model), resume)
     progress.stage("checking weights", parameter_count(model.model))
