@@ -13,17 +13,19 @@ from transformers import AutoModelForCausalLM
 from slimlm.activations import Spilled
 from slimlm.calibration import SELF, Windows, sample_windows, start_token
 from slimlm.checkpoint.card import write_card
+from slimlm.checkpoint.companions import copy_companions, keep_tokenizer
+from slimlm.checkpoint.config_file import move_generation_settings, write_config
 from slimlm.checkpoint.disk import disk_errors, write_whole
 from slimlm.checkpoint.journal import COMPLETE, Journal, compare_fingerprints, finished_steps
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
-from slimlm.checkpoint.output import clear_leftovers, copy_companions, held, staged_output
+from slimlm.checkpoint.output import clear_leftovers, held, staged_output
 from slimlm.checkpoint.skeleton import BUILDING
 from slimlm.checkpoint.staging import Staging, check_output, size_of
 from slimlm.device import check_process, forget_peak, placement
 from slimlm.errors import RunFailure, UserError, out_of_memory
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods import method_named
-from slimlm.methods.plan import Outcome
+from slimlm.methods.plan import Outcome, Plan
 from slimlm.prepare import Job, check_later, check_shots, later_runs_of, open_model, output_of, prepare, spilled
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe
@@ -213,11 +215,7 @@ def _carry_out(
         outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, work))
         work.settle()
         work.writer.finish()
-        with disk_errors(staging.model):
-            outcome.plan.config.save_pretrained(staging.model)
-            for file in outcome.plan.files:
-                shutil.copyfile(file, staging.model / file.name)
-        copy_companions(job.resolved.path, staging.model)
+        _furnish(job, outcome.plan, staging.model)
         comparison = _timed(job, "measuring", lambda: _measure(job, staging, staging.model, how.progress, outcome))
         job.seconds["total"] = time.perf_counter() - job.started
         manifest = manifest_of(job, staging, journal, windows, outcome, comparison)
@@ -234,6 +232,18 @@ def _carry_out(
         how.progress.log = None  # it goes with the rest
         journal.commit(COMPLETE)
     return manifest
+
+
+def _furnish(job: Job, plan: Plan, target: Path) -> None:
+    """Everything beside the weights that makes them a model."""
+    source = job.resolved.path
+    write_config(plan.config, source, target)
+    with disk_errors(target):
+        for file in plan.files:
+            shutil.copyfile(file, target / file.name)
+    copy_companions(source, target)
+    move_generation_settings(source, target)
+    keep_tokenizer(job.tokenizer, target, job.recipe.trust_remote_code)
 
 
 def _write_account(directory: Path, recipe: Recipe, manifest: Manifest) -> None:

@@ -20,8 +20,8 @@ import torch
 import yaml
 
 from slimlm.calibration import SAMPLING_BATCH
+from slimlm.checkpoint.companions import companions
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, stages_of, took
-from slimlm.checkpoint.output import companions
 from slimlm.checkpoint.reader import INDEX_NAME
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.staging import check_output

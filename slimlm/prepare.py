@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from slimlm.calibration import SELF, Windows, load_windows
+from slimlm.checkpoint.companions import check_tokenizer
 from slimlm.checkpoint.manifest import MANIFEST_NAME
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
@@ -96,6 +97,9 @@ def prepare(
     for line in describe(plan, method, model, size):
         progress.line(line)
     tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
+    carrier = model.family.carrier if method.sparsity_of == "parameters" else None
+    if carrier and carrier.stock:
+        check_tokenizer(resolved.path, tokenizer, carrier.model_type, recipe.trust_remote_code)
     recipe = settle(recipe, method, resolved, model.config, output)
     windows, test = _windows(recipe, method, tokenizer, model.config.vocab_size)
     if not is_there:

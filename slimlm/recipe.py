@@ -49,7 +49,10 @@ class Recipe(BaseModel):
         "inputs that go or stay as a whole, as in 16x16",
     )
     round_to: int | None = Field(
-        None, ge=1, description="slicing: new widths are multiples of this; by default of 8, or of 4, 2, 1 to get there"
+        None,
+        ge=1,
+        description="slicing: new widths are multiples of this; by default of 32, which quantised formats and kernels "
+        "take, and of 64 or 256 where that costs hardly more, or of 16, 8, 4, 2, 1 to get there",
     )
     widths: str | None = Field(
         None,
@@ -151,7 +154,7 @@ class Recipe(BaseModel):
             sizes = re.fullmatch(PATTERN, pattern) or re.fullmatch(TILE, pattern)
             if sizes and self.method == "slice" and not self.widths and self.round_to is None:
                 group = math.lcm(*map(int, sizes.groups()))
-                runs[0]["round_to"] = 8 if 8 % group == 0 else group  # widths that the pattern divides
+                runs[0]["round_to"] = 32 if 32 % group == 0 else group  # widths that the pattern divides
         return [make_recipe(run, "recipe") for run in runs]
 
     @property

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from slimlm.checkpoint.disk import disk_errors, sync, write_whole
+from slimlm.checkpoint.disk import sync, write_whole
 from slimlm.checkpoint.journal import finished_steps, is_complete
 from slimlm.checkpoint.lock import LOCK_NAME, OWNER_NAME, Gone, Taken, locked
 from slimlm.checkpoint.manifest import MANIFEST_NAME
@@ -20,21 +20,6 @@ from slimlm.checkpoint.staging import Staging, require_our_staging, require_ours
 from slimlm.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-# Tokenizer, chat template, generation settings and licence travel with the weights, byte for byte.
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 @contextmanager
@@ -197,21 +182,3 @@ def _publish(staging: Staging, overwrite: bool) -> None:
         raise
     sync(output.parent)
     _remove(staging)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence files. Raises RunFailure when the disk is full."""
-    with disk_errors(target):
-        _copy_companions(source, target)
-
-
-def companions(source: Path) -> list[Path]:
-    """The files that travel with a checkpoint's weights, each once."""
-    return sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    for file in companions(source):
-        shutil.copyfile(file, target / file.name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates", dirs_exist_ok=True)

@@ -25,10 +25,15 @@ LLAMA = Family(
     mlp=GATED_MLP,
     groups=GROUPS,
     heads="num_attention_heads",
+    # Its config wants hidden_size to be a multiple of the heads, and some programs take the size of a head from that. A
+    # Mistral without a sliding window is the same model with a head_dim of its own.
+    carrier=Carrier("mistral", {"sliding_window": None}, unless=("attention_bias", "mlp_bias")),
 )
 
-SLICED_LLAMA = replace(LLAMA, model_type="sliced_llama", heads=None, mlp=None, groups=None, why_not=PER_BLOCK)
-MISTRAL = replace(LLAMA, model_type="mistral", heads=None)
+SLICED_LLAMA = replace(
+    LLAMA, model_type="sliced_llama", heads=None, carrier=None, mlp=None, groups=None, why_not=PER_BLOCK
+)
+MISTRAL = replace(LLAMA, model_type="mistral", heads=None, carrier=None)
 # vLLM's Qwen2 derives the size of heads from hidden_size; a Llama with attention biases is the same model.
 QWEN2 = replace(
     LLAMA,

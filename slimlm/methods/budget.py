@@ -6,6 +6,7 @@ stream onto the basis, deleting neurons and key/value groups by structured OBS, 
 stream least (ShortGPT, arXiv 2403.03853, eq. 1).
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +23,14 @@ from slimlm.matrices import matrix
 from slimlm.methods.basis import Basis
 from slimlm.methods.inputs import input_statistics
 from slimlm.methods.rotation import tied_gain
-from slimlm.methods.widths import Layout, Widths
+from slimlm.methods.widths import BLOCK, COARSE, COARSEST, Layout, Widths
 from slimlm.recipe import Recipe
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
-GRANULES = (8, 4, 2, 1)
+GRANULES = (32, 16, 8, 4, 2, 1)
+DEARER = 1.05  # a split that every format and kernel takes is preferred to one that costs so much less
 POINTS = {"hidden": 4, "mlp": 3, "groups": 2, "blocks": 2, "tied": 1}
 CUTS = sum(POINTS.values()) + 2  # streams: one for each, the dense one, and the one to find what to delete from
 WINDOWS = 24  # held out, to measure a curve on, and as many to find what to delete from
@@ -46,7 +48,7 @@ class Cut:
 def candidates(layout: Layout, recipe: Recipe) -> list[Widths]:
     """All splits that remove the requested share of the parameters, to TOLERANCE; blocks counted from the front.
 
-    Widths are multiples of `--round-to`, by default of 8, or the largest smaller power of two that gets there. With
+    Widths are multiples of `--round-to`, by default of 32, or the largest smaller power of two that gets there. With
     `budget: hidden`, and without the refit that would make up for deleted neurons, the one nearest hidden_size.
     """
     for granule in (recipe.round_to,) if recipe.round_to else GRANULES:
@@ -75,40 +77,54 @@ def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
     dense = layout.dense
     ties = (False, True) if layout.ties_rotated and not layout.is_even else (False,)
     target = (1 - sparsity) * parameter_count(layout.model.model)
-    least = len(dense.blocks) if layout.model.family.numbered else max(1, math.ceil(len(dense.blocks) * (1 - sparsity)))
-    for depth in range(len(dense.blocks), least - 1, -1):
-        for groups in range(dense.groups, 0, -1) if dense.groups else (0,):
-            multiple = math.lcm(granule, layout.divisor(groups))
-            narrower = range((dense.hidden - 1) // multiple * multiple, 0, -multiple)
-            for hidden in (dense.hidden, *(narrower if layout.narrows else ())):
-                if hidden % layout.divisor(groups):
-                    continue
-                for tied in ties if hidden < dense.hidden else (False,):
-                    whole = Widths(hidden, dense.mlp, groups, tuple(range(depth)), tied)
-                    split = _with_mlp(layout, whole, target, granule)
-                    if split is not None and split != dense and is_near(removed_share(layout, split), sparsity):
-                        yield split
+    for depth, groups, hidden in _stacks(layout, sparsity, granule):
+        for tied in ties if hidden < dense.hidden else (False,):
+            whole = Widths(hidden, dense.mlp, groups, tuple(range(depth)), tied)
+            for split in _with_mlp(layout, whole, target, granule):
+                if split != dense and is_near(removed_share(layout, split), sparsity):
+                    yield split
 
 
-def _with_mlp(layout: Layout, widths: Widths, target: float, granule: int) -> Widths | None:
-    """The MLP width that brings the parameters nearest to `target`; None when even the least is too much."""
+def _stacks(layout: Layout, sparsity: float, granule: int) -> Iterator[tuple[int, int, int]]:
+    """Blocks, key/value groups and hidden_size that a split may leave."""
+    dense, blocks = layout.dense, len(layout.dense.blocks)
+    least = blocks if layout.model.family.numbered else max(1, math.ceil(blocks * (1 - sparsity)))
+    for depth, groups in itertools.product(
+        range(blocks, least - 1, -1), range(dense.groups, 0, -1) if dense.groups else (0,)
+    ):
+        if groups < dense.groups and layout.attention(groups) % granule:
+            continue
+        divisor = layout.divisor(groups)
+        multiple = math.lcm(granule, divisor)
+        narrower = range((dense.hidden - 1) // multiple * multiple, 0, -multiple) if layout.narrows else ()
+        for hidden in narrower if dense.hidden % divisor else (dense.hidden, *narrower):
+            yield depth, groups, hidden
+
+
+def _with_mlp(layout: Layout, widths: Widths, target: float, granule: int) -> list[Widths]:
+    """MLP widths that bring the parameters near to `target`: the nearest multiple, and the nearest that suits all
+    (`suits_all`) where there are such. None when even the least is too much."""
     if not widths.mlp:
-        return widths
+        return [widths]
     whole, none = (layout.parameters(replace(widths, mlp=mlp)) for mlp in (widths.mlp, 0))
     if none >= target:
-        return None
+        return []
     exact = (target - none) / ((whole - none) / widths.mlp)
     if exact >= widths.mlp:
-        return widths
-    granule = math.lcm(granule, layout.mlp_divisor)
-    multiples = max(1, min(widths.mlp // granule, round(exact / granule)))
-    return replace(widths, mlp=multiples * granule)
+        return [widths]
+    coarse = (COARSE, COARSEST) if granule == BLOCK else ()
+    steps = [math.lcm(step, layout.mlp_divisor) for step in (granule, *coarse) if step <= widths.mlp]
+    sizes = {max(1, min(widths.mlp // step, round(exact / step))) * step for step in steps}
+    return [replace(widths, mlp=mlp) for mlp in sorted(sizes)]
 
 
 def choose(
     layout: Layout, splits: list[Widths], found: Basis, batches: list[Tensor], work: Work, refit: bool = True
 ) -> tuple[Widths, dict[str, object]]:
-    """The split with the least predicted loss, and the figures it was chosen by. refit: whether that follows."""
+    """The split with the least predicted loss, and the figures it was chosen by. refit: whether that follows.
+
+    One that all formats and kernels take is chosen where it costs hardly more.
+    """
     influence = found.influence
     if len(splits) == 1:
         return replace(splits[0], blocks=_kept(influence, len(splits[0].blocks))), {}
@@ -116,13 +132,15 @@ def choose(
     for axis, share in REFIT_LEAVES.items() if refit else ():
         curves[axis] = curves[axis].scaled(share)
     scored = sorted((predicted_loss(curves, removed(layout, split)), index) for index, split in enumerate(splits))
-    best = splits[scored[0][1]]
+    near = [entry for entry in scored if entry[0] <= DEARER * scored[0][0] and layout.suits_all(splits[entry[1]])]
+    scored.remove(chosen := (near or scored)[0])
+    best = splits[chosen[1]]
     notes = {
         "curves": {axis: [list(point) for point in curve.points] for axis, curve in curves.items()},
         "curve_errors": {axis: list(curve.errors) for axis, curve in curves.items()},
-        "predicted_loss": scored[0][0],
+        "predicted_loss": chosen[0],
         "splits": len(splits),
-        "next": [f"{splits[index]}: {loss:.4f}" for loss, index in scored[1:4]],
+        "next": [f"{splits[index]}: {loss:.4f}" for loss, index in scored[:3]],
     }
     return replace(best, blocks=_kept(influence, len(best.blocks))), notes
 

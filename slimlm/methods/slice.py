@@ -27,7 +27,7 @@ from slimlm.methods.plan import Method, Outcome, Plan
 from slimlm.methods.prune_block import by_kind, warn_of_starved
 from slimlm.methods.refit import refit_blocks
 from slimlm.methods.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
-from slimlm.methods.widths import Layout, Widths
+from slimlm.methods.widths import BLOCK, Layout, Widths
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
 from slimlm.work import Rows, Work
@@ -45,9 +45,11 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
     layout = Layout(model)
     splits = _splits(layout, recipe)
     plan = layout.plan(max(splits, key=layout.parameters), recipe)
+    uneven = uneven_line(layout, splits)
     if len(splits) == 1:
-        return plan
+        return replace(plan, remark=uneven)
     remark = f"one of {len(splits)} splits over {_axes(layout, splits)}, chosen by the loss on held-out windows"
+    remark += f"\n{uneven}" if uneven else ""
     whole = [split for split in splits if split.blocks == layout.dense.blocks] or splits
     return replace(plan, changes={}, remark=remark, widths="/".join(dict.fromkeys(split.inside for split in whole)))
 
@@ -57,7 +59,8 @@ def _splits(layout: Layout, recipe: Recipe) -> list[Widths]:
         return [_by_hand(layout, recipe, choice) for choice in recipe.width_choices]
     splits = candidates(layout, recipe)
     if not splits:
-        raise UserError(f"sparsity {recipe.sparsity:g} cannot be reached: {_nearest(layout, recipe)}")
+        steps = f" in multiples of {recipe.round_to}" if recipe.round_to else ""
+        raise UserError(f"sparsity {recipe.sparsity:g} cannot be reached{steps}: {_nearest(layout, recipe)}")
     return splits
 
 
@@ -116,6 +119,18 @@ def _nearest(layout: Layout, recipe: Recipe) -> str:
     return "no smaller width is left"
 
 
+def uneven_line(layout: Layout, splits: list[Widths]) -> str | None:
+    """What widths cost that are no multiples of 32, where none of the splits does without."""
+    uneven = [layout.uneven(split) for split in splits]
+    if not all(uneven):
+        return None
+    names = ", ".join(f"{name} {row}" for name, row in uneven[0].items()) if len(splits) == 1 else "these"
+    return (
+        f"{names}: no multiple of {BLOCK}, so quantised files (GGUF, int4) will hold such matrices unquantised, and "
+        "kernels run them slower"
+    )
+
+
 def _axes(layout: Layout, splits: list[Widths]) -> str:
     varied = [
         name for name in ("hidden", "mlp", "groups", "blocks", "tied") if len({split.of(name) for split in splits}) > 1
@@ -140,6 +155,8 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
         torch.eye(widths.hidden, dtype=torch.float32, device=model.device) if stays else found.of(widths.hidden).float()
     )
     notes = {**found.notes, **notes}
+    if uneven := layout.uneven(widths):
+        notes["uneven"] = uneven
     del found  # larger than what is kept of it
     work.lay_out(plan.tensors, plan.carrier)
     if recipe.refit:

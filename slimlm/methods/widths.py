@@ -28,6 +28,10 @@ from slimlm.walk import Kind, StreamedModel
 
 _RESIDUAL_AXIS = {"embedding": -1, "norm": 0, "reader": -1, "writer": -2, "final_norm": 0, "head": -1}
 GROUPED = 8  # elements that rows of experts must be a multiple of, in bf16, for the kernel that batches them
+# Quantised formats keep one scale for so many neighbours of a row, and matrices whose rows they do not divide as they
+# are: 32 in GGUF's Q8_0 and Q4_0, 64 in bitsandbytes, 256 in GGUF's K-quants, asked for of wide rows alone.
+BLOCK, COARSE, COARSEST = 32, 64, 256
+WIDE = 2048
 BY_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in configs with an entry for each block
 Shape = tuple[str, str, str, tuple[int, ...]]  # name, role, module within its block, sizes
 
@@ -147,10 +151,31 @@ class Layout:
         """What hidden_size must be a multiple of."""
         if self.model.family.experts:
             return GROUPED
-        if not self.model.family.heads:
+        carrier = self.model.family.carrier
+        if not self.model.family.heads or (carrier and not FAMILIES[carrier.model_type].heads):
             return 1
         heads: int = getattr(self.model.config, self.model.family.heads)
         return heads * groups // self.dense.groups if self.dense.groups else heads
+
+    def attention(self, groups: int) -> int:
+        """Inputs of the linear behind attention, with so many key/value groups."""
+        axis = self.model.family.groups
+        return self._inputs_of(axis) // self.dense.groups * groups if axis else 0
+
+    def _rows(self, widths: Widths) -> dict[str, int]:
+        """Lengths of rows that differ from the dense model's."""
+        dense = self.dense
+        rows = {"hidden": widths.hidden, "mlp": widths.mlp, "attention": self.attention(widths.groups)}
+        before = {"hidden": dense.hidden, "mlp": dense.mlp, "attention": self.attention(dense.groups)}
+        return {name: row for name, row in rows.items() if row != before[name]}
+
+    def suits_all(self, widths: Widths) -> bool:
+        """Whether all formats and kernels take the lengths of rows that a split changes."""
+        return not any(row % (COARSEST if row >= WIDE else COARSE) for row in self._rows(widths).values())
+
+    def uneven(self, widths: Widths) -> dict[str, int]:
+        """Lengths of rows that a split changes to what quantised formats cannot take."""
+        return {name: row for name, row in self._rows(widths).items() if row % BLOCK}
 
     @property
     def mlp_divisor(self) -> int:

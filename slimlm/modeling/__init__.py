@@ -21,6 +21,9 @@ OWN_CLASSES: dict[type[PretrainedConfig], type[PreTrainedModel]] = {
 for _config, _model in OWN_CLASSES.items():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+    # Saved again, a model takes its file along.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModelForCausalLM")
 
 
 def auto_map(config_class: type[PretrainedConfig]) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """OPT, GPT-2, GPT-NeoX, StableLM, Falcon and BLOOM whose residual stream is narrower than their heads together.
 
 The stock classes derive the size of a head from hidden_size; these have it as `head_dim`, and are otherwise the stock
-ones. Self-contained: this file travels with the checkpoint and needs transformers only.
+ones. Self-contained: this file travels with the checkpoint and needs transformers only, 4.57 or newer, and 5 for GPT-2
+and StableLM.
 """
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import transformers
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -25,6 +27,24 @@ from transformers import (
     StableLmForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
+
+RELEASE = int(transformers.__version__.partition(".")[0])
+if RELEASE >= 5:  # which calls GPT-NeoX's head by another name than files do
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    names = get_checkpoint_conversion_mapping("gpt_neox")
+    register_checkpoint_conversion_mapping("narrow_gpt_neox", names, overwrite=True)
+
+
+def _require_release_5(model: nn.Module) -> None:
+    if RELEASE < 5:
+        raise ImportError(
+            f"{type(model).__name__} needs transformers 5 or newer, and this is {transformers.__version__}: "
+            "pip install --upgrade transformers"
+        )
 
 
 class NarrowOPTConfig(OPTConfig):
@@ -109,6 +129,7 @@ class NarrowGPT2LMHeadModel(GPT2LMHeadModel):
     config_class = NarrowGPT2Config
 
     def __init__(self, config: NarrowGPT2Config) -> None:
+        _require_release_5(self)
         with _one_head(config) as (heads, _):
             super().__init__(config)
         width = heads * config.head_dim
@@ -139,6 +160,7 @@ class NarrowStableLmForCausalLM(StableLmForCausalLM):
     config_class = NarrowStableLmConfig
 
     def __init__(self, config: NarrowStableLmConfig) -> None:
+        _require_release_5(self)
         with _one_head(config) as (heads, groups):
             super().__init__(config)
         for layer in self.model.layers:

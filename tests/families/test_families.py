@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from slimlm.checkpoint.output import copy_companions
+from slimlm.checkpoint.companions import copy_companions
 from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.families import FAMILIES, family_of

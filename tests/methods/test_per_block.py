@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from slimlm.checkpoint.companions import copy_companions
 from slimlm.checkpoint.journal import Journal
-from slimlm.checkpoint.output import copy_companions
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
 from slimlm.methods.per_block import plan_per_block, run_per_block
