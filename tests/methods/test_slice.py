@@ -5,20 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimlm.checkpoint.skeleton import build_skeleton, parameter_count
 from slimlm.compression import compress
 from slimlm.errors import UserError
+from slimlm.linalg.budget import LossCurve
 from slimlm.linalg.pca import leading, without_mean
-from slimlm.methods.basis import collect_statistics
+from slimlm.methods.basis import Basis, collect_statistics
+from slimlm.methods.budget import candidates, choose
 from slimlm.methods.plan import Plan
 from slimlm.methods.rotation import slice_embedding, write_tied_norm
-from slimlm.methods.slice import plan_rotate, plan_slice, rotate_model, run_slice
+from slimlm.methods.slice import plan_rotate, plan_slice, rotate_model, run_slice, uneven_line
 from slimlm.methods.widths import Layout, Widths
 from slimlm.recipe import Recipe
 from slimlm.stream import put
-from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
+from tests.conftest import CONFIGS, SIZES, build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import family_config
 from tests.methods.helpers import work_at
 
@@ -282,3 +284,69 @@ def test_tensors_that_the_architecture_does_not_use_change_nothing(tiny_llama: P
     after = sliced("after")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def layout_of(path: Path, **changes: object) -> Layout:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(**{**SIZES, **sizes, "head_dim": 32, **changes})
+    return Layout(stream(build_tiny(config, path / "model")))
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.25, 0.4])
+def test_widths_are_such_as_quantised_formats_take(tmp_path: Path, sparsity: float):
+    layout = layout_of(tmp_path)
+    splits = candidates(layout, Recipe(model="x", sparsity=sparsity))
+    assert len(splits) > 4
+    assert all(not layout.uneven(split) for split in splits)
+    assert all(width % 32 == 0 for split in splits for width in (split.hidden, split.mlp, 32 * 2 * split.groups))
+    assert uneven_line(layout, splits) is None
+
+
+def test_less_than_32_comes_with_what_it_costs(tiny_llama: Path):
+    plan = plan_slice(stream(tiny_llama), Recipe(model="x", sparsity=0.25))
+    assert "no multiple of 32" in str(plan.remark)
+    plan = plan_slice(stream(tiny_llama), Recipe(model="x", widths="hidden=20"))
+    assert "hidden 20" in str(plan.remark)
+    assert plan_slice(stream(tiny_llama), Recipe(model="x", widths="mlp=32")).remark is None
+
+
+@pytest.mark.parametrize(("coarse", "chosen"), [(1.04, 64), (1.06, 32)])
+def test_a_split_that_all_formats_take_may_cost_five_hundredths_more(
+    tmp_path: Path, monkeypatch, coarse: float, chosen: int
+):
+    layout = layout_of(tmp_path)
+    fine, wide = replace(layout.dense, mlp=1024 - 96), replace(layout.dense, mlp=1024 - 128)
+    curves = {axis: LossCurve([]) for axis in ("hidden", "groups", "blocks", "tied")}
+    curves["mlp"] = LossCurve([(96, 1.0), (128, coarse)])
+    monkeypatch.setattr("slimlm.methods.budget.loss_curves", lambda *_: curves)
+    found = Basis(torch.eye(256, dtype=torch.float64), torch.ones(3, dtype=torch.float64), {}, False)
+    best, notes = choose(layout, [fine, wide], found, [], work_at(tmp_path / "run"))
+    assert best.mlp % 64 == chosen % 64
+    assert notes["predicted_loss"] == pytest.approx(coarse if chosen == 64 else 1.0)
+
+
+def test_256_is_asked_for_of_wide_rows_alone(tmp_path: Path):
+    layout = layout_of(tmp_path, intermediate_size=4096, num_hidden_layers=1)
+    assert layout.suits_all(replace(layout.dense, mlp=2304))
+    assert not layout.suits_all(replace(layout.dense, mlp=2112))
+    assert layout.suits_all(replace(layout.dense, mlp=1984))
+
+
+@pytest.mark.parametrize(
+    ("widths", "model_type"),
+    [("hidden=224", "mistral"), ("mlp=512", "llama"), ("hidden=128,groups=2", "llama"), ("groups=2", "mistral")],
+)
+def test_a_llama_whose_heads_no_longer_fit_its_stream_is_a_mistral(tmp_path: Path, widths: str, model_type: str):
+    layout = layout_of(tmp_path)
+    plan = plan_slice(layout.model, Recipe(model="x", widths=widths))
+    assert plan.config.model_type == model_type
+    assert plan.config.head_dim == 32
+    assert getattr(plan.config, "sliding_window", None) is None
+
+
+def test_a_llama_with_biases_stays_one(tmp_path: Path):
+    layout = layout_of(tmp_path, attention_bias=True)
+    plan = plan_slice(layout.model, Recipe(model="x", widths="hidden=224"))
+    assert plan.config.model_type == "llama"
+    with pytest.raises(UserError, match="a multiple of 8"):
+        plan_slice(layout.model, Recipe(model="x", widths="hidden=228"))
