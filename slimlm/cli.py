@@ -105,7 +105,7 @@ def _root(
 def _flag(field: str, panel: str, *short: str, default: str | None = None) -> Any:
     """The option of a recipe's field: its name, its description, its default."""
     info = Recipe.model_fields[field]
-    shown = default or (None if info.is_required() or info.default is None else str(info.default))
+    shown = default or (None if info.is_required() or info.default in (None, []) else str(info.default))
     text = f"{(info.description or '')[0].upper()}{(info.description or '')[1:]}." + (
         f"  [default: {shown}]" if shown else ""
     )
@@ -170,6 +170,7 @@ def compress_command(
     ] = None,
     revision: Revision = None,
     widths: Annotated[str | None, _flag("widths", WHAT)] = None,
+    skip: Annotated[str | None, _flag("skip", WHAT)] = None,
     round_to: Annotated[int | None, _flag("round_to", WHAT)] = None,
     basis: Annotated[str | None, _flag("basis", WHAT)] = None,
     budget: Annotated[str | None, _flag("budget", WHAT)] = None,
@@ -226,6 +227,7 @@ def compress_command(
         ),
     ] = False,
     dtype: Dtype = None,
+    max_shard_size: Annotated[str | None, _flag("max_shard_size", OUT)] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", rich_help_panel=OUT, help="Log what happens inside.")
     ] = False,

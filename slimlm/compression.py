@@ -207,7 +207,7 @@ def _carry_out(
     journal = Journal(staging.work, fingerprint, how.anyway)
     job.resumed = journal.steps > 0
     how.progress.log = staging.work / LOG_NAME
-    with Work(staging.model, journal, how.progress, staging.scratch) as work:
+    with Work(staging.model, journal, how.progress, staging.scratch, job.recipe.max_shard_bytes) as work:
         windows = job.windows
         if job.recipe.dataset == SELF:
             windows = _timed(job, "sampling", lambda: _sampled(job, work))

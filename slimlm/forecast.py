@@ -133,6 +133,7 @@ def _probe(
         settings["widths"] = job.plan.widths
     if "widths" in settings or not job.recipe.sparsity:
         del settings["sparsity"]
+    settings["skip"] = [name for name in job.model.skipped if name in _shown_modules(job, shown)]
     settings |= {"model": str(scratch / "model"), "output_dir": str(scratch / "out"), "revision": None}
     if job.windows is not None:
         numpy.save(scratch / "tokens.npy", job.windows.tokens.numpy())
@@ -194,6 +195,13 @@ def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
     for name in set(weight_map.values()):
         (directory / name).symlink_to((source / name).resolve())
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _shown_modules(job: Job, shown: int) -> set[str]:
+    """Linears of the first so many blocks, and the head."""
+    family = job.model.family
+    inside = {f"{family.block(index)}.{name}" for index in range(shown) for name in job.model.anatomy[index].skipped}
+    return inside | {family.head}
 
 
 def _shown_keys(job: Job, shown: int) -> list[str]:

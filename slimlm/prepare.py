@@ -22,6 +22,7 @@ from slimlm.linalg.ridge import HELD_EVERY
 from slimlm.methods import method_named
 from slimlm.methods.plan import Method, Plan
 from slimlm.methods.prune import require_room_later
+from slimlm.methods.skip import skip_modules
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
@@ -88,6 +89,7 @@ def prepare(
     replaceable = overwrite or is_there
     check_output(output, replaceable, inputs, work_dir=work_dir)
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
+    skip_modules(model, recipe.skip)
     plan = method.plan(model, recipe)
     if recipe.widths:
         if plan.parameters >= parameter_count(model.model) and not is_probe:
@@ -170,13 +172,16 @@ def resolve_known(model: str, revision: str | None, trust_remote_code: bool) -> 
 def describe(plan: Plan, method: Method, model: StreamedModel, size: int) -> list[str]:
     """What is going to happen, before it does."""
     dense = parameter_count(model.model)
+    skipped = [f"{len(model.skipped)} modules of {sum(model.skipped.values()):,} weights stay as they are"]
     if method.sparsity_of != "parameters":
-        return [f"parameters: {dense:,}, of which some will be zero; weights: {size / 1e6:,.1f} MB, as before"]
+        line = f"parameters: {dense:,}, of which some will be zero; weights: {size / 1e6:,.1f} MB, as before"
+        return [line, *(skipped if model.skipped else [])]
     return [
         f"parameters: {dense:,} -> {plan.parameters:,} ({plan.parameters / dense - 1:+.1%}); "
         f"weights: {model.checkpoint.bytes_on_disk() / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
         *(f"{name}: {before} -> {after}" for name, (before, after) in plan.changes.items()),
         *([plan.remark] if plan.remark else []),
+        *(skipped if model.skipped else []),
     ]
 
 

@@ -19,11 +19,14 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 PATTERN = r"[1-9]\d*:([1-9]\d*)"
+SIZE = r"(?i)(?=[0.]*[1-9])(\d+(?:\.\d+)?)\s*([KMGT]i?B)"
+UNITS = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
+UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 TILE = r"([1-9]\d*)x([1-9]\d*)"
 # What a second run takes over from the first, where it does not say otherwise.
 SHARED = (
     *("model", "dataset", "text_column", "num_calibration_samples", "max_seq_length", "batch_size", "seed", "dtype"),
-    *("device", "trust_remote_code", "measure", "eval_text", "eval_windows", "output_dir"),
+    *("skip", "max_shard_size", "device", "trust_remote_code", "measure", "eval_text", "eval_windows", "output_dir"),
 )
 OF_THE_WHOLE = ("model", "revision", "output_dir", "then", "expected", "shots", "schedule")
 
@@ -53,6 +56,11 @@ class Recipe(BaseModel):
         ge=1,
         description="slicing: new widths are multiples of this; by default of 32, which quantised formats and kernels "
         "take, and of 64 or 256 where that costs hardly more, or of 16, 8, 4, 2, 1 to get there",
+    )
+    skip: list[str] = Field(
+        [],
+        description="linears that stay as they are, by name or glob, as in lm_head,*.down_proj,model.layers.0; "
+        "slicing cuts all blocks alike, and so no width that one of these has",
     )
     widths: str | None = Field(
         None,
@@ -135,6 +143,7 @@ class Recipe(BaseModel):
     eval_text: str | None = Field(None, description="text file to measure on")
     eval_windows: int = Field(128, ge=1, description="windows to measure on")
 
+    max_shard_size: str = Field("5GB", description="largest weight file, as in 2GB or 500MB")
     output_dir: str | None = Field(None, description="where the result goes")
     expected: dict[str, float] = Field({}, description="figures this recipe gave when it was written")
 
@@ -176,6 +185,25 @@ class Recipe(BaseModel):
         """The widths set by hand; several where one of them is to be chosen."""
         choices = ([pair.partition("=") for pair in choice.split(",")] for choice in (self.widths or "").split("/"))
         return [{name.strip(): int(width) for name, _, width in pairs} for pairs in choices] if self.widths else []
+
+    @property
+    def max_shard_bytes(self) -> int:
+        number, unit = re.fullmatch(SIZE, self.max_shard_size).groups()  # type: ignore[union-attr]  # validated
+        return int(float(number) * UNITS[unit.upper()])
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size_with_unit(cls, value: str) -> str:
+        if not re.fullmatch(SIZE, value):
+            raise ValueError(f"a size is like 5GB or 500MB, not {value!r}")
+        return value
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """A list, or names with commas between them."""
+        names = value.split(",") if isinstance(value, str) else value
+        return [str(name).strip() for name in names] if isinstance(names, list) else names
 
     @field_validator("widths")
     @classmethod

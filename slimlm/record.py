@@ -129,6 +129,7 @@ def manifest_of(
             "dense": job.model.checkpoint.bytes_on_disk(),
             "compressed": Checkpoint(staging.model).bytes_on_disk(),
         },
+        "skipped": {"modules": len(job.model.skipped), "weights": sum(job.model.skipped.values())},
         "changes": {name: list(pair) for name, pair in plan.changes.items()},
         "method": outcome.notes,
         "calibration": _calibration(windows, recipe.seed),

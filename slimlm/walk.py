@@ -70,6 +70,7 @@ class StreamedModel:
             raise UserError(f"{config.model_type!r} model has no blocks at {family.blocks}")
         self.blocks: list[nn.Module] = list(blocks)
         self.anatomy = [family.in_block(_parts_of(block)) for block in self.blocks]
+        self.skipped: dict[str, int] = {}  # linears that are to stay as they are, and their weights: `methods/skip.py`
         self.keys_of = self._assign_keys()
         self.ahead = Prefetch(checkpoint, self.device)
 

@@ -15,7 +15,7 @@ from slimlm.activations import Spilled
 from slimlm.checkpoint.disk import sync
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.journal import Journal, Record
-from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
+from slimlm.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter, TensorSpec
 from slimlm.matrices import is_turned
 from slimlm.progress import Progress
 from slimlm.stream import Stream
@@ -60,6 +60,7 @@ class Work:
     journal: Journal
     progress: Progress
     waiting: Path | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
     _writer: CheckpointWriter | None = None
     _carrier: PreTrainedModel | None = None
     _flusher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="flush"))
@@ -80,7 +81,7 @@ class Work:
 
         carrier: the result's skeleton, which says how its files name and lay out tensors.
         """
-        self._writer = CheckpointWriter(self.output, specs)
+        self._writer = CheckpointWriter(self.output, specs, self.max_shard_bytes)
         self._carrier = carrier
 
     @property

@@ -81,3 +81,17 @@ def test_widths_stand_in_for_a_sparsity_and_do_not_go_with_one():
         make_recipe({"model": "llama", "widths": "hidden=224", "sparsity": 0.2})
     with pytest.raises(UserError, match="widths are like hidden=224"):
         make_recipe({"model": "llama", "widths": "hiden=224"})
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5 GiB", 3 * 2**29), ("64KB", 64_000), ("0.5GB", 5 * 10**8)],
+)
+def test_a_shards_size_is_written_with_its_unit(size: str, expected: int):
+    assert Recipe(model="x", sparsity=0.5, max_shard_size=size).max_shard_bytes == expected
+
+
+@pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5 apples", "5Gb/s"])
+def test_a_size_without_a_unit_is_refused(size: str):
+    with pytest.raises(UserError, match="max_shard_size: a size is like 5GB"):
+        make_recipe({"model": "x", "sparsity": 0.5, "max_shard_size": size})

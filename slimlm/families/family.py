@@ -106,6 +106,7 @@ class Family:
     experts: matrices of a mixture of experts.
     inner: modules of a block that touch neither end of the residual stream (head-wise norms, say).
     unpruned: linears that no method prunes: a router decides too much for the little it weighs.
+    skipped: linears and experts' matrices that are to stay as they are in this model.
     matched: writers whose output does not reach the residual stream as it is.
     outer: modules outside the blocks that are neither embedding nor head.
     final_norm, head: the norm after the last block and the linear that reads it; "" without such a norm.
@@ -135,6 +136,7 @@ class Family:
     experts: Experts | None = None
     inner: tuple[str, ...] = ()
     unpruned: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     matched: tuple[str, ...] = ()
     outer: tuple[str, ...] = ()
     embedding_norm: str | None = None
@@ -191,6 +193,13 @@ class Family:
         experts = self.experts.parameters[:1] if self.experts and norm is self.norms[-1] else ()
         return (*(f"{reader}.weight" for reader in norm.readers), *experts)
 
+    def fitting(self, norm: Norm) -> tuple[str, ...]:
+        """Those of them that may be changed."""
+        kept = {f"{name}.weight" for name in self.skipped}
+        if self.experts and any(name.startswith(f"{self.experts.module}.") for name in self.skipped):
+            kept |= set(self.experts.parameters)
+        return tuple(name for name in self.reading(norm) if name not in kept)
+
     @property
     def writing(self) -> tuple[str, ...]:
         """Parameters of a block that write to the stream: [..., hidden, in], and biases [hidden] where it has them."""
@@ -219,8 +228,14 @@ class Family:
     def inputs(self) -> tuple[tuple[str, ...], ...]:
         """What methods prune of a block, linears that read the same input together."""
         groups = [names for norm in self.norms for names in (norm.readers, *((writer,) for writer in norm.writers))]
-        pruned = [tuple(name for name in names if name not in self.unpruned) for names in groups]
-        return (*filter(None, pruned), *((name,) for name in (self.experts.matrices if self.experts else ())))
+        groups += [(name,) for name in (self.experts.matrices if self.experts else ())]
+        pruned = [tuple(name for name in names if name not in self.spared) for names in groups]
+        return tuple(filter(None, pruned))
+
+    @property
+    def spared(self) -> frozenset[str]:
+        """What methods leave as it is."""
+        return frozenset((*self.unpruned, *self.skipped))
 
     @property
     def first_of(self) -> dict[str, str]:

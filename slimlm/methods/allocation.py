@@ -80,7 +80,7 @@ def _counts(
     work.progress.stage("allocating", len(model.blocks))
     histograms: dict[str, Tensor] = {}
     kept: dict[str, float] = {}  # of matrices, from the PQ Index
-    merits: list[float] = []  # of blocks
+    merits: dict[int, float] = {}  # of blocks that have anything to prune
     for index, block in _blocks(model, work):
         weights = {name: matrix(block, name).float() for name in model.anatomy[index].linears}
         part = model.family.block(index)
@@ -91,13 +91,13 @@ def _counts(
         elif recipe.allocation == "pq":
             kept |= {f"{part}.{name}": pq_share(weight) for name, weight in weights.items()}
         elif recipe.allocation == "alphapruning":
-            merits.append(sum(map(hill_alpha, weights.values())) / len(weights))
+            if weights:
+                merits[index] = sum(map(hill_alpha, weights.values())) / len(weights)
         else:
             norms = input_norms(index)
-            scores = torch.cat(
-                [(weight.abs() * norms[name]).flatten() for name, weight in weights.items() if name in norms]
-            )
-            merits.append(outlier_ratio(scores))
+            outliers = [(weight.abs() * norms[name]).flatten() for name, weight in weights.items() if name in norms]
+            if outliers:
+                merits[index] = outlier_ratio(torch.cat(outliers))
     if recipe.allocation == "global":
         # Of a matrix nothing is known of, its share like in a uniform allocation.
         unknown = {name: round(recipe.sparsity * size) for name, size in sizes.items() if name not in histograms}
@@ -105,13 +105,12 @@ def _counts(
     if recipe.allocation == "pq":
         most, least = max(kept.values()), max(min(kept.values()), 1e-12)
         return exact_counts(sizes, lambda name, c: 1 - (1 - c) * kept[name] / most, total, 1 - most / least, 1.0)
-    shares = (
-        owl_shares(merits, recipe.sparsity) if recipe.allocation == "owl" else alpha_shares(merits, recipe.sparsity)
-    )
-    of = {name: shares[_block_number(model, name)] for name in sizes}
+    spread = owl_shares if recipe.allocation == "owl" else alpha_shares
+    shares = dict(zip(merits, spread(list(merits.values()), recipe.sparsity), strict=True))
+    of = {name: shares.get(_block_number(model, name), recipe.sparsity) for name in sizes}
     if recipe.allocation == "owl":
         return exact_counts(sizes, lambda name, c: of[name] + c, total, -1.0, 1.0)
-    return exact_counts(sizes, lambda name, c: of[name] * c, total, 0.0, 1 / min(shares))
+    return exact_counts(sizes, lambda name, c: of[name] * c, total, 0.0, 1 / min(shares.values()))
 
 
 def global_scores(

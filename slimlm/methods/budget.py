@@ -88,9 +88,11 @@ def _splits(layout: Layout, sparsity: float, granule: int) -> Iterator[Widths]:
 def _stacks(layout: Layout, sparsity: float, granule: int) -> Iterator[tuple[int, int, int]]:
     """Blocks, key/value groups and hidden_size that a split may leave."""
     dense, blocks = layout.dense, len(layout.dense.blocks)
-    least = blocks if layout.model.family.numbered else max(1, math.ceil(blocks * (1 - sparsity)))
+    whole = layout.model.family.numbered or "blocks" in layout.fixed
+    least = blocks if whole else max(1, math.ceil(blocks * (1 - sparsity)))
+    fewest = dense.groups if "groups" in layout.fixed else 1
     for depth, groups in itertools.product(
-        range(blocks, least - 1, -1), range(dense.groups, 0, -1) if dense.groups else (0,)
+        range(blocks, least - 1, -1), range(dense.groups, fewest - 1, -1) if dense.groups else (0,)
     ):
         if groups < dense.groups and layout.attention(groups) % granule:
             continue
@@ -104,7 +106,7 @@ def _stacks(layout: Layout, sparsity: float, granule: int) -> Iterator[tuple[int
 def _with_mlp(layout: Layout, widths: Widths, target: float, granule: int) -> list[Widths]:
     """MLP widths that bring the parameters near to `target`: the nearest multiple, and the nearest that suits all
     (`suits_all`) where there are such. None when even the least is too much."""
-    if not widths.mlp:
+    if not widths.mlp or "mlp" in layout.fixed:
         return [widths]
     whole, none = (layout.parameters(replace(widths, mlp=mlp)) for mlp in (widths.mlp, 0))
     if none >= target:

@@ -19,13 +19,15 @@ def gathered(layout: Layout, index: int, stream: Stream | None = None) -> dict[s
     """What reordering changes in block `index`, its weights loaded: parameters by name within it, linears' [out, in].
 
     stream: before the block, to weigh weights by the norms of their inputs. Nothing changes in a family whose neurons
-    are not declared.
+    are not declared, or where one of the linears is to stay as it is.
     """
     model, axis = layout.model, layout.axes.get("mlp")
     if axis is None or model.family.experts:
         return {}
     weights, first = model.weights(index), model.anatomy[index].first_of
     linears = (*axis.rows, *axis.columns)
+    if model.anatomy[index].spared & {*linears}:
+        return {}
     seen = {first[name] for name in linears}
     norms = input_statistics(model, index, stream, sorted(seen), norms=True).statistics if stream else {}
     of_rows = {name: _energies(weights, name, norms.get(first[name])).sum(1) for name in axis.rows}

@@ -64,9 +64,9 @@ def refit_head(pair: Pair, seed: int, work: Work, rate: float = RATE) -> Tensor:
 
 
 def fits_head(model: StreamedModel) -> bool:
-    """Whether logits are a linear function of what the final norm gives, which is what the fit takes them for."""
+    """Whether the head may be changed, and logits are a linear function of what the final norm gives."""
     capped = getattr(model.config, "final_logit_softcapping", None) is not None
-    return bool(model.family.final_norm) and not capped
+    return bool(model.family.final_norm) and not capped and model.family.head not in model.skipped
 
 
 def head_notes(work: Work) -> dict[str, float]:

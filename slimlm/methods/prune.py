@@ -239,7 +239,7 @@ def _without_gradients(model: StreamedModel, task: Task, work: Work) -> dict[str
         f"{model.family.block(index)}.{name}": 0
         for index, anatomy in enumerate(model.anatomy)
         if anatomy.experts and "fisher" in task.choice.curvature
-        for name in sorted(set(anatomy.experts.matrices) - gradient_names(work, index))
+        for name in sorted(set(anatomy.experts.matrices) - gradient_names(work, index) - anatomy.spared)
     }
     return {"starved_experts": starved} if starved else {}
 

@@ -90,14 +90,22 @@ class Pair:
             for norm in anatomy.norms:
                 readers(norm, tensors)
                 for name in norm.writers:
-                    if name in anatomy.matched:
+                    if name in anatomy.skipped:
+                        self._leave(block, name)
+                    elif name in anatomy.matched:
                         writer(name, partial(self._given, block, name), tensors)
                     elif name != last:
                         writer(name, partial(self._behind, block, name), tensors)
             model.advance(block, stream)
-        if last is not None:
+        if last is not None and last not in anatomy.skipped:
             writer(last, lambda number: stream.hidden[number], tensors)
         return tensors
+
+    def _leave(self, block: int, name: str) -> None:
+        """What the next norm is to read of the dense stream, behind a writer that is not fitted."""
+        if name in self.dense.anatomy[block].between:
+            for number in range(len(self.held)):
+                self._behind(block, name, number)
 
     def _given(self, block: int, name: str, number: int) -> Tensor:
         return self.dense.inputs(block, self.streams["dense"], number, [f"{name}>"])[f"{name}>"]
@@ -248,7 +256,7 @@ def refit_block(pair: Pair, block: int, place: int) -> Tensors:
     """The compressed block's parameters as they are stored, by name within the block; the dense stream goes past it."""
 
     anatomy = pair.dense.anatomy[block]
-    fitted = {name for norm in anatomy.norms if norm.readers for name in anatomy.reading(norm)}  # before anything runs
+    fitted = {name for norm in anatomy.norms if norm.readers for name in anatomy.fitting(norm)}  # before anything runs
 
     def begin(dense: Tensors) -> Tensors:
         others = {name: tensor for name, tensor in dense.items() if name not in fitted}
@@ -262,7 +270,7 @@ def refit_block(pair: Pair, block: int, place: int) -> Tensors:
 
 def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensors) -> None:
     """All readers of a norm see the same, so one map T from what they see now to what they saw serves all: W' = W T."""
-    if norm.readers:
+    if pair.dense.anatomy[block].fitting(norm):
         _fit_map(pair, block, place, norm, tensors)
     anatomy = pair.dense.anatomy[block]
     if anatomy.experts and norm is anatomy.norms[-1] and pair.widths.mlp < pair.layout.dense.mlp:
@@ -275,7 +283,7 @@ def _fit_readers(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensor
 def _fit_map(pair: Pair, block: int, place: int, norm: Norm, tensors: Tensors) -> None:
     weights = pair.dense.weights(block)
     data = pair.reader_data(block, place, norm, tensors)
-    readers = pair.dense.anatomy[block].reading(norm)
+    readers = pair.dense.anatomy[block].fitting(norm)
     metric = torch.zeros(len(pair.basis), len(pair.basis), dtype=torch.float32, device=pair.basis.device)
     for name in readers:
         weight = weights[name].float().flatten(0, -2)

@@ -77,7 +77,7 @@ def _prune_block(pair: Pair, index: int, task: Task) -> Tensors:
 
     def readers(norm: Norm, tensors: Tensors) -> None:
         """One map from what the readers see now to what they saw serves all: their target is W T."""
-        names = tuple(name for name in norm.readers if name not in anatomy.unpruned)
+        names = tuple(name for name in norm.readers if name not in anatomy.spared)
         if names:
             data = pair.reader_data(index, index, norm, tensors)
             weights = torch.cat([tensors[f"{name}.weight"].float() for name in names])
@@ -107,7 +107,7 @@ def _prune_experts(pair: Pair, index: int, experts: Experts, task: Task, tensors
     for parameter in experts.parameters:
         tensors[parameter] = tensors[parameter].to(pair.small.dtype, copy=True)  # the dense block is still to run
     with pair.small.placed(pair.small.family.block(index), tensors):
-        groups = [(name,) for name in experts.matrices]
+        groups = [(name,) for name in experts.matrices if name not in pair.dense.anatomy[index].spared]
         prune_seen(pair.small, index, pair.streams["small"], groups, task, pair.fits)
 
 

@@ -40,6 +40,10 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
     """
     if recipe.pattern:
         raise UserError("--pattern is for methods that set weights to zero; slice removes whole directions")
+    if recipe.skip and (recipe.basis == "per-block" or recipe.budget == "hidden" or not recipe.refit):
+        raise UserError(
+            "--skip: a rotation of the stream changes every module; leave out --basis, --budget and --no-refit"
+        )
     if recipe.basis == "per-block":
         return plan_per_block(model, recipe)
     layout = Layout(model)
@@ -78,6 +82,9 @@ def _by_hand(layout: Layout, recipe: Recipe, given: dict[str, int]) -> Widths:
         full = len(dense.blocks) if name == "blocks" else dense.of(name)
         if not 0 < width <= full:
             raise UserError(f"--widths {name}={width}: the model has {full or 'none that can be changed'}")
+    for name in given:
+        if name in layout.fixed:
+            raise UserError(f"--widths {name}: with --skip it stays as it is, since all blocks are cut alike")
     blocks = tuple(range(given.get("blocks", len(dense.blocks))))
     widths = Widths(
         given.get("hidden", dense.hidden), given.get("mlp", dense.mlp), given.get("groups", dense.groups), blocks, tied
@@ -203,6 +210,8 @@ def _own_basis(model: StreamedModel) -> Basis:
 
 def plan_rotate(model: StreamedModel, recipe: Recipe) -> Plan:
     """The same widths; an untied head where the final norm's gain is not constant."""
+    if recipe.skip:
+        raise UserError("--skip: a rotation of the stream changes every module")
     if recipe.sparsity or recipe.widths or recipe.pattern:
         raise UserError("rotating deletes nothing: give --sparsity to a later `slimlm compress` of the result")
     if not model.family.rotates:

@@ -74,6 +74,18 @@ class Layout:
     model: StreamedModel
     turns: bool = False
 
+    @cached_property
+    def fixed(self) -> frozenset[str]:
+        """Axes that cannot be cut, for modules that are to stay as they are: all blocks are cut alike."""
+        skipped = {name for anatomy in self.model.anatomy for name in anatomy.skipped}
+        axes = {
+            name
+            for name, axis in self.axes.items()
+            for linear in skipped
+            if any(linear == touched or linear.startswith(f"{touched}.") for touched in (*axis.rows, *axis.columns))
+        }
+        return frozenset(axes | ({"hidden", "blocks", "tied"} if self.model.skipped else set()))
+
     def stays(self, widths: Widths) -> bool:
         """Whether the stream stays as it is."""
         return widths.hidden == self.dense.hidden and not self.turns
@@ -341,7 +353,7 @@ class Layout:
     def narrows(self) -> bool:
         """Whether hidden_size can be cut: the stream can be rotated, and the config's class allows for it."""
         narrower = replace(self.dense, hidden=math.lcm(8, self.divisor(self.dense.groups)))
-        return self.model.family.rotates and refused(self.config(narrower)) is None
+        return self.model.family.rotates and "hidden" not in self.fixed and refused(self.config(narrower)) is None
 
     def plan(self, widths: Widths, recipe: Recipe) -> Plan:
         """The plan for given widths, up to and including the dense ones (a mere rotation)."""
