@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from slimlm.calibration import SELF, Windows, load_windows
+from slimlm.checkpoint.card import inherited
 from slimlm.checkpoint.disk import write_whole
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.manifest import Manifest, versions
@@ -112,6 +113,7 @@ def manifest_of(
             "path": str(job.resolved.path),
             "revision": job.resolved.revision,
             "model_type": job.model.config.model_type,
+            "card": inherited(job.resolved.path),
             "sha256": job.model.checkpoint.hashes,
         },
         "recipe": recipe.model_dump(exclude={"expected"}),

@@ -1,5 +1,6 @@
 """The model card, `README.md`, filled from the manifest: nothing in it was not measured."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,35 @@ import yaml
 from slimlm.checkpoint.disk import write_whole
 from slimlm.checkpoint.manifest import Manifest, stages_of, took
 
+logger = logging.getLogger(__name__)
 CARD_NAME = "README.md"
+INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+
+
+def inherited(source: Path) -> dict[str, str | list[str]]:
+    """What of the header of a model's own card holds for what is made of it, too; nothing where there is no header."""
+    try:
+        text = (source / CARD_NAME).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    opening, _, rest = text.partition("---\n")
+    header, closing, _ = rest.partition("\n---")
+    if opening.strip("\ufeff \n") or not closing:
+        return {}
+    try:
+        fields = yaml.safe_load(header)
+    except yaml.YAMLError as error:
+        logger.warning("%s: its header is no YAML, so neither licence nor languages are taken over: %s", source, error)
+        return {}
+    found = {name: fields.get(name) for name in INHERITED} if isinstance(fields, dict) else {}
+    return {name: _texts(value) for name, value in found.items() if value}
+
+
+def _texts(value: Any) -> str | list[str]:
+    """As JSON can hold it; YAML takes `no` for a truth value, which is Norwegian."""
+    if isinstance(value, list):
+        return [str(_texts(entry)) for entry in value]
+    return "no" if value is False else str(value)
 
 
 def write_card(directory: Path, manifest: Manifest) -> None:
@@ -47,7 +76,9 @@ def _use(manifest: Manifest) -> str:
 
 def _header(manifest: Manifest) -> str:
     model = manifest["model"]
-    fields = {"base_model": model["name"]} if model["origin"] == "hub" else {}  # the hub refuses what is no id of its
+    fields: dict[str, Any] = dict(model.get("card", {}))
+    if model["origin"] == "hub":
+        fields["base_model"] = model["name"]  # the hub refuses what is no id of its
     fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     fields |= {"tags": ["slimlm", "compression", manifest["recipe"]["method"]]}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
@@ -58,10 +89,14 @@ def _summary(manifest: Manifest) -> str:
     changes = "".join(f" `{name}` {before} -> {after}." for name, (before, after) in manifest["changes"].items())
     zeros = sparsity["zeros_in_pruned_matrices"]
     honest = "" if zeros is None else " Zeros take as much room as other numbers, and stock kernels as much time."
+    uneven = "".join(f" `{name}` {width}" for name, width in manifest.get("method", {}).get("uneven", {}).items())
+    dear = (
+        f" No multiple of 32:{uneven}; quantised files (GGUF, int4) hold such matrices unquantised." if uneven else ""
+    )
     return (
         f"Method `{recipe['method']}`, {manifest['paper']}. Requested sparsity {sparsity['requested']:g} "
         f"(share of {sparsity['of']}), achieved {sparsity['achieved']:.4f}; of all parameters, "
-        f"{sparsity['parameters_removed']:.4f} are gone.{changes}{honest}\n"
+        f"{sparsity['parameters_removed']:.4f} are gone.{changes}{dear}{honest}\n"
     )
 
 

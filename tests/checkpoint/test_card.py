@@ -56,3 +56,33 @@ def test_a_card_is_utf_8_in_any_locale(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("locale.getencoding", lambda: "ascii")
     card.write_card(tmp_path, manifest("naïve", "bundled"))
     assert "naïve" in (tmp_path / CARD_NAME).read_bytes().decode("utf-8")
+
+
+@pytest.mark.parametrize("origin", ["hub", "directory"])
+def test_licence_languages_and_base_model_carry_over(tmp_path: Path, origin: str):
+    header = "license: llama3.2\nlicense_link: https://x.org/a\nlanguage:\n- en\n- no\nbase_model: some/base\ntags: [x]"
+    (tmp_path / CARD_NAME).write_text(f"---\n{header}\n---\n# A model\n")
+    found = manifest("owner/model", origin)
+    found["model"]["card"] = card.inherited(tmp_path)
+    write_card(tmp_path, found)
+    fields = yaml.safe_load((tmp_path / CARD_NAME).read_text().split("---\n")[1])
+    assert (fields["license"], fields["license_link"]) == ("llama3.2", "https://x.org/a")
+    assert fields["language"] == ["en", "no"]
+    assert fields["base_model"] == ("owner/model" if origin == "hub" else "some/base")
+    assert fields["tags"] == ["slimlm", "compression", "slice"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# No header", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense: mit"]
+)
+def test_a_card_without_a_header_gives_nothing(tmp_path: Path, text: str):
+    assert card.inherited(tmp_path) == {}
+    (tmp_path / CARD_NAME).write_text(text)
+    assert card.inherited(tmp_path) == {}
+
+
+def test_the_card_says_what_widths_cost_that_no_format_takes(tmp_path: Path):
+    found = manifest("model", "directory")
+    found["method"] = {"uneven": {"mlp": 888}}
+    assert "No multiple of 32: `mlp` 888" in card.render_card(found)
+    assert "No multiple" not in card.render_card(manifest("model", "directory"))
