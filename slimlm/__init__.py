@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from slimlm.compression import CompressResult, compress
+    from slimlm.api import compress
+    from slimlm.compression import CompressResult
     from slimlm.errors import RunFailure, SlimlmError, UserError
     from slimlm.evaluation.evaluate import Evaluation, evaluate
     from slimlm.recipe import Recipe
 
 _HOME = {
-    "compress": "slimlm.compression",
+    "compress": "slimlm.api",
     "CompressResult": "slimlm.compression",
     "evaluate": "slimlm.evaluation.evaluate",
     "Evaluation": "slimlm.evaluation.evaluate",

@@ -23,7 +23,7 @@ ORDER = [
     {"prepare"},
     {"record"},
     {"compression", "inspection"},
-    {"forecast", "probe"},
+    {"forecast", "probe", "api"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -1,0 +1,94 @@
+"""What `import slimlm` offers beside the command line: a recipe carried out, or a model in memory made smaller."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, overload
+
+import numpy
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from slimlm.compression import CompressResult
+from slimlm.compression import compress as compress_recipe
+from slimlm.errors import UserError
+from slimlm.progress import LogProgress, Progress
+from slimlm.recipe import Recipe, make_recipe
+
+Data = str | Path | list[str] | Tensor
+
+
+@overload
+def compress(model: Recipe, /, **how: Any) -> CompressResult: ...
+@overload
+def compress(model: PreTrainedModel, tokenizer: Any, /, **settings: Any) -> PreTrainedModel: ...
+def compress(model: Recipe | PreTrainedModel, tokenizer: Any = None, /, **settings: Any) -> Any:
+    """Carry out a recipe (`slimlm.compression.compress` says how), or make a model that is in memory smaller.
+
+    compress(model, tokenizer, sparsity=0.25, dataset=texts) returns a model of a stock class, in eval mode, with the
+    dtype and on the device of the one given, which stays as it is. Settings are a recipe's; dataset may also be a list
+    of texts, or tokens [windows, time]. The manifest is the returned model's attribute `slimlm`.
+
+    The same engine does it, from disk to disk: the model is saved to a temporary directory (in work_dir, where that is
+    given) and the result read back. Beside the model given, which is the caller's, memory is what
+    `slimlm compress --dry-run` says of the saved model, and in the end that of the result; the disk holds both for a
+    while. Raises UserError and RunFailure like the command.
+    """
+    if isinstance(model, Recipe):
+        return compress_recipe(model, *([] if tokenizer is None else [tokenizer]), **settings)
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"compress takes a Recipe or a transformers model, not a {type(model).__name__}")
+    if tokenizer is None:
+        raise UserError("compress(model, tokenizer, ...) needs the model's tokenizer")
+    return _in_memory(model, tokenizer, **settings)
+
+
+def _in_memory(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    dataset: Data | None = None,
+    progress: Progress | None = None,
+    work_dir: Path | str | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
+    if unknown := {"model", "output_dir", "revision"} & settings.keys():
+        raise UserError(f"{unknown.pop()} is of no use for a model in memory")
+    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
+        raise UserError("the model has an adapter: merge it first (merge_and_unload)")
+    progress = progress or LogProgress()
+    with tempfile.TemporaryDirectory(prefix="slimlm-", dir=work_dir) as place:
+        source = Path(place) / "model"
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        progress.line(f"saving the model ({size / 1e6:,.1f} MB) to {source}; it stays in memory as well")
+        model.save_pretrained(source)
+        tokenizer.save_pretrained(source)
+        given: dict[str, Any] = {} if dataset is None else {"dataset": _data_at(dataset, Path(place))}
+        if isinstance(dataset, Tensor):
+            given |= {"num_calibration_samples": dataset.shape[0], "max_seq_length": dataset.shape[1]}
+        recipe = make_recipe({**given, **settings, "model": str(source), "output_dir": str(Path(place) / "out")})
+        result = compress_recipe(recipe, progress=progress, work_dir=None if work_dir is None else Path(place))
+        found = AutoModelForCausalLM.from_pretrained(
+            result.output_dir, dtype="auto", trust_remote_code=result.manifest["needs_remote_code"]
+        )
+    found.slimlm = {**result.manifest, "model": {**result.manifest["model"], "name": _name_of(model)}}
+    moved: PreTrainedModel = found.to(model.device).eval()
+    return moved
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return str(model.config.name_or_path or type(model).__name__)
+
+
+def _data_at(dataset: Data, place: Path) -> str:
+    """Calibration data as a recipe names it. Raises UserError for tokens of another shape."""
+    if isinstance(dataset, Tensor):
+        if dataset.dim() != 2 or dataset.is_floating_point() or not dataset.numel():
+            raise UserError(f"tokens are integers [windows, time], not {dataset.dtype} {list(dataset.shape)}")
+        numpy.save(place / "tokens.npy", dataset.to("cpu", torch.int64).numpy())
+        return str(place / "tokens.npy")
+    if isinstance(dataset, list):
+        lines = [json.dumps({"text": text}) for text in dataset]
+        (place / "texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(place / "texts.jsonl")
+    return str(dataset)
