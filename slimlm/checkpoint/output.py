@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from slimlm.checkpoint.companions import COMPANIONS
 from slimlm.checkpoint.disk import disk_errors, sync, write_whole
 from slimlm.checkpoint.journal import finished_steps, is_complete
 from slimlm.checkpoint.lock import LOCK_NAME, OWNER_NAME, Gone, Taken, locked
@@ -20,21 +21,6 @@ from slimlm.checkpoint.staging import Staging, require_our_staging, require_ours
 from slimlm.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-# Tokenizer, chat template, generation settings and licence travel with the weights, byte for byte.
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def test_the_alias_is_the_bundled_model():
 
 def test_a_directory_of_the_aliass_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "llama").mkdir()
-    (tmp_path / "llama" / "config.json").write_text("{}")
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.chdir(tmp_path)
     assert resolve_model("llama").path == (tmp_path / "llama")
 
