@@ -72,8 +72,8 @@ def inspect_model(
     require_at_least(1, windows=windows)
     require_at_least(2, window=window)
     resolved = resolve_known(name, revision, trust_remote_code, Access(token, cache_dir))
-    progress.line(f"model: {resolved}")
     model = open_model(resolved.path, pick_device(device), "fast", trust_remote_code)
+    progress.line(f"model: {resolved}")
     stream = None
     if dataset is not None:
         tokenizer = load_tokenizer(resolved.path, trust_remote_code)

@@ -79,7 +79,6 @@ def prepare(
     method = method_named(recipe.method)
     recipe = method.resolve(recipe)
     resolved = resolve_known(recipe.model, recipe.revision, recipe.trust_remote_code, access)
-    progress.line(f"model: {resolved}")
     if sum(file.stat().st_size for file in resolved.path.glob("*.safetensors") if file.is_file()) > LARGE:
         return_memory_at_once()  # first of all: what is allocated before stays as it was
     output = output_of(recipe)
@@ -93,6 +92,7 @@ def prepare(
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
     plan = method.plan(model, recipe)
     _refuse_other_class(model, plan)
+    progress.line(f"model: {resolved}")
     if recipe.widths:
         if plan.parameters >= parameter_count(model.model) and not is_probe:
             raise UserError(f"--widths {recipe.widths} removes nothing: {plan.parameters:,} parameters would be left")

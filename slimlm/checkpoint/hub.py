@@ -41,23 +41,34 @@ class HubModel:
 
     def fetch(self, names: Sequence[str], but: str | None = None, commit: str | None = None) -> Path:
         """The snapshot's directory, with those of the named files that can be had."""
-        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            found = snapshot_download(
-                self.name,
-                revision=commit or self.revision,
-                allow_patterns=list(names),
-                ignore_patterns=but,
-                token=self.access.token,
-                cache_dir=self.access.cache_dir,
-            )
-        except Exception as error:
-            partly = getattr(error, "snapshot_path", None)  # without the network; what lacks may not be needed
-            if partly is None:
-                raise
-            logger.info("of %s the cache holds only a part: %s", self.name, one_line(error))
-            found = partly
+            return self._snapshot(names, but, commit)
+        except LocalEntryNotFoundError as error:  # without the network, and what lacks may not be needed
+            logger.info("of %s the cache holds a part at most: %s", self.name, one_line(error))
+            try:
+                return self._snapshot(names, but, commit, local_files_only=True)
+            except LocalEntryNotFoundError as local:
+                partly = getattr(local, "snapshot_path", None)
+                if partly is None:
+                    raise error from None
+                return Path(partly)
+
+    def _snapshot(
+        self, names: Sequence[str], but: str | None, commit: str | None, local_files_only: bool = False
+    ) -> Path:
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(
+            self.name,
+            revision=commit or self.revision,
+            allow_patterns=list(names),
+            ignore_patterns=but,
+            token=self.access.token,
+            cache_dir=self.access.cache_dir,
+            local_files_only=local_files_only,
+        )
         return Path(found)
 
     def files(self, commit: str) -> list[str]:
@@ -73,7 +84,13 @@ def fetch_model(model: HubModel, accept: Callable[[Path], None], with_code: bool
     accept: sees the directory before any weights are fetched. with_code: Python files, too. hint: what may be meant by
     a name that is not there.
     """
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         path = model.fetch([*METADATA, *(["*.py"] if with_code else [])], but=ELSEWHERE)
@@ -94,7 +111,8 @@ def fetch_model(model: HubModel, accept: Callable[[Path], None], with_code: bool
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"model {model.name!r} is not on the hub{hint}; {WAYS_OUT}") from error
     except Exception as error:  # the hub client lets its HTTP library's own errors through
-        why = "it is not in the cache, and HF_HUB_OFFLINE is set" if _is_offline() else _said(error)
+        offline = _is_offline() and isinstance(error, LocalEntryNotFoundError)
+        why = "it is not in the cache, and HF_HUB_OFFLINE is set" if offline else _said(error)
         raise UserError(
             f"model {model.name!r} is no directory here and could not be fetched from the hub ({why}){hint}; {WAYS_OUT}"
         ) from error
