@@ -282,8 +282,9 @@ def test_the_way_to_a_text_part_that_is_told_leads_there(tmp_path: Path, slimlm)
     whole, new = tmp_path / "whole", tmp_path / "new"
     AutoModelForImageTextToText.from_config(config).save_pretrained(whole)
     _, (line,) = slimlm("compress", "-m", str(whole), *PRUNE)
-    for code in line.split("`")[1::2]:
-        exec(code, globals() | {"DIR": whole, "NEW": new}, known := locals())  # noqa: S102
+    known = globals() | {"DIR": whole, "NEW": new}
+    for code in line.split("`")[1:4:2]:
+        exec(code, known)
     assert known["text"].config.model_type == "llama"
     AutoTokenizer.from_pretrained(BUNDLED["llama"]).save_pretrained(new)
     assert slimlm("compress", "-m", str(new), *PRUNE)[0] == 0
