@@ -47,8 +47,10 @@ def other_kind(place: Path | str, names: Collection[str]) -> UserError:
         if found is not None:
             return UserError(f"{place} {found}")
     if CONFIG_NAME not in top:
-        what = "a tokenizer and no model" if any(name.startswith("tokenizer") for name in top) else f"no {CONFIG_NAME}"
-        return UserError(f"{place} holds {what}: not a transformers model directory")
+        if {SINGLE_NAME, INDEX_NAME} & top:
+            return UserError(f"{place} holds no {CONFIG_NAME}, without which weights say little: fetch that, too")
+        beside = " but a tokenizer" if any(name.startswith("tokenizer") for name in top) else ""
+        return UserError(f"{place} holds no {CONFIG_NAME}{beside}: not a transformers model directory")
     return UserError(
         f"{place} holds no safetensors weights, neither {SINGLE_NAME} nor {INDEX_NAME} (pickled ones are not read)"
     )
