@@ -220,7 +220,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights of another name": (lambda m: (m / WEIGHTS).rename(m / "weights.safetensors"), "rename it"),
     "distributed": (lambda m: without_weights(m, "shard-00001-model-00001-of-00002.safetensors"), "is a distributed"),
     "no config": (lambda m: (m / "config.json").unlink(), "holds no config.json, without which weights say little"),
-    "tokenizer only": (lambda m: only(m, "tokenizer.json", "tokenizer_config.json"), "holds no config.json but a tokenizer"),
+    "tokenizer only": (lambda m: only(m, "tokenizer.json", "tokenizer_config.json"), "no config.json but a tokenizer"),
     "tokenizer's config": (lambda m: (m / "tokenizer_config.json").rename(m / "config.json"), "is a tokenizer's"),
     "empty config": (stand_in("config.json", "{}"), "config.json is empty"),
     "config without type": (lambda m: configure(m, model_type=None), "names no model_type"),
