@@ -152,7 +152,34 @@ WorkDir = Annotated[
         show_default=False,
     ),
 ]
-NOT_OF_THE_RECIPE = ("recipe", "overwrite", "resume", "resume_anyway", "work_dir", "dry_run", "verbose")
+TRUST = "Run Python code that comes with the checkpoint; a recipe file cannot say so."
+Trust = Annotated[bool | None, typer.Option("--trust-remote-code", rich_help_panel=RUN, help=TRUST)]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        "--token", rich_help_panel=RUN, help="For models on the hub.  [default: of `hf auth login`]", show_default=False
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        rich_help_panel=RUN,
+        help="Where models from the hub are kept.  [default: the hub's own cache]",
+        show_default=False,
+    ),
+]
+NOT_OF_THE_RECIPE = (
+    "token",
+    "cache_dir",
+    "recipe",
+    "overwrite",
+    "resume",
+    "resume_anyway",
+    "work_dir",
+    "dry_run",
+    "verbose",
+)
 
 
 @app.command("compress")
@@ -198,12 +225,9 @@ def compress_command(
     seed: Seed = None,
     batch_size: BatchSize = None,
     device: Device = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option(
-            "--trust-remote-code", rich_help_panel=RUN, help="Run modelling code that comes with the checkpoint."
-        ),
-    ] = None,
+    trust_remote_code: Trust = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
     measure: Annotated[
         bool | None,
         typer.Option(
@@ -254,9 +278,9 @@ def compress_command(
     flags = {key: value for key, value in locals().items() if key not in NOT_OF_THE_RECIPE and value is not None}
     chosen = _chosen_recipe(recipe, flags)
     if dry_run:
-        _dry_run(chosen, overwrite, resume or resume_anyway, work_dir, verbose)
+        _dry_run(chosen, overwrite, resume or resume_anyway, work_dir, verbose, (token, cache_dir))
     else:
-        _run_compress(chosen, overwrite, resume, resume_anyway, work_dir, verbose)
+        _run_compress(chosen, overwrite, resume, resume_anyway, work_dir, verbose, (token, cache_dir))
 
 
 @app.command("rotate")
@@ -276,6 +300,9 @@ def rotate_command(
     resume: Resume = False,
     resume_anyway: ResumeAnyway = False,
     work_dir: WorkDir = None,
+    trust_remote_code: Trust = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
     dtype: Dtype = None,
 ) -> None:
     """Sort a model's residual stream by importance, once for every width.
@@ -291,7 +318,8 @@ def rotate_command(
         slimlm compress --model rotated --sparsity 0.25 --no-refit
     """
     flags = {key: value for key, value in locals().items() if key not in NOT_OF_THE_RECIPE and value is not None}
-    _run_compress(make_recipe({**flags, "method": "rotate"}, FLAGS), overwrite, resume, resume_anyway, work_dir)
+    chosen = make_recipe({**flags, "method": "rotate"}, FLAGS)
+    _run_compress(chosen, overwrite, resume, resume_anyway, work_dir, access=(token, cache_dir))
 
 
 def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
@@ -314,19 +342,31 @@ def _run_compress(
     resume_anyway: bool = False,
     work_dir: Path | None = None,
     verbose: bool = False,
+    access: tuple[str | None, Path | None] = (None, None),
 ) -> None:
+    """access: to the hub; a token and a directory."""
     with _progress("interrupted; run the same command with --resume to go on") as progress:
         _set_verbosity(verbose)
         from slimlm.compression import compress
 
-        result = compress(recipe, overwrite, resume, progress, resume_anyway=resume_anyway, work_dir=work_dir)
+        token, cache_dir = access
+        how: dict[str, Any] = {"resume_anyway": resume_anyway, "work_dir": work_dir}
+        result = compress(recipe, overwrite, resume, progress, token=token, cache_dir=cache_dir, **how)
     _print_result(result, recipe.expected)
 
 
-def _dry_run(recipe: Recipe, overwrite: bool, resume: bool, work_dir: Path | None, verbose: bool) -> None:
+def _dry_run(
+    recipe: Recipe,
+    overwrite: bool,
+    resume: bool,
+    work_dir: Path | None,
+    verbose: bool,
+    access: tuple[str | None, Path | None],
+) -> None:
     work_dir = None if work_dir is None else work_dir.expanduser().resolve()
     with _progress() as progress:
         _set_verbosity(verbose)
+        from slimlm.checkpoint.hub import Access
         from slimlm.device import check_process
         from slimlm.forecast import forecast, require_room
         from slimlm.prepare import check_later, check_shots, output_of, prepare
@@ -335,7 +375,7 @@ def _dry_run(recipe: Recipe, overwrite: bool, resume: bool, work_dir: Path | Non
         check_process()
         check_shots(recipe)
         first = recipe.stages[0].model_copy(update={"output_dir": str(output_of(recipe))})
-        job = prepare(first, overwrite, resume, progress, work_dir=work_dir)
+        job = prepare(first, overwrite, resume, progress, work_dir=work_dir, access=Access(*access))
         check_later(job, recipe)
         found = forecast(job, progress, recipe, work_dir)
     print(forecast_summary(job, found, recipe.stages[1:], work_dir))
@@ -402,9 +442,9 @@ def eval_command(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write everything measured to this file.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
+    token: Annotated[str | None, typer.Option(help="For models on the hub.  [default: of `hf auth login`]")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where models from the hub are kept.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
 ) -> None:
     """Measure a model: perplexity on fixed windows, and lm-eval tasks.
@@ -442,6 +482,8 @@ def eval_command(
             revision=revision,
             against_revision=against_revision,
             progress=progress,
+            token=token,
+            cache_dir=cache_dir,
         )
     _print_evaluation(evaluation.data, json_path)
 
@@ -484,9 +526,9 @@ def inspect_command(
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
+    token: Annotated[str | None, typer.Option(help="For models on the hub.  [default: of `hf auth login`]")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where models from the hub are kept.")] = None,
 ) -> None:
     """Show what each matrix of a model looks like to a pruner.
 
@@ -512,7 +554,7 @@ def inspect_command(
         from slimlm.inspection import SPARSITIES, inspect_model
 
         found = inspect_model(
-            model, dataset, windows, window, seed, device, revision, trust_remote_code, progress=progress
+            model, dataset, windows, window, seed, device, revision, trust_remote_code, progress, token, cache_dir
         )
     rows = [figures.describe() for figures in found]
     with _kept(rows, json_path):

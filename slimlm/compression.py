@@ -13,14 +13,17 @@ from transformers import AutoModelForCausalLM
 from slimlm.activations import Spilled
 from slimlm.calibration import SELF, Windows, sample_windows, start_token
 from slimlm.checkpoint.card import write_card
-from slimlm.checkpoint.companions import copy_companions, keep_tokenizer
+from slimlm.checkpoint.code import copy_code, keep_own_code
+from slimlm.checkpoint.companions import copy_companions
 from slimlm.checkpoint.config_file import move_generation_settings, write_config
 from slimlm.checkpoint.disk import disk_errors, write_whole
+from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.journal import COMPLETE, Journal, compare_fingerprints, finished_steps
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from slimlm.checkpoint.output import clear_leftovers, held, staged_output
 from slimlm.checkpoint.skeleton import BUILDING
 from slimlm.checkpoint.staging import Staging, check_output, size_of
+from slimlm.checkpoint.tokenizer import keep_tokenizer
 from slimlm.device import check_process, forget_peak, placement
 from slimlm.errors import RunFailure, UserError, out_of_memory
 from slimlm.evaluation.streamed import Comparison, compare_streamed
@@ -56,6 +59,7 @@ class _How:
     anyway: bool
     work_dir: Path | None
     is_probe: bool
+    access: Access
 
 
 def compress(
@@ -66,18 +70,21 @@ def compress(
     is_probe: bool = False,
     resume_anyway: bool = False,
     work_dir: Path | str | None = None,
+    token: str | None = None,
+    cache_dir: Path | str | None = None,
 ) -> CompressResult:
     """Carry out a recipe; the result is a directory that stock transformers loads.
 
     resume: go on from what an interrupted run with the same recipe, model, versions and kind of machine left, if there
     is any; resume_anyway: with other versions or on another kind of machine, too, which the manifest then says.
     work_dir: a directory for hidden states that wait on disk, instead of `<output>.partial/`.
-    is_probe: as in `prepare`.
+    is_probe: as in `prepare`. token, cache_dir: for a model on the hub, as `from_pretrained` takes them.
     Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
     Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
     """
+    access = Access(token, cache_dir)
     place = None if work_dir is None else Path(work_dir).expanduser().resolve()
-    how = _How(progress or LogProgress(), overwrite, resume or resume_anyway, resume_anyway, place, is_probe)
+    how = _How(progress or LogProgress(), overwrite, resume or resume_anyway, resume_anyway, place, is_probe, access)
     check_process()
     with out_of_memory("lower --batch-size or --max-seq-length; --dry-run says what a run needs"):
         if len(recipe.stages) > 1:
@@ -87,7 +94,8 @@ def compress(
 
 
 def _prepared(recipe: Recipe, how: _How, overwrite: bool = False) -> Job:
-    job = prepare(recipe, overwrite or how.overwrite, how.resume, how.progress, how.is_probe, how.work_dir)
+    again = overwrite or how.overwrite
+    job = prepare(recipe, again, how.resume, how.progress, how.is_probe, how.work_dir, how.access)
     forget_peak(job.model.device)
     return job
 
@@ -237,11 +245,13 @@ def _carry_out(
 def _furnish(job: Job, plan: Plan, target: Path) -> None:
     """Everything beside the weights that makes them a model."""
     source = job.resolved.path
+    keep_own_code(job.model.config, plan.config)
     write_config(plan.config, source, target)
+    copy_companions(source, target)
     with disk_errors(target):
         for file in plan.files:
             shutil.copyfile(file, target / file.name)
-    copy_companions(source, target)
+        copy_code(source, target)
     move_generation_settings(source, target)
     keep_tokenizer(job.tokenizer, target, job.recipe.trust_remote_code)
 

@@ -20,9 +20,10 @@ import torch
 import yaml
 
 from slimlm.calibration import SAMPLING_BATCH
+from slimlm.checkpoint.code import code_files
 from slimlm.checkpoint.companions import companions
+from slimlm.checkpoint.kinds import INDEX_NAME
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, stages_of, took
-from slimlm.checkpoint.reader import INDEX_NAME
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.staging import check_output
 from slimlm.compression import LOG_NAME
@@ -135,6 +136,7 @@ def _probe(
         del settings["sparsity"]
     settings["skip"] = [name for name in job.model.skipped if name in _shown_modules(job, shown)]
     settings |= {"model": str(scratch / "model"), "output_dir": str(scratch / "out"), "revision": None}
+    trust = settings.pop("trust_remote_code", False)  # no file can say that
     if job.windows is not None:
         numpy.save(scratch / "tokens.npy", job.windows.tokens.numpy())
         settings["dataset"] = str(scratch / "tokens.npy")
@@ -143,6 +145,7 @@ def _probe(
         sys.executable,
         "-m",
         "slimlm.probe",
+        *(["--trust-remote-code"] if trust else []),
         str(scratch / "recipe.yaml"),
         *([str(work_dir)] if work_dir else []),
     ]
@@ -179,9 +182,10 @@ def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
     """A model directory of links to the real one, whose config and index speak of the first blocks alone."""
     directory.mkdir()
     source, model = job.resolved.path, job.model
-    for file in companions(source):
+    for file in (*companions(source), *code_files(source)):
         (directory / file.name).symlink_to(file.resolve())
     config = json.loads((source / "config.json").read_text())
+    config.pop("transformers_weights", None)  # the index below says it
     config[model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = shown
     for name in BY_BLOCK:
         if isinstance(config.get(name), list):
@@ -191,8 +195,10 @@ def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
     if "influence" in manifest.get("method", {}):  # `slimlm rotate` wrote it, and slicing it goes another way
         influence = {"influence": manifest["method"]["influence"][:shown]}
         (directory / MANIFEST_NAME).write_text(json.dumps({"method": influence}))
-    weight_map = {key: model.checkpoint.tensors[key].path.name for key in _shown_keys(job, shown)}
+    tensors = model.checkpoint.tensors
+    weight_map = {key: tensors[key].path.relative_to(source).as_posix() for key in _shown_keys(job, shown)}
     for name in set(weight_map.values()):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).symlink_to((source / name).resolve())
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 

@@ -1,11 +1,13 @@
 """What each matrix of a model looks like to a pruner: figures of its weights, and with data of what it sees."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from slimlm.calibration import load_windows
+from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.device import check_process, pick_device
 from slimlm.errors import RunFailure, out_of_memory, require_at_least
@@ -57,18 +59,21 @@ def inspect_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    token: str | None = None,
+    cache_dir: Path | str | None = None,
 ) -> list[MatrixFigures]:
     """Figures of every linear inside the blocks, in the order of the model; one block is in memory at a time.
 
-    Raises UserError for a model or data that cannot be used, RunFailure for NaN.
+    token, cache_dir: for a model on the hub, as `from_pretrained` takes them. Raises UserError for a model or data that
+    cannot be used, RunFailure for NaN.
     """
     progress = progress or Progress()
     check_process()
     require_at_least(1, windows=windows)
     require_at_least(2, window=window)
-    resolved = resolve_known(name, revision, trust_remote_code)
-    progress.line(f"model: {resolved}")
+    resolved = resolve_known(name, revision, trust_remote_code, Access(token, cache_dir))
     model = open_model(resolved.path, pick_device(device), "fast", trust_remote_code)
+    progress.line(f"model: {resolved}")
     stream = None
     if dataset is not None:
         tokenizer = load_tokenizer(resolved.path, trust_remote_code)

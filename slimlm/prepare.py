@@ -8,16 +8,19 @@ from typing import Any, Literal
 import torch
 
 from slimlm.calibration import SELF, Windows, load_windows
-from slimlm.checkpoint.companions import check_tokenizer
+from slimlm.checkpoint.code import is_own_class
+from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.manifest import MANIFEST_NAME
-from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.reader import Checkpoint, read_config
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
 from slimlm.checkpoint.skeleton import auto_dtype, load_config, load_tokenizer, parameter_count
 from slimlm.checkpoint.staging import check_output
+from slimlm.checkpoint.task import refuse_other_task
+from slimlm.checkpoint.tokenizer import check_tokenizer
 from slimlm.device import pick_device, resident_memory, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
-from slimlm.families import family_of
+from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.ridge import HELD_EVERY
 from slimlm.methods import method_named
 from slimlm.methods.plan import Method, Plan
@@ -66,18 +69,18 @@ def prepare(
     progress: Progress,
     is_probe: bool = False,
     work_dir: Path | None = None,
+    access: Access | None = None,
 ) -> Job:
     """Find every fault that can be found without computing. Raises UserError; writes nothing.
 
     resume: what an earlier run wrote may stand at the output; whether it is this one's is not decided here.
     is_probe: the model is a part of the one that is meant, and may grow by what makes the whole smaller.
-    work_dir: where hidden states are to wait, if not beside the output.
+    work_dir: where hidden states are to wait, if not beside the output. access: to the hub.
     """
     started, memory_before = time.perf_counter(), resident_memory()
     method = method_named(recipe.method)
     recipe = method.resolve(recipe)
-    resolved = resolve_known(recipe.model, recipe.revision, recipe.trust_remote_code)
-    progress.line(f"model: {resolved}")
+    resolved = resolve_known(recipe.model, recipe.revision, recipe.trust_remote_code, access)
     if sum(file.stat().st_size for file in resolved.path.glob("*.safetensors") if file.is_file()) > LARGE:
         return_memory_at_once()  # first of all: what is allocated before stays as it was
     output = output_of(recipe)
@@ -91,6 +94,8 @@ def prepare(
     model = open_model(resolved.path, pick_device(recipe.device), "fast", recipe.trust_remote_code)
     skip_modules(model, recipe.skip)
     plan = method.plan(model, recipe)
+    _refuse_other_class(model, plan)
+    progress.line(f"model: {resolved}")
     if recipe.widths:
         if plan.parameters >= parameter_count(model.model) and not is_probe:
             raise UserError(f"--widths {recipe.widths} removes nothing: {plan.parameters:,} parameters would be left")
@@ -160,13 +165,32 @@ def check_later(job: Job, whole: Recipe) -> None:
             raise UserError(f"{NO_DATA}, for the {later.method} that comes later, too")
 
 
-def resolve_known(model: str, revision: str | None, trust_remote_code: bool) -> ResolvedModel:
+def resolve_known(
+    model: str, revision: str | None, trust_remote_code: bool, access: Access | None = None
+) -> ResolvedModel:
     """A model's directory, nothing large fetched for a family that is not known. Raises UserError."""
 
     def accept(path: Path) -> None:
+        values = read_config(path)
+        refuse_other_task(path, values)
+        if values.get("auto_map") and values["model_type"] not in FAMILIES:
+            raise UserError(
+                f"{path} is {values['model_type']!r}, which comes with Python code of its own: slimlm knows no such "
+                "architecture, with --trust-remote-code or without (`slimlm models` lists those it knows)"
+            )
         family_of(load_config(path, trust_remote_code))
 
-    return resolve_model(model, revision, accept)
+    return resolve_model(model, revision, accept, trust_remote_code, access)
+
+
+def _refuse_other_class(model: StreamedModel, plan: Plan) -> None:
+    """Raises UserError where a checkpoint's own class would be left for one that need not compute the same."""
+    own, other = type(model.model).__name__, type(plan.carrier).__name__
+    if is_own_class(model.config) and type(plan.carrier) is not type(model.model):
+        raise UserError(
+            f"{own} comes with the checkpoint, and the result would be a {other}: prune it, or leave out "
+            "--trust-remote-code if both compute the same"
+        )
 
 
 def describe(plan: Plan, method: Method, model: StreamedModel, size: int) -> list[str]:

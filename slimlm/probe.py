@@ -1,4 +1,4 @@
-"""`python -m slimlm.probe RECIPE [WORK_DIR]`: what `--dry-run` runs on the first blocks of a model.
+"""`python -m slimlm.probe [--trust-remote-code] RECIPE [WORK_DIR]`: what `--dry-run` runs on a model's first blocks.
 
 The recipe lies in a directory of the probe's own, and so is the one where hidden states wait.
 
@@ -28,10 +28,12 @@ def end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    recipe, *work_dir = map(Path, sys.argv[1:])
+    trust = sys.argv[1] == "--trust-remote-code"
+    recipe, *work_dir = map(Path, sys.argv[1 + trust :])
     try:
         threading.Thread(target=end_with_parent, daemon=True).start()
-        compress(load_recipe(str(recipe)), is_probe=True, work_dir=work_dir[0] if work_dir else None)
+        chosen = load_recipe(str(recipe), {"trust_remote_code": True} if trust else None)
+        compress(chosen, is_probe=True, work_dir=work_dir[0] if work_dir else None)
     except SlimlmError as error:
         sys.exit(str(error))
     finally:

@@ -28,7 +28,8 @@ SHARED = (
     *("model", "dataset", "text_column", "num_calibration_samples", "max_seq_length", "batch_size", "seed", "dtype"),
     *("skip", "max_shard_size", "device", "trust_remote_code", "measure", "eval_text", "eval_windows", "output_dir"),
 )
-OF_THE_WHOLE = ("model", "revision", "output_dir", "then", "expected", "shots", "schedule")
+RAN_REMOTE_CODE = "ran_remote_code"  # in place of a permission, in recipes that slimlm writes
+OF_THE_WHOLE = ("model", "revision", "trust_remote_code", "output_dir", "then", "expected", "shots", "schedule")
 
 
 class Recipe(BaseModel):
@@ -276,9 +277,26 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"recipe {path} is not a mapping of keys to values")
     source = f"recipe {path}"
+    _refuse_trust(values, overrides or {}, source)
     recipe, written = make_recipe({**values, **(overrides or {})}, source), make_recipe(values, source)
-    same = recipe.model_copy(update={"output_dir": written.output_dir}) == written
+    told = {name: getattr(written, name) for name in ("output_dir", "trust_remote_code")}
+    same = recipe.model_copy(update=told) == written
     return recipe if same else recipe.model_copy(update={"expected": {}})  # another run's figures
+
+
+def _refuse_trust(values: dict[str, Any], flags: dict[str, Any], source: str) -> None:
+    """Whether code that comes with a model may run is for who runs it to say: recipes are handed on.
+
+    Takes the note out that a recipe was run that way. Raises UserError for one that wants it without the flag.
+    """
+    if values.pop("trust_remote_code", False):
+        raise UserError(
+            f"{source}: trust_remote_code cannot be set in a file: take it out, and give --trust-remote-code"
+        )
+    if values.pop(RAN_REMOTE_CODE, False) and not flags.get("trust_remote_code"):
+        raise UserError(
+            f"{source} was run with code that comes with its model: read that, then add --trust-remote-code to run it"
+        )
 
 
 def find_recipe(name: str) -> Path:

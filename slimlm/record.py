@@ -7,10 +7,11 @@ import yaml
 
 from slimlm.calibration import SELF, Windows, load_windows
 from slimlm.checkpoint.card import inherited
+from slimlm.checkpoint.code import code_files, is_own_class
 from slimlm.checkpoint.disk import write_whole
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.manifest import Manifest, versions
-from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.reader import Checkpoint, file_hash
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.staging import Staging
 from slimlm.device import machine, peak_memory, rounding
@@ -18,7 +19,7 @@ from slimlm.evaluation.streamed import Comparison
 from slimlm.methods import method_named
 from slimlm.methods.plan import Outcome
 from slimlm.prepare import Job, later_runs_of
-from slimlm.recipe import Recipe
+from slimlm.recipe import RAN_REMOTE_CODE, Recipe
 
 # What a recipe says of how and where it is run, and of what is done with the result: none of it decides a bit.
 UNDECISIVE = {"expected", "model", "revision", "output_dir", "measure", "eval_text", "eval_windows", "device"}
@@ -31,11 +32,16 @@ def fingerprint_of(job: Job) -> dict[str, object]:
     found = versions()
     return {
         **{f"model {name}": digest for name, digest in job.model.checkpoint.hashes.items()},
+        **{f"code {file.name}": file_hash(file) for file in _trusted_code(job)},
         **{f"recipe {name}": value for name, value in settings.items()},
         **{f"version {name}": found.get(name) for name in ("python", "slimlm", "torch", "transformers")},
         **{f"machine {name}": value for name, value in rounding(job.model.device).items()},
         "calibration sha256": job.windows.sha256 if job.windows else None,
     }
+
+
+def _trusted_code(job: Job) -> list[Path]:
+    return code_files(job.resolved.path) if job.recipe.trust_remote_code else []
 
 
 def fingerprint_of_all(job: Job, whole: Recipe) -> dict[str, object]:
@@ -81,7 +87,9 @@ def write_recipe(directory: Path, recipe: Recipe, model: dict[str, Any]) -> None
 
     model: what the manifest says of it.
     """
-    settings = recipe.model_dump(exclude={"expected", "output_dir"}, exclude_none=True)
+    settings = recipe.model_dump(exclude={"expected", "output_dir", "trust_remote_code"}, exclude_none=True)
+    if recipe.trust_remote_code:
+        settings[RAN_REMOTE_CODE] = True
     if recipe.widths or not recipe.sparsity:
         del settings["sparsity"]
     if model["origin"] == "directory":
@@ -118,7 +126,7 @@ def manifest_of(
         },
         "recipe": recipe.model_dump(exclude={"expected"}),
         "paper": job.method.paper,
-        "needs_remote_code": bool(plan.files),
+        "needs_remote_code": bool(plan.files) or is_own_class(plan.config),
         "sparsity": {
             "requested": removed if recipe.widths else recipe.sparsity,
             "of": job.method.sparsity_of,

@@ -20,7 +20,7 @@ from slimlm.checkpoint.hf_internals import load_tensors, module_names, release
 from slimlm.checkpoint.lookup import looked_up
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.reader import Checkpoint
-from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, refuse_absurd_sizes
+from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, refuse_absurd_sizes, use_only_known
 from slimlm.device import return_freed_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family
@@ -61,6 +61,7 @@ class StreamedModel:
         if family.norm_eps and not getattr(config, family.norm_eps, 0) >= 0:
             raise UserError(f"{checkpoint.path / 'config.json'}: {family.norm_eps} is negative")
         self.model = build_skeleton(config, dtype, trust_remote_code)
+        use_only_known(checkpoint, self.model)
         check_against_skeleton(checkpoint, self.model)
         for name, buffer in self.model.named_buffers():
             owner, _, leaf = name.rpartition(".")

@@ -14,10 +14,11 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 
 from slimlm.checkpoint.disk import disk_errors, write_whole
+from slimlm.checkpoint.kinds import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
 Settings = dict[str, Any]
-CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
+GENERATION_NAME = "generation_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 OLD_ROPE = (
     "rope_theta",

@@ -51,6 +51,13 @@ def module_names(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str,
     return names, converted
 
 
+def is_converted(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor of the module is fused or split from those in the files, under other names."""
+    mapping = get_model_conversion_mapping(model)
+    targets = [target for entry in mapping if isinstance(entry, WeightConverter) for target in entry.target_patterns]
+    return any(target.strip("^$").replace("\\", "") in name for target in targets)
+
+
 def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
     """Put the tensors behind `slices` (file name -> lazy slice) into the model's modules.
 

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from slimlm.checkpoint.disk import disk_errors
+from slimlm.checkpoint.kinds import INDEX_NAME, PACKED_NAME, SINGLE_NAME
 from slimlm.checkpoint.output import staged_output, unfinished
-from slimlm.checkpoint.reader import INDEX_NAME, Checkpoint
+from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.shard import StoredTensor
 from slimlm.checkpoint.staging import Staging
 from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
 from slimlm.errors import UserError, out_of_memory
 
-PACKED_NAME, FILES = "packed.json", "files"
+FILES = "files"
 FORMAT = 1
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Advance = Callable[[int], None]
@@ -38,6 +39,7 @@ def pack(source: Path, output: Path, advance: Advance = lambda tensors: None) ->
     """
     _refuse_taken(source, output)
     checkpoint = Checkpoint(source)
+    _refuse_partial(checkpoint)
     counts = {name: _nonzero(stored) for name, stored in checkpoint.tensors.items()}
     specs: dict[str, TensorSpec] = {}
     shapes: dict[str, list[int]] = {}
@@ -97,6 +99,21 @@ def unpack(source: Path, output: Path, advance: Advance = lambda tensors: None) 
         with disk_errors(staging.model):
             _copy((source / FILES).iterdir(), staging.model)
     return archive.bytes_on_disk(), Checkpoint(output).bytes_on_disk()
+
+
+def _refuse_partial(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a checkpoint that could not be given back as it is."""
+    if any("/" in file for file in (checkpoint.chosen, *checkpoint.files)) or checkpoint.chosen not in (
+        SINGLE_NAME,
+        INDEX_NAME,
+    ):
+        raise UserError(
+            f"{checkpoint.path} has its weights in a place of its own: save it with `save_pretrained` first"
+        )
+    for why in checkpoint.unreadable.values():
+        raise UserError(why)
+    for key in sorted(checkpoint.absent):
+        raise UserError(f"tensor {key} is in no file of {checkpoint.path}, though its index lists it: fetch it again")
 
 
 def _refuse_damaged(archive: Checkpoint, shapes: dict[str, list[int]]) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from slimlm.checkpoint.kinds import refuse_stand_in
 from slimlm.errors import UserError
 
 DTYPE_NAMES = {
@@ -109,27 +110,29 @@ class StoredTensor:
                 os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
 
 
-def read_shard(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name, none of them read.
+def read_shard(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, none of them read; and why others can never be.
 
     safetensors itself checks the header (sizes, offsets, overlaps, length of the file). Raises UserError for a file
-    that fails that, or whose tensors are in a dtype slimlm cannot compute with.
+    that fails that. A dtype slimlm cannot compute with is no fault of a tensor that nothing needs.
     """
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
     except SafetensorError as error:
+        refuse_stand_in(path)
         raise UserError(f"{path} is truncated or not a safetensors file ({error}): fetch it again") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(length))
-    tensors = {}
+    tensors, unreadable = {}, {}
     for name in names:
         entry = header[name]
         if entry["dtype"] not in _DTYPES:
-            raise UserError(f"tensor {name} in {path} is stored as {entry['dtype']}, which slimlm cannot compress")
+            unreadable[name] = f"tensor {name} in {path} is stored as {entry['dtype']}, which slimlm cannot compress"
+            continue
         start = 8 + length + entry["data_offsets"][0]
         tensors[name] = StoredTensor(path, start, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-    return tensors
+    return tensors, unreadable

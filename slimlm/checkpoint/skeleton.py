@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-import slimlm.modeling  # noqa: F401  # its classes are known to transformers from here on
-from slimlm.checkpoint.hf_internals import module_names
-from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.code import forget_own_code, runs_own_code
+from slimlm.checkpoint.hf_internals import is_converted, module_names
+from slimlm.checkpoint.reader import Checkpoint, read_config
+from slimlm.checkpoint.task import refuse_other_task
 from slimlm.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,19 @@ SIZES = (
 
 
 def load_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's config. Raises UserError for one that transformers cannot read or that describes no model."""
+    """The model's config. Raises UserError for one that transformers cannot read, that describes no causal language
+    model, or whose classes are in code that comes with it and is not trusted."""
+    values = read_config(path)
+    refuse_other_task(path, values)
+    runs_code = runs_own_code(path, values, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=runs_code)
     except Exception as error:  # config classes validate with whatever exception their fields raise
         raise UserError(f"{path / 'config.json'} cannot be read: {one_line(error)}") from error
-    if getattr(config, "quantization_config", None) is not None:
+    if not runs_code:
+        forget_own_code(config)
+    quantised = getattr(config, "quantization_config", None), values.get("quantization")  # MLX calls it so
+    if any(value is not None for value in quantised):
         raise UserError(f"{path} is quantised already; give slimlm the original floating-point checkpoint")
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -50,9 +58,9 @@ def load_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig
 
 
 def auto_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """What `from_pretrained(dtype="auto")` computes in: the config's dtype, else the one the weights are stored in."""
+    """What `from_pretrained(dtype="auto")` computes in: the config's dtype, else what the weights say."""
     dtype: torch.dtype | None = getattr(config, "dtype", None)
-    return dtype or checkpoint.main_dtype
+    return dtype or checkpoint.auto_dtype
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -122,29 +130,51 @@ def refuse_absurd_sizes(config: PretrainedConfig, checkpoint: Checkpoint) -> Non
         )
 
 
-def check_against_skeleton(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Raises UserError when the checkpoint lacks a tensor the model needs or holds one of another shape.
+def use_only_known(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Have the checkpoint forget the tensors that the model does not know; they are logged. transformers ignores them
+    too."""
+    names, _ = module_names(model, checkpoint.tensors)
+    state = model.state_dict().keys()
+    if unknown := sorted(key for key, name in names.items() if name not in state):
+        logger.warning("%s holds tensors its architecture does not use: %s", checkpoint.path, _some(unknown))
+    checkpoint.use_only([key for key, name in names.items() if name in state])
 
-    Tensors the model does not know are logged: transformers ignores them too.
-    """
+
+def check_against_skeleton(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Raises UserError when the checkpoint lacks a tensor the model needs or holds one of another shape or kind."""
     state = model.state_dict()
     names, converted = module_names(model, checkpoint.tensors)
+    unreadable, _ = module_names(model, checkpoint.unreadable)
+    for key, name in unreadable.items():
+        if name in state:
+            raise UserError(checkpoint.unreadable[key])
     missing = sorted(state.keys() - names.values() - model.all_tied_weights_keys.keys())
-    if missing and not converted:
-        raise UserError(f"{checkpoint.path} lacks {_some(missing)}, which its config calls for")
+    _refuse_missing(checkpoint, model, [name for name in missing if not (converted and is_converted(model, name))])
     for key, name in names.items():
-        expected = tuple(state[name].shape) if name in state else None
+        expected = tuple(state[name].shape)
         stored = checkpoint.tensors[key]
-        if expected is not None and not converted and stored.shape != expected:
+        if not converted and stored.shape != expected:
             raise UserError(
                 f"tensor {key} in {stored.path} has shape {list(stored.shape)}, its config calls for {list(expected)}"
             )
-        if expected is not None and state[name].is_floating_point() and not stored.dtype.is_floating_point:
+        if state[name].is_floating_point() and not stored.dtype.is_floating_point:
             raise UserError(f"tensor {key} in {stored.path} is stored as {stored.dtype}, not as floating-point numbers")
-    unknown = sorted(key for key, name in names.items() if name not in state)
-    if unknown:
-        logger.warning("%s holds tensors its architecture does not use: %s", checkpoint.path, _some(unknown))
     _check_tied(checkpoint, model, {name: key for key, name in names.items()})
+
+
+def _refuse_missing(checkpoint: Checkpoint, model: PreTrainedModel, missing: list[str]) -> None:
+    """Raises UserError for names that are missing. A head that is not there transformers would make of random numbers,
+    and call it a causal language model."""
+    if not missing:
+        return
+    head = model.get_output_embeddings()
+    if all(model.get_submodule(name.rpartition(".")[0]) is head for name in missing):
+        raise UserError(
+            f"{checkpoint.path} has no head ({_some(missing)}), and its config ties none to the embedding: give the "
+            f"causal language model; this is a base model, of which {type(model).__name__} would predict nothing"
+        )
+    again = ": its index lists more than its files hold, fetch it again" if checkpoint.absent else ""
+    raise UserError(f"{checkpoint.path} lacks {_some(missing)}, which its config calls for{again}")
 
 
 def _check_tied(checkpoint: Checkpoint, model: PreTrainedModel, keys: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slimlm.checkpoint.disk import disk_errors, sync, write_whole
-from slimlm.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from slimlm.checkpoint.kinds import INDEX_NAME, SINGLE_NAME
 from slimlm.checkpoint.shard import DTYPE_NAMES, StoredTensor
 from slimlm.errors import RunFailure
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.manifest import read_manifest, versions
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
-from slimlm.checkpoint.skeleton import BUILDING, load_config, load_tokenizer
+from slimlm.checkpoint.skeleton import BUILDING, load_config, load_tokenizer, use_only_known
 from slimlm.device import check_process, machine, pick_device, placement
 from slimlm.errors import UserError, one_line, out_of_memory, require_at_least
 from slimlm.evaluation.harness import load_task_manager, run_tasks, task_scores
@@ -68,12 +69,15 @@ def evaluate(
     revision: str | None = None,
     against_revision: str | None = None,
     progress: Progress | None = None,
+    token: str | None = None,
+    cache_dir: Path | str | None = None,
 ) -> Evaluation:
     """Measure `model`, and `against` on the very same windows and questions.
 
     text: a .txt file, or None for the Python language reference. num_windows None takes all of it. window None takes
     the length the model was compressed with, else its context up to 2048. device_map: "auto" spreads a model over
-    several GPUs. Raises UserError for models, texts or tasks that cannot be used, before any work.
+    several GPUs. token, cache_dir: for models on the hub, as `from_pretrained` takes them. Raises UserError for models,
+    texts or tasks that cannot be used, before any work.
     """
     progress = progress or LogProgress()
     check_process()
@@ -86,7 +90,14 @@ def evaluate(
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
     wanted = [(model, revision), (against, against_revision)]
-    resolved = [resolve_model(name, version) for name, version in wanted if name is not None]
+    access = Access(token, cache_dir)
+
+    def accept(path: Path) -> None:
+        load_config(path, trust_remote_code)
+
+    resolved = [
+        resolve_model(name, version, accept, trust_remote_code, access) for name, version in wanted if name is not None
+    ]
     configs = [load_config(entry.path, trust_remote_code) for entry in resolved]
     length = window or default_window(resolved[0], configs[0])
     context = min(getattr(config, "max_position_embeddings", length) for config in configs)
@@ -144,12 +155,14 @@ def _measure(
     gc.collect()  # hooks that spread the model before over GPUs are in a cycle with it
     model = load_model(resolved.path, settings)
     likelihood = measure_perplexity(model, windows.tokens, settings.batch_size, progress.step)
+    checkpoint = Checkpoint(resolved.path)
+    use_only_known(checkpoint, model)
     entry: dict[str, Any] = {
         "name": resolved.name,
         "path": str(resolved.path),
         "revision": resolved.revision,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "bytes": Checkpoint(resolved.path).bytes_on_disk(),
+        "bytes": checkpoint.bytes_on_disk(),
         **likelihood.describe(),
         "tasks": {},
     }

@@ -6,8 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from slimlm.checkpoint.reader import INDEX_NAME, Checkpoint
+from slimlm.checkpoint.kinds import INDEX_NAME
+from slimlm.checkpoint.reader import Checkpoint
 from slimlm.errors import UserError
+from tests.conftest import stream
 
 
 @pytest.fixture
@@ -42,28 +44,49 @@ def test_a_truncated_shard_is_named(sharded: Path, keep: int):
         Checkpoint(sharded)
 
 
-def test_an_index_that_names_an_absent_tensor_is_refused(sharded: Path):
-    index = json.loads((sharded / INDEX_NAME).read_text())
-    index["weight_map"]["ghost.weight"] = next(iter(index["weight_map"].values()))
-    (sharded / INDEX_NAME).write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"ghost\.weight is not in"):
-        Checkpoint(sharded)
+def edit_index(directory: Path, **files: str) -> None:
+    index = json.loads((directory / INDEX_NAME).read_text())
+    index["weight_map"] |= {name.replace("_", "."): file for name, file in files.items()}
+    (directory / INDEX_NAME).write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("file", ["../../etc/passwd", "/etc/passwd", "a/b.safetensors", "..", ""])
+def test_what_only_the_index_knows_decides_nothing_unless_it_is_needed(sharded: Path):
+    edit_index(sharded, ghost_weight=sorted(sharded.glob("*.safetensors"))[0].name)
+    assert Checkpoint(sharded).absent == {"ghost.weight"}
+    stream(sharded)
+    shard = next(path for path in sharded.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    left = {name: tensor for name, tensor in load_file(shard).items() if name != "model.norm.weight"}
+    save_file(left, shard, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks model\.norm\.weight.*index lists more than its files hold"):
+        stream(sharded)
+
+
+@pytest.mark.parametrize(
+    "file", ["../../etc/passwd", "/etc/passwd", "..", "", "a/../../b", "a//b", "a\\b", "C:/b", "a/\0", "x" * 256]
+)
 def test_an_index_that_points_outside_the_directory_is_refused(sharded: Path, file: str):
-    index = json.loads((sharded / INDEX_NAME).read_text())
-    index["weight_map"]["lm_head.weight"] = file
-    (sharded / INDEX_NAME).write_text(json.dumps(index))
+    edit_index(sharded, lm_head_weight=file)
     with pytest.raises(UserError, match="outside the model directory"):
         Checkpoint(sharded)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 10**5])
 def test_a_broken_index_is_refused(sharded: Path, text: str):
     (sharded / INDEX_NAME).write_text(text)
     with pytest.raises(UserError, match=INDEX_NAME):
         Checkpoint(sharded)
+
+
+def test_once_the_model_is_known_nothing_else_counts(tiny_llama: Path):
+    tensors, before = load_file(tiny_llama / "model.safetensors"), Checkpoint(tiny_llama)
+    unused = {"vision.weight": torch.full((1000, 1000), torch.nan), "a.scale": torch.ones(3).to(torch.float8_e4m3fn)}
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()} | unused, tiny_llama / "model.safetensors")
+    checkpoint = stream(tiny_llama).checkpoint
+    checkpoint.check_finite()
+    assert checkpoint.main_dtype == torch.bfloat16
+    assert checkpoint.elements == before.elements
+    header = int.from_bytes((tiny_llama / "model.safetensors").read_bytes()[:8], "little")
+    assert checkpoint.bytes_on_disk() == 2 * before.elements + 8 + header + 3
 
 
 def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path):

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from slimlm.checkpoint.reader import INDEX_NAME, Checkpoint
+from slimlm.checkpoint.kinds import INDEX_NAME
+from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.shard import DTYPE_NAMES
 from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
 from slimlm.errors import RunFailure
