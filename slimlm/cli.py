@@ -179,6 +179,8 @@ NOT_OF_THE_RECIPE = (
     "work_dir",
     "dry_run",
     "verbose",
+    "push_to_hub",
+    "private",
 )
 
 
@@ -252,6 +254,19 @@ def compress_command(
     ] = False,
     dtype: Dtype = None,
     max_shard_size: Annotated[str | None, _flag("max_shard_size", OUT)] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            rich_help_panel=OUT,
+            metavar="REPO",
+            help="Upload the result there when it is whole; that it can be is checked first.",
+            show_default=False,
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", rich_help_panel=OUT, help="Make that repository a private one.")
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", rich_help_panel=OUT, help="Log what happens inside.")
     ] = False,
@@ -277,10 +292,13 @@ def compress_command(
     """
     flags = {key: value for key, value in locals().items() if key not in NOT_OF_THE_RECIPE and value is not None}
     chosen = _chosen_recipe(recipe, flags)
+    if private and not push_to_hub:
+        raise UserError("--private is for --push-to-hub REPO")
     if dry_run:
         _dry_run(chosen, overwrite, resume or resume_anyway, work_dir, verbose, (token, cache_dir))
     else:
-        _run_compress(chosen, overwrite, resume, resume_anyway, work_dir, verbose, (token, cache_dir))
+        push = {"push_to_hub": push_to_hub, "private": private}
+        _run_compress(chosen, overwrite, resume, resume_anyway, work_dir, verbose, (token, cache_dir), push)
 
 
 @app.command("rotate")
@@ -343,14 +361,15 @@ def _run_compress(
     work_dir: Path | None = None,
     verbose: bool = False,
     access: tuple[str | None, Path | None] = (None, None),
+    push: dict[str, Any] | None = None,
 ) -> None:
-    """access: to the hub; a token and a directory."""
+    """access: to the hub; a token and a directory. push: what `compress` takes of where the result is uploaded to."""
     with _progress("interrupted; run the same command with --resume to go on") as progress:
         _set_verbosity(verbose)
         from slimlm.compression import compress
 
         token, cache_dir = access
-        how: dict[str, Any] = {"resume_anyway": resume_anyway, "work_dir": work_dir}
+        how: dict[str, Any] = {"resume_anyway": resume_anyway, "work_dir": work_dir, **(push or {})}
         result = compress(recipe, overwrite, resume, progress, token=token, cache_dir=cache_dir, **how)
     _print_result(result, recipe.expected)
 

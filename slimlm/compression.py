@@ -21,6 +21,7 @@ from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.journal import COMPLETE, Journal, compare_fingerprints, finished_steps
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from slimlm.checkpoint.output import clear_leftovers, held, staged_output
+from slimlm.checkpoint.push import Push
 from slimlm.checkpoint.skeleton import BUILDING
 from slimlm.checkpoint.staging import Staging, check_output, size_of
 from slimlm.checkpoint.tokenizer import keep_tokenizer
@@ -72,6 +73,8 @@ def compress(
     work_dir: Path | str | None = None,
     token: str | None = None,
     cache_dir: Path | str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> CompressResult:
     """Carry out a recipe; the result is a directory that stock transformers loads.
 
@@ -79,6 +82,7 @@ def compress(
     is any; resume_anyway: with other versions or on another kind of machine, too, which the manifest then says.
     work_dir: a directory for hidden states that wait on disk, instead of `<output>.partial/`.
     is_probe: as in `prepare`. token, cache_dir: for a model on the hub, as `from_pretrained` takes them.
+    push_to_hub: a repository to upload the result to when it is whole; private: one that is not there yet.
     Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
     Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
     """
@@ -87,10 +91,19 @@ def compress(
     how = _How(progress or LogProgress(), overwrite, resume or resume_anyway, resume_anyway, place, is_probe, access)
     check_process()
     with out_of_memory("lower --batch-size or --max-seq-length; --dry-run says what a run needs"):
-        if len(recipe.stages) > 1:
-            return _compress_in_stages(recipe, how)
-        job = _prepared(recipe, how)
-        return CompressResult(job.output, _result(job, job.output, how))
+        push = Push(push_to_hub, private, token) if push_to_hub else None
+        if push is not None:
+            push.check()
+        result = _compress_in_stages(recipe, how) if len(recipe.stages) > 1 else _compress_once(recipe, how)
+        if push is not None:
+            how.progress.line(f"uploading to {push.repo}")
+            how.progress.line(f"it is at {push.upload(result.output_dir)}")
+        return result
+
+
+def _compress_once(recipe: Recipe, how: _How) -> CompressResult:
+    job = _prepared(recipe, how)
+    return CompressResult(job.output, _result(job, job.output, how))
 
 
 def _prepared(recipe: Recipe, how: _How, overwrite: bool = False) -> Job:
