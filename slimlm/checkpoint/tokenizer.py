@@ -48,15 +48,15 @@ def keep_tokenizer(tokenizer: Any, target: Path, trust_remote_code: bool = False
 
     Raises UserError when transformers loads another one nevertheless.
     """
-    _name_older_class(target)
+    _name_older_class(tokenizer, target)
     if differs(tokenizer, target, trust_remote_code) is None:
         return
     if hasattr(tokenizer, "backend_tokenizer"):
         with disk_errors(target):
             tokenizer.save_pretrained(target)
-        settings = read_settings(target / TOKENIZER_CONFIG) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings = read_settings(target / TOKENIZER_CONFIG) | {"tokenizer_class": "TokenizersBackend"}
         write_whole(target / TOKENIZER_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        _name_older_class(target)
+        _name_older_class(tokenizer, target)
     if (sample := differs(tokenizer, target, trust_remote_code)) is not None:
         raise UserError(
             f"the result's tokenizer would not be the model's: {type(tokenizer).__name__} splits {sample[:20]!r} in "
@@ -64,12 +64,15 @@ def keep_tokenizer(tokenizer: Any, target: Path, trust_remote_code: bool = False
         )
 
 
-def _name_older_class(target: Path) -> None:
-    """Write what transformers 4 calls the tokenizer's class and its special tokens, which 5 reads as well."""
+def _name_older_class(tokenizer: Any, target: Path) -> None:
+    """Write what transformers 4 calls the tokenizer's class and its special tokens, which 5 reads as well.
+
+    A tokenizer of that class gives token types there, too, which no causal model takes, unless it is told what to give.
+    """
     settings = read_settings(target / TOKENIZER_CONFIG)
     changed = dict(settings)
     if (name := settings.get("tokenizer_class")) in OLDER_CLASSES:
-        changed["tokenizer_class"] = OLDER_CLASSES[name]
+        changed |= {"tokenizer_class": OLDER_CLASSES[name], "model_input_names": list(tokenizer.model_input_names)}
     if isinstance(settings.get("extra_special_tokens"), list):
         changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
     if changed != settings:
