@@ -85,6 +85,7 @@ class Stubborn:
     all_special_tokens: tuple[str, ...] = ()
     special_tokens_map: dict[str, str] = {}  # noqa: RUF012
     chat_template = None
+    model_input_names = ("input_ids",)
 
     def __call__(self, text: str, verbose: bool = True) -> "Stubborn":
         self.input_ids = [1, 2, 3]
