@@ -25,7 +25,7 @@ def converted(case: Case) -> str:
     for python in case.pythons:
         partial = case.scratch / "partial.gguf"
         program = Path(__file__).with_name("convert_gguf.py")
-        command = [str(part) for part in (python, program, case.tools, case.model, partial)]
+        command = [str(part) for part in (python, program, case.tools / "vendor" / "llama.cpp", case.model, partial)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             said += [line for line in done.stdout.splitlines() if line.startswith("unknown")]

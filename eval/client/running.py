@@ -37,15 +37,15 @@ class Model:
     dense: str | None  # name of the model to compare speeds with
 
     def stamp(self) -> str:
-        """Changes with the checkpoint."""
+        """Changes with the checkpoint and what is asked of it."""
         files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.directory.iterdir()]
-        return digest(sorted(files))
+        return digest([sorted(files), (PROGRAMS / "reference.py").read_text()])
 
 
 def stamp_of(client: Client, model: Model) -> str:
     """Changes with the checkpoint, the client's program and what its environment is made from."""
-    program = (PROGRAMS / client.program).read_text()
-    return digest([model.stamp(), program, described(ENVIRONMENTS[client.environment])])
+    programs = [(PROGRAMS / name).read_text() for name in (client.program, "comparison.py")]
+    return digest([model.stamp(), programs, described(ENVIRONMENTS[client.environment])])
 
 
 def digest(facts: Any) -> str:
