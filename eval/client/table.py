@@ -19,12 +19,12 @@ def table(rows: Sequence[dict[str, Any]], clients: Sequence[str]) -> str:
 
 
 def cell(row: dict[str, Any] | None) -> str:
-    """How near, where it passes; what is wrong, where not."""
+    """How near it is or what is wrong, with a star where there is more to say."""
     if row is None:
         return ""
     said = []
     if "error" in row:
-        said.append("FAILS")
+        said.append("fails")
     if "difference" in row:
         said.append(f"{row['difference']:.0e}" if row["difference"] < 1e-2 else f"{row['difference']:.2f}")
     if row.get("equal") != row.get("of"):
@@ -34,7 +34,7 @@ def cell(row: dict[str, Any] | None) -> str:
     said += [
         f"{name} {value:.2f}" for name, value in row.items() if name in {"int8", "int4"} and isinstance(value, float)
     ]
-    return ("ok " if row["passes"] else "**no** ") + ", ".join(said)
+    return " ".join(["ok" if row["passes"] else "**no**", ", ".join(said), "\\*" if notes(row) else ""]).strip()
 
 
 def notes(row: dict[str, Any]) -> list[str]:
@@ -56,12 +56,8 @@ def quantised(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         for name, facts in row.get("formats", {}).items():
             speed, dense = facts.get("tokens_per_second"), facts.get("dense_tokens_per_second")
-            cells = [
-                row["model"],
-                name,
-                f"{facts['bytes'] / 1e6:.1f}",
-                f"{facts['in F16 or F32']} of {facts['matrices']}",
-            ]
+            left = "" if name == "f32" else f"{facts['in F16 or F32']} of {facts['matrices']}"
+            cells = [row["model"], name, f"{facts['bytes'] / 1e6:.1f}", left]
             cells += [f"{facts['divergence']:.4f}", f"{facts['perplexity']:.2f}"]
             cells += [f"{speed:.1f}", f"{speed / dense:.2f}"] if speed else ["", ""]
             lines.append(f"| {' | '.join(cells)} |")
