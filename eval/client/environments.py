@@ -39,36 +39,52 @@ ENVIRONMENTS = {
 }
 
 
+FAILED: dict[str, str] = {}  # environments that could not be made, and are not tried again for another model
+
+
 def python_of(name: str, work: Path) -> Path:
     """The interpreter of an environment, which is made unless it is there. Raises RuntimeError with what pip said."""
     wanted, folder = ENVIRONMENTS[name], work / "envs" / name
-    python, made = folder / "bin" / "python", folder / MADE
-    if made.exists() and made.read_text() == described(wanted):
-        return python
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".log").open("w") as log:
-        variables = {**os.environ, **wanted.settings}
+    made = folder / MADE
+    if name in FAILED:
+        raise RuntimeError(FAILED[name])
+    if not made.exists() or made.read_text() != described(wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.parent / f"{name}.log"
+        try:
+            make(wanted, folder, log)
+        except (subprocess.SubprocessError, OSError) as error:
+            FAILED[name] = f"installing: {last_error(log.read_text())} ({type(error).__name__})"
+            raise RuntimeError(FAILED[name]) from error
+        made.write_text(described(wanted))
+    return folder / "bin" / "python"
+
+
+def make(wanted: Environment, folder: Path, log: Path) -> None:
+    """Raises CalledProcessError where pip fails, and TimeoutExpired."""
+    python = folder / "bin" / "python"
+    with log.open("w") as out:
+
+        def pip(*arguments: object) -> None:
+            run(python, "-m", "pip", *arguments)
 
         def run(*command: object) -> None:
+            variables = {**os.environ, **wanted.settings}
             parts = [str(part) for part in command]
-            done = subprocess.run(parts, stdout=log, stderr=log, env=variables, timeout=SECONDS)
-            if done.returncode:
-                raise RuntimeError(f"installing: {last_error(Path(log.name).read_text())}")
+            subprocess.run(parts, stdout=out, stderr=out, env=variables, timeout=SECONDS, check=True)
 
         run(sys.executable, "-m", "venv", folder)
-        run(python, "-m", "pip", "install", *wanted.requirements)
+        pip("install", *wanted.requirements)
         if wanted.unwanted:
-            run(python, "-m", "pip", "uninstall", "--yes", *wanted.unwanted)
+            pip("uninstall", "--yes", *wanted.unwanted)
         if wanted.source:
             kept = folder / "source"
-            run(python, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "--dest", kept, wanted.source)
+            pip("download", "--no-binary", ":all:", "--no-deps", "--dest", kept, wanted.source)
             (archive,) = kept.glob("*.tar.gz")
             shutil.unpack_archive(archive, kept)
             archive.unlink()
-            run(python, "-m", "pip", "install", *kept.iterdir())
-    made.write_text(described(wanted))
-    return python
+            pip("install", *kept.iterdir())
 
 
 def source_of(name: str, work: Path) -> Path | None:

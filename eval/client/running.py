@@ -112,9 +112,11 @@ def output_of(command: list[Any], seconds: int) -> str:
     try:
         output, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         raise RuntimeError(f"no answer in {seconds} s") from None
+    finally:
+        if process.poll() is None:  # also where this program is interrupted
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     if process.returncode:
         raise RuntimeError(error_in(errors) or error_in(output) or f"exit {process.returncode}")
     return output
