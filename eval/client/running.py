@@ -60,7 +60,7 @@ def judged(client: Client, model: Model, work: Path, text: Path) -> dict[str, An
         reference = reference_of(model, work, text)
         started = time.perf_counter()
         facts = ran(client, model, work, [python, *others], reference)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         facts = {"passes": False, "error": str(error)}
     return {**facts, "seconds": round(time.perf_counter() - started, 1)}
 
@@ -78,7 +78,7 @@ def ran(client: Client, model: Model, work: Path, pythons: list[Path], reference
     finally:
         if not client.keeps:
             shutil.rmtree(folder.parent)
-    return json.loads(output.strip().splitlines()[-1])
+    return dict(json.loads((output.strip().splitlines() or [""])[-1]))
 
 
 def only_folder(parent: Path, name: str) -> Path:
@@ -117,6 +117,8 @@ def output_of(command: list[Any], seconds: int) -> str:
         if process.poll() is None:  # also where this program is interrupted
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+    if process.returncode < 0:
+        raise RuntimeError(f"killed by signal {-process.returncode}")
     if process.returncode:
         raise RuntimeError(error_in(errors) or error_in(output) or f"exit {process.returncode}")
     return output

@@ -13,8 +13,11 @@ def table(rows: Sequence[dict[str, Any]], clients: Sequence[str]) -> str:
     for model in models:
         cells = [cell(found.get((model, name))) for name in columns]
         lines.append(f"| {model} | {' | '.join(cells)} |")
+    said: dict[str, list[str]] = {}
     for row in rows:
-        lines += [f"* {row['model']}, {row['client']}: {note}" for note in notes(row)]
+        for note in notes(row):
+            said.setdefault(f"{row['client']}: {note}", []).append(row["model"])
+    lines += ["", *(f"* {note} ({', '.join(models)})" for note, models in sorted(said.items()))]
     return "\n".join([*lines, "", *quantised(rows)])
 
 
