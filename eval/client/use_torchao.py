@@ -1,0 +1,55 @@
+"""torchao in transformers: int8 weights, and int4 in groups of 32; where the likeliest word stays the same.
+
+It passes where both load and compute; a share of equal words is for the reader to judge beside that of the dense model.
+"""
+
+from typing import Any
+
+import torch
+import torchao
+import transformers
+from comparison import Case, answer, case_of, trusts
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+from torchao.quantization.granularity import PerGroup
+from transformers import AutoModelForCausalLM, TorchAoConfig
+
+CONFIGS = {
+    "int8": Int8WeightOnlyConfig(),
+    "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),  # the one that CPUs compute
+}
+
+
+def main() -> None:
+    case = case_of()
+    facts: dict[str, Any] = {}
+    for name, config in CONFIGS.items():
+        try:
+            facts[name] = agreement(case, config)
+        except Exception as error:  # one's failure is a result, and the other is still to try
+            facts[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    passes = all(isinstance(value, float) for value in facts.values())
+    version = f"{torchao.__version__}, transformers {transformers.__version__}"
+    answer({"passes": passes, **facts, "version": version})
+
+
+@torch.no_grad()
+def agreement(case: Case, config: Any) -> float:
+    """Share of the places in the text's windows and the prompts where both models think the same word likeliest."""
+    tokens = torch.from_numpy(case.windows[:4])
+    plain, quantised = (likeliest(case, tokens, settings) for settings in (None, TorchAoConfig(config)))
+    return float((plain == quantised).float().mean())
+
+
+def likeliest(case: Case, tokens: torch.Tensor, settings: Any) -> torch.Tensor:
+    """[windows, time]"""
+    model = AutoModelForCausalLM.from_pretrained(
+        case.model, dtype=torch.float32, quantization_config=settings, trust_remote_code=trusts(case.model)
+    )
+    logits = model.eval()(input_ids=tokens, use_cache=False).logits
+    if not bool(logits.isfinite().all()):
+        raise ValueError("logits are not finite")
+    return logits.argmax(-1)
+
+
+if __name__ == "__main__":
+    main()
