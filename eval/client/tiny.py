@@ -47,10 +47,13 @@ def name_of(family: str, part: str) -> str:
 
 
 def build(family: str, out: Path) -> None:
-    """With the settings that the tests use, but larger."""
+    """With the settings that the tests use, but larger, and read by transformers 4 as published models are."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from transformers import CONFIG_MAPPING
 
+    from slimlm.checkpoint.config_file import write_config
+    from slimlm.checkpoint.skeleton import load_config, load_tokenizer
+    from slimlm.checkpoint.tokenizer import keep_tokenizer
     from tests.conftest import build_tiny
     from tests.families.configs import GROUPED, SETTINGS
 
@@ -63,6 +66,8 @@ def build(family: str, out: Path) -> None:
     if getattr(config, "rope_parameters", None):
         config.rope_parameters["rope_theta"] = ROTARY_BASE
     build_tiny(config, out)
+    write_config(load_config(out), out, out)
+    keep_tokenizer(load_tokenizer(out), out)
 
 
 if __name__ == "__main__":

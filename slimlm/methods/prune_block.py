@@ -31,9 +31,29 @@ def prune_seen(
 
     Linears of a group share their input. An expert that saw too few tokens is pruned by magnitude and recorded.
     """
+    for names, curvature in curvatures(model, index, stream, groups, task, figures):
+        prune_known(model.blocks[index], model.family.block(index), names, task, curvature)
+        del curvature  # before there is the next one
+
+
+def curvatures(
+    model: StreamedModel, index: int, stream: Stream, groups: Iterable[tuple[str, ...]], task: Task, figures: Figures
+) -> Iterator[tuple[tuple[str, ...], Known]]:
+    """What a pass of the stream says of each group of linears of block `index`, as it is when the first is asked for.
+
+    None for an expert that saw too few tokens, which is recorded.
+    """
     gradients = task.gradients(index)
     for few in in_turn(model, index, list(groups)):
-        _prune_few(model, index, stream, few, task, gradients, figures)
+        yield from _curvatures(model, index, stream, few, task, gradients, figures)
+
+
+def prune_known(block: nn.Module, part: str, names: tuple[str, ...], task: Task, curvature: Known) -> None:
+    """Prune linears that share their input by what is known of it; by magnitude where that is nothing."""
+    if curvature is None:
+        prune_by_magnitude(block, part, names, task)
+    else:
+        prune_together(block, part, names, task, curvature)
 
 
 def in_turn(model: StreamedModel, index: int, groups: list[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
@@ -52,7 +72,7 @@ def in_turn(model: StreamedModel, index: int, groups: list[tuple[str, ...]]) -> 
         yield few
 
 
-def _prune_few(
+def _curvatures(
     model: StreamedModel,
     index: int,
     stream: Stream,
@@ -60,7 +80,7 @@ def _prune_few(
     task: Task,
     gradients: Mapping[str, TokenGradients],
     figures: Figures,
-) -> None:
+) -> Iterator[tuple[tuple[str, ...], Known]]:
     part, block = model.family.block(index), model.blocks[index]
     wanted = [names[0] for names in groups]
     seen = input_statistics(model, index, stream, wanted, norms=task.choice.curvature == "diagonal")
@@ -69,8 +89,8 @@ def _prune_few(
         statistics = seen.statistics.pop(names[0], None)
         inputs = matrix(block, names[0]).shape[1]
         if is_expert(model, index, names[0]) and seen.tokens.get(names[0], 0) < FEW * inputs:
-            prune_by_magnitude(block, part, names, task)
             figures[f"{name} starved_experts"] = seen.tokens.get(names[0], 0)
+            yield names, None
             continue
         assert statistics is not None
         chosen = [gradients[name] for name in names if name in gradients]
@@ -78,9 +98,10 @@ def _prune_few(
         quick = task.choice.goes_left_to_right
         curvature = curvature_of(statistics, name, gradients=chosen, upper_only=quick) if is_gram else statistics
         del statistics
-        prune_together(block, part, names, task, curvature)
         if isinstance(curvature, Hessian):
             figures[f"{name} damping"] = curvature.damping
+        yield names, curvature
+        del curvature
 
 
 def is_expert(model: StreamedModel, index: int, name: str) -> bool:

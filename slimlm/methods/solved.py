@@ -7,13 +7,16 @@ layers in place of measured losses. No block is pruned further than it was measu
 standard error counts as that error.
 """
 
+import time
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from slimlm.linalg.budget import LossCurve, cheapest_split
 from slimlm.methods.budget import WINDOWS, held_out_windows, measured_curve
-from slimlm.methods.matrix import GRAMS, Choice, Pattern, Task
-from slimlm.methods.prune_block import BY_MAGNITUDE, prune_seen, prune_together
+from slimlm.methods.matrix import GRAMS, Choice, Known, Pattern, Task
+from slimlm.methods.prune_block import curvatures, prune_known, prune_seen
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
@@ -58,11 +61,15 @@ def _curves(
                     model.advance(index, stream)
                 if index >= first + TOGETHER:
                     continue
+                start = time.perf_counter()
+                known = _known(model, index, choice, learning)
                 for percent in points:
-                    cut[index, percent] = _behind_pruned(model, index, percent, choice, learning, dense, work)
+                    cut[index, percent] = _behind_pruned(model, index, percent, choice, (known, learning), dense, work)
+                del known
                 model.advance(index, learning)
                 model.advance(index, dense)
             work.progress.step()
+            work.progress.done("pruned to measure", model.family.block(index), time.perf_counter() - start)
         losses |= {key: model.nll(stream) / tokens for key, stream in cut.items()}
         work.clear_scratch("cut-*")
     before = model.nll(dense) / tokens
@@ -71,11 +78,39 @@ def _curves(
     return [measured_curve(points_of_block, before) for points_of_block in behind]
 
 
+def _known(model: StreamedModel, index: int, choice: Choice, learning: Stream) -> dict[tuple[str, ...], Known] | None:
+    """Curvatures of the inputs of block `index`, its weights loaded, which serve every point; None for each where none
+    is needed, and at all for experts, whose are too many to be held at once."""
+    groups = model.anatomy[index].inputs
+    if model.anatomy[index].experts and choice.curvature != "none":
+        return None
+    if choice.curvature == "none":
+        return dict.fromkeys(groups)
+    return dict(curvatures(model, index, learning, groups, Task(_quick(choice), _nothing), {}))
+
+
+def _quick(choice: Choice) -> Choice:
+    return LEFT_TO_RIGHT if choice.curvature in GRAMS else choice
+
+
+def _nothing(names: list[str]) -> Pattern:
+    return Pattern((0,) * len(names))
+
+
 def _behind_pruned(
-    model: StreamedModel, index: int, percent: int, choice: Choice, learning: Stream, dense: Stream, work: Work
+    model: StreamedModel,
+    index: int,
+    percent: int,
+    choice: Choice,
+    data: tuple[Mapping[tuple[str, ...], Known] | None, Stream],
+    dense: Stream,
+    work: Work,
 ) -> Stream:
-    """The dense stream behind block `index`, its weights loaded, once that is pruned; the block stays as it is."""
-    part = model.family.block(index)
+    """The dense stream behind block `index`, its weights loaded, once that is pruned; the block stays as it is.
+
+    data: what is known of the block's inputs, or the stream that says it.
+    """
+    part, (known, learning) = model.family.block(index), data
 
     def pattern(names: list[str]) -> Pattern:
         return Pattern(tuple(round(percent / 100 * model.matrices[name].numel()) for name in names))
@@ -83,12 +118,11 @@ def _behind_pruned(
     copies = {name: tensor.clone() for name, tensor in model.weights(index).items()}
     behind = Stream(dense.tokens, work.scratch(f"cut-{part}-{percent}", model.device), dense.calls)
     with model.placed(part, copies) as block:
-        if choice.curvature == "none":
-            for names in model.anatomy[index].inputs:
-                prune_together(block, part, names, Task(BY_MAGNITUDE, pattern), None)
-        else:
-            quick = LEFT_TO_RIGHT if choice.curvature in GRAMS else choice
-            prune_seen(model, index, learning, model.anatomy[index].inputs, Task(quick, pattern), {})
+        task = Task(_quick(choice), pattern)
+        for names, curvature in (known or {}).items():
+            prune_known(block, part, names, task, curvature)
+        if known is None:
+            prune_seen(model, index, learning, model.anatomy[index].inputs, task, {})
         for number, hidden in enumerate(dense.hidden):
             behind.hidden.append(model.run(index, hidden, dense.calls[number][index]))
     return behind

@@ -78,6 +78,15 @@ def test_the_blocks_measured_together_change_nothing(tmp_path: Path, text: Path,
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("choice", [WANDA, Choice("gram", "greedy", "joint"), Choice("none", "magnitude", "none")])
+def test_what_is_known_of_a_block_serves_every_point(tmp_path: Path, text: Path, choice: Choice, monkeypatch):
+    path = with_blocks(tmp_path / "model", 3)
+    once = shares_of(path, text, tmp_path / "once", 0.5, choice)
+    if choice.curvature != "none":
+        monkeypatch.setattr(solved, "_known", lambda *_: None)
+    assert once == shares_of(path, text, tmp_path / "each", 0.5, choice)
+
+
 def test_a_block_of_noise_is_not_free():
     """Seven blocks that cost, and one whose curve is noise around zero, at 20%: what it is measured to bounds it."""
     noise = LossCurve([(10, -0.0004), (20, -0.0001), (30, -0.0002), (40, 0.0001)], [0.0003] * 4)
