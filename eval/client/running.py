@@ -125,7 +125,9 @@ def output_of(command: list[Any], seconds: int) -> str:
 
 
 def error_in(text: str) -> str:
-    """The last exception that Python printed, or the last line."""
+    """The last exception that Python printed, but for that of a program that called another; or the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    places = [place for place, line in enumerate(lines) if ERROR.match(line)]
-    return " ".join(lines[places[-1] :] if places else lines[-1:])[:LENGTH]
+    places = [place for place, line in enumerate(lines) if ERROR.match(line) and "CalledProcessError" not in line]
+    said = lines[places[-1] :] if places else lines[-1:]
+    ends = [place for place, line in enumerate(said) if line.startswith(("Traceback", "During handling"))]
+    return " ".join(said[: ends[0] if ends else None])[:LENGTH]

@@ -6,6 +6,7 @@ Written to FOLDER/FAMILY and FOLDER/FAMILY-25, each unless it is there. The rota
 take where they find none.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,9 @@ def build(family: str, out: Path) -> None:
     if getattr(config, "rope_parameters", None):
         config.rope_parameters["rope_theta"] = ROTARY_BASE
     build_tiny(config, out)
+    file = out / "tokenizer_config.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "unk_token": facts["eos_token"]}, indent=2))  # CTranslate2 wants one
     write_config(load_config(out), out, out)
     keep_tokenizer(load_tokenizer(out), out)
 

@@ -35,8 +35,8 @@ if RELEASE >= 5:  # which calls GPT-NeoX's head by another name than files do
         register_checkpoint_conversion_mapping,
     )
 
-    names = get_checkpoint_conversion_mapping("gpt_neox")
-    register_checkpoint_conversion_mapping("narrow_gpt_neox", names, overwrite=True)
+    names = get_checkpoint_conversion_mapping("GPTNeoXForCausalLM")
+    register_checkpoint_conversion_mapping("NarrowGPTNeoXForCausalLM", names, overwrite=True)
 
 
 def _require_release_5(model: nn.Module) -> None:

@@ -1,12 +1,13 @@
 """Llama, OPT and Phi whose residual stream changes basis and width between sublayers (SliceGPT, arXiv 2401.15024).
 
-Self-contained: this file travels with the checkpoint and needs transformers only.
+Self-contained: this file travels with the checkpoint and needs transformers only, 4.57 or newer, and 5 for OPT and Phi.
 """
 
 from dataclasses import field
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -21,6 +22,16 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTLearnedPositionalEmbedding
 from transformers.models.phi.modeling_phi import PhiDecoderLayer
+
+RELEASE = int(transformers.__version__.partition(".")[0])
+
+
+def _require_release_5(model: nn.Module) -> None:
+    if RELEASE < 5:
+        raise ImportError(
+            f"{type(model).__name__} needs transformers 5 or newer, and this is {transformers.__version__}: "
+            "pip install --upgrade transformers"
+        )
 
 
 class SlicedLlamaConfig(LlamaConfig):
@@ -146,6 +157,7 @@ class SlicedOPTForCausalLM(OPTForCausalLM):
     config_class = SlicedOPTConfig
 
     def __init__(self, config: SlicedOPTConfig) -> None:
+        _require_release_5(self)
         super().__init__(config)
         decoder, first, last = self.model.decoder, config.stream_widths[0], config.stream_widths[-1]
         decoder.embed_tokens = nn.Embedding(config.vocab_size, first, config.pad_token_id)
@@ -178,6 +190,7 @@ class SlicedPhiForCausalLM(PhiForCausalLM):
     config_class = SlicedPhiConfig
 
     def __init__(self, config: SlicedPhiConfig) -> None:
+        _require_release_5(self)
         super().__init__(config)
         model, first, last = self.model, config.stream_widths[0], config.stream_widths[-1]
         model.embed_tokens = nn.Embedding(config.vocab_size, first, config.pad_token_id)
