@@ -53,7 +53,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, report = AutoModelForCausalLM.from_pretrained({str(compressed)!r}, output_loading_info=True)
 assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
-assert type(model).__name__ == "LlamaForCausalLM" and model.config.hidden_size < 256
+assert type(model).__name__ == "MistralForCausalLM" and model.config.hidden_size < 256
 tokenizer = AutoTokenizer.from_pretrained({str(compressed)!r})
 inputs = tokenizer("The old house stood", return_tensors="pt")
 text = tokenizer.decode(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0])
@@ -302,7 +302,7 @@ def test_the_python_api_is_the_same_verbs(tmp_path: Path):
         output_dir=str(tmp_path / "out"), budget="hidden",
     )  # fmt: skip
     result = slimlm.compress(recipe)
-    assert result.manifest["changes"] == {"hidden_size": [256, 224]}
+    assert result.manifest["changes"] == {"model_type": ["llama", "mistral"], "hidden_size": [256, 224]}
     evaluation = slimlm.evaluate(str(result.output_dir), against="llama", tasks=(), num_windows=2)
     compressed, dense = evaluation.models
     assert compressed["parameters"] == 0.875 * dense["parameters"]
