@@ -16,14 +16,14 @@ from slimlm.errors import UserError
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe, make_recipe
 
-Data = str | Path | list[str] | Tensor
+Data = str | Path | list[str] | tuple[str, ...] | Tensor
 
 
 @overload
-def compress(model: Recipe, /, **how: Any) -> CompressResult: ...
+def compress(recipe: Recipe, *how: Any, **named: Any) -> CompressResult: ...
 @overload
-def compress(model: PreTrainedModel, tokenizer: Any, /, **settings: Any) -> PreTrainedModel: ...
-def compress(model: Recipe | PreTrainedModel, tokenizer: Any = None, /, **settings: Any) -> Any:
+def compress(recipe: PreTrainedModel, *tokenizer: Any, **settings: Any) -> PreTrainedModel: ...
+def compress(recipe: Recipe | PreTrainedModel, *others: Any, **settings: Any) -> Any:
     """Carry out a recipe (`slimlm.compression.compress` says how), or make a model that is in memory smaller.
 
     compress(model, tokenizer, sparsity=0.25, dataset=texts) returns a model of a stock class, in eval mode, with the
@@ -35,13 +35,14 @@ def compress(model: Recipe | PreTrainedModel, tokenizer: Any = None, /, **settin
     `slimlm compress --dry-run` says of the saved model, and in the end that of the result; the disk holds both for a
     while. Raises UserError and RunFailure like the command.
     """
-    if isinstance(model, Recipe):
-        return compress_recipe(model, *([] if tokenizer is None else [tokenizer]), **settings)
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(f"compress takes a Recipe or a transformers model, not a {type(model).__name__}")
-    if tokenizer is None:
-        raise UserError("compress(model, tokenizer, ...) needs the model's tokenizer")
-    return _in_memory(model, tokenizer, **settings)
+    if isinstance(recipe, Recipe):
+        return compress_recipe(recipe, *others, **settings)
+    if not isinstance(recipe, PreTrainedModel):
+        raise UserError(f"compress takes a Recipe or a transformers model, not a {type(recipe).__name__}")
+    tokenizer = settings.pop("tokenizer", None) if not others else others[0]
+    if tokenizer is None or len(others) > 1:
+        raise UserError("compress(model, tokenizer, ...) needs the model's tokenizer, and settings by name")
+    return _in_memory(recipe, tokenizer, **settings)
 
 
 def _in_memory(
@@ -71,7 +72,8 @@ def _in_memory(
         found = AutoModelForCausalLM.from_pretrained(
             result.output_dir, dtype="auto", trust_remote_code=result.manifest["needs_remote_code"]
         )
-    found.slimlm = {**result.manifest, "model": {**result.manifest["model"], "name": _name_of(model)}}
+    found.config.name_or_path = model.config.name_or_path  # the directory it came from is gone
+    found.slimlm = {**result.manifest, "model": {**result.manifest["model"], "name": _name_of(model), "path": None}}
     moved: PreTrainedModel = found.to(model.device).eval()
     return moved
 
@@ -87,7 +89,7 @@ def _data_at(dataset: Data, place: Path) -> str:
             raise UserError(f"tokens are integers [windows, time], not {dataset.dtype} {list(dataset.shape)}")
         numpy.save(place / "tokens.npy", dataset.to("cpu", torch.int64).numpy())
         return str(place / "tokens.npy")
-    if isinstance(dataset, list):
+    if isinstance(dataset, (list, tuple)):
         lines = [json.dumps({"text": text}) for text in dataset]
         (place / "texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return str(place / "texts.jsonl")

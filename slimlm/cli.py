@@ -294,10 +294,10 @@ def compress_command(
     chosen = _chosen_recipe(recipe, flags)
     if private and not push_to_hub:
         raise UserError("--private is for --push-to-hub REPO")
+    push = {"push_to_hub": push_to_hub, "private": private}
     if dry_run:
-        _dry_run(chosen, overwrite, resume or resume_anyway, work_dir, verbose, (token, cache_dir))
+        _dry_run(chosen, overwrite, resume or resume_anyway, work_dir, verbose, (token, cache_dir), push)
     else:
-        push = {"push_to_hub": push_to_hub, "private": private}
         _run_compress(chosen, overwrite, resume, resume_anyway, work_dir, verbose, (token, cache_dir), push)
 
 
@@ -381,17 +381,21 @@ def _dry_run(
     work_dir: Path | None,
     verbose: bool,
     access: tuple[str | None, Path | None],
+    push: dict[str, Any],
 ) -> None:
     work_dir = None if work_dir is None else work_dir.expanduser().resolve()
     with _progress() as progress:
         _set_verbosity(verbose)
         from slimlm.checkpoint.hub import Access
+        from slimlm.checkpoint.push import Push
         from slimlm.device import check_process
         from slimlm.forecast import forecast, require_room
         from slimlm.prepare import check_later, check_shots, output_of, prepare
         from slimlm.report.summary import forecast_summary
 
         check_process()
+        if push["push_to_hub"]:
+            Push(push["push_to_hub"], push["private"], access[0]).check()
         check_shots(recipe)
         first = recipe.stages[0].model_copy(update={"output_dir": str(output_of(recipe))})
         job = prepare(first, overwrite, resume, progress, work_dir=work_dir, access=Access(*access))

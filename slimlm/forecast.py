@@ -30,6 +30,7 @@ from slimlm.compression import LOG_NAME
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.methods import method_named
+from slimlm.methods.skip import skipping
 from slimlm.methods.widths import BY_BLOCK
 from slimlm.prepare import Job, journalled, keeps_shapes, later_runs_of, spilled
 from slimlm.progress import Progress
@@ -129,12 +130,12 @@ def _probe(
     if whole.shots > 1:
         settings["sparsity"] = whole.sparsity
     if whole.then is not None:
-        settings["then"] = _last_run(job, whole)
+        settings["then"] = _last_run(job, whole, shown)
     if job.plan.widths and job.recipe.sparsity:
         settings["widths"] = job.plan.widths
     if "widths" in settings or not job.recipe.sparsity:
         del settings["sparsity"]
-    settings["skip"] = [name for name in job.model.skipped if name in _shown_modules(job, shown)]
+    settings["skip"] = _skipped(job, shown)
     settings |= {"model": str(scratch / "model"), "output_dir": str(scratch / "out"), "revision": None}
     trust = settings.pop("trust_remote_code", False)  # no file can say that
     if job.windows is not None:
@@ -167,11 +168,13 @@ def _probe(
     return manifest, [json.loads(line) for line in log.splitlines()]
 
 
-def _last_run(job: Job, whole: Recipe) -> dict[str, Any]:
+def _last_run(job: Job, whole: Recipe, shown: int) -> dict[str, Any]:
     """`then:` of a recipe with what does not come out of the first blocks: the widths to choose from."""
     run = later_runs_of(job, whole)[-1]
     settings = {**(whole.then or {}), "max_seq_length": run.max_seq_length, "dataset": run.dataset}
-    widths = method_named(run.method).plan(job.model, run).widths if keeps_shapes(job) else None
+    with skipping(job.model, run.skip):
+        settings["skip"] = _skipped(job, shown)
+        widths = method_named(run.method).plan(job.model, run).widths if keeps_shapes(job) else None
     if widths:
         settings["widths"] = widths
         settings.pop("sparsity", None)
@@ -203,11 +206,11 @@ def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def _shown_modules(job: Job, shown: int) -> set[str]:
-    """Linears of the first so many blocks, and the head."""
-    family = job.model.family
-    inside = {f"{family.block(index)}.{name}" for index in range(shown) for name in job.model.anatomy[index].skipped}
-    return inside | {family.head}
+def _skipped(job: Job, shown: int) -> list[str]:
+    """What is to stay as it is of the first so many blocks, and the head."""
+    family, anatomy = job.model.family, job.model.anatomy[:shown]
+    inside = {f"{family.block(index)}.{name}" for index, block in enumerate(anatomy) for name in block.skipped}
+    return [name for name in job.model.skipped if name in inside | {family.head}]
 
 
 def _shown_keys(job: Job, shown: int) -> list[str]:

@@ -25,7 +25,7 @@ from slimlm.linalg.ridge import HELD_EVERY
 from slimlm.methods import method_named
 from slimlm.methods.plan import Method, Plan
 from slimlm.methods.prune import require_room_later
-from slimlm.methods.skip import skip_modules
+from slimlm.methods.skip import skip_modules, skipping
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
 from slimlm.walk import StreamedModel
@@ -105,8 +105,9 @@ def prepare(
         progress.line(line)
     tokenizer = load_tokenizer(resolved.path, recipe.trust_remote_code)
     carrier = model.family.carrier if method.sparsity_of == "parameters" else None
-    if carrier and carrier.stock:
-        check_tokenizer(resolved.path, tokenizer, carrier.model_type, recipe.trust_remote_code)
+    others = {plan.config.model_type, *([carrier.model_type] if carrier else [])} - {model.config.model_type}
+    for model_type in sorted(others):
+        check_tokenizer(resolved.path, tokenizer, model_type, recipe.trust_remote_code)
     recipe = settle(recipe, method, resolved, model.config, output)
     windows, test = _windows(recipe, method, tokenizer, model.config.vocab_size)
     if not is_there:
@@ -158,9 +159,10 @@ def check_later(job: Job, whole: Recipe) -> None:
     """Raises UserError for runs of a recipe that cannot follow its first, the prepared one."""
     for later in later_runs_of(job, whole):
         method = method_named(later.method)
-        require_room_later(job.model, job.recipe, later)
-        if keeps_shapes(job):
-            method.plan(job.model, later)
+        with skipping(job.model, later.skip):
+            require_room_later(job.model, job.recipe, later)
+            if keeps_shapes(job):
+                method.plan(job.model, later)
         if later.dataset is None and method.calibrates(later, job.resolved.path):
             raise UserError(f"{NO_DATA}, for the {later.method} that comes later, too")
 

@@ -164,7 +164,10 @@ class Recipe(BaseModel):
             sizes = re.fullmatch(PATTERN, pattern) or re.fullmatch(TILE, pattern)
             if sizes and self.method == "slice" and not self.widths and self.round_to is None:
                 group = math.lcm(*map(int, sizes.groups()))
-                runs[0]["round_to"] = 32 if 32 % group == 0 else group  # widths that the pattern divides
+                if (
+                    8 % group
+                ):  # else the default's multiples, 8 at least wherever there are such, are those of the pattern
+                    runs[0]["round_to"] = 32 if 32 % group == 0 else group
         return [make_recipe(run, "recipe") for run in runs]
 
     @property

@@ -8,6 +8,7 @@ import yaml
 from slimlm.calibration import SELF, Windows, load_windows
 from slimlm.checkpoint.card import inherited
 from slimlm.checkpoint.code import code_files, is_own_class
+from slimlm.checkpoint.companions import companions
 from slimlm.checkpoint.disk import write_whole
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.manifest import Manifest, versions
@@ -33,6 +34,7 @@ def fingerprint_of(job: Job) -> dict[str, object]:
     return {
         **{f"model {name}": digest for name, digest in job.model.checkpoint.hashes.items()},
         **{f"code {file.name}": file_hash(file) for file in _trusted_code(job)},
+        **{f"file {file.name}": file_hash(file) for file in companions(job.resolved.path)},
         **{f"recipe {name}": value for name, value in settings.items()},
         **{f"version {name}": found.get(name) for name in ("python", "slimlm", "torch", "transformers")},
         **{f"machine {name}": value for name, value in rounding(job.model.device).items()},

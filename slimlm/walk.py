@@ -57,6 +57,7 @@ class StreamedModel:
         self.family = family
         self.device = torch.device(device)
         self.dtype = dtype
+        self.trust_remote_code = trust_remote_code
         refuse_absurd_sizes(config, checkpoint)
         if family.norm_eps and not getattr(config, family.norm_eps, 0) >= 0:
             raise UserError(f"{checkpoint.path / 'config.json'}: {family.norm_eps} is negative")

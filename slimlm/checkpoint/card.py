@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from slimlm.checkpoint.clients import programs_line
 from slimlm.checkpoint.disk import write_whole
 from slimlm.checkpoint.manifest import Manifest, stages_of, took
 
@@ -25,19 +26,16 @@ def inherited(source: Path) -> dict[str, str | list[str]]:
     if opening.strip("\ufeff \n") or not closing:
         return {}
     try:
-        fields = yaml.safe_load(header)
+        fields = yaml.load(header, Loader=yaml.BaseLoader)  # all of it text: `no` is Norwegian
     except yaml.YAMLError as error:
         logger.warning("%s: its header is no YAML, so neither licence nor languages are taken over: %s", source, error)
         return {}
     found = {name: fields.get(name) for name in INHERITED} if isinstance(fields, dict) else {}
-    return {name: _texts(value) for name, value in found.items() if value}
+    return {name: value for name, value in found.items() if value and _is_text(value)}
 
 
-def _texts(value: Any) -> str | list[str]:
-    """As JSON can hold it; YAML takes `no` for a truth value, which is Norwegian."""
-    if isinstance(value, list):
-        return [str(_texts(entry)) for entry in value]
-    return "no" if value is False else str(value)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))
 
 
 def write_card(directory: Path, manifest: Manifest) -> None:
@@ -70,8 +68,17 @@ def _use(manifest: Manifest) -> str:
     return (
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n\n{code}\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n\n{code}\n{_programs(manifest)}'
     )
+
+
+def _programs(manifest: Manifest) -> str:
+    """Where such a result was tried, and with what this one was made."""
+    changes, made = manifest["changes"], manifest.get("versions", {}).get("transformers")
+    model_type = changes.get("model_type", [None, manifest["model"].get("model_type")])[1]
+    line = programs_line(str(model_type), bool({"hidden_size", "num_key_value_heads"} & changes.keys()))
+    with_what = f"Made with transformers {made}." if made else ""
+    return "\n" + " ".join(filter(None, (line, with_what))) + "\n" if line or with_what else ""
 
 
 def _header(manifest: Manifest) -> str:

@@ -1,12 +1,14 @@
 """A result put on the hub, once it has its name here; that it can be is found out before the run."""
 
+import glob
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 from slimlm.errors import RunFailure, UserError, one_line
 
-# What an earlier upload left would be read beside what is new: one file before an index, and any stray shard.
-STALE = ["*.safetensors", "*.safetensors.index.json"]
+# What an earlier upload left there would be read beside what is new: one file before an index, an adapter, a template.
+READ = ("*.safetensors", "*.index.json", "*.bin", "adapter_config.json", "chat_template*", "*token*", "modeling_*.py")
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,19 @@ class Push:
             raise UserError(f"--push-to-hub {self.repo}: {user['name']} is not a member of {owner}")
 
     def upload(self, directory: Path) -> str:
-        """Upload a result, its weights instead of any that are there; where it is then. Raises RunFailure."""
+        """Upload a result, instead of a model that is there; where it is then. Raises RunFailure."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=self.token)
         try:
             where = api.create_repo(self.repo, private=self.private or None, exist_ok=True)
+            there = [name for name in api.list_repo_files(where.repo_id) if "/" not in name]
+            stale = [name for name in there if any(fnmatch(name, pattern) for pattern in READ)]
             api.upload_folder(
-                repo_id=where.repo_id, folder_path=directory, commit_message="slimlm", delete_patterns=STALE
+                repo_id=where.repo_id,
+                folder_path=directory,
+                commit_message="slimlm",
+                delete_patterns=[glob.escape(name) for name in stale],
             )
         except Exception as error:
             raise RunFailure(

@@ -28,7 +28,10 @@ def refuse_other_task(path: Path, values: dict[str, Any]) -> None:
         tokenizers = {"tokenizer_class", "added_tokens_decoder", "model_max_length"} & values.keys()
         what = "is a tokenizer's" if tokenizers else "is empty" if not values else "names no model_type"
         raise UserError(f"{path / CONFIG_NAME} {what}: it is not a model's config; fetch the model's own")
-    architectures = [name for name in values.get("architectures") or [] if isinstance(name, str)]
+    listed = values.get("architectures") or []
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise UserError(f"{path / CONFIG_NAME}: architectures is {listed!r:.60}, not a list of class names")
+    architectures: list[str] = listed
     named = f"{model_type!r}{f' ({architectures[0]})' if architectures else ''}"
     if isinstance(values.get("text_config"), dict) or _has_other_senses(values):
         raise UserError(f"{path} is {named}, a multimodal model: {_text_part(values)}")

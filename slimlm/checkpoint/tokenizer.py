@@ -71,7 +71,8 @@ def _name_older_class(tokenizer: Any, target: Path) -> None:
     """
     settings = read_settings(target / TOKENIZER_CONFIG)
     changed = dict(settings)
-    if (name := settings.get("tokenizer_class")) in OLDER_CLASSES:
+    name = settings.get("tokenizer_class") or type(tokenizer).__name__
+    if name in OLDER_CLASSES:
         changed |= {"tokenizer_class": OLDER_CLASSES[name], "model_input_names": list(tokenizer.model_input_names)}
     if isinstance(settings.get("extra_special_tokens"), list):
         changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
@@ -81,7 +82,10 @@ def _name_older_class(tokenizer: Any, target: Path) -> None:
 
 def differs(tokenizer: Any, target: Path, trust_remote_code: bool = False) -> str | None:
     """The first text that the tokenizer in a directory does not treat like `tokenizer`; None when there is none."""
-    other = load_tokenizer(target, trust_remote_code)
+    try:
+        other = load_tokenizer(target, trust_remote_code)
+    except UserError:  # without a file that says more than vocabulary and merges, the class decides
+        return SAMPLES[0]
     special = " ".join(map(str, tokenizer.all_special_tokens))
     for text in (*SAMPLES, special):
         ids = tokenizer(text, verbose=False).input_ids

@@ -227,7 +227,9 @@ def refit_blocks(layout: Layout, widths: Widths, plan: Plan, basis: Tensor, batc
     model, blocks = layout.model, layout.dense.blocks
     work.settle()  # the compressed model is read from where it is written
     config = copy.deepcopy(plan.config)  # building a model sets its dtype
-    small = StreamedModel(Checkpoint(work.output), config, family_of(config), model.device, model.dtype)
+    small = StreamedModel(
+        Checkpoint(work.output), config, family_of(config), model.device, model.dtype, model.trust_remote_code
+    )
     place = {block: index for index, block in enumerate(widths.blocks)}
 
     def is_whole(block: int) -> bool:

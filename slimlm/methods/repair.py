@@ -44,7 +44,14 @@ def prune_and_repair(
     """Write every block pruned, and the head refitted unless it is tied to the embedding; figures for the manifest."""
     layout = Layout(model)
     eye = torch.eye(model.config.hidden_size, dtype=torch.float32, device=model.device)
-    small = StreamedModel(model.checkpoint, copy.deepcopy(model.config), model.family, model.device, model.dtype)
+    small = StreamedModel(
+        model.checkpoint,
+        copy.deepcopy(model.config),
+        model.family,
+        model.device,
+        model.dtype,
+        model.trust_remote_code,
+    )
     work.progress.stage("pruning", len(model.blocks))
     starts = {"dense": (model, batches), "small": (small, batches)}
     streams, state, first = work.start_streams("pruned", starts, work.leading(model))

@@ -1,6 +1,7 @@
 """Modules that stay dense because the user says so (`--skip`), in every method."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -13,9 +14,12 @@ from slimlm.walk import StreamedModel
 def skip_modules(model: StreamedModel, patterns: Sequence[str]) -> None:
     """Leave linears as they are, by name or glob, and all that are inside of a module so named.
 
-    To be called before anything asks what there is to prune. Raises UserError for a pattern that fits none, and when
-    nothing is left.
+    Instead of any that were left before. Raises UserError for a pattern that fits none, and when nothing is left.
     """
+    for index, anatomy in enumerate(model.anatomy):
+        model.anatomy[index] = replace(anatomy, skipped=())
+    model.skipped.clear()
+    vars(model).pop("matrices", None)  # which is what all methods prune
     if not patterns:
         return
     used: set[str] = set()
@@ -37,6 +41,20 @@ def skip_modules(model: StreamedModel, patterns: Sequence[str]) -> None:
             )
     if not model.matrices:
         raise UserError("--skip leaves nothing to compress")
+
+
+@contextmanager
+def skipping(model: StreamedModel, patterns: Sequence[str]) -> Iterator[None]:
+    """Inside, these modules are left instead of those that were."""
+    anatomy, skipped = list(model.anatomy), dict(model.skipped)
+    try:
+        skip_modules(model, patterns)
+        yield
+    finally:
+        model.anatomy[:] = anatomy
+        model.skipped.clear()
+        model.skipped |= skipped
+        vars(model).pop("matrices", None)
 
 
 def _fits(name: str, patterns: Sequence[str], used: set[str]) -> bool:

@@ -338,7 +338,7 @@ class Layout:
             self._leave_out_blocks(config, widths.blocks)
         if model.head_is_tied:
             config.tie_word_embeddings = self.keeps_tie(widths)
-        if hasattr(config, "auto_map"):
+        if hasattr(config, "auto_map") and not is_own_class(config):
             del config.auto_map  # a stock result needs no code
         return config
 
@@ -367,7 +367,7 @@ class Layout:
         model, shapes, config = self.model, self.shapes(widths), self.config(widths)
         if reason := refused(config):
             raise UserError(f"{type(config).__name__} has no model of {widths}: {reason}")
-        carrier = _check_carrier(config, shapes)
+        carrier = _check_carrier(config, shapes, model.trust_remote_code)
         empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         tensors = {
             name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, recipe.dtype))
@@ -408,9 +408,9 @@ def carried(config: PretrainedConfig, carrier: Carrier) -> PretrainedConfig:
     return known(**values, **carrier.config, architectures=[architecture])
 
 
-def _check_carrier(config: PretrainedConfig, shapes: dict[str, tuple[int, ...]]) -> Any:
+def _check_carrier(config: PretrainedConfig, shapes: dict[str, tuple[int, ...]], trust_remote_code: bool) -> Any:
     """The stock class's skeleton, which must want exactly the tensors we are about to write."""
-    carrier = build_skeleton(config)
+    carrier = build_skeleton(config, trust_remote_code=trust_remote_code)
     wanted = {name: tuple(tensor.shape) for name, tensor in carrier.state_dict().items()}
     for name in wanted.keys() - shapes.keys() - carrier.all_tied_weights_keys.keys():
         raise UserError(f"{type(carrier).__name__} wants {name}, which slicing this model does not give")

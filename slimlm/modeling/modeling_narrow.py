@@ -29,14 +29,19 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 RELEASE = int(transformers.__version__.partition(".")[0])
-if RELEASE >= 5:  # which calls GPT-NeoX's head by another name than files do
+
+
+def _name_head_as_in_files() -> None:
+    """transformers 5 calls GPT-NeoX's head by another name than files do, in classes that it knows of."""
+    if RELEASE < 5:
+        return
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
 
-    names = get_checkpoint_conversion_mapping("GPTNeoXForCausalLM")
-    register_checkpoint_conversion_mapping("NarrowGPTNeoXForCausalLM", names, overwrite=True)
+    if names := get_checkpoint_conversion_mapping("GPTNeoXForCausalLM"):
+        register_checkpoint_conversion_mapping("NarrowGPTNeoXForCausalLM", names, overwrite=True)
 
 
 def _require_release_5(model: nn.Module) -> None:
@@ -145,6 +150,7 @@ class NarrowGPTNeoXForCausalLM(GPTNeoXForCausalLM):
     config_class = NarrowGPTNeoXConfig
 
     def __init__(self, config: NarrowGPTNeoXConfig) -> None:
+        _name_head_as_in_files()
         with _one_head(config) as (heads, _):
             super().__init__(config)
         width = heads * config.head_dim

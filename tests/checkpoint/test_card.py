@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 import yaml
 
-from slimlm.checkpoint import card
+from slimlm.checkpoint import card, clients
 from slimlm.checkpoint.card import CARD_NAME, write_card
+from slimlm.families import FAMILIES
 
 
 def manifest(name: str, origin: str) -> dict[str, Any]:
@@ -86,3 +87,22 @@ def test_the_card_says_what_widths_cost_that_no_format_takes(tmp_path: Path):
     found["method"] = {"uneven": {"mlp": 888}}
     assert "No multiple of 32: `mlp` 888" in card.render_card(found)
     assert "No multiple" not in card.render_card(manifest("model", "directory"))
+
+
+def test_the_card_says_where_such_models_were_tried(tmp_path: Path):
+    found = manifest("model", "directory")
+    found["model"]["model_type"], found["versions"] = "phi3", {"transformers": "5.24.0"}
+    text = card.render_card(found)
+    assert "Sliced `phi3` models were tried in transformers 4.57, transformers 5.24 and" in text
+    assert "Made with transformers 5.24.0." in text
+    assert "mlx-lm takes" not in text
+    found["changes"] = {"hidden_size": [64, 32]}
+    assert "mlx-lm takes the size of a head from hidden_size" in card.render_card(found)
+    found["changes"] = {"model_type": ["llama", "mistral"], "hidden_size": [64, 32]}
+    assert "Sliced `mistral` models were tried in" in card.render_card(found)
+    found["model"]["model_type"], found["changes"] = "olmo2", {}
+    assert "were tried" not in card.render_card(found)
+
+
+def test_what_the_card_claims_is_of_classes_that_there_are():
+    assert set(clients.UNREAD) < set(clients.READ_BY) <= set(FAMILIES)

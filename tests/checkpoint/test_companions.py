@@ -18,12 +18,13 @@ from tests.families.configs import family_config
 TRAVEL = {
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "qwen.tiktoken", "tekken.json"),
     *("vocab.bpe", "dict.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json", "LICENSE", "NOTICE"),
-    *("LICENSE.txt", "USE_POLICY.md", "generation_config.json", "special_tokens_map.json", "preprocessor_config.json"),
+    *("LICENSE.pdf", "USE_POLICY.md", "generation_config.json", "special_tokens_map.json", "preprocessor_config.json"),
 }
 STAY = {
     *("config.json", "README.md", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     *("model.gguf", "consolidated.00.pth", "params.json", "optimizer.pt", "trainer_state.json", "training_args.bin"),
     *(".gitattributes", "slimlm.json", "recipe.yaml", "adapter_config.json", "flax_model.msgpack", "plot.PNG"),
+    *("train.jsonl", "secrets.env", "core.1234", "nohup.out", "model.safetensors.bak", "notes.txt~"),
     *("modeling_own.py",),
 }
 
@@ -99,3 +100,21 @@ def test_a_tokenizer_that_cannot_be_kept_is_refused_before_the_run(tmp_path: Pat
     path = build_tiny(family_config("qwen2"), tmp_path / "model")
     with pytest.raises(UserError, match="Stubborn splits 'The old house stood "):
         check_tokenizer(path, Stubborn(), "llama")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_a_tokenizer_of_vocabulary_and_merges_goes_with_a_class_of_ours(name: str, tmp_path: Path):
+    """What class it makes is known from the model alone, and no longer from its result."""
+    path = build_tiny(family_config(name), tmp_path / "model")
+    model = json.loads((path / "tokenizer.json").read_text())["model"]
+    (path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]) + "\n")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (path / file).unlink()
+    (tmp_path / "text.txt").write_text("The old house stood at the end of the lane, and nobody had lived there. " * 40)
+    recipe = {"model": str(path), "widths": "hidden=16", "dataset": str(tmp_path / "text.txt"), "measure": False}
+    sizes = {"num_calibration_samples": 6, "max_seq_length": 32}
+    result = compress(Recipe(**recipe, **sizes, output_dir=str(tmp_path / "out")))
+    ours, theirs = load_tokenizer(result.output_dir), load_tokenizer(path)
+    for text in SAMPLES:
+        assert ours(text).input_ids == theirs(text).input_ids

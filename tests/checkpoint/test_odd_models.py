@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from slimlm.checkpoint import skeleton
 from slimlm.checkpoint.kinds import INDEX_NAME
 from slimlm.checkpoint.pack import pack
 from slimlm.checkpoint.reader import Checkpoint
@@ -447,7 +449,12 @@ def own(llama: Path, tmp_path: Path) -> Path:
 
 QUICK = ("--num-calibration-samples", "10", "--max-seq-length", "16", "--eval-windows", "2")
 SLICED = ("--widths", "hidden=24", "--budget", "hidden", "--weighting", "none", "--no-refit")
-METHODS = {"pruned": ("--method", "magnitude", "-s", "0.5"), "sliced": SLICED}
+METHODS = {
+    "pruned": ("--method", "magnitude", "-s", "0.5"),
+    "sliced": SLICED,
+    "refitted": ("--widths", "mlp=32"),
+    "repaired": ("--method", "slimlm", "-s", "0.5"),
+}
 
 
 @pytest.mark.parametrize("how", METHODS)
@@ -479,14 +486,26 @@ def test_trusted_code_is_measured_and_probed(own: Path, tmp_path: Path, slimlm):
     assert not Path("out").exists()
 
 
-def test_trusted_code_that_slicing_would_leave_is_refused(own: Path, tmp_path: Path, slimlm):
-    """Its config is the stock one, so that of a slice is, too."""
+@pytest.mark.parametrize("how", ["refitted", "repaired"])
+def test_a_class_with_a_stock_config_is_what_computes_on_both_sides(
+    how: str, own: Path, tmp_path: Path, slimlm, monkeypatch
+):
+    """Its config is the stock one; nothing but the trust that was given says that the class is not."""
     configure(own, auto_map={"AutoModelForCausalLM": AUTO_MAP["AutoModelForCausalLM"]})
     (own / "modeling_own.py").write_text(OWN_CODE.replace("    config_class = OwnConfig\n", ""))
-    flags = ("-m", str(own), *SLICED, "--dataset", str(tmp_path / "text.txt"), *QUICK, "--trust-remote-code")
+    built: list[str] = []
+    make = skeleton.AutoModelForCausalLM.from_config
+
+    def seen(*args: Any, **settings: Any) -> Any:
+        built.append(type(model := make(*args, **settings)).__name__)
+        return model
+
+    monkeypatch.setattr(skeleton.AutoModelForCausalLM, "from_config", seen)
+    flags = ("-m", str(own), *METHODS[how], "--dataset", str(tmp_path / "text.txt"), *QUICK, "--trust-remote-code")
     code, lines = slimlm("compress", *flags, "-o", "out")
-    assert (code, len(lines)) == (2, 1)
-    assert "OwnModel comes with the checkpoint, and the result would be a LlamaForCausalLM" in lines[0]
+    assert code == 0, lines
+    assert set(built) == {"OwnModel"}
+    assert type(AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)).__name__ == "OwnModel"
 
 
 @pytest.mark.parametrize("command", [("eval", "--tasks", "none"), ("inspect",)])

@@ -36,10 +36,19 @@ def hub(monkeypatch) -> dict[str, Any]:
         if seen["fails"]:
             raise seen["fails"]
         assert (folder_path / MANIFEST_NAME).is_file()
-        assert "*.safetensors" in delete_patterns
+        assert sorted(delete_patterns) == ["adapter_config.json", "model-00001-of-00002.safetensors"]
         seen["done"].append(("upload", repo_id, folder_path.name, sorted(path.name for path in folder_path.iterdir())))
 
-    for method in (whoami, create_repo, upload_folder):
+    def list_repo_files(self: HfApi, repo_id: str) -> list[str]:
+        return [
+            "README.md",
+            "notes.txt",
+            "model-00001-of-00002.safetensors",
+            "adapter_config.json",
+            "fp16/a.safetensors",
+        ]
+
+    for method in (whoami, create_repo, upload_folder, list_repo_files):
         monkeypatch.setattr(HfApi, method.__name__, method)
     return seen
 

@@ -11,10 +11,9 @@ from transformers import LlamaConfig
 from slimlm import compress
 from slimlm.checkpoint.manifest import read_manifest
 from slimlm.errors import UserError
-from slimlm.families import FAMILIES
 from slimlm.forecast import forecast
 from slimlm.methods.skip import skip_modules
-from slimlm.prepare import prepare
+from slimlm.prepare import check_later, prepare
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe, make_recipe
 from tests.conftest import CONFIGS, SIZES, build_tiny, stream
@@ -132,19 +131,37 @@ def test_names_come_as_a_list_or_with_commas():
         make_recipe({"model": "x", "sparsity": 0.5, "skip": 3})
 
 
-def test_every_family_can_spare_a_linear():
-    for family in FAMILIES.values():
-        assert not family.spared - set(family.unpruned)
+LAST, HALF = ["model.layers.7"], {"method": "magnitude", "sparsity": 0.5}
 
 
-def test_a_dry_run_probes_the_blocks_that_it_shows(tmp_path: Path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "wanda", "sparsity": 0.5, "skip": ["model.layers.0.mlp", *LAST, "lm_head"]},
+        {"method": "slice", "sparsity": 0.03, "skip": ["*.o_proj"]},
+        {**HALF, "then": {"method": "wanda", "sparsity": 0.6, "skip": LAST}},
+        {**HALF, "skip": LAST, "then": {"method": "slice", "sparsity": 0.06, "skip": []}},
+    ],
+)
+def test_a_dry_run_probes_the_blocks_that_it_shows(settings: dict[str, Any], tmp_path: Path):
     config = LlamaConfig(**{**SIZES, "num_hidden_layers": 8})
     path = build_tiny(config, tmp_path / "model")
     (tmp_path / "text.txt").write_text("The old house stood at the end of the lane. " * 60)
-    data = {"dataset": str(tmp_path / "text.txt"), "num_calibration_samples": 4, "max_seq_length": 16}
-    recipe = Recipe(
-        model=str(path), method="wanda", sparsity=0.5, skip=["model.layers.0.mlp", "model.layers.7", "lm_head"],
-        output_dir=str(tmp_path / "out"), measure=False, **data,
-    )  # fmt: skip
-    job = prepare(recipe, False, False, Progress())
-    assert forecast(job, Progress()).result > 0
+    data = {"dataset": str(tmp_path / "text.txt"), "num_calibration_samples": 6, "max_seq_length": 16}
+    recipe = make_recipe(
+        {"model": str(path), "output_dir": str(tmp_path / "out"), "measure": False, **data, **settings}
+    )
+    first = recipe.stages[0].model_copy(update={"output_dir": str(tmp_path / "out")})
+    job = prepare(first, False, False, Progress())
+    check_later(job, recipe)
+    assert forecast(job, Progress(), recipe).result > 0
+
+
+def test_a_later_runs_names_are_checked_before_the_first(tmp_path: Path):
+    path = build_tiny(CONFIGS["llama"], tmp_path / "model")
+    then = {"method": "magnitude", "sparsity": 0.6, "skip": ["*.oproj"]}
+    with pytest.raises(UserError, match="no linear of the model is called so"):
+        run(path, tmp_path, method="magnitude", then=then)
+    assert not (tmp_path / "out.partial").exists()
+    then = {"method": "slice", "sparsity": 0.25, "skip": []}  # not what the first run skips
+    run(path, tmp_path, method="magnitude", sparsity=0.3, skip=["model.layers.1"], then=then)

@@ -78,12 +78,11 @@ def test_the_blocks_measured_together_change_nothing(tmp_path: Path, text: Path,
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("choice", [WANDA, Choice("gram", "greedy", "joint"), Choice("none", "magnitude", "none")])
+@pytest.mark.parametrize("choice", [WANDA, Choice("gram", "greedy", "joint")])
 def test_what_is_known_of_a_block_serves_every_point(tmp_path: Path, text: Path, choice: Choice, monkeypatch):
     path = with_blocks(tmp_path / "model", 3)
     once = shares_of(path, text, tmp_path / "once", 0.5, choice)
-    if choice.curvature != "none":
-        monkeypatch.setattr(solved, "_known", lambda *_: None)
+    monkeypatch.setattr(solved, "_known", lambda *_: None)
     assert once == shares_of(path, text, tmp_path / "each", 0.5, choice)
 
 
