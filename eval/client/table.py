@@ -52,7 +52,7 @@ def notes(row: dict[str, Any]) -> list[str]:
 
 
 def quantised(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The table of llama.cpp's formats."""
+    """The table of llama.cpp's formats, and torchao's."""
     lines = [
         "| model | format | MB | not quantised | KL to f32 | perplexity | tokens/s | to dense |",
         f"|{' --- |' * 8}",
@@ -65,4 +65,14 @@ def quantised(rows: Sequence[dict[str, Any]]) -> list[str]:
             cells += [f"{facts['divergence']:.4f}", f"{facts['perplexity']:.2f}"]
             cells += [f"{speed:.1f}", f"{speed / dense:.2f}"] if speed else ["", ""]
             lines.append(f"| {' | '.join(cells)} |")
+        for name, facts in row.get("quantised", {}).items():
+            cells = [
+                row["model"],
+                f"torchao {name}",
+                "",
+                "",
+                f"{facts['divergence']:.4f}",
+                f"{facts['perplexity']:.2f}",
+            ]
+            lines.append(f"| {' | '.join([*cells, '', ''])} |")
     return lines if len(lines) > 2 else []
