@@ -93,7 +93,7 @@ def test_the_card_says_where_such_models_were_tried(tmp_path: Path):
     found = manifest("model", "directory")
     found["model"]["model_type"], found["versions"] = "phi3", {"transformers": "5.24.0"}
     text = card.render_card(found)
-    assert "Sliced `phi3` models were tried in transformers 4.57, transformers 5.24 and" in text
+    assert "Sliced `phi3` models were tried in transformers 4.57, transformers 5.24, PEFT 0.21 and vLLM 0.32: " in text
     assert "Made with transformers 5.24.0." in text
     assert "mlx-lm takes" not in text
     found["changes"] = {"hidden_size": [64, 32]}
