@@ -60,7 +60,7 @@ class Recipe(BaseModel):
     )
     skip: list[str] = Field(
         [],
-        description="linears that stay as they are, by name or glob, as in lm_head,*.down_proj,model.layers.0; "
+        description="linears that stay as they are, by name or glob, as in `lm_head, *.down_proj`; "
         "slicing then cuts no width that one of these has, nor hidden_size, nor leaves out blocks",
     )
     widths: str | None = Field(
