@@ -479,6 +479,7 @@ def test_trusted_code_runs_and_travels(how: str, own: Path, tmp_path: Path, slim
     assert (Path("again") / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_trusted_code_is_measured_and_probed(own: Path, tmp_path: Path, slimlm):
     flags = ("-m", str(own), "--method", "magnitude", "-s", "0.5", "--eval-windows", "2", "--trust-remote-code")
     code, lines = slimlm("compress", *flags, "--dry-run", "-o", "out")
