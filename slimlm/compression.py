@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from slimlm.activations import Spilled
 from slimlm.calibration import SELF, Windows, sample_windows, start_token
 from slimlm.checkpoint.card import write_card
-from slimlm.checkpoint.code import copy_code, keep_own_code
+from slimlm.checkpoint.code import copy_code
 from slimlm.checkpoint.companions import copy_companions
 from slimlm.checkpoint.config_file import move_generation_settings, write_config
 from slimlm.checkpoint.disk import disk_errors, write_whole
@@ -258,7 +258,6 @@ def _carry_out(
 def _furnish(job: Job, plan: Plan, target: Path) -> None:
     """Everything beside the weights that makes them a model."""
     source = job.resolved.path
-    keep_own_code(job.model.config, plan.config)
     write_config(plan.config, source, target)
     copy_companions(source, target)
     with disk_errors(target):

@@ -164,9 +164,8 @@ class Recipe(BaseModel):
             sizes = re.fullmatch(PATTERN, pattern) or re.fullmatch(TILE, pattern)
             if sizes and self.method == "slice" and not self.widths and self.round_to is None:
                 group = math.lcm(*map(int, sizes.groups()))
-                if (
-                    8 % group
-                ):  # else the default's multiples, 8 at least wherever there are such, are those of the pattern
+                # Of what divides 8 the widths taken by default are multiples anyway.
+                if 8 % group:
                     runs[0]["round_to"] = 32 if 32 % group == 0 else group
         return [make_recipe(run, "recipe") for run in runs]
 

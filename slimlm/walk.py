@@ -8,6 +8,7 @@ only their own weights are in memory.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from slimlm.activations import HiddenStates, InMemory
+from slimlm.checkpoint.code import is_own_class
 from slimlm.checkpoint.hf_internals import load_tensors, module_names, release
 from slimlm.checkpoint.lookup import looked_up
 from slimlm.checkpoint.prefetch import Prefetch
@@ -54,7 +56,8 @@ class StreamedModel:
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
-        self.family = family
+        # A class that comes with the checkpoint may compute something else than what would stand in for it.
+        self.family = replace(family, carrier=None) if is_own_class(config) else family
         self.device = torch.device(device)
         self.dtype = dtype
         self.trust_remote_code = trust_remote_code

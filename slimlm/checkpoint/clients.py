@@ -1,8 +1,8 @@
 """Programs in which sliced models were tried, by architecture, for the model card: what `eval/clients.py` found, with
 random models of each. Of architectures that were not tried nothing is said."""
 
-TRANSFORMERS = ("transformers 4.57", "transformers 5.24", "PEFT 0.21")
-OLDER, NEWER, PEFT = TRANSFORMERS
+NEWER, PEFT = "transformers 5.24", "PEFT 0.21"
+TRANSFORMERS = ("transformers 4.57", NEWER, PEFT)
 LLAMA_CPP, MLX, CT2 = "llama.cpp (ggml 0.25)", "mlx-lm 0.32", "CTranslate2 4.8"
 ONNX, VLLM = "onnxruntime-genai 0.18", "vLLM 0.32"
 EVERY = (*TRANSFORMERS, VLLM, LLAMA_CPP, MLX, CT2, ONNX)

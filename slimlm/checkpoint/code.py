@@ -51,12 +51,6 @@ def forget_own_code(config: PretrainedConfig) -> None:
         del config.auto_map
 
 
-def keep_own_code(dense: PretrainedConfig, config: PretrainedConfig) -> None:
-    """Have the config of a result, which has the dense model's own class, name the code that class comes from."""
-    if is_own_class(dense) and type(config) is type(dense):
-        config.auto_map = dict(dense.auto_map)
-
-
 def is_own_class(config: PretrainedConfig) -> bool:
     """Whether a config or its model comes from a checkpoint's own code, which is trusted then."""
     named = getattr(config, "auto_map", None)

@@ -82,8 +82,7 @@ def _by_hand(layout: Layout, recipe: Recipe, given: dict[str, int]) -> Widths:
         full = len(dense.blocks) if name == "blocks" else dense.of(name)
         if not 0 < width <= full:
             raise UserError(f"--widths {name}={width}: the model has {full or 'none that can be changed'}")
-    for name, width in given.items():
-        if name in layout.fixed and width != (len(dense.blocks) if name == "blocks" else dense.of(name)):
+        if name in layout.fixed and width != full:
             raise UserError(f"--widths {name}: with --skip it stays as it is, since all blocks are cut alike")
     blocks = tuple(range(given.get("blocks", len(dense.blocks))))
     widths = Widths(

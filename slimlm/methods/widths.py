@@ -148,18 +148,12 @@ class Layout:
 
         They do where as large a share of the heads goes as of the stream.
         """
-        carrier, dense = self.other_class, self.dense
+        carrier, dense = self.model.family.carrier, self.dense
         if carrier is None or self.folds(widths):
             return carrier
         in_proportion = widths.hidden * dense.groups == dense.hidden * widths.groups
         fits = in_proportion if dense.groups else widths.hidden == dense.hidden
         return None if fits and (widths.mlp == dense.mlp or not carrier.mlp) else carrier
-
-    @property
-    def other_class(self) -> Carrier | None:
-        """The class that may stand in for the model's own; none for one that comes with the checkpoint, as that may
-        compute something else."""
-        return None if is_own_class(self.model.config) else self.model.family.carrier
 
     def zeros(self, widths: Widths) -> tuple[str, ...]:
         """Biases of a block that only the carrier has."""
@@ -170,7 +164,7 @@ class Layout:
         """What hidden_size must be a multiple of."""
         if self.model.family.experts:
             return GROUPED
-        carrier = self.other_class
+        carrier = self.model.family.carrier
         if not self.model.family.heads or (carrier and not FAMILIES[carrier.model_type].heads):
             return 1
         heads: int = getattr(self.model.config, self.model.family.heads)
