@@ -75,8 +75,10 @@ def _use(manifest: Manifest) -> str:
 def _programs(manifest: Manifest) -> str:
     """Where such a result was tried, and with what this one was made."""
     changes, made = manifest["changes"], manifest.get("versions", {}).get("transformers")
-    model_type = changes.get("model_type", [None, manifest["model"].get("model_type")])[1]
-    line = programs_line(str(model_type), bool({"hidden_size", "num_key_value_heads"} & changes.keys()))
+    dense = str(manifest["model"].get("model_type"))
+    written = str(changes.get("model_type", [None, dense])[1])
+    kind = dense if (dense, written) == ("qwen2", "llama") else written  # with biases, which Llamas have not
+    line = programs_line(kind, bool({"hidden_size", "num_key_value_heads"} & changes.keys()))
     with_what = f"Made with transformers {made}." if made else ""
     return "\n" + " ".join(filter(None, (line, with_what))) + "\n" if line or with_what else ""
 

@@ -6,11 +6,12 @@ TRANSFORMERS = ("transformers 4.57", NEWER, PEFT)
 LLAMA_CPP, MLX, CT2 = "llama.cpp (ggml 0.25)", "mlx-lm 0.32", "CTranslate2 4.8"
 ONNX, VLLM = "onnxruntime-genai 0.18", "vLLM 0.32"
 EVERY = (*TRANSFORMERS, VLLM, LLAMA_CPP, MLX, CT2, ONNX)
-# By the result's model_type: those that gave the same logits and tokens.
+# By the result's model_type, but "qwen2" for a Llama made of one: those that gave the same logits and tokens.
 READ_BY: dict[str, tuple[str, ...]] = {
     "llama": EVERY,
     "mistral": EVERY,
     "qwen3": EVERY,
+    "qwen2": tuple(program for program in EVERY if program != CT2),  # a Llama with biases once it is narrower
     "mixtral": (*TRANSFORMERS, VLLM, LLAMA_CPP),
     "granite": (*TRANSFORMERS, VLLM, ONNX),
     "phi3": (*TRANSFORMERS, VLLM),
@@ -23,6 +24,7 @@ HEADS = "the size of a head from hidden_size, which a narrower stream no longer 
 OWN = "it is a class of its own, with its code in the checkpoint: other programs do not know it"
 # And why others did not, where the dense model is one that they read.
 UNREAD = {
+    "qwen2": f"CTranslate2 takes {HEADS}",
     "mixtral": f"mlx-lm takes {HEADS}",
     "granite": f"mlx-lm and llama.cpp take {HEADS}",
     "phi3": f"mlx-lm takes {HEADS}",
@@ -33,7 +35,7 @@ UNREAD = {
 
 
 def programs_line(model_type: str, is_narrower: bool) -> str:
-    """A sentence for the card of a result of this class. is_narrower: whether its stream or its heads are."""
+    """A sentence for the card of a result. is_narrower: whether its stream or its heads are."""
     read = READ_BY.get(model_type)
     if read is None:
         return ""

@@ -100,6 +100,10 @@ def test_the_card_says_where_such_models_were_tried(tmp_path: Path):
     assert "mlx-lm takes the size of a head from hidden_size" in card.render_card(found)
     found["changes"] = {"model_type": ["llama", "mistral"], "hidden_size": [64, 32]}
     assert "Sliced `mistral` models were tried in" in card.render_card(found)
+    found["model"]["model_type"] = "qwen2"
+    found["changes"] = {"model_type": ["qwen2", "llama"], "hidden_size": [64, 32]}
+    assert "CTranslate2 4.8" not in card.render_card(found)
+    assert "Not in others: CTranslate2 takes the size of a head" in card.render_card(found)
     found["model"]["model_type"], found["changes"] = "olmo2", {}
     assert "were tried" not in card.render_card(found)
 
