@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import numpy
 from transformers import AutoModelForCausalLM
 
-from slimlm.activations import Spilled
 from slimlm.calibration import SELF, Windows, sample_windows, start_token
 from slimlm.checkpoint.card import write_card
 from slimlm.checkpoint.code import copy_code
@@ -29,14 +28,15 @@ from slimlm.device import check_process, forget_peak, placement
 from slimlm.errors import RunFailure, UserError, out_of_memory
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods import method_named
-from slimlm.methods.plan import Outcome, Plan
+from slimlm.model.hidden import Scratch, Spilled
+from slimlm.model.result import Result
 from slimlm.prepare import Job, check_later, check_shots, later_runs_of, open_model, output_of, prepare, spilled
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe
 from slimlm.record import account_for, fingerprint_of, fingerprint_of_all, manifest_of, measured_of, write_recipe
-from slimlm.work import Work
+from slimlm.run import Outcome, Plan, Run
 
-Result = TypeVar("Result")
+Timed = TypeVar("Timed")
 LOG_NAME = "slimlm.log.jsonl"
 CALIBRATION_NAME = "calibration.npy"
 OTHER_RUN = "repeat what was run, or start over without --resume"
@@ -228,14 +228,16 @@ def _carry_out(
     journal = Journal(staging.work, fingerprint, how.anyway)
     job.resumed = journal.steps > 0
     how.progress.log = staging.work / LOG_NAME
-    with Work(staging.model, journal, how.progress, staging.scratch, job.recipe.max_shard_bytes) as work:
+    with Result(staging.model, journal, job.recipe.max_shard_bytes) as result:
         windows = job.windows
         if job.recipe.dataset == SELF:
-            windows = _timed(job, "sampling", lambda: _sampled(job, work))
+            windows = _timed(job, "sampling", lambda: _sampled(job, journal, how.progress))
         batches = windows.batches(job.recipe.batch_size) if windows else []
-        outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, work))
-        work.settle()
-        work.writer.finish()
+        scratch = Scratch(staging.scratch, job.model.device)
+        run = Run(job.recipe, job.model, job.plan, batches, result, scratch, how.progress)
+        outcome = _timed(job, "compressing", lambda: job.method.run(run))
+        result.settle()
+        result.writer.finish()
         _furnish(job, outcome.plan, staging.model)
         comparison = _timed(job, "measuring", lambda: _measure(job, staging, staging.model, how.progress, outcome))
         job.seconds["total"] = time.perf_counter() - job.started
@@ -284,14 +286,14 @@ def _write_log(job: Job, staging: Staging, progress: Progress, several: _Several
         write_whole(staging.model / LOG_NAME, text)
 
 
-def _sampled(job: Job, work: Work) -> Windows:
+def _sampled(job: Job, journal: Journal, progress: Progress) -> Windows:
     """Self-calibration: the one source that needs the whole model in memory at once."""
     recipe = job.recipe
     assert recipe.max_seq_length is not None
-    sampled = work.journal.recall("sampled")
+    sampled = journal.recall("sampled")
     if sampled:
         return Windows(sampled[1]["tokens"], SELF, start_token(job.tokenizer))
-    work.progress.stage("sampling calibration text", recipe.num_calibration_samples)
+    progress.stage("sampling calibration text", recipe.num_calibration_samples)
     with BUILDING:
         model = AutoModelForCausalLM.from_pretrained(
             job.resolved.path,
@@ -305,9 +307,9 @@ def _sampled(job: Job, work: Work) -> Windows:
         recipe.num_calibration_samples,
         recipe.max_seq_length,
         recipe.seed,
-        work.progress.step,
+        progress.step,
     )
-    work.journal.keep("sampled", {"tokens": windows.tokens})
+    journal.keep("sampled", {"tokens": windows.tokens})
     return windows
 
 
@@ -358,7 +360,7 @@ def _measured_later(job: Job, recipe: Recipe, output: Path, manifest: Manifest, 
     return manifest
 
 
-def _timed(job: Job, name: str, work: Callable[[], Result]) -> Result:
+def _timed(job: Job, name: str, work: Callable[[], Timed]) -> Timed:
     start = time.perf_counter()
     result = work()
     job.seconds[name] = time.perf_counter() - start

@@ -30,11 +30,12 @@ from slimlm.compression import LOG_NAME
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.methods import method_named
-from slimlm.methods.skip import skipping
-from slimlm.methods.widths import BY_BLOCK
+from slimlm.model.skip import skipping
+from slimlm.model.walk import every
 from slimlm.prepare import Job, journalled, keeps_shapes, later_runs_of, spilled
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe
+from slimlm.slice.config import BY_BLOCK
 
 LEAST = 2  # blocks to probe: the first of a process is slow, and a GPU has the next one in memory, too
 MOST = 8  # of them; a kind that comes later is taken to be like the slowest of them
@@ -64,7 +65,7 @@ def forecast(job: Job, progress: Progress, whole: Recipe | None = None, work_dir
     where hidden states are to wait.
     """
     progress.stage("probing the first blocks", 1)
-    kinds = job.model.kinds
+    kinds = every(job.model, lambda block: block.kind)
     shown = min(MOST, len(kinds), max(LEAST, *(kinds.index(kind) + 1 for kind in kinds)))
     home = next(parent for parent in job.output.parents if parent.is_dir())
     with ExitStack() as stack:
@@ -100,6 +101,7 @@ def _disk(job: Job, later: list[Recipe], probed: list[Manifest]) -> tuple[int, i
     waiting: list[int] = [spilled(job.recipe, job.method, job.model)]
     for run in later:
         method = method_named(run.method)
+        run = method.resolve(run)
         data = run.dataset if method.calibrates(run, job.resolved.path) else None
         waiting.append(spilled(run.model_copy(update={"dataset": data}), method, job.model))
     sizes: list[int] = [stage["bytes"]["compressed"] for stage in probed]
@@ -208,9 +210,8 @@ def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
 
 def _skipped(job: Job, shown: int) -> list[str]:
     """What is to stay as it is of the first so many blocks, and the head."""
-    family, anatomy = job.model.family, job.model.anatomy[:shown]
-    inside = {f"{family.block(index)}.{name}" for index, block in enumerate(anatomy) for name in block.skipped}
-    return [name for name in job.model.skipped if name in inside | {family.head}]
+    inside = {f"{block.path}.{name}" for block in job.model.blocks[:shown] for name in block.family.skipped}
+    return [name for name in job.model.skipped if name in inside | {job.model.family.head}]
 
 
 def _shown_keys(job: Job, shown: int) -> list[str]:

@@ -22,13 +22,14 @@ from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
 from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.ridge import HELD_EVERY
+from slimlm.method import Method
 from slimlm.methods import method_named
-from slimlm.methods.plan import Method, Plan
-from slimlm.methods.prune import require_room_later
-from slimlm.methods.skip import skip_modules, skipping
+from slimlm.model.skip import skip_modules, skipping
+from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
+from slimlm.prune.run import require_room_later
 from slimlm.recipe import Recipe
-from slimlm.walk import StreamedModel
+from slimlm.run import Plan
 
 NO_DATA = (
     "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
@@ -159,6 +160,7 @@ def check_later(job: Job, whole: Recipe) -> None:
     """Raises UserError for runs of a recipe that cannot follow its first, the prepared one."""
     for later in later_runs_of(job, whole):
         method = method_named(later.method)
+        later = method.resolve(later)
         with skipping(job.model, later.skip):
             require_room_later(job.model, job.recipe, later)
             if keeps_shapes(job):

@@ -18,9 +18,9 @@ from slimlm.checkpoint.staging import Staging
 from slimlm.device import machine, peak_memory, rounding
 from slimlm.evaluation.streamed import Comparison
 from slimlm.methods import method_named
-from slimlm.methods.plan import Outcome
 from slimlm.prepare import Job, later_runs_of
 from slimlm.recipe import RAN_REMOTE_CODE, Recipe
+from slimlm.run import Outcome
 
 # What a recipe says of how and where it is run, and of what is done with the result: none of it decides a bit.
 UNDECISIVE = {"expected", "model", "revision", "output_dir", "measure", "eval_text", "eval_windows", "device"}
@@ -51,7 +51,9 @@ def fingerprint_of_all(job: Job, whole: Recipe) -> dict[str, object]:
     found = fingerprint_of(job)
     for number, run in enumerate(later_runs_of(job, whole), start=2):
         found |= {f"recipe {name} of run {number}": value for name, value in run.model_dump(exclude=UNDECISIVE).items()}
-        if run.dataset in (None, SELF) or not method_named(run.method).calibrates(run, job.resolved.path):
+        if run.dataset in (None, SELF) or not method_named(run.method).calibrates(
+            method_named(run.method).resolve(run), job.resolved.path
+        ):
             continue
         assert run.max_seq_length is not None
         del found[f"recipe dataset of run {number}"]

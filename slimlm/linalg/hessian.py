@@ -42,6 +42,10 @@ class Hessian:
         """The curvature of some rows only."""
         return self
 
+    def norms(self) -> Tensor:
+        """Of the inputs: [in], the damping in them."""
+        return self.matrix.diagonal().sqrt()
+
     def apply(self, change: Tensor) -> Tensor:
         """d H for d: [out, in], row by row."""
         return change @ self.matrix

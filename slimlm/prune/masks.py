@@ -1,0 +1,111 @@
+"""Which weights go: masks by name, all with the same leading arguments (weight, curvature, quota).
+
+weight: [out, in], matrices of one input one below the other. Each gives the weight as choosing leaves it, [out, in],
+and what is pruned, [out, in] bool. None takes anything of a curvature that `NEEDS` does not say.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from slimlm.linalg.hessian import Hessian
+from slimlm.linalg.masks import pooled, smallest, smallest_per_group, smallest_per_row, spread, spread_out
+from slimlm.linalg.obs import cheapest_first, greedy_order
+from slimlm.linalg.obs import left_to_right as settle_columns
+from slimlm.prune.quota import ALONE, Quota
+
+COLUMNS = 128  # of which SparseGPT chooses a mask at once
+Chosen = tuple[Tensor, Tensor]
+
+
+class HasNorms(Protocol):
+    def norms(self) -> Tensor:
+        """Of the inputs: [in]."""
+
+
+class HasDiagonal(Protocol):
+    def diagonal(self) -> Tensor:
+        """Of the inverse: [in] or [out, in]."""
+
+
+def magnitude(weight: Tensor, curvature: object, quota: Quota) -> Chosen:
+    """The smallest |w| of each matrix (Han et al., arXiv 1506.02626)."""
+    return weight, _smallest(weight.abs(), quota)
+
+
+def wanda(weight: Tensor, curvature: HasNorms, quota: Quota) -> Chosen:
+    """The smallest |w_ij| ||x_j|| of each row (Sun et al., arXiv 2306.11695, eq. 1), of each matrix where tiles go."""
+    scores = weight.abs() * curvature.norms()
+    if quota.tile != ALONE or quota.group:
+        return weight, _smallest(scores, quota)
+    parts = zip(scores.split(quota.rows), quota.counts, strict=True)
+    return weight, torch.cat([smallest_per_row(part, spread(count, len(part))) for part, count in parts])
+
+
+def obs(weight: Tensor, curvature: HasDiagonal, quota: Quota) -> Chosen:
+    """The smallest w^2 / [H^-1] of each matrix (Hassibi & Stork 1992)."""
+    return weight, _smallest(weight.square() / curvature.diagonal(), quota)
+
+
+def columns(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
+    """The same in blocks of columns, on the way from left to right (SparseGPT, arXiv 2301.00774, algorithm 1), those to
+    come making up for what went; each matrix its share of what it loses in all, to whole weights in the end."""
+    inputs, area = weight.shape[1], math.prod(quota.tile)
+
+    def choose(scores: Tensor, start: int) -> Tensor:
+        if quota.group:
+            return smallest_per_group(scores, quota.keep, quota.group)
+        masks, stop = [], start + scores.shape[1]
+        for part, count in zip(scores.split(quota.rows), quota.counts, strict=True):
+            before, after = (count // area * place // inputs * area for place in (start, stop))
+            masks.append(_tiles(part, after - before, quota))
+        return torch.cat(masks)
+
+    width = quota.group or quota.tile[1] * max(1, COLUMNS // quota.tile[1])
+    return settle_columns(weight, curvature, choose, width)
+
+
+def greedy(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
+    """Weight after weight with exact downdates, then the cheapest over all rows (OBC, arXiv 2208.11580)."""
+    inputs = weight.shape[1]
+    if quota.group:
+        most = quota.group - quota.keep
+        order, _ = greedy_order(weight, curvature, inputs // quota.group * most, quota.group, most)
+        return weight, torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order, True)
+    order, cost = greedy_order(weight, curvature, inputs)
+    parts = zip(order.split(quota.rows), cost.split(quota.rows), quota.counts, strict=True)
+    return weight, torch.cat([cheapest_first(part, price, count, inputs) for part, price, count in parts])
+
+
+def random(weight: Tensor, curvature: object, quota: Quota) -> Chosen:
+    """Any weights of each matrix, the same for the same shape: what a method has to beat."""
+    generator = torch.Generator().manual_seed(weight.numel())
+    scores = torch.rand(weight.shape, generator=generator).to(weight.device)
+    return weight, _smallest(scores, quota)
+
+
+def _smallest(scores: Tensor, quota: Quota) -> Tensor:
+    """The smallest scores of each matrix, or of every group in a row."""
+    if quota.group:
+        return smallest_per_group(scores, quota.keep, quota.group)
+    parts = zip(scores.split(quota.rows), quota.counts, strict=True)
+    return torch.cat([_tiles(part, count, quota) for part, count in parts])
+
+
+def _tiles(scores: Tensor, count: int, quota: Quota) -> Tensor:
+    """`count` weights, or as many as whole tiles come to, with the smallest scores."""
+    return spread_out(smallest(pooled(scores, quota.tile), count // math.prod(quota.tile)), quota.tile)
+
+
+MASKS: dict[str, Callable[[Tensor, Any, Quota], Chosen]] = {
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "obs": obs,
+    "columns": columns,
+    "greedy": greedy,
+    "random": random,
+}
+NEEDS = {"wanda": "norms", "obs": "diagonal", "columns": "upper", "greedy": "inverse"}  # of a curvature
