@@ -66,7 +66,12 @@ class Function:
     @property
     def gives_shapes(self) -> bool:
         """In its docstring, or in every type that is a tensor's."""
-        return bool(SHAPE.search(self.doc)) or not any(map(_has_bare_tensor, self.annotations))
+        return bool(SHAPE.search(self.doc)) or not self.has_bare_tensors
+
+    @property
+    def has_bare_tensors(self) -> bool:
+        """Whether a tensor stands in its types without its shape."""
+        return any(map(_has_bare_tensor, self.annotations))
 
     @cached_property
     def raised(self) -> set[str]:

@@ -23,14 +23,14 @@ CEILINGS = {
     "object arguments": 4,
     "casts": 1,
     "type: ignore": 8,
-    "without shapes": 86,
-    "without errors": 21,
-    "without docstring": 70,
+    "without shapes": 66,
+    "without errors": 20,
+    "without docstring": 68,
     "files that know Conv1D": 6,
     "rooms that know Conv1D": 6,
     "functions sparsity passes": 30,
     "files sparsity passes": 18,
-    "syntax tokens": 108269,
+    "syntax tokens": 109237,
 }
 
 

@@ -1,5 +1,7 @@
 """Second moments of activations."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,8 @@ class Gram:
         self.matrix = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add activations x: [..., width]. Raises ValueError on another width."""
+    def add(self, x: Annotated[Tensor, "... width"]) -> None:
+        """Add activations. Raises ValueError on another width."""
         if x.shape[-1] != self.matrix.shape[0]:
             raise ValueError(f"activations of width {x.shape[-1]} for a Gram of width {self.matrix.shape[0]}")
         x = x.reshape(-1, x.shape[-1])
@@ -33,8 +35,10 @@ class Gram:
         self.tokens += other.tokens
 
 
-def rms_normalise(x: Tensor, eps: float, centred: bool = False) -> Tensor:
-    """x: [..., width] divided by its root mean square, without a gain (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
+def rms_normalise(
+    x: Annotated[Tensor, "*tokens width"], eps: float, centred: bool = False
+) -> Annotated[Tensor, "*tokens width"]:
+    """x divided by its root mean square, without a gain (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
 
     centred: its mean subtracted before, as LayerNorm does (Ba et al., arXiv 1607.06450, eq. 4).
     """
