@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 DIMENSION = r"(?:\.\.\.|[\w'][\w' ]*(?: ?[*/+-] ?[\w']+)*)"
-SHAPE = re.compile(rf"(?<!\w)\[{DIMENSION}(?:, {DIMENSION})*\]|\bscalars?\b")
+SHAPE = re.compile(rf"(?<!\w)\[{DIMENSION}(?:, {DIMENSION})*\]|\bscalars?\b|\bany shape\b")
 RAISES = re.compile(r"\braises?\b", re.IGNORECASE)
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -11,7 +11,7 @@ from tests.house_functions import functions_of
 from tests.house_loops import block_loops
 
 ROOT = Path(__file__).parents[1]
-BIGGEST_ROOM = 27.6  # percent of all lines
+BIGGEST_ROOM = 27.3  # percent of all lines
 CEILINGS = {
     "loops over blocks": 42,
     "of them statements": 21,
@@ -19,18 +19,18 @@ CEILINGS = {
     "long files": 9,
     "long functions": 12,
     "crowded functions": 18,
-    "Any arguments": 105,
+    "Any arguments": 70,
     "object arguments": 4,
     "casts": 1,
     "type: ignore": 8,
-    "without shapes": 66,
-    "without errors": 20,
-    "without docstring": 68,
+    "without shapes": 50,
+    "without errors": 16,
+    "without docstring": 47,
     "files that know Conv1D": 6,
     "rooms that know Conv1D": 6,
     "functions sparsity passes": 30,
     "files sparsity passes": 18,
-    "syntax tokens": 109237,
+    "syntax tokens": 109404,
 }
 
 
@@ -96,6 +96,7 @@ def test_a_loop_that_loads_weights_is_told_apart_if_it_calls_what_does():
     [
         ('x: Tensor) -> Tensor:\n    """x: [..., in / size]."""', True),
         ('x: Tensor) -> list[Tensor]:\n    """x, a scalar."""', True),
+        ('x: Tensor) -> None:\n    """Tensors of any shape."""', True),
         ('x: Tensor) -> None:\n    """A list[Tensor]."""', False),
         ('x: Annotated[Tensor, "n"]) -> None:\n    """x."""', True),
         ('x: Annotated[Tensor, "n"]) -> Tensor:\n    """x."""', False),

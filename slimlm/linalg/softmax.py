@@ -38,6 +38,7 @@ class MapFit:
 
     @property
     def map(self) -> Annotated[Tensor, "out in"]:
+        """As it is after the steps taken so far."""
         mapped: Tensor = self.point @ self.whiten.T
         return mapped
 
