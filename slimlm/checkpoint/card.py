@@ -12,6 +12,7 @@ from slimlm.checkpoint.manifest import Manifest, stages_of, took
 
 logger = logging.getLogger(__name__)
 CARD_NAME = "README.md"
+Node = str | list["Node"] | dict[str, "Node"]  # of YAML of which all is text
 INHERITED = ("license", "license_name", "license_link", "language", "base_model")
 
 
@@ -34,7 +35,7 @@ def inherited(source: Path) -> dict[str, str | list[str]]:
     return {name: value for name, value in found.items() if value and _is_text(value)}
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Node) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))
 
 
@@ -117,7 +118,7 @@ def _sizes(manifest: Manifest) -> str:
     )
 
 
-def _row(label: str, pair: dict[str, Any], form: str) -> str:
+def _row(label: str, pair: dict[str, float], form: str) -> str:
     dense, compressed = pair["dense"], pair["compressed"]
     change = f"{100 * (compressed / dense - 1):+.1f}%"
     return f"| {label} | {form.format(dense)} | {form.format(compressed)} | {change} |\n"

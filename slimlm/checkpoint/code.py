@@ -7,14 +7,15 @@ where it has none.
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import slimlm.modeling  # noqa: F401  # its classes are known to transformers from here on
 from slimlm.checkpoint.kinds import CONFIG_NAME
+from slimlm.checkpoint.reader import Json
 from slimlm.errors import UserError
 from slimlm.modeling import OWN_CLASSES
 
@@ -22,7 +23,7 @@ MODEL_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 NAMING = (CONFIG_NAME, "tokenizer_config.json", "processor_config.json")  # files with an `auto_map`
 
 
-def runs_own_code(path: Path, values: dict[str, Any], trust_remote_code: bool) -> bool:
+def runs_own_code(path: Path, values: Mapping[str, Json], trust_remote_code: bool) -> bool:
     """Whether the model's classes are to be taken from the checkpoint itself. values: config.json as it is written.
 
     Raises UserError naming the flag when there are no others and it was not given, so that transformers never asks.

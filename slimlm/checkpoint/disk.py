@@ -10,7 +10,7 @@ from slimlm.errors import RunFailure
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the system's word for a full or failing disk into one line that names the file."""
+    """Raises RunFailure, one line that names the file, for the system's word for a full or failing disk."""
     try:
         yield
     except OSError as error:

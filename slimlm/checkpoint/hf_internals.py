@@ -5,7 +5,6 @@ of a model keeps slimlm right for every checkpoint layout that `from_pretrained`
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from slimlm.checkpoint.shard import StoredTensor
 from slimlm.errors import UserError
 from slimlm.progress import Switch
 
@@ -58,8 +58,10 @@ def is_converted(model: PreTrainedModel, name: str) -> bool:
     return any(target.strip("^$").replace("\\", "") in name for target in targets)
 
 
-def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-    """Put the tensors behind `slices` (file name -> lazy slice) into the model's modules.
+def load_tensors(
+    model: PreTrainedModel, slices: Mapping[str, StoredTensor | Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put the tensors behind `slices` (name in the files -> any shape, read or not) into the model's modules.
 
     Raises UserError when a tensor's shape is not the module's; transformers would put random weights there.
     """
@@ -76,7 +78,7 @@ def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any], device: torc
 
 
 def checkpoint_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Module tensors under the names and in the layout that `save_pretrained` would write."""
+    """Module tensors, of any shape, under the names and in the layout that `save_pretrained` would write."""
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 

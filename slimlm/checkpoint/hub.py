@@ -38,7 +38,10 @@ class HubModel:
     access: Access
 
     def fetch(self, names: Sequence[str], but: Sequence[str] = (), commit: str | None = None) -> Path:
-        """The snapshot's directory, with those of the named files that can be had."""
+        """The snapshot's directory, with those of the named files that can be had.
+
+        Raises LocalEntryNotFoundError, huggingface_hub's, where neither network nor cache has any of it.
+        """
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:

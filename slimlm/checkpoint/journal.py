@@ -57,7 +57,7 @@ class Journal:
         return [record["differences"] for record in self.records if record["step"] == ANYWAY]
 
     def commit(self, step: str, **facts: Any) -> None:
-        """Record that a step is finished."""
+        """Record that a step is finished. Raises RunFailure on a full disk."""
         record = {"step": step, **facts}
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -70,24 +70,28 @@ class Journal:
         return next((record for record in reversed(self.records) if record["step"] == step), None)
 
     def keep(self, step: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
-        """Record that a step is finished, and the tensors it gave."""
+        """Record that a step is finished, and the tensors it gave, of any shape. Raises RunFailure on a full disk."""
         self.commit(step, tensors=self.save(step.replace(" ", "-"), tensors), **facts)
 
     def recall(self, step: str) -> tuple[Record, dict[str, Tensor]] | None:
-        """The newest record `keep` made of a step and its tensors; None when there is none, or they are damaged."""
+        """The newest record `keep` made of a step and its tensors, of any shape; None without one, or where they are
+        damaged."""
         record = self.last(step)
         tensors = self.load(record["tensors"]) if record else None
         return (record, tensors) if record and tensors else None
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> Record:
-        """Put tensors on disk under a name of their own; what is returned goes into a record."""
+        """Put tensors of any shape on disk under a name of their own; what is returned goes into a record.
+
+        Raises RunFailure on a full disk.
+        """
         path = self.directory / f"{name}.safetensors"
         data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
         write_whole(path, data)
         return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest()}
 
     def load(self, saved: Record) -> dict[str, Tensor] | None:
-        """What `save` put there, or None when it is not what it was."""
+        """What `save` put there, of any shape, or None when it is not what it was."""
         path = self.directory / saved["file"]
         if not path.is_file() or file_hash(path) != saved["sha256"]:
             return None

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,8 @@ def looked_up(module: nn.Embedding, stored: StoredTensor, device: torch.device, 
     """
     weight, padding = module.weight, module.padding_idx
 
-    def look_up(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens: Tensor = args[0]
-        wanted, places = tokens.unique(return_inverse=True)
+    def look_up(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        wanted, places = args[0].unique(return_inverse=True)
         rows = stored.read_rows(wanted.tolist()).to(device, dtype)
         module.weight = nn.Parameter(rows, requires_grad=False)
         return (places, *args[1:])

@@ -42,7 +42,10 @@ class Prefetch:
             return tensor, self.stream.record_event() if self.stream else None
 
     def take(self, key: str) -> StoredTensor | Tensor:
-        """The tensor on the device if it was asked for, or where it is stored; raises what reading it raised."""
+        """The tensor, of any shape, on the device if it was asked for, else where it is stored.
+
+        Raises UserError, as reading it does.
+        """
         future = self.coming.pop(key, None)
         if future is None or future.cancelled():
             return self.checkpoint.tensors[key]

@@ -4,11 +4,10 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,8 @@ from slimlm.checkpoint.kinds import (
 )
 from slimlm.checkpoint.shard import StoredTensor, read_shard
 from slimlm.errors import UserError, one_line
+
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]  # what a JSON file can hold
 
 
 class Checkpoint:
@@ -69,7 +70,7 @@ class Checkpoint:
         self.tensors = {key: stored for key, stored in self.tensors.items() if key in keys}
 
     def read(self, key: str) -> Tensor:
-        """One whole tensor, in the dtype it is stored in."""
+        """One whole tensor, of any shape, in the dtype it is stored in. Raises UserError where its file is cut off."""
         return self.tensors[key].read()
 
     def prefetch(self, keys: Iterable[str]) -> None:
@@ -102,6 +103,7 @@ class Checkpoint:
 
     @property
     def elements(self) -> int:
+        """How many numbers all tensors hold."""
         return sum(math.prod(stored.shape) for stored in self.tensors.values())
 
     def bytes_on_disk(self) -> int:
@@ -115,6 +117,7 @@ class Checkpoint:
 
 
 def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -136,7 +139,7 @@ def chosen_weights(path: Path) -> str:
 
 
 def stated_weights(path: Path) -> str | None:
-    """The file that config.json names, where it names one."""
+    """The file that config.json names, where it names one. Raises UserError for one outside or of another kind."""
     if not (path / CONFIG_NAME).is_file():
         return None
     name = read_config(path).get("transformers_weights")
@@ -149,7 +152,7 @@ def stated_weights(path: Path) -> str | None:
     return name
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Json]:
     """config.json as it is written. Raises UserError for what is no JSON mapping."""
     file = path / CONFIG_NAME
     try:

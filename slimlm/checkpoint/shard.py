@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from types import EllipsisType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +48,7 @@ class StoredTensor:
     def nbytes(self) -> int:
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
-    def __getitem__(self, everything: Any) -> Tensor:
+    def __getitem__(self, everything: EllipsisType) -> Tensor:
         if everything is not Ellipsis:
             raise IndexError("a stored tensor is read whole")
         return self.read()
@@ -60,7 +60,7 @@ class StoredTensor:
         return DTYPE_NAMES[self.dtype]
 
     def read(self, pinned: bool = False) -> Tensor:
-        """The tensor, for fast copies to a GPU in pinned memory.
+        """The tensor, of any shape; for fast copies to a GPU in pinned memory.
 
         Raises UserError when the file has become shorter than its header says.
         """
@@ -70,7 +70,7 @@ class StoredTensor:
         return tensor
 
     def read_rows(self, rows: Sequence[int]) -> Tensor:
-        """The given rows of the first axis, in that order. Raises IndexError for one that is not there."""
+        """The given rows of the first axis, in that order: [rows, ...]. Raises IndexError for one that is not there."""
         tensor = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
         size = self.nbytes // self.shape[0]
         with self.path.open("rb", buffering=0) as file:
@@ -81,7 +81,7 @@ class StoredTensor:
         return tensor
 
     def chunks(self, limit: int = CHUNK_BYTES) -> Iterator[Tensor]:
-        """The tensor in runs of rows of at most `limit` bytes (one row at least)."""
+        """The tensor in runs of rows, [rows, ...], of at most `limit` bytes (one row at least)."""
         if not self.shape:
             yield self.read()
             return

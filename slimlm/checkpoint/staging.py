@@ -26,22 +26,27 @@ class Staging:
 
     @property
     def root(self) -> Path:
+        """Where all of it is until it is whole."""
         return self.output.with_name(self.output.name + ".partial")
 
     @property
     def model(self) -> Path:
+        """The checkpoint that is being written."""
         return self.root / "model"
 
     @property
     def work(self) -> Path:
+        """The journal, and what finished steps gave."""
         return self.root / "work"
 
     @property
     def stages(self) -> Path:
+        """What the earlier of several runs gave."""
         return self.root / "stages"
 
     @property
     def replaced(self) -> Path:
+        """What was at the output before, until the result is there."""
         return self.root / "replaced"
 
     @property
@@ -164,6 +169,7 @@ def require_our_staging(root: Path, owner: int | None = None) -> None:
 
 
 def is_our_file(name: str) -> bool:
+    """Whether slimlm gives files in its directories such a name."""
     return name in OUR_FILES or name.startswith(f"{OWNER_NAME}.")
 
 

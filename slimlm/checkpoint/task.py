@@ -1,12 +1,13 @@
 """What a config says that its model is for. slimlm compresses causal language models, as transformers loads them."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from slimlm.checkpoint.kinds import CONFIG_NAME
+from slimlm.checkpoint.reader import Json
 from slimlm.errors import UserError
 from slimlm.families import FAMILIES
 
@@ -18,7 +19,7 @@ TEXT_PART = (
 )
 
 
-def refuse_other_task(path: Path, values: dict[str, Any]) -> None:
+def refuse_other_task(path: Path, values: Mapping[str, Json]) -> None:
     """Raises UserError for a config, as it is written, of anything but a causal language model, saying what it is of.
 
     A base model passes: whether its head is tied or there is for its weights to say.
@@ -46,11 +47,11 @@ def refuse_other_task(path: Path, values: dict[str, Any]) -> None:
         )
 
 
-def _has_other_senses(values: dict[str, Any]) -> bool:
+def _has_other_senses(values: Mapping[str, Json]) -> bool:
     return any(isinstance(values.get(name), dict) for name in ("vision_config", "audio_config"))
 
 
-def _text_part(values: dict[str, Any]) -> str:
+def _text_part(values: Mapping[str, Json]) -> str:
     text = values.get("text_config")
     text_type = text.get("model_type") if isinstance(text, dict) else None
     inner = text_type or f"{values['model_type']}_text"

@@ -7,7 +7,8 @@ classes of transformers 5 are not known to 4.
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from slimlm.checkpoint.code import copy_code
 from slimlm.checkpoint.companions import copy_companions
@@ -31,7 +32,9 @@ SAMPLES = (
 )  # fmt: skip
 
 
-def check_tokenizer(source: Path, tokenizer: Any, model_type: str, trust_remote_code: bool = False) -> None:
+def check_tokenizer(
+    source: Path, tokenizer: PreTrainedTokenizerBase, model_type: str, trust_remote_code: bool = False
+) -> None:
     """Raises UserError when a result of this `model_type` would not have the model's tokenizer."""
     with TemporaryDirectory(prefix="slimlm-tokenizer-") as place:
         target = Path(place)
@@ -42,7 +45,7 @@ def check_tokenizer(source: Path, tokenizer: Any, model_type: str, trust_remote_
         keep_tokenizer(tokenizer, target, trust_remote_code)
 
 
-def keep_tokenizer(tokenizer: Any, target: Path, trust_remote_code: bool = False) -> None:
+def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, target: Path, trust_remote_code: bool = False) -> None:
     """Make the tokenizer of a result, config and companions in place, that of the model; of a class that transformers 4
     has, too.
 
@@ -64,7 +67,7 @@ def keep_tokenizer(tokenizer: Any, target: Path, trust_remote_code: bool = False
         )
 
 
-def _name_older_class(tokenizer: Any, target: Path) -> None:
+def _name_older_class(tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     """Write what transformers 4 calls the tokenizer's class and its special tokens, which 5 reads as well.
 
     A tokenizer of that class gives token types there, too, which no causal model takes, unless it is told what to give.
@@ -80,7 +83,7 @@ def _name_older_class(tokenizer: Any, target: Path) -> None:
         write_whole(target / TOKENIZER_CONFIG, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
 
 
-def differs(tokenizer: Any, target: Path, trust_remote_code: bool = False) -> str | None:
+def differs(tokenizer: PreTrainedTokenizerBase, target: Path, trust_remote_code: bool = False) -> str | None:
     """The first text that the tokenizer in a directory does not treat like `tokenizer`; None when there is none."""
     try:
         other = load_tokenizer(target, trust_remote_code)

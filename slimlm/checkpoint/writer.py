@@ -91,9 +91,9 @@ class CheckpointWriter:
             self.places[name] = StoredTensor(path, len(front) + offsets[name], spec.shape, spec.dtype)
 
     def write(self, name: str, tensor: Tensor | Iterator[Tensor]) -> str:
-        """Put one tensor, whole or in runs of rows, in its place, cast to the planned dtype; its SHA-256.
+        """Put one tensor, whole or in runs of rows, [rows, ...], in its place, cast to the planned dtype; its SHA-256.
 
-        Raises ValueError for another shape.
+        Raises ValueError for another shape than planned, RunFailure for NaN or Inf in that dtype and on a full disk.
         """
         place = self.places[name]
         digest = hashlib.sha256()
@@ -127,7 +127,7 @@ class CheckpointWriter:
         return True
 
     def sync(self, names: Iterable[str]) -> None:
-        """Wait until the named tensors are on the disk."""
+        """Wait until the named tensors are on the disk. Raises RunFailure when they cannot be."""
         for path in {self.places[name].path for name in names}:
             with disk_errors(path):
                 sync(path)

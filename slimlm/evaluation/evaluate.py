@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.manifest import read_manifest, versions
@@ -24,6 +24,9 @@ from slimlm.evaluation.tasks import DEFAULT_TASKS, TASKS_PATH
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
 from slimlm.progress import LogProgress, Progress
 
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -35,6 +38,7 @@ class Evaluation:
 
     @property
     def models(self) -> list[dict[str, Any]]:
+        """The entries of `data`, one per model."""
         models: list[dict[str, Any]] = self.data["models"]
         return models
 
@@ -122,7 +126,7 @@ def evaluate(
     )
 
 
-def default_window(resolved: ResolvedModel, config: Any) -> int:
+def default_window(resolved: ResolvedModel, config: PretrainedConfig) -> int:
     """Tokens per window when none are asked for."""
     manifest = read_manifest(resolved.path) or {}
     length = (manifest.get("recipe") or {}).get("max_seq_length")
@@ -148,7 +152,11 @@ def _shared_windows(
 
 
 def _measure(
-    resolved: ResolvedModel, windows: TestWindows, manager: Any, settings: _Settings, progress: Progress
+    resolved: ResolvedModel,
+    windows: TestWindows,
+    manager: "TaskManager | None",
+    settings: _Settings,
+    progress: Progress,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     progress.stage(f"perplexity of {resolved.name}", windows.tokens.shape[0])
@@ -166,7 +174,7 @@ def _measure(
         **likelihood.describe(),
         "tasks": {},
     }
-    if settings.tasks:
+    if manager is not None:
         progress.stage(f"tasks of {resolved.name}", 1)
         tokenizer = load_tokenizer(resolved.path, settings.trust_remote_code)
         found = run_tasks(
@@ -181,7 +189,7 @@ def _measure(
     return entry
 
 
-def load_model(path: Path, settings: _Settings) -> Any:
+def load_model(path: Path, settings: _Settings) -> PreTrainedModel:
     """The whole model through stock transformers. Raises UserError unless every weight is found in the checkpoint."""
     try:
         with BUILDING:

@@ -1,20 +1,31 @@
 """lm-eval's Python API, quietly."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.evaluation.quiet import quiet as _quiet
 from slimlm.evaluation.tasks import TASKS_PATH
 
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
 YAML = (".yaml", ".yml")
 
 
-def load_task_manager(tasks: Sequence[str]) -> Any:
+class Score(TypedDict):
+    """Of one metric of a task; without an error where lm-eval knows none."""
+
+    value: float
+    stderr: float | None
+
+
+def load_task_manager(tasks: Sequence[str]) -> "TaskManager":
     """A TaskManager that knows the tasks asked for; every one is loaded once here, so faults show early.
 
     tasks: names of lm-eval's tasks or slimlm's, or paths of YAML files. Raises UserError naming the task that is
@@ -28,7 +39,7 @@ def load_task_manager(tasks: Sequence[str]) -> Any:
 
 
 @functools.cache
-def _task_manager(with_lm_evals: bool) -> Any:
+def _task_manager(with_lm_evals: bool) -> "TaskManager":
     """lm-eval reads every one of its own tasks' files, more than ten thousand, to know their names."""
     from lm_eval.tasks import TaskManager
 
@@ -47,7 +58,7 @@ def _stands_alone(task: str) -> bool:
     return "group" not in fields and isinstance(fields.get("task"), yaml.ScalarNode)
 
 
-def _load(manager: Any, task: str) -> None:
+def _load(manager: "TaskManager", task: str) -> None:
     if task.endswith(YAML) and not Path(task).is_file():
         raise UserError(f"task file {task} does not exist")
     try:
@@ -64,10 +75,10 @@ def _load(manager: Any, task: str) -> None:
 
 
 def run_tasks(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
-    manager: Any,
+    manager: "TaskManager",
     batch_size: int,
     limit: float | None,
     num_fewshot: int | None,
@@ -89,9 +100,9 @@ def run_tasks(
     return found
 
 
-def task_scores(results: dict[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """{task: {metric: {"value", "stderr"}}} from lm-eval's flat `metric,filter` keys."""
-    scores: dict[str, dict[str, dict[str, float | None]]] = {}
+def task_scores(results: Mapping[str, Mapping[str, float | str]]) -> dict[str, dict[str, Score]]:
+    """Scores by task and metric, from lm-eval's flat `metric,filter` keys."""
+    scores: dict[str, dict[str, Score]] = {}
     for task, figures in results.items():
         scores[task] = {}
         for key, value in figures.items():

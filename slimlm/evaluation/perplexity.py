@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from slimlm.errors import RunFailure
 from slimlm.linalg.likelihood import window_nll
@@ -25,7 +26,10 @@ class LogLikelihood:
     window_means: list[float] = field(default_factory=list)
 
     def add(self, logits: Tensor, tokens: Tensor) -> None:
-        """logits: [batch, time, vocab] for tokens: [batch, time]; positions 1.. are predicted from those before."""
+        """logits: [batch, time, vocab] for tokens: [batch, time]; positions 1.. are predicted from those before.
+
+        Raises RunFailure as `count` does.
+        """
         self.count(window_nll(logits[:, :-1], tokens[:, 1:]), tokens.shape[1] - 1)
 
     def count(self, nll: Tensor, predicted: int) -> None:
@@ -38,6 +42,7 @@ class LogLikelihood:
 
     @property
     def mean(self) -> float:
+        """Log-perplexity, in nats a token."""
         return self.nll / self.tokens
 
     @property
@@ -54,6 +59,7 @@ class LogLikelihood:
         )
 
     def describe(self) -> dict[str, Any]:
+        """What a manifest says of it."""
         return {
             "perplexity": self.perplexity,
             "log_perplexity": self.mean,
@@ -64,9 +70,9 @@ class LogLikelihood:
 
 @torch.no_grad()
 def measure_perplexity(
-    model: Any, windows: Tensor, batch_size: int, advance: Callable[[int], None] = lambda done: None
+    model: PreTrainedModel, windows: Tensor, batch_size: int, advance: Callable[[int], None] = lambda done: None
 ) -> LogLikelihood:
-    """Log-likelihood of windows: [n, time] under a transformers causal LM."""
+    """Log-likelihood of windows: [n, time] under a transformers causal LM. Raises RunFailure when it is not finite."""
     likelihood = LogLikelihood(model.dtype)
     for batch in windows.split(batch_size):
         tokens = batch.to(model.device)

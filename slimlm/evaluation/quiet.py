@@ -9,7 +9,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 from slimlm.progress import Switch
 
@@ -20,6 +21,7 @@ KNOWN = (
     "Passed an already-initialized model through `pretrained`",
 )
 SPEAKERS = ("lm_eval.api.task", "lm_eval.models.huggingface")
+Made = TypeVar("Made")
 _here = threading.local()
 _hushing = threading.Lock()
 
@@ -41,7 +43,7 @@ def quiet() -> Iterator[None]:
 
 
 @functools.cache
-def _bars_of_datasets(datasets: Any) -> Switch:
+def _bars_of_datasets(datasets: ModuleType) -> Switch:
     return Switch(
         lambda: not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars
     )
@@ -71,17 +73,17 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (_is_quiet() and any(words in record.getMessage() for words in KNOWN))
 
 
-def _at_will(bar: Callable[..., Any]) -> Callable[..., Any]:
+def _at_will(bar: Callable[..., Made]) -> Callable[..., Made]:
     @functools.wraps(bar, updated=())
-    def made(*args: Any, **kwargs: Any) -> Any:
+    def made(*args: Any, **kwargs: Any) -> Made:
         return bar(*args, **kwargs | ({"disable": True} if _is_quiet() else {}))
 
     return made
 
 
-def _unless_quiet(describe: Callable[[], Any]) -> Callable[[], Any]:
+def _unless_quiet(describe: Callable[[], str | None]) -> Callable[[], str | None]:
     @functools.wraps(describe)
-    def described() -> Any:  # by a `git` that complains outside a repository; the answer goes into no figure of ours
+    def described() -> str | None:  # by a `git` that complains outside a repository; no figure of ours holds the answer
         return None if _is_quiet() else describe()
 
     return described

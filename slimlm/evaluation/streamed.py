@@ -43,6 +43,7 @@ def compare_streamed(
     hidden: where the two streams wait between blocks; in memory by default.
     blocks: the dense model's blocks, by number, that the compressed one still has (None: all).
     compares_blocks: whether it is known where in the dense one's space the compressed stream lives, block by block.
+    Raises UserError where the compressed model does not have that many blocks.
     """
     kept = list(range(len(dense.blocks)) if blocks is None else blocks)
     if len(kept) != len(compressed.blocks):
@@ -73,7 +74,7 @@ def compare_streamed(
 def relative_error(dense: Stream, compressed: Stream, basis: Tensor | None, centred: bool = False) -> float:
     """Mean over tokens of `||x - S x'|| / ||x||`, with S the basis: 0 is no error, 1 as much error as signal.
 
-    centred: where the norms subtract the mean of x, it does not count.
+    basis: [hidden, width]. centred: where the norms subtract the mean of x, it does not count.
     """
     total, tokens = 0.0, 0
     for x, y in zip(dense.hidden, compressed.hidden, strict=True):

@@ -4,16 +4,28 @@ import pydoc_data.topics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from slimlm.calibration import split_documents, start_token
 from slimlm.errors import UserError
 
 PYTHON_REFERENCE = "python-reference"
 DEFAULT_WINDOW = 2048
+
+
+class WindowFigures(TypedDict):
+    """What a manifest and an evaluation say of them: the text's name, how many, of how many tokens, how far apart."""
+
+    text: str
+    windows: int
+    window: int
+    stride: int
+    bos: int | None
+    predicted_tokens: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,8 @@ class TestWindows:
     source: str
     bos: int | None
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> WindowFigures:
+        """What a manifest says of them."""
         count, length = self.tokens.shape
         return {
             "text": self.source,
@@ -44,7 +57,9 @@ def python_reference() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def load_test_windows(text: str | None, tokenizer: Any, count: int | None, length: int) -> TestWindows:
+def load_test_windows(
+    text: str | None, tokenizer: PreTrainedTokenizerBase, count: int | None, length: int
+) -> TestWindows:
     """`count` windows (None: all) of `length` tokens, evenly spaced over a .txt file or the Python reference.
 
     Each document is preceded by BOS (EOS where there is none). Raises UserError when the text does not fill a window.

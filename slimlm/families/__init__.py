@@ -1,6 +1,6 @@
 """Which architectures slimlm knows. A new one is a declaration and a line here."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from slimlm.errors import UserError, nearest
 from slimlm.families.family import Axis, Carrier, Experts, Family, Norm
@@ -8,6 +8,9 @@ from slimlm.families.layernorm import BLOOM, FALCON, GPT2, GPT_NEOX, NARROW, OPT
 from slimlm.families.llama import GEMMA, GRANITE, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, SLICED_LLAMA, SMOLLM3
 from slimlm.families.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from slimlm.families.postnorm import GEMMA2, GEMMA3_TEXT, OLMO2
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _LLAMAS = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GRANITE, SMOLLM3, GEMMA, SLICED_LLAMA)
 _LAYERNORM = (PHI, STARCODER2, STABLELM, GPT_NEOX, GPT2, OPT, FALCON, BLOOM)
@@ -17,7 +20,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: "PretrainedConfig") -> Family:
     """The declaration for a model of this config. Raises UserError naming the supported ones."""
     model_type = config.model_type
     if model_type not in FAMILIES:

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Role = Literal["embedding", "norm", "reader", "writer", "inner", "final_norm", "head", "outer"]
 
@@ -150,7 +153,7 @@ class Family:
     why_not: str | None = None
     variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
 
-    def of(self, config: Any) -> "Family":
+    def of(self, config: "PretrainedConfig") -> "Family":
         """The declaration for a model of this config."""
         family = self
         for conditions, changes in self.variants:
@@ -178,14 +181,17 @@ class Family:
 
     @property
     def rotates(self) -> bool:
+        """Whether its stream can be put into another basis."""
         return self.why_not is None
 
     @property
     def readers(self) -> tuple[str, ...]:
+        """Linears of a block that read the stream, through its norms."""
         return tuple(reader for norm in self.norms for reader in norm.readers)
 
     @property
     def writers(self) -> tuple[str, ...]:
+        """Linears of a block that write to the stream."""
         return tuple(writer for norm in self.norms for writer in norm.writers)
 
     def reading(self, norm: Norm) -> tuple[str, ...]:
@@ -243,6 +249,7 @@ class Family:
         return {name: names[0] for names in self.inputs for name in names}
 
     def block(self, index: int) -> str:
+        """The path of a block's module."""
         return f"{self.blocks}.{index}"
 
     def role(self, parameter: str) -> Role | None:

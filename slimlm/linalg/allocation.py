@@ -1,6 +1,7 @@
 """How much of a sparsity each matrix takes: published figures of merit, and exact counts from them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ ALPHA_SPAN = 0.3  # the same for AlphaPruning, as a share of the sparsity (secti
 LEAST_KEPT = 0.01  # of a matrix, whatever its figures say
 
 
-def pq_index(weight: Tensor, p: float = 0.5, q: float = 1.0, with_zeros: bool = False) -> float:
+def pq_index(weight: Annotated[Tensor, "..."], p: float = 0.5, q: float = 1.0, with_zeros: bool = False) -> float:
     """PQ Index (Diao et al., arXiv 2302.05601, definition 1) of d weights: 1 - d^(1/q - 1/p) ||w||_p / ||w||_q.
 
     0 when all weights are equal; the larger, the fewer weights carry the matrix. As in SAP (algorithm 1) the d weights
@@ -33,12 +34,12 @@ def pq_kept(index: float, p: float = 0.5, q: float = 1.0) -> float:
     return float((1 - index) ** (p * q / (q - p)))
 
 
-def pq_share(weight: Tensor) -> float:
+def pq_share(weight: Annotated[Tensor, "..."]) -> float:
     """The share of a matrix's weights, zeros counted, that the PQ Index of its active ones says to keep."""
     return pq_kept(pq_index(weight)) * int(weight.count_nonzero()) / weight.numel()
 
 
-def spectrum(weight: Tensor) -> Tensor:
+def spectrum(weight: Annotated[Tensor, "m n"]) -> Annotated[Tensor, "min(m,n)"]:
     """Eigenvalues of W^T W or W W^T, whichever has fewer, largest first, fp64; to 1e-16 of the largest."""
     weight = weight.double()
     smaller = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
@@ -46,12 +47,12 @@ def spectrum(weight: Tensor) -> Tensor:
     return energies
 
 
-def hill_alpha(weight: Tensor) -> float:
-    """Exponent of the tail of a matrix's spectrum."""
+def hill_alpha(weight: Annotated[Tensor, "m n"]) -> float:
+    """`tail_exponent` of a matrix's spectrum."""
     return tail_exponent(spectrum(weight))
 
 
-def tail_exponent(energies: Tensor) -> float:
+def tail_exponent(energies: Annotated[Tensor, "n"]) -> float:
     """PL_Alpha_Hill of AlphaPruning (Lu et al., arXiv 2410.10912, eq. 1) for eigenvalues, largest first.
 
     Fitted to the larger half of the eigenvalues of W^T W. The heavier the tail (the smaller alpha), the better trained.
@@ -62,7 +63,7 @@ def tail_exponent(energies: Tensor) -> float:
     return float(1 + half / tail.log().sum().clamp_min(1e-12))
 
 
-def outlier_ratio(scores: Tensor, times: float = OUTLIER) -> float:
+def outlier_ratio(scores: Annotated[Tensor, "..."], times: float = OUTLIER) -> float:
     """Share of scores above so many times their mean (OWL, Yin et al., arXiv 2310.05175, eq. 1)."""
     return float((scores > times * scores.mean()).double().mean())
 
@@ -109,13 +110,13 @@ def exact_counts(
     return counts
 
 
-def histogram(scores: Tensor) -> Tensor:
-    """How many scores, none of them negative, fall into each bin: int64 [BINS] on the CPU."""
+def histogram(scores: Annotated[Tensor, "..."]) -> Annotated[Tensor, "bins", int]:
+    """How many scores, none of them negative, fall into each of BINS bins: int64, on the CPU."""
     bits = scores.float().contiguous().view(torch.int32).flatten() >> 15
     return torch.bincount(bits, minlength=BINS).cpu()
 
 
-def global_counts(histograms: Mapping[str, Tensor], total: int) -> dict[str, int]:
+def global_counts(histograms: Mapping[str, Annotated[Tensor, "bins", int]], total: int) -> dict[str, int]:
     """Of each matrix, how many of its scores are among the `total` smallest of all, but for what LEAST_KEPT leaves of
     it: a matrix that would go whole cuts the model in two (layer collapse, Tanaka et al., arXiv 2006.05467).
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -74,8 +75,8 @@ def isotonic(values: Sequence[float]) -> list[float]:
     return [mean for mean, count in runs for _ in range(count)]
 
 
-def rise_of(after: Tensor, before: Tensor) -> tuple[float, float]:
-    """Mean rise of a loss measured on the same windows before and after, [windows] each, and its standard error.
+def rise_of(after: Annotated[Tensor, "windows"], before: Annotated[Tensor, "windows"]) -> tuple[float, float]:
+    """Mean rise of a loss measured on the same windows before and after, and its standard error.
 
     The error is that of paired differences; of a single window none can be told, and it is 0.
     """
@@ -101,7 +102,7 @@ def cheapest_split(curves: Sequence[LossCurve], sizes: Sequence[int], percent: f
     the losses add up to the least.
 
     Dynamic programming over parts: the least loss of the parts so far for every amount removed in all. sizes: of the
-    parts. most: hundredths of a part that may go.
+    parts. most: hundredths of a part that may go. Raises ValueError where that is too little.
     """
     unit = sum(sizes) / len(sizes)
     budget = round(percent * len(sizes))

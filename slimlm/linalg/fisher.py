@@ -11,6 +11,7 @@ is left of the diagonal cancels.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -21,36 +22,36 @@ CHUNK_ELEMENTS = 1 << 24  # of the factors [rows, m, in] held at once
 
 @dataclass(frozen=True)
 class LowRankInverse:
-    """F^-1 = base - factor^T factor. base: 1 / lambda, or B^-1: [d, d]. factor: [..., m, d]."""
+    """F^-1 = base - factor^T factor. base: 1 / lambda, or B^-1."""
 
-    base: float | Tensor
-    factor: Tensor
+    base: float | Annotated[Tensor, "d d"]
+    factor: Annotated[Tensor, "... m d"]
 
     @property
     def dtype(self) -> torch.dtype:
         return self.factor.dtype
 
-    def diagonal(self) -> Tensor:
-        """[..., d], in O(d m)."""
+    def diagonal(self) -> Annotated[Tensor, "... d"]:
+        """Of F^-1, in O(d m)."""
         base = self.base.diagonal() if isinstance(self.base, Tensor) else self.base
         return base - self.factor.square().sum(-2)
 
-    def times(self, vector: Tensor) -> Tensor:
-        """F^-1 x for x: [..., d], in O(d m) beside the base."""
+    def times(self, vector: Annotated[Tensor, "*rows d"]) -> Annotated[Tensor, "*rows d"]:
+        """F^-1 x, in O(d m) beside the base."""
         inner = self.factor @ vector[..., None]
         through_base = vector @ self.base if isinstance(self.base, Tensor) else vector * self.base
         return through_base - (self.factor.mT @ inner)[..., 0]
 
-    def element(self, row: int, column: int) -> Tensor:
-        """[F^-1]_ij: [...], in O(m)."""
+    def element(self, row: int, column: int) -> Annotated[Tensor, "..."]:
+        """[F^-1]_ij, in O(m)."""
         if isinstance(self.base, Tensor):
             base: Tensor | float = self.base[row, column]
         else:
             base = self.base if row == column else 0.0
         return base - (self.factor[..., row] * self.factor[..., column]).sum(-1)
 
-    def matrix(self) -> Tensor:
-        """F^-1 written out: [..., d, d]."""
+    def matrix(self) -> Annotated[Tensor, "... d d"]:
+        """F^-1 written out."""
         product = -(self.factor.mT @ self.factor)
         if isinstance(self.base, Tensor):
             return product + self.base
@@ -58,8 +59,8 @@ class LowRankInverse:
         return product
 
 
-def low_rank_inverse(gradients: Tensor, base: float | Tensor) -> LowRankInverse:
-    """The inverse of B + (1/m) G^T G. gradients: [..., m, d]; base: lambda, or B^-1: [d, d].
+def low_rank_inverse(gradients: Annotated[Tensor, "... m d"], base: float | Annotated[Tensor, "d d"]) -> LowRankInverse:
+    """The inverse of B + (1/m) G^T G. base: lambda, or B^-1.
 
     The restriction of F to some of its coordinates is that of G and B: `low_rank_inverse(gradients[..., kept], ...)`.
     Raises ValueError for a lambda that is not positive, or gradients that are not finite.
@@ -73,10 +74,16 @@ def low_rank_inverse(gradients: Tensor, base: float | Tensor) -> LowRankInverse:
     return LowRankInverse(1 / base, _times_lower(root / base, gradients))
 
 
-def token_inverse(x: Tensor, delta: Tensor, base: float | Tensor, products: Tensor | None = None) -> LowRankInverse:
-    """The same for each row of a linear, from per-token gradients delta_tr x_t of row r. x: [m, in], delta: [m, out].
+def token_inverse(
+    x: Annotated[Tensor, "m in"],
+    delta: Annotated[Tensor, "m out"],
+    base: float | Annotated[Tensor, "in in"],
+    products: Annotated[Tensor, "m m"] | None = None,
+) -> LowRankInverse:
+    """The same for each row of a linear, from per-token gradients delta_tr x_t of row r: a factor [out, m, in].
 
-    The tokens' inner products x x^T: [m, m] are shared by all rows, and may be given. factor: [out, m, in].
+    The tokens' inner products x x^T are shared by all rows, and may be given. Raises ValueError for gradients that are
+    not finite.
     """
     through = x @ base if isinstance(base, Tensor) else x / base
     inverse = base if isinstance(base, Tensor) else 1 / base
@@ -86,41 +93,46 @@ def token_inverse(x: Tensor, delta: Tensor, base: float | Tensor, products: Tens
     return LowRankInverse(inverse, (root * scale.mT) @ through)
 
 
-def token_diagonal(x: Tensor, delta: Tensor, base: float | Tensor) -> Tensor:
-    """Diagonals of `token_inverse` for all rows, some rows at a time: [out, in]."""
+def token_diagonal(
+    x: Annotated[Tensor, "m in"], delta: Annotated[Tensor, "m out"], base: float | Annotated[Tensor, "in in"]
+) -> Annotated[Tensor, "out in"]:
+    """Diagonals of `token_inverse` for all rows, some rows at a time. Raises ValueError as that does."""
     rows = max(1, CHUNK_ELEMENTS // x.numel())
     return torch.cat([token_inverse(x, part, base).diagonal() for part in delta.split(rows, dim=1)])
 
 
 @dataclass(frozen=True)
 class BlockInverse:
-    """Inverses of a row's Fisher matrix within blocks of neighbouring inputs. blocks: [out, in / size, size, size]."""
+    """Inverses of a row's Fisher matrix within blocks of neighbouring inputs."""
 
-    blocks: Tensor
+    blocks: Annotated[Tensor, "out blocks size size"]
 
-    def diagonal(self) -> Tensor:
-        """[out, in]."""
+    def diagonal(self) -> Annotated[Tensor, "out in"]:
+        """Of all inverses."""
         return self.blocks.diagonal(dim1=-2, dim2=-1).flatten(1)
 
-    def times(self, vector: Tensor) -> Tensor:
-        """F^-1 x for x: [out, in]."""
+    def times(self, vector: Annotated[Tensor, "out in"]) -> Annotated[Tensor, "out in"]:
+        """F^-1 x, row by row."""
         out, count, size, _ = self.blocks.shape
         return (self.blocks @ vector.view(out, count, size, 1)).reshape(vector.shape)
 
 
-def block_inverse(x: Tensor, delta: Tensor, damping: float, size: int) -> BlockInverse:
+def block_inverse(
+    x: Annotated[Tensor, "m in"], delta: Annotated[Tensor, "m out"], damping: float, size: int
+) -> BlockInverse:
     """Inverse of lambda I + (1/m) sum_t delta_tr^2 x_t x_t^T for every row r, in blocks of `size` inputs.
 
     The empirical block Fisher of WoodFisher (Singh & Alistarh, arXiv 2004.14340) and oBERT (Kurtic et al., arXiv
-    2203.07259), whose blocks also run along a row. x: [m, in], delta: [m, out]; size divides in.
+    2203.07259), whose blocks also run along a row. `size` divides in. Raises ValueError for gradients that are not
+    finite.
     """
     tokens, inputs = x.shape
     parts = x.view(tokens, inputs // size, size).permute(1, 0, 2)  # [blocks, m, size]
     return _block_inverse((delta.square().T[:, None, :, None] / tokens * parts).mT @ parts, damping)
 
 
-def gradient_block_inverse(gradients: Tensor, damping: float, size: int) -> BlockInverse:
-    """The same from the gradients of every row written out: [out, m, in]."""
+def gradient_block_inverse(gradients: Annotated[Tensor, "out m in"], damping: float, size: int) -> BlockInverse:
+    """The same from the gradients of every row written out. Raises ValueError as that does."""
     parts = gradients.unflatten(-1, (-1, size)).transpose(1, 2)  # [out, blocks, m, size]
     return _block_inverse(parts.mT @ parts / gradients.shape[1], damping)
 

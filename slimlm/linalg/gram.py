@@ -1,5 +1,7 @@
 """Second moments of activations."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,14 @@ def gram_dtype(width: int) -> torch.dtype:
 
 
 def gram_bytes(width: int) -> int:
+    """What second moments of so many inputs take."""
     return width**2 * gram_dtype(width).itemsize
 
 
-def add_products(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add the sum over tokens of `x^T y` to total: [in, out]; x: [tokens, in], y: [tokens, out], fp32 or fp64.
+def add_products(
+    total: Annotated[Tensor, "in out"], x: Annotated[Tensor, "tokens in"], y: Annotated[Tensor, "tokens out"]
+) -> None:
+    """Add the sum over tokens of `x^T y`, in fp32 or fp64.
 
     Each chunk's product is a GEMM in the activations' own precision and is added in that of the total: GPUs without
     fast fp64 stay fast, and the sum over a long calibration set does not lose its small directions.
@@ -39,8 +44,8 @@ class Gram:
         self.matrix = torch.zeros(width, width, dtype=dtype or gram_dtype(width), device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add activations x: [..., width]. Raises ValueError on another width."""
+    def add(self, x: Annotated[Tensor, "... width"]) -> None:
+        """Add activations. Raises ValueError on another width."""
         if x.shape[-1] != self.matrix.shape[0]:
             raise ValueError(f"activations of width {x.shape[-1]} for a Gram of width {self.matrix.shape[0]}")
         x = x.reshape(-1, x.shape[-1])
@@ -48,11 +53,11 @@ class Gram:
         add_products(self.matrix, x, x)
         self.tokens += x.shape[0]
 
-    def diagonal(self) -> Tensor:
-        """[width]."""
+    def diagonal(self) -> Annotated[Tensor, "width"]:
+        """The sums of squares."""
         return self.matrix.diagonal()
 
-    def take(self) -> Tensor:
+    def take(self) -> Annotated[Tensor, "width width"]:
         """The sum, to be used up: it is not kept here."""
         matrix, self.matrix = self.matrix, self.matrix.new_empty(0, 0)
         return matrix
@@ -65,21 +70,24 @@ class Squares:
         self.sums = torch.zeros(width, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add activations x: [tokens, width]."""
+    def add(self, x: Annotated[Tensor, "tokens width"]) -> None:
+        """Add activations."""
         self.sums = self.sums + x.double().square().sum(0)
         self.tokens += len(x)
 
-    def diagonal(self) -> Tensor:
+    def diagonal(self) -> Annotated[Tensor, "width"]:
+        """The sums."""
         return self.sums
 
-    def norms(self) -> Tensor:
-        """Of the activations: [width] fp32."""
+    def norms(self) -> Annotated[Tensor, "width"]:
+        """Of the activations, fp32."""
         return self.sums.sqrt().float()
 
 
-def rms_normalise(x: Tensor, eps: float, centred: bool = False) -> Tensor:
-    """x: [..., width] divided by its root mean square, without a gain (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
+def rms_normalise(
+    x: Annotated[Tensor, "*tokens width"], eps: float, centred: bool = False
+) -> Annotated[Tensor, "*tokens width"]:
+    """x divided by its root mean square, without a gain (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
 
     centred: its mean subtracted before, as LayerNorm does (Ba et al., arXiv 1607.06450, eq. 4).
     """

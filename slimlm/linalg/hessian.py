@@ -4,6 +4,7 @@ H = gram + damping * mean(diag(gram)) * I. Everything is computed in the precisi
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -21,18 +22,18 @@ class SingularCurvature(ValueError):
 
 @dataclass(frozen=True)
 class Hessian:
-    """matrix: [in, in], damped. inverse: [in, in]. upper: U with U^T U the inverse; row i is what settling column i
-    does to those right of it. damping: what it took, in mean diagonals.
+    """upper: U with U^T U the inverse; row i is what settling column i does to those right of it. damping: what it
+    took, in mean diagonals.
 
-    dead: [in], inputs that are zero on every token; their rows and columns are those of the identity. Where only
-    `upper` was wanted, matrix and inverse are empty.
+    dead: inputs that are zero on every token; their rows and columns are those of the identity. Where only `upper` was
+    wanted, matrix and inverse are empty: [0, 0] instead of [in, in].
     """
 
-    matrix: Tensor
-    inverse: Tensor
-    upper: Tensor
+    matrix: Annotated[Tensor, "in_or_0 in_or_0"]  # damped
+    inverse: Annotated[Tensor, "in_or_0 in_or_0"]
+    upper: Annotated[Tensor, "in in"]
     damping: float
-    dead: Tensor
+    dead: Annotated[Tensor, "in", bool]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,25 +43,25 @@ class Hessian:
         """The curvature of some rows only."""
         return self
 
-    def norms(self) -> Tensor:
-        """Of the inputs: [in], the damping in them."""
+    def norms(self) -> Annotated[Tensor, "in"]:
+        """Of the inputs, the damping in them."""
         return self.matrix.diagonal().sqrt()
 
-    def apply(self, change: Tensor) -> Tensor:
-        """d H for d: [out, in], row by row."""
+    def apply(self, change: Annotated[Tensor, "out in"]) -> Annotated[Tensor, "out in"]:
+        """d H, row by row."""
         return change @ self.matrix
 
-    def diagonal(self) -> Tensor:
-        """Of the inverse: [in]."""
+    def diagonal(self) -> Annotated[Tensor, "in"]:
+        """Of the inverse."""
         return self.inverse.diagonal()
 
-    def times(self, vector: Tensor) -> Tensor:
-        """H^-1 x for x: [..., in]."""
+    def times(self, vector: Annotated[Tensor, "*rows in"]) -> Annotated[Tensor, "*rows in"]:
+        """H^-1 x."""
         return vector @ self.inverse
 
 
-def hessian(gram: Tensor, damping: float = DAMPING, upper_only: bool = False) -> Hessian:
-    """The damped curvature of gram: [in, in], its damping raised tenfold until it is positive definite.
+def hessian(gram: Annotated[Tensor, "in in"], damping: float = DAMPING, upper_only: bool = False) -> Hessian:
+    """The damped curvature of a gram, its damping raised tenfold until it is positive definite.
 
     The gram is used up, as it may be the largest thing there is: it becomes `matrix`. upper_only: no more than that is
     wanted, and the rest let go of. Raises SingularCurvature when that does not help, or the gram is not finite.
@@ -89,21 +90,26 @@ def hessian(gram: Tensor, damping: float = DAMPING, upper_only: bool = False) ->
 class RowHessian(Hessian):
     """A Hessian of its own for every row r: H + sum_t weight_tr x_t x_t^T; inverse, upper and dead are H's.
 
-    x: [tokens, in]; weight: [tokens, out], not negative. Only `apply` sees the second term, by two GEMMs: what needs an
+    weight: not negative. Only `apply` sees the second term, by two GEMMs: what needs an
     inverse takes H's for near enough.
     """
 
-    x: Tensor
-    weight: Tensor
+    x: Annotated[Tensor, "tokens in"]
+    weight: Annotated[Tensor, "tokens out"]
 
     def rows(self, rows: slice) -> "RowHessian":
         return replace(self, weight=self.weight[:, rows])
 
-    def apply(self, change: Tensor) -> Tensor:
+    def apply(self, change: Annotated[Tensor, "out in"]) -> Annotated[Tensor, "out in"]:
         return change @ self.matrix + ((change @ self.x.T) * self.weight.T) @ self.x
 
 
-def with_gradients(curvature: Hessian, x: Tensor, delta: Tensor, share: float = FISHER_SHARE) -> RowHessian:
+def with_gradients(
+    curvature: Hessian,
+    x: Annotated[Tensor, "tokens in"],
+    delta: Annotated[Tensor, "tokens out"],
+    share: float = FISHER_SHARE,
+) -> RowHessian:
     """The Gram as base, and per-token gradients delta_tr x_t of each row as low-rank term; `share` of the trace is its.
 
     Rows are scaled each by itself: how much a row matters to the loss does not change its own minimiser.
@@ -114,6 +120,6 @@ def with_gradients(curvature: Hessian, x: Tensor, delta: Tensor, share: float = 
     return RowHessian(**vars(curvature), x=x.to(scale), weight=(weight * scale).to(scale))
 
 
-def quadratic_loss(change: Tensor, curvature: Hessian) -> Tensor:
-    """Per row, d H d^T: [rows], for change d: [rows, in]."""
+def quadratic_loss(change: Annotated[Tensor, "out in"], curvature: Hessian) -> Annotated[Tensor, "out"]:
+    """d H d^T of each row d of a change."""
     return (curvature.apply(change) * change).sum(-1)

@@ -1,5 +1,7 @@
 """What a model's logits make of the tokens that came."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -7,8 +9,10 @@ from torch.nn.functional import cross_entropy
 LOSS_CHUNK = 2048
 
 
-def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of targets: [batch, time] under logits: [batch, time, vocab]; fp64 [batch]."""
+def window_nll(
+    logits: Annotated[Tensor, "batch time vocab"], targets: Annotated[Tensor, "batch time", int]
+) -> Annotated[Tensor, "batch"]:
+    """Negative log-likelihood of each window's targets under its logits, fp64."""
     windows = []
     for scores, wanted in zip(
         logits, targets, strict=True

@@ -1,5 +1,7 @@
 """Which weights to prune: exactly as many as asked for, ties broken by position."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
@@ -7,8 +9,8 @@ CHUNK_ELEMENTS = 1 << 22
 Tile = tuple[int, int]  # rows and columns
 
 
-def smallest(scores: Tensor, count: int) -> Tensor:
-    """Boolean mask, in the shape of `scores`, of the `count` smallest; among equal ones the first go.
+def smallest(scores: Annotated[Tensor, "*shape"], count: int) -> Annotated[Tensor, "*shape", bool]:
+    """Mask of the `count` smallest of all scores; among equal ones the first go.
 
     Raises ValueError for a count below 0 or above the number of scores.
     """
@@ -25,8 +27,10 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     return pruned.view(scores.shape)
 
 
-def smallest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
-    """Boolean mask of the `counts[r]` smallest in each row r of scores: [rows, n]; among equal ones the first go."""
+def smallest_per_row(
+    scores: Annotated[Tensor, "rows n"], counts: Annotated[Tensor, "rows", int]
+) -> Annotated[Tensor, "rows n", bool]:
+    """Mask of the `counts[r]` smallest scores in each row r; among equal ones the first go."""
     pruned = torch.zeros_like(scores, dtype=torch.bool)
     rows = max(1, CHUNK_ELEMENTS // max(1, scores.shape[1]))
     position, counts = torch.arange(scores.shape[1], device=scores.device), counts.to(scores.device)
@@ -36,15 +40,15 @@ def smallest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
     return pruned
 
 
-def spread(total: int, rows: int) -> Tensor:
-    """`total` weights over rows as evenly as whole numbers allow; the first rows have the odd ones: int64 [rows]."""
+def spread(total: int, rows: int) -> Annotated[Tensor, "{rows}", int]:
+    """`total` weights over rows as evenly as whole numbers allow; the first rows have the odd ones."""
     counts = torch.full((rows,), total // rows)
     counts[: total % rows] += 1
     return counts
 
 
-def smallest_per_group(scores: Tensor, keep: int, group: int) -> Tensor:
-    """Mask of all but the `keep` largest in every group of `group` consecutive columns of scores: [rows, n] (N:M).
+def smallest_per_group(scores: Annotated[Tensor, "rows n"], keep: int, group: int) -> Annotated[Tensor, "rows n", bool]:
+    """Mask of all but the `keep` largest in every group of `group` consecutive columns (N:M).
 
     Raises ValueError when the groups do not tile the columns.
     """
@@ -54,7 +58,7 @@ def smallest_per_group(scores: Tensor, keep: int, group: int) -> Tensor:
     return smallest_per_row(grouped, torch.full((grouped.shape[0],), group - keep)).view(scores.shape)
 
 
-def pooled(scores: Tensor, tile: Tile) -> Tensor:
+def pooled(scores: Annotated[Tensor, "out in"], tile: Tile) -> Annotated[Tensor, "rows columns"]:
     """Sums over tiles of so many rows and columns: [out, in] -> [out / rows, in / columns].
 
     Raises ValueError when they do not tile it.
@@ -68,6 +72,6 @@ def pooled(scores: Tensor, tile: Tile) -> Tensor:
     return across.view(-1, rows, across.shape[1]).sum(1)
 
 
-def spread_out(tiles: Tensor, tile: Tile) -> Tensor:
+def spread_out(tiles: Annotated[Tensor, "rows columns", bool], tile: Tile) -> Annotated[Tensor, "out in", bool]:
     """What is said of tiles, said of all that is in them: [out / rows, in / columns] -> [out, in]."""
     return tiles if tile == (1, 1) else tiles.repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)

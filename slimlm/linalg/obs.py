@@ -6,7 +6,7 @@ any quadratic with this H will do, such as a least-squares fit to what the dense
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,14 @@ BATCH_ELEMENTS = 1 << 23  # of the rows' own inverses held at once
 ITERATIONS = 200  # of conjugate gradients, at most
 TOLERANCE = 1e-5  # error in the norm of H, of that at the start, at which they end
 ROUGHLY = 1e-2  # the same while a mask is still being refined
-Choice = Callable[[Tensor, int], Tensor]  # (scores of a block of columns [out, width], first column) -> bool mask
+# (scores of some neighbouring columns, the first column) -> what to prune of them
+Choice = Callable[[Annotated[Tensor, "out width"], int], Annotated[Tensor, "out width", bool]]
 
 
-def left_to_right(weight: Tensor, hessian: Hessian, choose: Choice, width: int = 128) -> tuple[Tensor, Tensor]:
-    """SparseGPT (Frantar & Alistarh, arXiv 2301.00774, algorithm 1): the pruned weight [out, in], and what is pruned.
+def left_to_right(
+    weight: Annotated[Tensor, "out in"], hessian: Hessian, choose: Choice, width: int = 128
+) -> tuple[Annotated[Tensor, "out in"], Annotated[Tensor, "out in", bool]]:
+    """SparseGPT (Frantar & Alistarh, arXiv 2301.00774, algorithm 1): the pruned weight, and what is pruned.
 
     Columns are settled in order; what a pruned weight did is passed on to the columns right of it. choose: says for
     `width` columns at once what to prune of them, from the OBS scores w^2 / [H^-1]_cc among the columns from c on.
@@ -46,11 +49,13 @@ def left_to_right(weight: Tensor, hessian: Hessian, choose: Choice, width: int =
     return weight, pruned
 
 
-def greedy_order(weight: Tensor, hessian: Hessian, count: int, group: int = 0, most: int = 0) -> tuple[Tensor, Tensor]:
+def greedy_order(
+    weight: Annotated[Tensor, "out in"], hessian: Hessian, count: int, group: int = 0, most: int = 0
+) -> tuple[Annotated[Tensor, "out {count}", int], Annotated[Tensor, "out {count}"]]:
     """OBC (Frantar et al., arXiv 2208.11580, algorithm 1): per row, columns in the order they go, and what each costs.
 
-    order: int64 [out, count]; cost: [out, count], w^2 / (2 [H^-1]_cc) when its turn came. Every row has an inverse of
-    its own, downdated after each column. group, most: of so many neighbouring columns only so many may go.
+    A cost is w^2 / (2 [H^-1]_cc) when its turn came. Every row has an inverse of its own, downdated after each column.
+    group, most: of so many neighbouring columns only so many may go.
     """
     order = torch.empty(weight.shape[0], count, dtype=torch.long, device=weight.device)
     cost = torch.empty(weight.shape[0], count, dtype=weight.dtype, device=weight.device)
@@ -78,8 +83,10 @@ def greedy_order(weight: Tensor, hessian: Hessian, count: int, group: int = 0, m
     return order, cost
 
 
-def cheapest_first(order: Tensor, cost: Tensor, total: int, inputs: int) -> Tensor:
-    """Mask [out, in] of the `total` weights that are cheapest when each row goes in its own order (OBC, section 4).
+def cheapest_first(
+    order: Annotated[Tensor, "out count", int], cost: Annotated[Tensor, "out count"], total: int, inputs: int
+) -> Annotated[Tensor, "out {inputs}", bool]:
+    """Mask of the `total` weights that are cheapest when each row goes in its own order (OBC, section 4).
 
     A row's k-th weight goes only after its first k - 1: its cost counts as the largest so far.
     """
@@ -94,9 +101,13 @@ def cheapest_first(order: Tensor, cost: Tensor, total: int, inputs: int) -> Tens
 
 
 def joint(
-    weight: Tensor, hessian: Hessian, pruned: Tensor, start: Tensor | None = None, tolerance: float = TOLERANCE
-) -> Tensor:
-    """The minimiser on a mask: V_K = H_KK^-1 (H W)_K for each row's kept weights K. start: [out, in], near it.
+    weight: Annotated[Tensor, "out in"],
+    hessian: Hessian,
+    pruned: Annotated[Tensor, "out in", bool],
+    start: Annotated[Tensor, "out in"] | None = None,
+    tolerance: float = TOLERANCE,
+) -> Annotated[Tensor, "out in"]:
+    """The minimiser on a mask: V_K = H_KK^-1 (H W)_K for each row's kept weights K. start: near it.
 
     Conjugate gradients for all rows at once, preconditioned by (H^-1)_KK, which is (H_KK)^-1 but for what pruned and
     kept inputs have to do with one another: ten iterations of two GEMMs do what a Cholesky factorisation for every row
@@ -136,14 +147,16 @@ class Inverse(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def diagonal(self) -> Tensor:
-        """[in] or [out, in]."""
+    def diagonal(self) -> Annotated[Tensor, "in"] | Annotated[Tensor, "out in"]:
+        """Of the inverse, or of each row's own."""
 
-    def times(self, vector: Tensor) -> Tensor:
-        """F^-1 x for x: [out, in], row by row."""
+    def times(self, vector: Annotated[Tensor, "out in"]) -> Annotated[Tensor, "out in"]:
+        """F^-1 x, row by row."""
 
 
-def summed(weight: Tensor, inverse: Inverse, pruned: Tensor) -> Tensor:
+def summed(
+    weight: Annotated[Tensor, "out in"], inverse: Inverse, pruned: Annotated[Tensor, "out in", bool]
+) -> Annotated[Tensor, "out in"]:
     """One OBS step for all pruned weights at once, each as if it went alone: V = W - sum_p w_p / [F^-1]_pp F^-1_p.
 
     WoodFisher (Singh & Alistarh, arXiv 2004.14340, eq. 12) and M-FAC (arXiv 2107.03356, section 3). Correlations
@@ -153,8 +166,13 @@ def summed(weight: Tensor, inverse: Inverse, pruned: Tensor) -> Tensor:
 
 
 def swapped(
-    weight: Tensor, hessian: Hessian, pruned: Tensor, found: Tensor, group: int = 0, tile: Tile = (1, 1)
-) -> tuple[Tensor, Tensor]:
+    weight: Annotated[Tensor, "out in"],
+    hessian: Hessian,
+    pruned: Annotated[Tensor, "out in", bool],
+    found: Annotated[Tensor, "out in"],
+    group: int = 0,
+    tile: Tile = (1, 1),
+) -> tuple[Annotated[Tensor, "out in"], Annotated[Tensor, "out in", bool]]:
     """One refinement of a mask: weights that are cheap to lose for ones that would win more; (found, pruned) anew.
 
     found: the joint minimiser on `pruned`. Losing kept weight k costs v_k^2 / [H_KK^-1]_kk; gaining pruned weight p

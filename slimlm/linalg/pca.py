@@ -1,13 +1,15 @@
 """Principal directions of a Gram matrix."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 
-def principal_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors and eigenvalues of a symmetric gram: [d, d], largest first.
+def principal_basis(gram: Annotated[Tensor, "d d"]) -> tuple[Annotated[Tensor, "d d"], Annotated[Tensor, "d"]]:
+    """Eigenvectors and eigenvalues of a symmetric gram, largest first.
 
-    Returns (basis [d, d], columns orthonormal; eigenvalues [d], clamped at 0), fp64. SliceGPT, arXiv 2401.15024,
+    Returns (basis, columns orthonormal; eigenvalues, clamped at 0), fp64. SliceGPT, arXiv 2401.15024,
     section 3.2; because the columns are ordered, the basis for width d' is `basis[:, :d']`. Each column's largest
     component is made positive, so that the sign does not depend on the LAPACK build. Raises ValueError on NaN or Inf.
     """
@@ -20,10 +22,12 @@ def principal_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * vectors.gather(0, largest).sign(), eigenvalues.flip(-1).clamp_min(0)
 
 
-def with_kept(kept: Tensor, gram: Tensor, last: Tensor | None = None) -> Tensor:
-    """An orthonormal basis [d, d]: the `kept` directions [d, k] (orthonormal), then gram's [d, d] in what is left.
+def with_kept(
+    kept: Annotated[Tensor, "d k"], gram: Annotated[Tensor, "d d"], last: Annotated[Tensor, "d l"] | None = None
+) -> Annotated[Tensor, "d d"]:
+    """An orthonormal basis: the `kept` directions (orthonormal), then gram's in what is left.
 
-    last: [d, l], orthonormal and at right angles to `kept`, comes at the end.
+    last: orthonormal and at right angles to `kept`, comes at the end.
     """
     gram = gram.double()
     last = kept[:, :0] if last is None else last
@@ -36,8 +40,8 @@ def with_kept(kept: Tensor, gram: Tensor, last: Tensor | None = None) -> Tensor:
     return torch.cat([kept, rest[:, : gram.shape[0] - fixed.shape[1]], last], dim=1)
 
 
-def without_mean(width: int, device: torch.device | str = "cpu") -> Tensor:
-    """An orthonormal [width, width] whose last column is the all-ones direction: a Householder reflection, fp64."""
+def without_mean(width: int, device: torch.device | str = "cpu") -> Annotated[Tensor, "{width} {width}"]:
+    """An orthonormal matrix whose last column is the all-ones direction: a Householder reflection, fp64."""
     ones = torch.full((width,), width**-0.5, dtype=torch.float64, device=device)
     normal = ones.clone()
     normal[-1] -= 1
@@ -45,8 +49,8 @@ def without_mean(width: int, device: torch.device | str = "cpu") -> Tensor:
     return eye - 2 * torch.outer(normal, normal) / normal.square().sum().clamp_min(1e-30)
 
 
-def leading(vectors: Tensor, width: int, centred: bool) -> Tensor:
-    """The first directions of a basis [d, d] for a stream of `width`: [d, width].
+def leading(vectors: Annotated[Tensor, "d d"], width: int, centred: bool) -> Annotated[Tensor, "d {width}"]:
+    """The first directions of a basis for a stream of `width`.
 
     centred: the stream goes through LayerNorm, and the last of `vectors` is the all-ones direction. Then the first
     width - 1 are put at right angles to the all-ones direction of the narrower stream, whose mean is always zero.
@@ -56,10 +60,10 @@ def leading(vectors: Tensor, width: int, centred: bool) -> Tensor:
     return vectors[:, : width - 1] @ without_mean(width, vectors.device)[:, : width - 1].T
 
 
-def felt(gram: Tensor, gradients: Tensor) -> Tensor:
-    """`G + G^1/4 C G^1/4`, both of unit trace: the stream's Gram G [d, d], and what the loss feels of it.
+def felt(gram: Annotated[Tensor, "d d"], gradients: Annotated[Tensor, "d d"]) -> Annotated[Tensor, "d d"]:
+    """`G + G^1/4 C G^1/4`, both of unit trace: the stream's Gram G, and what the loss feels of it.
 
-    C: [d, d] is the covariance of the loss's gradient. Alone it would keep directions nothing ever lies in; the powers
+    C is the covariance of the loss's gradient. Alone it would keep directions nothing ever lies in; the powers
     of G leave those out. Chosen among mixtures by held-out loss; see docs/slicing.md.
     """
     energies, vectors = torch.linalg.eigh(gram.double())

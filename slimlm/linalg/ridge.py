@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ HELD_EVERY = 5
 ROWS = 256  # at a time, of half a symmetric matrix
 
 
-def held_out(windows: int, start: int = 0) -> Tensor:
+def held_out(windows: int, start: int = 0) -> Annotated[Tensor, "{windows}", bool]:
     """Which of `windows` calibration windows, the first being number `start` of all, are held out: every fifth."""
     return torch.arange(start, start + windows) % HELD_EVERY == HELD_EVERY - 1
 
@@ -45,13 +46,13 @@ class Moments:
         self.xx = torch.zeros(inputs, inputs, dtype=dtype, device=device)
         self.xy = torch.zeros(inputs, outputs, dtype=dtype, device=device)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """x: [tokens, in], y: [tokens, out], in fp32 or fp64."""
+    def add(self, x: Annotated[Tensor, "tokens in"], y: Annotated[Tensor, "tokens out"]) -> None:
+        """Add tokens, in fp32 or fp64."""
         add_products(self.xx, x, x)
         add_products(self.xy, x, y)
 
     @contextmanager
-    def lent(self) -> Iterator[Tensor]:
+    def lent(self) -> Iterator[Annotated[Tensor, "in in"]]:
         """xx, to be used up inside the context: it is symmetric, so half of it is enough to have it back afterwards."""
         starts = range(0, len(self.xx), ROWS)
         half = [self.xx[start : start + ROWS, start:].clone() for start in starts]
@@ -64,15 +65,15 @@ class Moments:
                 square = rows[:, : len(rows)].triu()
                 self.xx[start : start + len(rows), start : start + len(rows)] = square + square.triu(1).T
 
-    def take(self, kept: Tensor) -> "Moments":
+    def take(self, kept: Annotated[Tensor, "kept", int]) -> "Moments":
         """The moments of the inputs numbered `kept`."""
-        chosen = object.__new__(Moments)
+        chosen = Moments(0, 0)
         chosen.xx, chosen.xy = self.xx[kept[:, None], kept], self.xy[kept]
         return chosen
 
-    def through(self, map: Tensor) -> "Moments":
-        """The moments of x and y @ map: [out, few]."""
-        mapped = object.__new__(Moments)
+    def through(self, map: Annotated[Tensor, "out few"]) -> "Moments":
+        """The moments of x and y @ map."""
+        mapped = Moments(0, 0)
         mapped.xx, mapped.xy = self.xx, self.xy @ map.to(self.xy)
         return mapped
 
@@ -85,26 +86,29 @@ class Rows:
         self.stride = 1
         self.parts: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def add(self, x: Annotated[Tensor, "tokens in"], y: Annotated[Tensor, "tokens out"]) -> None:
         self.parts.append((x[:: self.stride].clone(), y[:: self.stride].clone()))
         while sum(len(x) for x, _ in self.parts) > self.room and len(self.parts[0][0]) > 1:
             self.parts = [(x[::2].clone(), y[::2].clone()) for x, y in self.parts]
             self.stride *= 2
 
-    def take(self, kept: Tensor) -> "Rows":
+    def take(self, kept: Annotated[Tensor, "kept", int]) -> "Rows":
         """The same tokens' inputs numbered `kept`."""
         chosen = Rows(kept.numel())
         chosen.parts = [(x[:, kept], y) for x, y in self.parts]
         return chosen
 
-    def through(self, map: Tensor) -> "Rows":
-        """The same tokens' y @ map: [out, few]."""
+    def through(self, map: Annotated[Tensor, "out few"]) -> "Rows":
+        """The same tokens' y @ map."""
         mapped = Rows(1)
         mapped.parts = [(x, y @ map.to(y)) for x, y in self.parts]
         return mapped
 
 
-Add = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]  # as `Regression.add`
+Windows = Annotated[Tensor, "windows time width"]
+Weights = Annotated[Tensor, "windows time"]  # of the tokens' squares
+Metric = Annotated[Tensor, "out out"]  # in which errors of held-out tokens count
+Add = Callable[[Windows, Windows, Annotated[Tensor, "windows", bool], Weights | None], None]  # as `Regression.add`
 
 
 @dataclass
@@ -119,22 +123,29 @@ class Regression:
     held: Moments | Rows
     again: Callable[[Add], None] | None = None
     joined: bool = False
-    prior: Tensor | None = None
+    prior: Annotated[Tensor, "in out"] | None = None
 
     @classmethod
     def of(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> "Regression":
+        """One without tokens; those of wide inputs are held out as they are, not as moments."""
         held = Rows(inputs) if inputs > WIDEST else Moments(inputs, outputs, device)
         return cls(Moments(inputs, outputs, device), held)
 
-    def add(self, x: Tensor, y: Tensor, held: Tensor, weight: Tensor | None = None) -> None:
-        """x: [windows, time, in], y: [windows, time, out]; held: [windows]; weight: [windows, time] of the squares."""
+    def add(
+        self,
+        x: Annotated[Tensor, "windows time in"],
+        y: Annotated[Tensor, "windows time out"],
+        held: Annotated[Tensor, "windows", bool],
+        weight: Weights | None = None,
+    ) -> None:
+        """Add windows, of which some are held out."""
         for moments, chosen in ((self.fit, ~held), (self.held, held)):
             if chosen.any():
                 moments.add(*_weighted(x, y, chosen, weight))
 
     @contextmanager
-    def gram(self) -> Iterator[Tensor]:
-        """x^T x of all tokens: [in, in], to be used up inside the context. Where a sample of the held-out ones is kept,
+    def gram(self) -> Iterator[Annotated[Tensor, "in in"]]:
+        """x^T x of all tokens, to be used up inside the context. Where a sample of the held-out ones is kept,
         it takes another look at the data, and without one they are left out."""
         if isinstance(self.held, Moments):
             yield self.fit.xx + self.held.xx
@@ -150,12 +161,12 @@ class Regression:
                 self.again(add)
             yield gram
 
-    def take(self, kept: Tensor) -> "Regression":
+    def take(self, kept: Annotated[Tensor, "kept", int]) -> "Regression":
         """The data of the inputs numbered `kept`; where it is shown again, the others are gone."""
         return Regression(self.fit.take(kept), self.held.take(kept), self.again)
 
-    def centre(self, start: Tensor) -> None:
-        """Replace y by what is left of it once x @ start is taken off, in place, once; start: [in, out]."""
+    def centre(self, start: Annotated[Tensor, "in out"]) -> None:
+        """Replace y by what is left of it once x @ start is taken off, in place, once."""
         self.prior = start
         for data in (self.fit, self.held):
             if isinstance(data, Moments):
@@ -163,21 +174,18 @@ class Regression:
             else:
                 data.parts = [(x, y - x @ start.to(y)) for x, y in data.parts]
 
-    def through(self, map: Tensor) -> "Regression":
+    def through(self, map: Annotated[Tensor, "out few"]) -> "Regression":
         """The same of y @ map: [out, few]; what has to do with x alone is shared."""
         return Regression(self.fit.through(map), self.held.through(map))
 
-    def held_change(self, delta: Tensor, metric: Tensor | None = None) -> float:
-        """How much x @ delta changes the squared error of held-out tokens; metric: [out, out], in which it counts."""
+    def held_change(self, delta: Annotated[Tensor, "in out"], metric: Metric | None = None) -> float:
+        """How much x @ delta changes the squared error of held-out tokens."""
         if isinstance(self.held, Moments):
             change = self.held.xx @ delta
             change.sub_(self.held.xy, alpha=2).mul_(delta if metric is None else delta @ metric)
             return float(change.sum())
-        total = 0.0
-        for x, y in self.held.parts:
-            predicted = x @ delta
-            total += float(((predicted - 2 * y) * (predicted if metric is None else predicted @ metric)).sum())
-        return total
+        predicted = ((x @ delta, y) for x, y in self.held.parts)
+        return sum(float(((z - 2 * y) * (z if metric is None else z @ metric)).sum()) for z, y in predicted)
 
     def join(self) -> Moments:
         """The held-out tokens put to those to fit, in place, once: all of them, where they can be shown again."""
@@ -209,19 +217,21 @@ def _weighted(x: Tensor, y: Tensor, chosen: Tensor, weight: Tensor | None) -> tu
 
 @dataclass(frozen=True)
 class Fit:
-    """weight: [out, in]. strength: of the ridge, in mean squares of an input; infinite for the prior itself."""
+    """strength: of the ridge, in mean squares of an input; infinite for the prior itself."""
 
-    weight: Tensor
+    weight: Annotated[Tensor, "out in"]
     strength: float
 
 
-def ridge(data: Regression, prior: Tensor, metric: Tensor | None = None, guess: float = GUESS) -> Fit:
-    """argmin_W sum ||y - W x||^2 + lambda ||W - prior||^2 with lambda chosen on held-out tokens; prior: [out, in].
+def ridge(
+    data: Regression, prior: Annotated[Tensor, "out in"], metric: Metric | None = None, guess: float = GUESS
+) -> Fit:
+    """argmin_W sum ||y - W x||^2 + lambda ||W - prior||^2 with lambda chosen on held-out tokens.
 
-    Hoerl & Kennard 1970, shrunk towards the prior instead of zero. metric: [out, out], in which held-out errors count.
-    lambda is searched downhill from `guess` on a random projection of the outputs. Where the fit does not lower the
-    held-out error it is the prior that stays, so that error never grows. Once chosen, lambda serves a fit to all
-    tokens. Where a strength leaves the system numerically singular it is no choice. Uses `data` up.
+    Hoerl & Kennard 1970, shrunk towards the prior instead of zero. lambda is searched downhill from `guess` on a random
+    projection of the outputs. Where the fit does not lower the held-out error it is the prior that stays, so that error
+    never grows. Once chosen, lambda serves a fit to all tokens. Where a strength leaves the system numerically singular
+    it is no choice. Uses `data` up.
 
     Returns the weight in the prior's precision, or fp32 where that is coarser.
     """

@@ -4,14 +4,21 @@ The stream x: [hidden] becomes x' = basis^T x with basis: [hidden, width], ortho
 torch stores them: linears [out, in], embeddings [vocab, hidden].
 """
 
+from typing import Annotated
+
 from torch import Tensor
 
 
-def rotate_embedding(weight: Tensor, basis: Tensor) -> Tensor:
-    """weight: [vocab, hidden] -> [vocab, width]."""
+def rotate_embedding(
+    weight: Annotated[Tensor, "vocab hidden"], basis: Annotated[Tensor, "hidden width"]
+) -> Annotated[Tensor, "vocab width"]:
+    """An embedding, or a linear that reads the stream, of the stream in that basis."""
     return weight @ basis.to(weight)
 
 
-def rotate_writer(weight: Tensor, basis: Tensor) -> Tensor:
-    """weight: [..., hidden, in], or a bias: [hidden] -> [..., width, in] or [width]."""
+def rotate_writer(
+    weight: Annotated[Tensor, "*experts hidden in"] | Annotated[Tensor, "hidden"],
+    basis: Annotated[Tensor, "hidden width"],
+) -> Annotated[Tensor, "*experts width in"] | Annotated[Tensor, "width"]:
+    """A linear that writes to the stream, or its bias, of the stream in that basis."""
     return basis.T.to(weight) @ weight

@@ -1,6 +1,7 @@
 """Fitting what a softmax head reads to another head's predictions."""
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -15,10 +16,17 @@ class MapFit:
     """A map [out, in] such that `head @ map @ x'` predicts what `head @ x` does, fitted to the KL divergence.
 
     Adam (arXiv 1412.6980) with cosine decay, in coordinates in which the inputs are white, so that all their directions
-    are learned at one rate. head: [vocab, out]; bias: [vocab] or None; gram: [in, in] of the inputs.
+    are learned at one rate. gram: of the inputs.
     """
 
-    def __init__(self, head: Tensor, bias: Tensor | None, start: Tensor, gram: Tensor, rate: float = RATE) -> None:
+    def __init__(
+        self,
+        head: Annotated[Tensor, "vocab out"],
+        bias: Annotated[Tensor, "vocab"] | None,
+        start: Annotated[Tensor, "out in"],
+        gram: Annotated[Tensor, "in in"],
+        rate: float = RATE,
+    ) -> None:
         self.head, self.bias = head, bias
         energies, vectors = torch.linalg.eigh(gram.double() / gram.diagonal().mean())
         energies = energies.clamp_min(SMALLEST_SHARE * energies.max())
@@ -29,12 +37,13 @@ class MapFit:
         self.steps = 0
 
     @property
-    def map(self) -> Tensor:
+    def map(self) -> Annotated[Tensor, "out in"]:
+        """As it is after the steps taken so far."""
         mapped: Tensor = self.point @ self.whiten.T
         return mapped
 
-    def step(self, x: Tensor, seen: Tensor, done: float) -> None:
-        """One step for tokens that the dense head sees as x: [tokens, out] and the other as seen: [tokens, in].
+    def step(self, x: Annotated[Tensor, "tokens out"], seen: Annotated[Tensor, "tokens in"], done: float) -> None:
+        """One step for tokens that the dense head sees as x and the other as `seen`.
 
         done: the share of all steps that are then taken.
         """
@@ -53,7 +62,7 @@ class MapFit:
         rate = self.rate * 0.5 * (1 + math.cos(math.pi * done))
         self.point -= rate * direction / (scale + 1e-12)
 
-    def divergence(self, x: Tensor, seen: Tensor) -> float:
+    def divergence(self, x: Annotated[Tensor, "tokens out"], seen: Annotated[Tensor, "tokens in"]) -> float:
         """Summed over tokens, KL(dense head on x || head on the mapped `seen`)."""
         total = 0.0
         for target, source in self._chunks(x, seen @ self.whiten):

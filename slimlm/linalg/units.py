@@ -1,6 +1,7 @@
 """Deleting whole input units of a linear: structured optimal brain surgeon."""
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -11,20 +12,22 @@ ROUNDS = 64
 DAMPING = 0.01
 
 
-def damp(gram: Tensor) -> Tensor:
-    """Add a hundredth of its mean diagonal to the diagonal of gram: [n, n], in place."""
+def damp(gram: Annotated[Tensor, "n n"]) -> Annotated[Tensor, "n n"]:
+    """Add a hundredth of its mean diagonal to the diagonal of a gram, in place."""
     gram.diagonal().add_(DAMPING * gram.diagonal().mean().clamp_min(1e-30))
     return gram
 
 
-def removals(gram: Tensor, weight: Tensor, size: int, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each of `counts`, ascending: the units of a linear to delete, int64 [count], cheapest first, and the weight
+def removals(
+    gram: Annotated[Tensor, "in in"], weight: Annotated[Tensor, "out in"], size: int, counts: Sequence[int]
+) -> Iterator[tuple[Annotated[Tensor, "count", int], Annotated[Tensor, "out in"]]]:
+    """For each of `counts`, ascending: the units of a linear to delete, cheapest first, and the weight
     without them. The next to come is computed in that weight.
 
-    gram: [in, in] of the linear's inputs; weight: [out, in]; a unit is `size` neighbouring inputs. Greedy: deleting
+    gram: of the linear's inputs; a unit is `size` neighbouring inputs. Greedy: deleting
     unit u and moving all other weights optimally costs `tr(W_u (H^-1_uu)^-1 W_u^T)` (Hassibi & Stork 1992, with a group
     of weights for one; ZipLM, arXiv 2302.04089, eq. 3), with H the damped gram; then H^-1 and W are downdated. Where
-    more than ROUNDS units go, several do between downdates. A weight [out, in] without units is zero there, and for
+    more than ROUNDS units go, several do between downdates. A weight without units is zero there, and for
     the units that are left the one that does best what all did. The gram is used up.
 
     Raises ValueError for a gram that is not positive semi-definite.
@@ -54,8 +57,10 @@ def removals(gram: Tensor, weight: Tensor, size: int, counts: Sequence[int]) -> 
             yield order, weight
 
 
-def unit_costs(inverse: Tensor, weight: Tensor, size: int) -> Tensor:
-    """Cost of deleting each unit alone: [in / size], from the inverse Gram [in, in] and weight [out, in]."""
+def unit_costs(
+    inverse: Annotated[Tensor, "in in"], weight: Annotated[Tensor, "out in"], size: int
+) -> Annotated[Tensor, "units"]:
+    """Cost of deleting each unit of `size` inputs alone, from the inverse Gram and the weight."""
     if size == 1:
         norms: Tensor = torch.linalg.vector_norm(weight, dim=0)
         return norms.square() / inverse.diagonal()

@@ -67,6 +67,7 @@ class SlicedNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states: [..., width]."""
         x = hidden_states.to(torch.float32)
         variance = x.pow(2).sum(-1, keepdim=True) / self.hidden_size
         return (x * torch.rsqrt(variance + self.variance_epsilon)).to(hidden_states.dtype)
@@ -95,6 +96,7 @@ class SlicedLlamaDecoderLayer(LlamaDecoderLayer):
         self.mlp_shortcut = nn.Linear(between, after, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """hidden_states: [batch, time, width before] -> [batch, time, width after]."""
         written, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = self.attn_shortcut(hidden_states) + written
         written = self.mlp(self.post_attention_layernorm(hidden_states))
@@ -144,6 +146,7 @@ class SlicedOPTDecoderLayer(OPTDecoderLayer):
         self.mlp_shortcut = nn.Linear(between, after, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """hidden_states: [batch, time, width before] -> [batch, time, width after]."""
         written, _ = self.self_attn(hidden_states=self.self_attn_layer_norm(hidden_states), **kwargs)
         hidden_states = self.attn_shortcut(hidden_states) + written
         written = self.fc2(self.activation_fn(self.fc1(self.final_layer_norm(hidden_states))))
@@ -180,6 +183,7 @@ class SlicedPhiDecoderLayer(PhiDecoderLayer):
         self.shortcut = nn.Linear(before, after, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """hidden_states: [batch, time, width before] -> [batch, time, width after]."""
         normalised = self.input_layernorm(hidden_states)
         written, _ = self.self_attn(hidden_states=normalised, **kwargs)
         out: torch.Tensor = written + self.mlp(normalised) + self.shortcut(hidden_states)

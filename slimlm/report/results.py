@@ -5,8 +5,8 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
 
+from slimlm.checkpoint.reader import Json
 from slimlm.errors import RunFailure, UserError
 
 
@@ -23,7 +23,7 @@ def check_results(path: Path) -> None:
         raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
 
 
-def write_results(path: Path, data: Any) -> None:
+def write_results(path: Path, data: Json) -> None:
     """Write JSON; an earlier file stays until this one is whole. Raises RunFailure naming the file."""
     text = json.dumps(data, indent=2) + "\n"
     try:

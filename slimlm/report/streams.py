@@ -3,7 +3,7 @@
 import codecs
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 IN_ASCII = str.maketrans({"±": "+-", "‖": "||", "→": "->"})
 
@@ -11,7 +11,7 @@ IN_ASCII = str.maketrans({"±": "+-", "‖": "||", "→": "->"})
 class Lossy:
     """A stream that goes on when nobody takes what it is given any more: a run is worth more than its progress."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def __getattr__(self, name: str) -> Any:
@@ -51,7 +51,7 @@ def sturdy_streams() -> None:
         sys.stderr = Lossy(sys.stderr)  # type: ignore[assignment]
 
 
-def to_nowhere(stream: Any) -> None:
+def to_nowhere(stream: TextIO) -> None:
     """Whatever this stream still holds, or is given, is lost without a word."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())

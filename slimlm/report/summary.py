@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from slimlm.checkpoint.card import dtypes_of
-from slimlm.checkpoint.manifest import took
+from slimlm.checkpoint.manifest import Manifest, took
+from slimlm.evaluation.text import WindowFigures
 
 
-def compress_summary(manifest: dict[str, Any]) -> str:
+def compress_summary(manifest: Manifest) -> str:
     """What was asked for, what was achieved, on what it was measured, and what it took."""
     sparsity, (seconds, peaks) = manifest["sparsity"], took(manifest)
     lines = [
@@ -79,7 +80,7 @@ def _shape_lines(job: Any) -> list[str]:
     return [f"{line}" + (f"  x {count}" if count > 1 else "") for line, count in lines.items()]
 
 
-def expectation_lines(manifest: dict[str, Any], expected: dict[str, float]) -> list[str]:
+def expectation_lines(manifest: Manifest, expected: dict[str, float]) -> list[str]:
     """What a recipe says it gave, beside what it gave now: `parameters` and `perplexity` of the result."""
     found = {
         "parameters": manifest["parameters"]["compressed"],
@@ -105,7 +106,7 @@ def evaluation_summary(data: dict[str, Any]) -> str:
     )
 
 
-def _windows_line(windows: dict[str, Any], dtype: str) -> str:
+def _windows_line(windows: WindowFigures, dtype: str) -> str:
     return (
         f"perplexity on {windows['text']}: {windows['windows']} windows of {windows['window']} tokens, "
         f"stride {windows['stride']}, BOS {windows['bos']}, {dtype}"

@@ -4,6 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
+from slimlm.evaluation.harness import Score
+
 
 def comparison_table(models: list[dict[str, Any]], title: str | None = None) -> Table:
     """Figures down, models across; with two models (compressed, dense), dense first and the change last.
@@ -58,7 +60,7 @@ def _rows(columns: list[dict[str, Any]]) -> list[tuple[str, list[str], str]]:
     return rows
 
 
-def _ratio_row(label: str, values: list[Any], form: str) -> tuple[str, list[str], str]:
+def _ratio_row(label: str, values: list[float], form: str) -> tuple[str, list[str], str]:
     return (
         label,
         [form.format(value) for value in values],
@@ -66,7 +68,7 @@ def _ratio_row(label: str, values: list[Any], form: str) -> tuple[str, list[str]
     )
 
 
-def _task_row(task: str, metric: str, scores: list[dict[str, Any]]) -> tuple[str, list[str], str]:
+def _task_row(task: str, metric: str, scores: list[Score]) -> tuple[str, list[str], str]:
     cells = [
         f"{score['value']:.4f}" + (f" ± {score['stderr']:.4f}" if score["stderr"] is not None else "")
         for score in scores
