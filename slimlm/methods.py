@@ -13,10 +13,12 @@ from slimlm.method import Method
 from slimlm.model.streamed import StreamedModel
 from slimlm.prune import solved
 from slimlm.prune.group import Row
-from slimlm.prune.run import needs_gradients, plan_prune, repairs, row_of, run_prune
+from slimlm.prune.plan import needs_gradients, plan_prune, repairs, row_of
+from slimlm.prune.run import run_prune
 from slimlm.recipe import Allocation, Recipe
 from slimlm.slice import curves
-from slimlm.slice.run import plan_rotate, plan_slice, rotated_influence, run_rotate, run_slice
+from slimlm.slice.plan import plan_rotate, plan_slice, rotated_influence
+from slimlm.slice.run import run_rotate, run_slice
 from slimlm.statistics.sweep import swept_windows
 from slimlm.statistics.token_gradients import Sample
 

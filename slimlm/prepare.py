@@ -27,7 +27,7 @@ from slimlm.methods import method_named
 from slimlm.model.skip import skip_modules, skipping
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
-from slimlm.prune.run import require_room_later
+from slimlm.prune.plan import require_room_later
 from slimlm.recipe import Recipe
 from slimlm.run import Plan
 

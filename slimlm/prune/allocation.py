@@ -73,26 +73,26 @@ class Matrices:
         return exact_counts(self.sizes, lambda name, c: of[name] + c, self.total, -1.0, 1.0)
 
 
-def by_threshold(blocks: Iterable[Block], matrices: Matrices, scores: Scores) -> Counts:
+def by_threshold(walk: Iterable[Block], matrices: Matrices, scores: Scores) -> Counts:
     """`global`: one threshold for all scores; a matrix without scores loses its share like in a uniform allocation."""
-    histograms = {f"{block.path}.{name}": histogram(found) for block in blocks for name, found in scores(block)}
+    histograms = {f"{block.path}.{name}": histogram(found) for block in walk for name, found in scores(block)}
     unknown = {name: count for name, count in matrices.uniform().items() if name not in histograms}
     return {**global_counts(histograms, matrices.total - sum(unknown.values())), **unknown}
 
 
-def pq(blocks: Iterable[Block], matrices: Matrices) -> Counts:
+def pq(walk: Iterable[Block], matrices: Matrices) -> Counts:
     """In proportion to what the PQ Index says can go."""
-    kept = {name: pq_share(weight) for block in blocks for name, weight in _weights(block, full=True)}
+    kept = {name: pq_share(weight) for block in walk for name, weight in _weights(block, full=True)}
     most, least = max(kept.values()), max(min(kept.values()), 1e-12)
     return exact_counts(
         matrices.sizes, lambda name, c: 1 - (1 - c) * kept[name] / most, matrices.total, 1 - most / least, 1.0
     )
 
 
-def alphapruning(blocks: Iterable[Block], matrices: Matrices) -> Counts:
+def alphapruning(walk: Iterable[Block], matrices: Matrices) -> Counts:
     """Less of blocks whose spectra have heavy tails."""
     alphas: dict[int, float] = {}
-    for block in blocks:
+    for block in walk:
         found = [hill_alpha(weight) for _, weight in _weights(block)]
         if found:
             alphas[block.index] = sum(found) / len(found)
@@ -100,10 +100,10 @@ def alphapruning(blocks: Iterable[Block], matrices: Matrices) -> Counts:
     return matrices.by_block(dict(zip(alphas, shares, strict=True)), scaled=True)
 
 
-def owl(blocks: Iterable[Block], matrices: Matrices, input_norms: InputNorms) -> Counts:
+def owl(walk: Iterable[Block], matrices: Matrices, input_norms: InputNorms) -> Counts:
     """Less of blocks with many outliers. input_norms: asked of each block in turn."""
     ratios: dict[int, float] = {}
-    for block in blocks:
+    for block in walk:
         norms = input_norms(block)
         outliers = [(weight.abs() * norms[name]).flatten() for name, weight in _weights(block) if name in norms]
         if outliers:

@@ -6,7 +6,6 @@ numbers: the checkpoint keeps its size, and stock kernels their speed.
 """
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, groupby
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor
 
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
-from slimlm.checkpoint.writer import TensorSpec
-from slimlm.errors import RunFailure, UserError
+from slimlm.errors import RunFailure
 from slimlm.fit.beside_dense import BlockPair, Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
-from slimlm.fit.lm_head import fit_head, fits_head
+from slimlm.fit.lm_head import fit_head
 from slimlm.linalg.gram import Squares
 from slimlm.linalg.ridge import learn_and_test
 from slimlm.model.block import Block, Group
@@ -28,82 +26,19 @@ from slimlm.model.rotation import unchanged, write_head
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import backwards, to_the_end
-from slimlm.modeling import own_files
 from slimlm.prune import allocation, solved
 from slimlm.prune.curvature import Curvature, Flat, row_fisher
 from slimlm.prune.group import BY_MAGNITUDE, Gradients, Row, curvatures, prune_group
+from slimlm.prune.plan import needs_gradients, refits_head, reorders, repairs, row_of
 from slimlm.prune.quota import Quotas, whole_tiles
 from slimlm.prune.tiles import gathered, reorder
 from slimlm.prune.towards_dense import HEAD_RATE, prune_block
-from slimlm.recipe import Recipe
-from slimlm.run import Outcome, Plan, Run
+from slimlm.run import Outcome, Run
 from slimlm.statistics.grams import firsts, input_sums
 from slimlm.statistics.sweep import Losses, Walks, windows_to_sweep
 from slimlm.statistics.token_gradients import Sample, gather_gradients, gradients_of
 
 HEAD_STEP = "head fitted"
-
-
-def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
-    """The same tensors, some of whose numbers will be zero. Raises UserError for a pattern no matrix has room for."""
-    row_of(recipe).check()
-    model.require_declared("prune")
-    for name, shape in model.matrices.items():
-        require_room(name, shape, recipe)
-    if recipe.tile and recipe.sparsity * sum(map(math.prod, model.matrices.values())) < math.prod(recipe.tile):
-        raise UserError(f"sparsity {recipe.sparsity:g} is less than one tile of {recipe.pattern}")
-    if needs_gradients(recipe) and recipe.fisher_unit == "sequence" and model.family.experts:
-        raise UserError("--fisher-unit sequence: an expert sees single tokens, not sequences")
-    tied = model.model.all_tied_weights_keys
-    named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in tied}
-    tensors = {
-        name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, recipe.dtype))
-        for name, tensor in checkpoint_tensors(model.model, named).items()
-    }
-    config = copy.deepcopy(model.config)
-    config.dtype = next(iter(tensors.values())).dtype
-    parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
-    return Plan(config, tensors, parameters, model.model, files=own_files(config))  # of a checkpoint slicing made
-
-
-def require_room(name: str, shape: torch.Size, recipe: Recipe) -> None:
-    """Raises UserError for a matrix [out, in] that the pattern does not divide."""
-    out, inputs = recipe.tile or (1, recipe.pattern_sizes[1] or 1)
-    for size, of, kind in ((shape[0], out, "outputs"), (shape[1], inputs, "inputs")):
-        if size % of:
-            raise UserError(f"{name} has {size} {kind}, which pattern {recipe.pattern} does not divide")
-
-
-def require_room_later(model: StreamedModel, slicing: Recipe, later: Recipe) -> None:
-    """Raises UserError for tiles that a slice, whichever widths it gets, may not be whole of."""
-    if slicing.method != "slice" or later.method in ("slice", "rotate") or not later.tile:
-        return
-    for name, shape in model.matrices.items():
-        require_room(name, shape, later)
-    head = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
-    for size, what in ((head, "heads"), (slicing.round_to or math.lcm(*later.tile), "widths that are multiples")):
-        if size % math.lcm(*later.tile):
-            raise UserError(
-                f"{what} of {size} are not whole tiles of {later.pattern}, which is to be pruned after slicing"
-            )
-
-
-def row_of(recipe: Recipe) -> Row:
-    """What a resolved recipe prunes by."""
-    assert recipe.curvature is not None
-    assert recipe.mask is not None
-    assert recipe.update is not None
-    return Row(recipe.curvature, recipe.mask, recipe.update, recipe.swaps or 0)
-
-
-def needs_gradients(recipe: Recipe) -> bool:
-    row = row_of(recipe)
-    return "fisher" in row.curvature or (recipe.allocation == "global" and row.curvature != "none")
-
-
-def repairs(recipe: Recipe) -> bool:
-    """Whether kept weights aim at what the dense model computes rather than at what they did themselves."""
-    return recipe.method == "slimlm" and recipe.refit and recipe.update == "joint"
 
 
 @torch.no_grad()
@@ -132,11 +67,6 @@ def run_prune(run: Run) -> Outcome:
     warn_of_starved(notes)
     run.result.settle()
     return Outcome(run.plan, notes, zeros=_zeros_written(run))
-
-
-def refits_head(model: StreamedModel) -> bool:
-    """A head that is tied to the embedding stays as that is."""
-    return not model.head_is_tied and fits_head(model)
 
 
 def _gather_gradients(run: Run) -> None:
@@ -216,16 +146,11 @@ def _shares(model: StreamedModel, counts: dict[str, int]) -> dict[str, float]:
     return {name: round(count / sizes[name].numel(), 4) for name, count in counts.items()}
 
 
-def _reorders(recipe: Recipe, row: Row) -> bool:
-    """Whether neurons are to be gathered first; gradients know them by their places."""
-    return recipe.tile is not None and recipe.reorder and "fisher" not in row.curvature
-
-
 def _prune_apart(run: Run, row: Row, quotas: Quotas) -> dict[str, Any]:
     """Without data, or with gradients of the dense model, blocks do not depend on one another: finished ones are left
     out."""
     for block in run.walk("pruning", finished=lambda block: run.result.written(block.path)):
-        if _reorders(run.recipe, row):
+        if reorders(run.recipe, row):
             reorder(block)
         for group, curvature, own in _known_apart(run, block, row):
             try:
@@ -266,7 +191,7 @@ def _prune_seeing(run: Run, row: Row, quotas: Quotas) -> dict[str, Any]:
     streams = run.streams("calibration", {"pruned": run.model}, run.result.leading(run.model))
     stream = streams["pruned"]
     for block in run.walk("pruning", streams):
-        if _reorders(run.recipe, row):
+        if reorders(run.recipe, row):
             reorder(block, stream)
         gradients = _gradients(run, block) if row.sees_both else {}
         for group, curvature, own in curvatures(block, stream, block.groups, row, gradients, streams.figures):
@@ -284,7 +209,7 @@ def _prune_beside_dense(run: Run, row: Row, quotas: Quotas) -> dict[str, Any]:
     streams = run.streams("pruned", {"dense": model, "small": small}, run.result.leading(model))
     pair = Pair(model, small, eye, streams, run.scratch.hidden("between"), run.recipe.dtype)
     for dense in run.walk("pruning", streams):
-        tensors = dense.weights() | (gathered(dense, streams["dense"]) if _reorders(run.recipe, row) else {})
+        tensors = dense.weights() | (gathered(dense, streams["dense"]) if reorders(run.recipe, row) else {})
         beside = BlockPair(pair, dense, small.blocks[dense.index], tensors)
         prune_block(beside, _gradients(run, dense) if row.sees_both else {}, quotas, row)
         run.result.pass_on(beside.small, streams["small"], run.recipe.dtype, beside.tensors)

@@ -64,12 +64,12 @@ class Measuring:
         most = round(100 * MOST)
         return sorted({min(round(100 * self.sparsity * point), most) for point in POINTS} - {0})
 
-    def curves(self, blocks: Iterable[Block]) -> list[LossCurve]:
-        """Of every block. blocks: a walk from every TOGETHER-th block to the end, again and again, in which the pruned
+    def curves(self, walk: Iterable[Block]) -> list[LossCurve]:
+        """Of every block. walk: from every TOGETHER-th block to the end, again and again, in which the pruned
         streams of a few blocks at a time go on to the end of the model."""
         measured = 0
         cut: dict[tuple[int, int], Stream] = {}
-        for block in blocks:
+        for block in walk:
             for stream in cut.values():
                 block.advance(stream)
             if block.index == measured and len(cut) < TOGETHER * len(self.points):

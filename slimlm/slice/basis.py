@@ -61,14 +61,14 @@ class StreamStatistics:
         self.gram.tokens, self.massive.tokens = state["counts"].tolist()
         self.turned = state["turned"]
 
-    def collect(self, blocks: Iterable[Block], streams: Streams, norms: bool = True) -> None:
+    def collect(self, walk: Iterable[Block], streams: Streams, norms: bool = True) -> None:
         """Move the stream "dense" through the blocks of a walk, its `state` being kept up.
 
         norms: whether what enters the blocks' norms is looked at, or only what leaves the last block.
         """
         if streams.state:
             self.load(streams.state)
-        for block in blocks:
+        for block in walk:
             names = [norm.name for norm in block.family.norms if norms]
             with hooked((block.module.get_submodule(name), self._observe) for name in names):
                 block.advance(streams["dense"], partial(self._turn, block.index))

@@ -110,12 +110,12 @@ class CutStreams:
     learning: Stream
     cut: dict[Cut | None, Stream]
 
-    def curves(self, blocks: Iterable[Block]) -> dict[str, LossCurve]:
-        """For each axis that is cut, the measured rise of the held-out loss at a few sizes. blocks: a walk over all."""
+    def curves(self, walk: Iterable[Block]) -> dict[str, LossCurve]:
+        """For each axis that is cut, the measured rise of the held-out loss at a few sizes. walk: over all."""
         for cut, stream in self.cut.items():
             if cut is not None:
                 self._at_start(cut, stream)
-        for block in blocks:
+        for block in walk:
             self._through(block)
         predicted = self.learning.tokens[0].shape[1] - 1
         losses = {cut: nll(self.layout.model, stream) / predicted for cut, stream in self.cut.items()}

@@ -7,70 +7,34 @@ are refitted to what the sliced stream brings them (`refit.py`).
 """
 
 import copy
-from dataclasses import replace
 from itertools import count, takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimlm.checkpoint.manifest import read_manifest
 from slimlm.checkpoint.reader import Checkpoint
-from slimlm.errors import RunFailure, UserError
+from slimlm.errors import RunFailure
 from slimlm.families import family_of
 from slimlm.fit.beside_dense import Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
 from slimlm.fit.lm_head import fit_head, fits_head
 from slimlm.linalg.ridge import learn_and_test
 from slimlm.model.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
-from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import backwards
-from slimlm.recipe import Recipe
 from slimlm.run import Outcome, Plan, Run
 from slimlm.slice import curves
 from slimlm.slice.basis import Basis, StreamStatistics, basis_from, own_basis
-from slimlm.slice.candidates import axes_of, splits_for, uneven_line
+from slimlm.slice.candidates import splits_for
 from slimlm.slice.config import plan_widths
-from slimlm.slice.per_block import Slicer, basis_of, embedding_gram, embedding_rows, head_of, plan_per_block
+from slimlm.slice.per_block import Slicer, basis_of, embedding_gram, embedding_rows, head_of
+from slimlm.slice.plan import rotated_influence
 from slimlm.slice.refit import Refit
 from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import Layout, Widths
 from slimlm.statistics.sweep import Losses, Walks, gradient_covariance, windows_to_sweep
 
 HEAD_STEP = "head fitted"
-
-
-def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
-    """The largest of the splits that give the requested share of all parameters; which it will be the run settles.
-
-    Raises UserError when none does, or the widths given by hand cannot be had.
-    """
-    if recipe.skip and (recipe.basis == "per-block" or recipe.budget == "hidden" or not recipe.refit):
-        raise UserError(
-            "--skip: a rotation of the stream changes every module; leave out --basis, --budget and --no-refit"
-        )
-    if recipe.basis == "per-block":
-        return plan_per_block(model, recipe)
-    shapes = Shapes(Layout(model))
-    layout, splits = shapes.layout, splits_for(shapes, recipe)
-    plan = plan_widths(shapes, max(splits, key=shapes.parameters), recipe.dtype)
-    uneven = uneven_line(layout, splits)
-    if len(splits) == 1:
-        return replace(plan, remark=uneven)
-    remark = f"one of {len(splits)} splits over {axes_of(layout, splits)}, chosen by the loss on held-out windows"
-    remark += f"\n{uneven}" if uneven else ""
-    whole = [split for split in splits if split.blocks == layout.dense.blocks] or splits
-    return replace(plan, changes={}, remark=remark, widths="/".join(dict.fromkeys(split.inside for split in whole)))
-
-
-def plan_rotate(model: StreamedModel, recipe: Recipe) -> Plan:
-    """The same widths; an untied head where the final norm's gain is not constant. Raises UserError for a model whose
-    stream cannot be rotated."""
-    if not model.family.rotates:
-        raise UserError(model.why_not_rotated)
-    shapes = Shapes(Layout(model, turns=True))
-    return plan_widths(shapes, shapes.dense, recipe.dtype)
 
 
 @torch.no_grad()
@@ -110,13 +74,6 @@ def run_rotate(run: Run) -> Outcome:
     _rotate(run, layout, layout.dense, basis)
     run.result.settle()
     return Outcome(run.plan, {**found.notes, "influence": found.influence.tolist()}, lambda block: basis)
-
-
-def rotated_influence(path: Path) -> list[float] | None:
-    """How much each block changes the stream, of a checkpoint that `slimlm rotate` wrote: the directions of its stream
-    are in order of importance already."""
-    found: list[float] | None = (read_manifest(path) or {}).get("method", {}).get("influence")
-    return found
 
 
 def _basis(run: Run, layout: Layout, splits: list[Widths]) -> Basis:
