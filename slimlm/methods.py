@@ -1,18 +1,17 @@
 """The compression methods, by the name `--method` takes: one row each, with its paper and what it does.
 
-A pruner's row names what it knows of the loss (a class in `prune/curvature.py`), how it chooses weights (a function in
-`prune/masks.py`) and what those that stay do about it (a function in `prune/updates.py`), each by its name there.
+A pruner's row says what it knows of the loss (a class in `prune/curvature.py`, by name), how it chooses weights (a
+function of `prune/masks.py`) and what those that stay do about it (a function of `prune/updates.py`).
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from slimlm.errors import UserError, nearest
 from slimlm.method import Method
 from slimlm.model.streamed import StreamedModel
-from slimlm.prune import solved
-from slimlm.prune.group import Row
+from slimlm.prune import masks, solved, updates
+from slimlm.prune.group import Row, name_of
 from slimlm.prune.plan import needs_gradients, plan_prune, repairs, row_of
 from slimlm.prune.run import run_prune
 from slimlm.recipe import Allocation, Recipe
@@ -59,10 +58,9 @@ def _pruning_gradients(recipe: Recipe, model: StreamedModel) -> int:
 
 def _resolved(recipe: Recipe, row: Row, allocation: Allocation) -> Recipe:
     """With what the method chooses where the recipe does not say."""
-    given = {name: getattr(recipe, name) for name in ("curvature", "mask", "update", "swaps")}
-    chosen = replace(row, **{name: value for name, value in given.items() if value is not None})
-    how = recipe.allocation or ("uniform" if recipe.pattern else allocation)
-    return recipe.model_copy(update={"allocation": how, **vars(chosen)})
+    own = {"curvature": row.curvature, "mask": name_of(row.mask), "update": name_of(row.update), "swaps": row.swaps}
+    own["allocation"] = "uniform" if recipe.pattern else allocation
+    return recipe.model_copy(update={name: value for name, value in own.items() if getattr(recipe, name) is None})
 
 
 def pruning(summary: str, paper: str, row: Row, allocation: Allocation = "uniform") -> Method:
@@ -107,41 +105,51 @@ METHODS: dict[str, Method] = {
     "slimlm": pruning(
         "second-order masks refined by swaps, kept weights solved jointly towards the dense model: loses least",
         "https://arxiv.org/abs/2301.00774",
-        Row("gram", "columns", "joint", swaps=3),
+        Row("gram", masks.columns, updates.joint, swaps=3),
     ),
     "sparsegpt": pruning(
         "prune by second-order scores from left to right, the columns to come making up for those that went",
         "https://arxiv.org/abs/2301.00774",
-        Row("gram", "columns", "left-to-right"),
+        Row("gram", masks.columns, updates.left_to_right),
     ),
     "obc": pruning(
         "prune weight after weight, greedily and with exact second-order updates; slow",
         "https://arxiv.org/abs/2208.11580",
-        Row("gram", "greedy", "joint"),
+        Row("gram", masks.greedy, updates.joint),
     ),
     # Static M-FAC: every row is a block of the Fisher matrix, and weights of the whole model compete.
     "mfac": pruning(
         "prune what the Fisher information of token gradients says costs least, over the whole model",
         "https://arxiv.org/abs/2107.03356",
-        Row("fisher", "obs", "summed"),
+        Row("fisher", masks.obs, updates.summed),
         allocation="global",
     ),
     # And oBERT (arXiv 2203.07259): as mfac, with 64 neighbouring weights of a row in a block.
     "woodfisher": pruning(
         "as mfac, with Fisher information in blocks of neighbouring weights",
         "https://arxiv.org/abs/2004.14340",
-        Row("block-fisher", "obs", "summed"),
+        Row("block-fisher", masks.obs, updates.summed),
         allocation="global",
     ),
     "wanda": pruning(
         "set the weights to zero that are smallest times the norm of their input, row by row",
         "https://arxiv.org/abs/2306.11695",
-        Row("diagonal", "wanda", "none"),
+        Row("diagonal", masks.wanda, updates.none),
+    ),
+    "taylor": pruning(
+        "set the weights to zero that are smallest times their gradient, which the loss feels least at first",
+        "https://arxiv.org/abs/1906.10771",
+        Row("fisher", masks.taylor, updates.none),
+    ),
+    "random": pruning(
+        "set any weights to zero; needs no data: what a method has to beat",
+        "https://arxiv.org/abs/2003.03033",
+        Row("none", masks.random, updates.none),
     ),
     "magnitude": pruning(
         "set the smallest weights of each matrix to zero; needs no data",
         "https://arxiv.org/abs/1506.02626",
-        Row("none", "magnitude", "none"),
+        Row("none", masks.magnitude, updates.none),
     ),
 }
 

@@ -3,10 +3,10 @@
 A curvature has what it can tell and nothing else; which masks and updates it will do for follows from that.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
@@ -107,8 +107,12 @@ class RowFisher:
     def rows(self, rows: slice) -> "RowFisher":
         return replace(self, gradients=replace(self.gradients, delta=self.gradients.delta[:, rows]))
 
+    def squares(self) -> Tensor:
+        """Mean squares of the gradients, the diagonal of the matrix itself but for the damping: [out, in]."""
+        return self.gradients.squares()
+
     def diagonal(self) -> Tensor:
-        """[out, in]."""
+        """Of the inverse: [out, in]."""
         return self._diagonal
 
     @cached_property
@@ -137,13 +141,10 @@ CURVATURES: dict[str, type[Curvature]] = {
 }
 
 
-def able(need: str) -> list[str]:
-    """The curvatures that have what a mask or an update needs."""
-    return [name for name, kind in CURVATURES.items() if hasattr(kind, need) or need in _fields(kind)]
-
-
-def _fields(kind: type[Curvature]) -> set[str]:
-    return {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+def able(needing: Callable[..., Any]) -> list[str]:
+    """The curvatures that have what a mask or an update is annotated to need of its own."""
+    needed = get_type_hints(needing)["curvature"]
+    return [name for name, kind in CURVATURES.items() if needed is Curvature or issubclass(kind, needed)]
 
 
 def damped(

@@ -17,9 +17,9 @@ from slimlm.model.block import Block, Group
 from slimlm.model.stream import Stream
 from slimlm.prune import masks, updates
 from slimlm.prune.curvature import Curvature, Flat, Norms, able, damped
-from slimlm.prune.masks import Chosen
+from slimlm.prune.masks import Chosen, Mask
 from slimlm.prune.quota import Quota, Quotas
-from slimlm.recipe import CurvatureName, MaskName, UpdateName
+from slimlm.prune.updates import Update
 from slimlm.statistics.grams import FEW, firsts, in_turn, input_sums
 from slimlm.statistics.token_gradients import TokenGradients
 
@@ -28,18 +28,22 @@ Gradients = Mapping[str, TokenGradients]  # by linear, within its block
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table of methods: names of a curvature, a mask and an update, and how often swaps refine the mask
-    before each joint update."""
+    """What a method prunes by: the name of a curvature, a mask and an update, and how often swaps refine the mask
+    before a joint update."""
 
-    curvature: CurvatureName
-    mask: MaskName
-    update: UpdateName
+    curvature: str
+    mask: Mask
+    update: Update
     swaps: int = 0
 
     @property
     def goes_left_to_right(self) -> bool:
         """Whether nothing of the curvature is needed but the factor that columns are settled by."""
-        return self.curvature == "gram" and self.mask == "columns" and self.update in ("left-to-right", "none")
+        return (
+            self.curvature == "gram"
+            and self.mask is masks.columns
+            and self.update in (updates.left_to_right, updates.none)
+        )
 
     @property
     def sees_gram(self) -> bool:
@@ -57,14 +61,18 @@ class Row:
 
     def check(self) -> None:
         """Raises UserError where mask or update need what the curvature has not."""
-        for kind, name, needs in (("mask", self.mask, masks.NEEDS), ("update", self.update, updates.NEEDS)):
-            if name in needs and self.curvature not in able(needs[name]):
-                raise UserError(
-                    f"{kind} {name} needs a curvature of {' or '.join(able(needs[name]))}, not {self.curvature}"
-                )
+        for kind, function in (("mask", self.mask), ("update", self.update)):
+            if self.curvature not in able(function):
+                known = " or ".join(able(function))
+                raise UserError(f"{kind} {name_of(function)} needs a curvature of {known}, not {self.curvature}")
 
 
-BY_MAGNITUDE = Row("none", "magnitude", "none")
+BY_MAGNITUDE = Row("none", masks.magnitude, updates.none)
+
+
+def name_of(function: Mask | Update) -> str:
+    """What recipes call a mask or an update."""
+    return function.__name__.replace("_", "-")
 
 
 def prune(weight: Tensor, curvature: Curvature, quota: Quota, row: Row) -> Chosen:
@@ -80,8 +88,8 @@ def prune(weight: Tensor, curvature: Curvature, quota: Quota, row: Row) -> Chose
         return found, pruned
     dead = curvature.dead if isinstance(curvature, Hessian) and curvature.dead.any() else None
     alive = weight if dead is None else weight.masked_fill(dead, 0)
-    chosen = masks.MASKS[row.mask](alive, curvature, quota)
-    found, pruned = updates.UPDATES[row.update](alive, curvature, quota, chosen, row.swaps)
+    chosen = row.mask(alive, curvature, quota)
+    found, pruned = row.update(alive, curvature, quota, chosen, row.swaps)
     return (found if dead is None else torch.where(dead & ~pruned, weight, found)), pruned
 
 

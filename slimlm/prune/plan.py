@@ -12,6 +12,8 @@ from slimlm.fit.lm_head import fits_head
 from slimlm.model.streamed import StreamedModel
 from slimlm.modeling import own_files
 from slimlm.prune.group import Row
+from slimlm.prune.masks import MASKS
+from slimlm.prune.updates import UPDATES
 from slimlm.recipe import Recipe
 from slimlm.run import Plan
 
@@ -65,7 +67,7 @@ def row_of(recipe: Recipe) -> Row:
     assert recipe.curvature is not None
     assert recipe.mask is not None
     assert recipe.update is not None
-    return Row(recipe.curvature, recipe.mask, recipe.update, recipe.swaps or 0)
+    return Row(recipe.curvature, MASKS[recipe.mask], UPDATES[recipe.update], recipe.swaps or 0)
 
 
 def needs_gradients(recipe: Recipe) -> bool:

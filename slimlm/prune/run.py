@@ -30,7 +30,7 @@ from slimlm.prune import allocation, solved
 from slimlm.prune.curvature import Curvature, Flat, row_fisher
 from slimlm.prune.group import BY_MAGNITUDE, Gradients, Row, curvatures, prune_group
 from slimlm.prune.plan import needs_gradients, refits_head, reorders, repairs, row_of
-from slimlm.prune.quota import Quotas, whole_tiles
+from slimlm.prune.quota import ALONE, Quotas, whole_tiles
 from slimlm.prune.tiles import gathered, reorder
 from slimlm.prune.towards_dense import HEAD_RATE, prune_block
 from slimlm.run import Outcome, Run
@@ -56,7 +56,7 @@ def run_prune(run: Run) -> Outcome:
     run.scratch.clear()
     if recipe.tile:
         counts = whole_tiles(counts, recipe.tile)
-    quotas = Quotas(counts, *recipe.pattern_sizes, *((recipe.tile,) if recipe.tile else ()))
+    quotas = Quotas(counts, *recipe.pattern_sizes, recipe.tile or ALONE, recipe.seed)
     notes: dict[str, Any] = {} if recipe.allocation == "uniform" else {"allocation": _shares(model, counts)}
     if row.curvature == "none" or row.sees_fisher:
         notes |= _prune_apart(run, row, quotas)

@@ -19,6 +19,7 @@ from slimlm.model.hidden import Scratch
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
+from slimlm.prune import masks, updates
 from slimlm.prune.curvature import Curvature, Flat
 from slimlm.prune.group import Row, curvatures, prune_group
 from slimlm.prune.quota import Quotas
@@ -28,7 +29,7 @@ POINTS = (0.5, 1.0, 1.5, 2.0)  # of the sparsity asked for
 MOST = 0.95  # sparse, at most
 TOGETHER = 4  # blocks measured in one walk: their pruned streams wait on disk, all points of each
 SCRATCH = WINDOWS * (TOGETHER * len(POINTS) + 2)  # windows on disk at once
-LEFT_TO_RIGHT = Row("gram", "columns", "left-to-right")
+LEFT_TO_RIGHT = Row("gram", masks.columns, updates.left_to_right)
 Known = list[tuple[Group, Curvature, Row]]
 
 

@@ -52,10 +52,7 @@ def joint(weight: Tensor, curvature: Hessian, quota: Quota, chosen: Chosen, swap
     return torch.cat([found for found, _ in solved]), torch.cat([pruned for _, pruned in solved])
 
 
-UPDATES: dict[str, Callable[[Tensor, Any, Quota, Chosen, int], Chosen]] = {
-    "none": none,
-    "left-to-right": left_to_right,
-    "summed": summed,
-    "joint": joint,
+Update = Callable[[Tensor, Any, Quota, Chosen, int], Chosen]
+UPDATES: dict[str, Update] = {
+    update.__name__.replace("_", "-"): update for update in (none, left_to_right, summed, joint)
 }
-NEEDS = {"left-to-right": "upper", "summed": "times", "joint": "apply"}  # of a curvature

@@ -37,6 +37,13 @@ class TokenGradients:
         squares = ((x @ x.mT) * (delta @ delta.mT)).sum((1, 2))  # of sum_t delta_t x_t^T, without writing it out
         return squares.mean() / (x.shape[-1] * delta.shape[-1])
 
+    def squares(self) -> Tensor:
+        """Mean over gradients of their squares: [out, in]."""
+        if self.window == 1:
+            return self.delta.square().T @ self.x.square() / len(self.x)
+        rows = range(self.delta.shape[1])
+        return torch.cat([self.of_rows(slice(row, row + 1)).square().mean(1) for row in rows])
+
     def of_rows(self, rows: slice) -> Tensor:
         """The sequences' gradients with respect to some rows of the weight: [rows, sequences, in]."""
         found: Tensor = self._by_window(self.delta)[..., rows].mT @ self._by_window(self.x)
