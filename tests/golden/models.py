@@ -1,5 +1,6 @@
 """Tiny models of every kind of block, with a tokenizer of single characters, and data for them."""
 
+import zlib
 from pathlib import Path
 
 import numpy
@@ -38,17 +39,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(name: str, path: Path) -> Path:
-    """A random model of this name whose gains and biases are not the trivial ones."""
-    torch.manual_seed(0)
+    """A random model of this name whose gains and biases are not the trivial ones; a parameter's values hang on its
+    name alone."""
     model = AutoModelForCausalLM.from_config(tiny_config(name))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
+            chance = torch.Generator().manual_seed(zlib.crc32(key.encode()))
             if "norm" in key or "ln_" in key:
-                parameter.uniform_(0.5, 1.5)
-            elif key.endswith("bias"):
-                parameter.normal_(std=0.1)
+                parameter.uniform_(0.5, 1.5, generator=chance)
             else:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=0.1 if key.endswith("bias") else 0.15, generator=chance)
     model.save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

@@ -126,11 +126,19 @@ def logits_of(output: Path) -> torch.Tensor:
     return model(torch.tensor(WINDOW)).logits
 
 
+def processor() -> str:
+    """The kind of processor, by which libraries choose kernels."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
 def conditions() -> dict[str, str | int]:
     """What decides the bytes of a result, beside slimlm."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
