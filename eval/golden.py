@@ -116,6 +116,8 @@ def tensors_that_differ(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def differences(name: str, old: Results, new: Results) -> list[str]:
     """What of a case is not the same; nothing if all is."""
     before, after = old.cases[name], new.cases[name]
+    if before["wording"] != after["wording"]:
+        return ["the case is not what it was then: --save the old tree anew"]
     if failed := [f"{side} {case['error']}" for side, case in (("old", before), ("new", after)) if "error" in case]:
         return failed
     lines = tensors_that_differ(old.tensors(name), new.tensors(name))
@@ -135,6 +137,8 @@ def compared(old: Results, new: Results, names: list[str]) -> int:
     """Print a line per case, and return how many are not the same."""
     if old.conditions != new.conditions:
         print(f"these ran elsewhere: {old.conditions}, {new.conditions}")
+    if old.form != new.form:
+        print(f"recipes are {old.form} in the old and {new.form} in the new one: not compared in slimlm.json")
     different = 0
     for name in names:
         lines = differences(name, old, new) if name in old.cases else ["the old one has no such case"]

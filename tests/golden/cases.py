@@ -32,6 +32,11 @@ class Case:
     stops: tuple[int, ...] = ()
     is_stored: bool = False
 
+    @property
+    def wording(self) -> str:
+        """What is run, to tell results of a case that has been changed since."""
+        return repr((self.model, self.steps, self.shared, self.before, self.stops))
+
 
 def flat(steps: tuple[Settings, ...], shared: Settings) -> Settings:
     """A recipe that has its first step's settings at the top, and `then` for the second."""

@@ -163,6 +163,7 @@ def main(target: str, place: str, *names: str) -> None:
     accounts, tensors = {}, {}
     for name in names:
         accounts[name], found = account_of(CASES[name], Path(place))
+        accounts[name]["wording"] = CASES[name].wording
         tensors |= {f"{name}/{key}": tensor for key, tensor in found.items()}
         print(f"{accounts[name]['seconds']:6.1f} s  {name}", file=sys.stderr, flush=True)
     about = {"form": FORM, "conditions": conditions(), "cases": accounts}
