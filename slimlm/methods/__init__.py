@@ -1,5 +1,7 @@
 """The compression methods, by the name `--method` takes. A new one is a file and a line here."""
 
+from typing import Any
+
 from slimlm.errors import UserError, nearest
 from slimlm.methods.magnitude import MAGNITUDE
 from slimlm.methods.mfac import MFAC
@@ -11,7 +13,7 @@ from slimlm.methods.sparsegpt import SPARSEGPT
 from slimlm.methods.wanda import WANDA
 from slimlm.methods.woodfisher import WOODFISHER
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method[Any]] = {
     "slice": SLICE,
     "rotate": ROTATE,
     "slimlm": SLIMLM,
@@ -24,7 +26,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method_named(name: str) -> Method:
+def method_named(name: str) -> Method[Any]:
     """Raises UserError naming the known methods."""
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)})")

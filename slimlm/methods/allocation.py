@@ -26,9 +26,9 @@ from slimlm.linalg.allocation import (
 from slimlm.linalg.ridge import WIDE
 from slimlm.matrices import matrix
 from slimlm.methods.fisher import TokenGradients, gradients_of, row_fisher
-from slimlm.methods.matrix import FISHERS, Choice, curvature_of
+from slimlm.methods.matrix import Choice, curvature_of
 from slimlm.methods.solved import MOST, solved_shares
-from slimlm.recipe import Recipe
+from slimlm.recipe import FISHERS, PruneStep
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
@@ -37,7 +37,7 @@ InputNorms = Callable[[int], dict[str, Tensor]]  # of a block's linears, by name
 
 def allocate(
     model: StreamedModel,
-    recipe: Recipe,
+    recipe: PruneStep,
     choice: Choice,
     work: Work,
     batches: list[Tensor],
@@ -68,7 +68,7 @@ def allocate(
 
 def _counts(
     model: StreamedModel,
-    recipe: Recipe,
+    recipe: PruneStep,
     choice: Choice,
     work: Work,
     input_norms: InputNorms,
@@ -117,7 +117,7 @@ def global_scores(
     weights: Mapping[str, Tensor],
     gradients: Mapping[str, TokenGradients],
     part: str,
-    recipe: Recipe,
+    recipe: PruneStep,
     choice: Choice,
 ) -> Iterator[tuple[str, Tensor]]:
     """What pruning each weight [out, in] of a block's linears alone is predicted to cost, on one scale for the model.

@@ -13,7 +13,7 @@ from slimlm.errors import RunFailure
 from slimlm.linalg.gram import Gram, rms_normalise
 from slimlm.linalg.pca import felt, leading, principal_basis, with_kept
 from slimlm.methods.gradients import TOKENS, gradient_covariance
-from slimlm.recipe import Recipe
+from slimlm.recipe import RotateStep, SliceStep
 from slimlm.stream import hooked
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
@@ -64,7 +64,7 @@ class StreamStatistics:
         self.turned = state["turned"]
 
 
-def find_basis(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work: Work) -> Basis:
+def find_basis(model: StreamedModel, recipe: SliceStep | RotateStep, batches: list[Tensor], work: Work) -> Basis:
     """Eigenvectors of the sum over all norms of the Gram of what the readers see, weighed by what the loss feels.
 
     SliceGPT (arXiv 2401.15024, section 3.2) takes the raw stream, where late blocks and tokens of huge norm decide

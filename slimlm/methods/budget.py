@@ -24,7 +24,7 @@ from slimlm.methods.basis import Basis
 from slimlm.methods.inputs import input_statistics
 from slimlm.methods.rotation import tied_gain
 from slimlm.methods.widths import BLOCK, COARSE, COARSEST, Layout, Widths
-from slimlm.recipe import Recipe
+from slimlm.recipe import SliceStep
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
@@ -45,7 +45,7 @@ class Cut:
     removed: int
 
 
-def candidates(layout: Layout, recipe: Recipe) -> list[Widths]:
+def candidates(layout: Layout, recipe: SliceStep) -> list[Widths]:
     """All splits that remove the requested share of the parameters, to TOLERANCE; blocks counted from the front.
 
     Widths are multiples of `--round-to`, by default of 32, or the largest smaller power of two that gets there. With

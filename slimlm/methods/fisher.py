@@ -24,7 +24,7 @@ from slimlm.linalg.fisher import (
     token_inverse,
 )
 from slimlm.methods.gradients import TOKENS, Seen, reverse_sweep
-from slimlm.recipe import Recipe
+from slimlm.recipe import PruneStep
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
@@ -119,14 +119,14 @@ def row_fisher(gradients: TokenGradients, damping: float, blocks: bool) -> RowFi
     return RowFisher(gradients, damping * max(float(gradients.mean_square()), 1e-30), size)
 
 
-def gradient_numbers(recipe: Recipe, model: StreamedModel) -> int:
+def gradient_numbers(recipe: PruneStep, model: StreamedModel) -> int:
     """How many numbers gathered gradients are."""
     assert recipe.max_seq_length is not None
     of_each = recipe.max_seq_length if recipe.fisher_unit == "sequence" else 1
     return int(min(TOKENS, recipe.fisher_samples * of_each) * sum(map(sum, model.matrices.values())))
 
 
-def gather_gradients(model: StreamedModel, recipe: Recipe, batches: list[Tensor], work: Work) -> None:
+def gather_gradients(model: StreamedModel, recipe: PruneStep, batches: list[Tensor], work: Work) -> None:
     """Leave the gradients of `recipe.fisher_samples` tokens, or of all tokens of so many windows, in the journal.
 
     Nothing is done where an earlier process did. Raises UserError for sequences where experts see single tokens.

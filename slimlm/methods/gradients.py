@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from slimlm.linalg.gram import Gram
-from slimlm.recipe import Recipe
+from slimlm.recipe import Step
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
@@ -46,7 +46,7 @@ def gradient_covariance(model: StreamedModel, batches: list[Tensor], seed: int, 
     return gram.matrix
 
 
-def sweep_windows(recipe: Recipe, model: StreamedModel) -> int:
+def sweep_windows(recipe: Step, model: StreamedModel) -> int:
     """Windows' worth of hidden states that a sweep leaves on disk: every block's input, which do not come in pairs."""
     assert recipe.max_seq_length is not None
     return (TOKENS // recipe.max_seq_length + 1) * (len(model.blocks) + 2) // 2

@@ -12,27 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slimlm.errors import RunFailure, UserError
+from slimlm.errors import RunFailure
 from slimlm.linalg.hessian import DAMPING, Hessian, SingularCurvature, hessian, with_gradients
 from slimlm.linalg.masks import Tile, pooled, smallest, smallest_per_group, smallest_per_row, spread, spread_out
 from slimlm.linalg.obs import ROUGHLY, Inverse, cheapest_first, greedy_order, joint, left_to_right, summed, swapped
 from slimlm.methods.fisher import TokenGradients
-from slimlm.recipe import CurvatureName, MaskName, Recipe, UpdateName
+from slimlm.recipe import CurvatureName, MaskName, PruneStep, UpdateName
 
 Known = Hessian | Inverse | Tensor | None
-GRAMS = ("gram", "gram+fisher")
-FISHERS = ("fisher", "block-fisher")
-NEEDS: dict[str, tuple[str, ...]] = {  # curvatures that masks and updates can do with
-    "magnitude": ("none", "diagonal", *GRAMS, *FISHERS),
-    "wanda": ("diagonal", *GRAMS),
-    "obs": (*GRAMS, *FISHERS),
-    "columns": GRAMS,
-    "greedy": GRAMS,
-    "none": ("none", "diagonal", *GRAMS, *FISHERS),
-    "left-to-right": GRAMS,
-    "summed": (*GRAMS, *FISHERS),
-    "joint": GRAMS,
-}
 CHUNK_ELEMENTS = 1 << 24  # of a weight whose rows are solved for at once
 COLUMNS = 128  # of which SparseGPT chooses a mask at once
 
@@ -60,20 +47,8 @@ class Choice:
         return self.curvature == "gram" and self.mask == "columns" and self.update in ("left-to-right", "none")
 
 
-def combined(choice: Choice, recipe: Recipe) -> Choice:
-    """The choice with what the recipe sets otherwise. Raises UserError for what does not go together."""
-    given = {name: getattr(recipe, name) for name in ("curvature", "mask", "update", "swaps")}
-    choice = replace(choice, **{name: value for name, value in given.items() if value is not None})
-    for kind, value in (("mask", choice.mask), ("update", choice.update)):
-        if choice.curvature not in NEEDS[value]:
-            raise UserError(f"{kind} {value} needs a curvature of {' or '.join(NEEDS[value])}, not {choice.curvature}")
-    if choice.curvature == "gram+fisher" and recipe.fisher_unit == "sequence":
-        raise UserError("curvature gram+fisher puts gradients of tokens beside the Gram, not of sequences")
-    if choice.mask == "greedy" and recipe.tile:
-        raise UserError(f"mask greedy takes weights one by one, not tiles of {recipe.pattern}")
-    if choice.swaps and choice.update != "joint":
-        raise UserError(f"swaps refine the mask of update joint, not of {choice.update}")
-    return choice
+def choice_of(step: PruneStep) -> Choice:
+    return Choice(step.curvature, step.mask, step.update, step.swaps)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,9 @@ model compete, and those that stay take the sum of the optimal brain surgeon's s
 model's, at tokens drawn from its own predictions (`--fisher-labels text` for the paper's empirical Fisher).
 """
 
-from slimlm.methods.matrix import Choice
 from slimlm.methods.prune import pruning
 
 MFAC = pruning(
     "prune what the Fisher information of token gradients says costs least, over the whole model",
     "https://arxiv.org/abs/2107.03356",
-    Choice(curvature="fisher", mask="obs", update="summed"),
-    allocation="global",
 )

@@ -5,12 +5,9 @@ exact downdates of the row's inverse; rows then compete for how many go. Slow fo
 inputs, for every row.
 """
 
-from slimlm.methods.matrix import Choice
 from slimlm.methods.prune import pruning
 
 OBC = pruning(
     "prune weight after weight, greedily and with exact second-order updates; slow",
     "https://arxiv.org/abs/2208.11580",
-    Choice(curvature="gram", mask="greedy", update="joint"),
-    repairs=False,
 )

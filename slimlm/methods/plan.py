@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import UserError
-from slimlm.recipe import Recipe
+from slimlm.recipe import AnyStep, Step
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
+
+S = TypeVar("S", bound=Step)
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Plan:
     config: PretrainedConfig
     tensors: dict[str, TensorSpec]
     parameters: int
-    recipe: Recipe
+    recipe: AnyStep
     carrier: PreTrainedModel
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     remark: str | None = None
@@ -53,7 +55,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Generic[S]):
     """plan(model, recipe) does no heavy work and raises UserError for what cannot be done.
     run(model, plan, batches, work) lays out and writes every tensor once; it may find some of its work done already.
 
@@ -62,19 +64,17 @@ class Method:
     calibrates(recipe, path): whether it looks at data, for the model in a directory.
     holds_out(recipe): whether it chooses something on windows it holds out, and so needs a few.
     gradients(recipe, model): numbers of gradients that are kept beside the result while it runs.
-    resolve(recipe): the recipe with what the method chooses where the recipe does not say.
     """
 
     summary: str
     paper: str
     sparsity_of: Literal["parameters", "weights in pruned matrices"]
-    calibrates: Callable[[Recipe, Path], bool]
-    plan: Callable[[StreamedModel, Recipe], Plan]
+    calibrates: Callable[[S, Path], bool]
+    plan: Callable[[StreamedModel, S], Plan]
     run: Callable[[StreamedModel, Plan, list[Tensor], Work], Outcome]
-    scratch: Callable[[Recipe, StreamedModel], int] = lambda recipe, model: 0
-    holds_out: Callable[[Recipe], bool] = lambda recipe: False
-    gradients: Callable[[Recipe, StreamedModel], int] = lambda recipe, model: 0
-    resolve: Callable[[Recipe], Recipe] = lambda recipe: recipe
+    scratch: Callable[[S, StreamedModel], int] = lambda recipe, model: 0
+    holds_out: Callable[[S], bool] = lambda recipe: False
+    gradients: Callable[[S, StreamedModel], int] = lambda recipe, model: 0
 
 
 def require_declared(model: StreamedModel, verb: str) -> None:

@@ -10,7 +10,6 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from slimlm.methods.fisher import gather_gradients, gradient_names, gradient_num
 from slimlm.methods.gather import gathered
 from slimlm.methods.gradients import sweep_windows
 from slimlm.methods.inputs import input_statistics
-from slimlm.methods.matrix import FISHERS, Choice, Pattern, Task, combined
+from slimlm.methods.matrix import Pattern, Task, choice_of
 from slimlm.methods.plan import Method, Outcome, Plan, require_declared
 from slimlm.methods.prune_block import by_kind, prune_by_magnitude, prune_seen, prune_together, warn_of_starved
 from slimlm.methods.repair import prune_and_repair, refits_head
@@ -33,73 +32,38 @@ from slimlm.methods.rotation import unchanged
 from slimlm.methods.solved import SCRATCH as SOLVED_SCRATCH
 from slimlm.methods.widths import Layout
 from slimlm.modeling import own_files
-from slimlm.recipe import Allocation, Recipe
+from slimlm.recipe import FISHERS, PruneStep, SliceStep
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work, as_figures, as_state
 
 
-def pruning(
-    summary: str, paper: str, choice: Choice, repairs: bool = False, allocation: Allocation = "uniform"
-) -> Method:
-    """A method that is one row of the table.
-
-    repairs: whether kept weights aim at what the dense model computes rather than at what they did themselves, and the
-    head is refitted; `refit: false` in the recipe turns that off. allocation: where the recipe names none.
-    """
-
-    def settled(recipe: Recipe) -> tuple[Recipe, Choice]:
-        chosen = recipe.allocation or ("uniform" if recipe.pattern else allocation)
-        whole = combined(choice, recipe)
-        return recipe.model_copy(update={"allocation": chosen, **vars(whole)}), whole
-
-    def calibrates(recipe: Recipe, path: Path) -> bool:
-        recipe, chosen = settled(recipe)
-        return chosen.curvature != "none" or recipe.allocation in ("owl", "solved")
-
-    def repairing(recipe: Recipe) -> bool:
-        return recipe.refit and repairs and settled(recipe)[1].update == "joint"
-
-    def scratch(recipe: Recipe, model: StreamedModel) -> int:
-        streams = 3 * recipe.num_calibration_samples if repairing(recipe) else 0
-        recipe, chosen = settled(recipe)
-        if recipe.allocation == "solved":
-            streams = max(streams, SOLVED_SCRATCH)
-        if recipe.allocation == "owl":
-            streams = max(streams, recipe.num_calibration_samples)
-        return max(streams, sweep_windows(recipe, model)) if needs_gradients(recipe, chosen) else streams
-
-    def gradients(recipe: Recipe, model: StreamedModel) -> int:
-        return gradient_numbers(recipe, model) if needs_gradients(*settled(recipe)) else 0
-
-    def run(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
-        return run_prune(model, plan, batches, work, combined(choice, plan.recipe), repairing(plan.recipe))
-
-    return Method(
+def pruning(summary: str, paper: str) -> Method[PruneStep]:
+    """A method that is one row of the table."""
+    return Method[PruneStep](
         summary=summary,
         paper=paper,
         sparsity_of="weights in pruned matrices",
-        calibrates=calibrates,
-        plan=lambda model, recipe: plan_prune(model, settled(recipe)[0]),
-        run=run,
-        scratch=scratch,
-        gradients=gradients,
-        holds_out=repairing,
-        resolve=lambda recipe: settled(recipe)[0],
+        calibrates=lambda recipe, path: recipe.curvature != "none" or recipe.allocation in ("owl", "solved"),
+        plan=plan_prune,
+        run=run_prune,
+        scratch=_scratch,
+        gradients=lambda recipe, model: gradient_numbers(recipe, model) if recipe.needs_gradients else 0,
+        holds_out=lambda recipe: recipe.repairs,
     )
 
 
-def needs_gradients(recipe: Recipe, choice: Choice) -> bool:
-    return "fisher" in choice.curvature or (recipe.allocation == "global" and choice.curvature != "none")
+def _scratch(recipe: PruneStep, model: StreamedModel) -> int:
+    streams = 3 * recipe.num_calibration_samples if recipe.repairs else 0
+    if recipe.allocation == "solved":
+        streams = max(streams, SOLVED_SCRATCH)
+    if recipe.allocation == "owl":
+        streams = max(streams, recipe.num_calibration_samples)
+    return max(streams, sweep_windows(recipe, model)) if recipe.needs_gradients else streams
 
 
-def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
+def plan_prune(model: StreamedModel, recipe: PruneStep) -> Plan:
     """The same tensors, some of whose numbers will be zero. Raises UserError for a pattern no matrix has room for."""
-    for flag, value in (("--round-to", recipe.round_to), ("--widths", recipe.widths)):
-        if value:
-            raise UserError(f"{flag} is for methods that change widths; pruning keeps them")
-    if recipe.pattern and recipe.allocation != "uniform":
-        raise UserError(f"--allocation {recipe.allocation}: a pattern prunes every matrix alike")
     named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in _tied(model)}
     require_declared(model, "prune")
     for name, shape in model.matrices.items():
@@ -117,7 +81,7 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     return Plan(config, tensors, parameters, recipe, model.model, files=files)
 
 
-def _require_room(name: str, shape: torch.Size, recipe: Recipe) -> None:
+def _require_room(name: str, shape: torch.Size, recipe: PruneStep) -> None:
     """Raises UserError for a matrix [out, in] that the pattern does not divide."""
     out, inputs = recipe.tile or (1, recipe.pattern_sizes[1] or 1)
     for size, of, kind in ((shape[0], out, "outputs"), (shape[1], inputs, "inputs")):
@@ -125,9 +89,9 @@ def _require_room(name: str, shape: torch.Size, recipe: Recipe) -> None:
             raise UserError(f"{name} has {size} {kind}, which pattern {recipe.pattern} does not divide")
 
 
-def require_room_later(model: StreamedModel, slicing: Recipe, later: Recipe) -> None:
+def require_room_later(model: StreamedModel, slicing: SliceStep, later: PruneStep) -> None:
     """Raises UserError for tiles that a slice, whichever widths it gets, may not be whole of."""
-    if not later.tile or slicing.method != "slice":
+    if not later.tile:
         return
     for name, shape in model.matrices.items():
         _require_room(name, shape, later)
@@ -144,17 +108,17 @@ def _tied(model: StreamedModel) -> set[str]:
 
 
 @torch.no_grad()
-def run_prune(
-    model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work, choice: Choice, repairs: bool
-) -> Outcome:
+def run_prune(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
     """Prune block after block, and write each."""
     recipe = plan.recipe
+    assert isinstance(recipe, PruneStep)
+    choice, repairs = choice_of(recipe), recipe.repairs
     work.lay_out(plan.tensors, plan.carrier)
     later = [model.family.final_norm, model.family.head] if repairs and refits_head(model) else []
     for part in model.outside:
         if part not in later and not work.written(part):
             work.write(model, part, unchanged(model, part))
-    if needs_gradients(recipe, choice):
+    if recipe.needs_gradients:
         gather_gradients(model, recipe, batches, work)
     counts = allocate(model, recipe, choice, work, batches, partial(_dense_norms, model, {}, batches, work))
     work.clear_scratch()
@@ -192,7 +156,7 @@ def _dense_norms(
     return {name: found[first] for name, first in model.anatomy[index].first_of.items() if first in found}
 
 
-def _prune_apart(model: StreamedModel, recipe: Recipe, task: Task, work: Work) -> dict[str, Any]:
+def _prune_apart(model: StreamedModel, recipe: PruneStep, task: Task, work: Work) -> dict[str, Any]:
     """Without data, or with gradients of the dense model, blocks do not depend on one another: finished ones are left
     out."""
     work.progress.stage("pruning", len(model.blocks))
@@ -220,7 +184,7 @@ def _reorder(layout: Layout, index: int, stream: Stream | None = None) -> None:
         weights[name].copy_(tensor)
 
 
-def _prune_by_gradients(model: StreamedModel, index: int, block: nn.Module, recipe: Recipe, task: Task) -> None:
+def _prune_by_gradients(model: StreamedModel, index: int, block: nn.Module, recipe: PruneStep, task: Task) -> None:
     part, found = model.family.block(index), task.gradients(index)
     for name in model.anatomy[index].linears:
         if name not in found:  # an expert that no token reached
@@ -263,7 +227,7 @@ def _prune_seeing(model: StreamedModel, task: Task, batches: list[Tensor], work:
     return by_kind(figures)
 
 
-def _pattern(counts: dict[str, int], recipe: Recipe, names: list[str]) -> Pattern:
+def _pattern(counts: dict[str, int], recipe: PruneStep, names: list[str]) -> Pattern:
     """How much goes of matrices, by their full names."""
     of = tuple(counts[name] for name in names)
     if recipe.tile:

@@ -30,7 +30,7 @@ from slimlm.methods.prune_block import by_kind, prune_seen
 from slimlm.methods.refit import Pair, Tensors
 from slimlm.methods.rotation import write_head
 from slimlm.methods.widths import Layout
-from slimlm.recipe import Recipe
+from slimlm.recipe import PruneStep
 from slimlm.walk import StreamedModel
 from slimlm.work import Work, as_figures, as_state
 
@@ -39,7 +39,7 @@ HEAD_RATE = 0.3 * RATE  # pruned streams are nearer to the dense one than sliced
 
 @torch.no_grad()
 def prune_and_repair(
-    model: StreamedModel, recipe: Recipe, task: Task, batches: list[Tensor], work: Work
+    model: StreamedModel, recipe: PruneStep, task: Task, batches: list[Tensor], work: Work
 ) -> dict[str, Any]:
     """Write every block pruned, and the head refitted unless it is tied to the embedding; figures for the manifest."""
     layout = Layout(model)

@@ -28,18 +28,16 @@ from slimlm.methods.prune_block import by_kind, warn_of_starved
 from slimlm.methods.refit import refit_blocks
 from slimlm.methods.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
 from slimlm.methods.widths import BLOCK, Layout, Widths
-from slimlm.recipe import Recipe
+from slimlm.recipe import RotateStep, SliceStep
 from slimlm.walk import StreamedModel
 from slimlm.work import Rows, Work
 
 
-def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
+def plan_slice(model: StreamedModel, recipe: SliceStep) -> Plan:
     """The largest of the splits that give the requested share of all parameters; which it will be the run settles.
 
     Raises UserError when none does, or the widths given by hand cannot be had.
     """
-    if recipe.pattern:
-        raise UserError("--pattern is for methods that set weights to zero; slice removes whole directions")
     if recipe.skip and (recipe.basis == "per-block" or recipe.budget == "hidden" or not recipe.refit):
         raise UserError(
             "--skip: a rotation of the stream changes every module; leave out --basis, --budget and --no-refit"
@@ -58,7 +56,7 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
     return replace(plan, changes={}, remark=remark, widths="/".join(dict.fromkeys(split.inside for split in whole)))
 
 
-def _splits(layout: Layout, recipe: Recipe) -> list[Widths]:
+def _splits(layout: Layout, recipe: SliceStep) -> list[Widths]:
     if recipe.widths:
         return [_by_hand(layout, recipe, choice) for choice in recipe.width_choices]
     splits = candidates(layout, recipe)
@@ -68,7 +66,7 @@ def _splits(layout: Layout, recipe: Recipe) -> list[Widths]:
     return splits
 
 
-def _by_hand(layout: Layout, recipe: Recipe, given: dict[str, int]) -> Widths:
+def _by_hand(layout: Layout, recipe: SliceStep, given: dict[str, int]) -> Widths:
     """Raises UserError for widths that the model does not have or that the config class refuses."""
     dense = layout.dense
     tied = given.pop("tied", 0) > 0
@@ -108,7 +106,7 @@ def _why_not(model: StreamedModel) -> str:
     return f"{model.config.model_type!r} cannot be rotated: {model.family.why_not}"
 
 
-def _nearest(layout: Layout, recipe: Recipe) -> str:
+def _nearest(layout: Layout, recipe: SliceStep) -> str:
     """How near one can come, as a hint."""
     if not layout.model.family.rotates and not recipe.refit:
         return (
@@ -148,6 +146,7 @@ def _axes(layout: Layout, splits: list[Widths]) -> str:
 def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
     """Find the basis in one pass over the blocks, settle the widths, and write the blocks in a last one."""
     recipe, layout = plan.recipe, Layout(model)
+    assert isinstance(recipe, SliceStep)
     if recipe.basis == "per-block":
         return run_per_block(model, plan, batches, work)
     splits = _splits(layout, recipe)
@@ -174,7 +173,7 @@ def run_slice(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wor
     return Outcome(plan, {**notes, "widths": str(widths)}, lambda block: basis, kept)
 
 
-def _basis(layout: Layout, splits: list[Widths], recipe: Recipe, batches: list[Tensor], work: Work) -> Basis:
+def _basis(layout: Layout, splits: list[Widths], recipe: SliceStep, batches: list[Tensor], work: Work) -> Basis:
     """To choose widths with; the stream's own where none of the splits moves it."""
     model = layout.model
     if is_rotated(model.checkpoint.path):
@@ -184,9 +183,9 @@ def _basis(layout: Layout, splits: list[Widths], recipe: Recipe, batches: list[T
     return find_basis(model, recipe, batches, work)
 
 
-def _scratch(recipe: Recipe, model: StreamedModel) -> int:
+def _scratch(recipe: SliceStep | RotateStep, model: StreamedModel) -> int:
     """Windows on disk at once: three streams in the refit, or every block's input for the gradients, or all cuts."""
-    refit = 3 * recipe.num_calibration_samples if recipe.refit else 0
+    refit = 3 * recipe.num_calibration_samples if isinstance(recipe, SliceStep) and recipe.refit else 0
     gradients = sweep_windows(recipe, model)
     cuts = WINDOWS * CUTS
     return max(refit, gradients if recipe.weighting == "loss" else 0, cuts)
@@ -207,12 +206,8 @@ def _own_basis(model: StreamedModel) -> Basis:
     return Basis(without_mean(len(eye), model.device) if centred else eye, influence, notes, centred)
 
 
-def plan_rotate(model: StreamedModel, recipe: Recipe) -> Plan:
+def plan_rotate(model: StreamedModel, recipe: RotateStep) -> Plan:
     """The same widths; an untied head where the final norm's gain is not constant."""
-    if recipe.skip:
-        raise UserError("--skip: a rotation of the stream changes every module")
-    if recipe.sparsity or recipe.widths or recipe.pattern:
-        raise UserError("rotating deletes nothing: give --sparsity to a later `slimlm compress` of the result")
     if not model.family.rotates:
         raise UserError(_why_not(model))
     layout = Layout(model, turns=True)
@@ -222,6 +217,7 @@ def plan_rotate(model: StreamedModel, recipe: Recipe) -> Plan:
 @torch.no_grad()
 def run_rotate(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Work) -> Outcome:
     """Find the basis and write every tensor in it."""
+    assert isinstance(plan.recipe, RotateStep)
     found, layout = find_basis(model, plan.recipe, batches, work), Layout(model, turns=True)
     basis = found.of(layout.dense.hidden).float()
     work.lay_out(plan.tensors, plan.carrier)
@@ -231,7 +227,7 @@ def run_rotate(model: StreamedModel, plan: Plan, batches: list[Tensor], work: Wo
 
 
 def _settle(
-    layout: Layout, splits: list[Widths], found: Basis, recipe: Recipe, batches: list[Tensor], work: Work
+    layout: Layout, splits: list[Widths], found: Basis, recipe: SliceStep, batches: list[Tensor], work: Work
 ) -> tuple[Widths, dict[str, Any]]:
     record = work.journal.last("widths")
     if record:
@@ -306,7 +302,7 @@ def _slice_block_of(
             yield f"{model.family.block(place)}.{name}", tensor
 
 
-SLICE = Method(
+SLICE = Method[SliceStep](
     summary="delete directions of the residual stream and units of the blocks: smaller widths, fewer parameters",
     paper="https://arxiv.org/abs/2401.15024",
     sparsity_of="parameters",
@@ -318,7 +314,7 @@ SLICE = Method(
     scratch=_scratch,
     holds_out=lambda recipe: recipe.refit and recipe.basis == "shared",
 )
-ROTATE = Method(
+ROTATE = Method[RotateStep](
     summary="move the residual stream into its principal directions, most important first, and delete nothing",
     paper="https://arxiv.org/abs/2401.15024",
     sparsity_of="parameters",

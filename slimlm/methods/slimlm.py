@@ -4,12 +4,9 @@ The mask starts as SparseGPT's (arXiv 2301.00774); the update is the exact minim
 2208.11580), aimed at what the dense model computes rather than at what the layer did itself (`methods/repair.py`).
 """
 
-from slimlm.methods.matrix import Choice
 from slimlm.methods.prune import pruning
 
 SLIMLM = pruning(
     "second-order masks refined by swaps, kept weights solved jointly towards the dense model: loses least",
     "https://arxiv.org/abs/2301.00774",
-    Choice(curvature="gram", mask="columns", update="joint", swaps=3),
-    repairs=True,
 )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from slimlm.linalg.budget import LossCurve, cheapest_split
 from slimlm.methods.budget import WINDOWS, held_out_windows, measured_curve
-from slimlm.methods.matrix import GRAMS, Choice, Known, Pattern, Task
+from slimlm.methods.matrix import Choice, Known, Pattern, Task
 from slimlm.methods.prune_block import curvatures, prune_known, prune_seen
+from slimlm.recipe import GRAMS
 from slimlm.stream import Stream
 from slimlm.walk import StreamedModel
 from slimlm.work import Work

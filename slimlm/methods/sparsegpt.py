@@ -4,11 +4,9 @@ Columns are settled from left to right, the mask chosen for 128 at a time (for N
 a pruned weight did is passed on to the columns right of it by the inverse Gram matrix of the inputs.
 """
 
-from slimlm.methods.matrix import Choice
 from slimlm.methods.prune import pruning
 
 SPARSEGPT = pruning(
     "prune by second-order scores from left to right, the columns to come making up for those that went",
     "https://arxiv.org/abs/2301.00774",
-    Choice(curvature="gram", mask="columns", update="left-to-right"),
 )

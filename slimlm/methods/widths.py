@@ -24,7 +24,7 @@ from slimlm.families import FAMILIES, Axis, Carrier
 from slimlm.matrices import matrix
 from slimlm.methods.plan import Plan, require_declared
 from slimlm.modeling import OWN_CLASSES, own_files
-from slimlm.recipe import Recipe
+from slimlm.recipe import AnyStep
 from slimlm.walk import Kind, StreamedModel
 
 _RESIDUAL_AXIS = {"embedding": -1, "norm": 0, "reader": -1, "writer": -2, "final_norm": 0, "head": -1}
@@ -356,7 +356,7 @@ class Layout:
         narrower = replace(self.dense, hidden=math.lcm(8, self.divisor(self.dense.groups)))
         return self.model.family.rotates and "hidden" not in self.fixed and refused(self.config(narrower)) is None
 
-    def plan(self, widths: Widths, recipe: Recipe) -> Plan:
+    def plan(self, widths: Widths, recipe: AnyStep) -> Plan:
         """The plan for given widths, up to and including the dense ones (a mere rotation)."""
         model, shapes, config = self.model, self.shapes(widths), self.config(widths)
         if reason := refused(config):

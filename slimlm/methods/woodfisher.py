@@ -2,12 +2,9 @@
 Fisher information between 64 neighbouring weights of a row only, over the whole model.
 """
 
-from slimlm.methods.matrix import Choice
 from slimlm.methods.prune import pruning
 
 WOODFISHER = pruning(
     "as mfac, with Fisher information in blocks of neighbouring weights",
     "https://arxiv.org/abs/2004.14340",
-    Choice(curvature="block-fisher", mask="obs", update="summed"),
-    allocation="global",
 )
