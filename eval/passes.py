@@ -34,7 +34,7 @@ from slimlm.linalg.gram import Gram
 from slimlm.linalg.ridge import Moments
 from slimlm.linalg.softmax import MapFit
 from slimlm.progress import LogProgress
-from slimlm.recipe import Recipe
+from slimlm.recipe import one_step
 from slimlm.walk import StreamedModel
 
 FORWARD = "passes through blocks"
@@ -109,7 +109,7 @@ def main() -> None:
     ):
         setattr(owner, name, timed(kind, getattr(owner, name)))
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Recipe(
+        recipe = one_step(
             model=arguments.model, dataset=arguments.calibration, method=arguments.method,
             sparsity=arguments.sparsity, measure=False,
             num_calibration_samples=arguments.windows, max_seq_length=arguments.window, output_dir=f"{folder}/out",

@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal
 
 from slimlm.model.streamed import StreamedModel
 from slimlm.prune.group import Row
-from slimlm.recipe import Recipe
-from slimlm.run import Outcome, Plan, Run
+from slimlm.run import Outcome, Plan, Run, S
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Generic[S]):
     """plan(model, recipe) does no heavy work and raises UserError for what cannot be done. run(run) lays out and writes
     every tensor once; it may find some of its work done already. Recipes are resolved ones.
 
@@ -26,11 +25,10 @@ class Method:
     summary: str
     paper: str
     sparsity_of: Literal["parameters", "weights in pruned matrices"]
-    plan: Callable[[StreamedModel, Recipe], Plan]
-    run: Callable[[Run], Outcome]
-    calibrates: Callable[[Recipe, Path], bool]
-    scratch: Callable[[Recipe, StreamedModel], int]
-    holds_out: Callable[[Recipe], bool]
-    gradients: Callable[[Recipe, StreamedModel], int] = lambda recipe, model: 0
-    resolve: Callable[[Recipe], Recipe] = lambda recipe: recipe
+    plan: Callable[[StreamedModel, S], Plan]
+    run: Callable[[Run[S]], Outcome]
+    calibrates: Callable[[S, Path], bool]
+    scratch: Callable[[S, StreamedModel], int]
+    holds_out: Callable[[S], bool]
+    gradients: Callable[[S, StreamedModel], int] = lambda recipe, model: 0
     row: Row | None = None

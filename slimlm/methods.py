@@ -4,17 +4,17 @@ A pruner's row says what it knows of the loss (a class in `prune/curvature.py`, 
 function of `prune/masks.py`) and what those that stay do about it (a function of `prune/updates.py`).
 """
 
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from slimlm.errors import UserError, nearest
 from slimlm.method import Method
 from slimlm.model.streamed import StreamedModel
 from slimlm.prune import masks, solved, updates
-from slimlm.prune.group import Row, name_of
-from slimlm.prune.plan import needs_gradients, plan_prune, repairs, row_of
+from slimlm.prune.group import Row
+from slimlm.prune.plan import plan_prune
 from slimlm.prune.run import run_prune
-from slimlm.recipe import Allocation, Recipe
+from slimlm.recipe import PruneStep, RotateStep, SliceStep, Step
 from slimlm.slice import curves
 from slimlm.slice.plan import plan_rotate, plan_slice, rotated_influence
 from slimlm.slice.run import run_rotate, run_slice
@@ -22,66 +22,58 @@ from slimlm.statistics.sweep import swept_windows
 from slimlm.statistics.token_gradients import Sample
 
 
-def _sweep(recipe: Recipe, model: StreamedModel) -> int:
+def _sweep(recipe: Step, model: StreamedModel) -> int:
     assert recipe.max_seq_length is not None
     return swept_windows(recipe.max_seq_length, len(model.blocks))
 
 
-def _slicing_scratch(recipe: Recipe, model: StreamedModel) -> int:
+def _slicing_scratch(recipe: SliceStep | RotateStep, model: StreamedModel) -> int:
     """Three streams in the refit, or every block's input for the gradients, or all cuts."""
-    refit = 3 * recipe.num_calibration_samples if recipe.refit else 0
+    refit = 3 * recipe.num_calibration_samples if isinstance(recipe, SliceStep) and recipe.refit else 0
     gradients = _sweep(recipe, model) if recipe.weighting == "loss" else 0
     return max(refit, gradients, curves.WINDOWS * curves.CUTS)
 
 
-def _slicing_calibrates(recipe: Recipe, path: Path) -> bool:
+def _slicing_calibrates(recipe: SliceStep, path: Path) -> bool:
     is_rotated = rotated_influence(path) is not None
     return recipe.refit or recipe.basis == "per-block" or not is_rotated or len(recipe.width_choices) > 1
 
 
-def _pruning_scratch(recipe: Recipe, model: StreamedModel) -> int:
-    streams = 3 * recipe.num_calibration_samples if repairs(recipe) else 0
+def _pruning_scratch(recipe: PruneStep, model: StreamedModel) -> int:
+    streams = 3 * recipe.num_calibration_samples if recipe.repairs else 0
     if recipe.allocation == "solved":
         streams = max(streams, solved.SCRATCH)
     if recipe.allocation == "owl":
         streams = max(streams, recipe.num_calibration_samples)
-    return max(streams, _sweep(recipe, model)) if needs_gradients(recipe) else streams
+    return max(streams, _sweep(recipe, model)) if recipe.needs_gradients else streams
 
 
-def _pruning_gradients(recipe: Recipe, model: StreamedModel) -> int:
-    if not needs_gradients(recipe):
+def _pruning_gradients(recipe: PruneStep, model: StreamedModel) -> int:
+    if not recipe.needs_gradients:
         return 0
     assert recipe.max_seq_length is not None
     sample = Sample(recipe.fisher_samples, recipe.fisher_unit == "sequence", recipe.seed)
     return sample.numbers(model, recipe.max_seq_length)
 
 
-def _resolved(recipe: Recipe, row: Row, allocation: Allocation) -> Recipe:
-    """With what the method chooses where the recipe does not say."""
-    own = {"curvature": row.curvature, "mask": name_of(row.mask), "update": name_of(row.update), "swaps": row.swaps}
-    own["allocation"] = "uniform" if recipe.pattern else allocation
-    return recipe.model_copy(update={name: value for name, value in own.items() if getattr(recipe, name) is None})
-
-
-def pruning(summary: str, paper: str, row: Row, allocation: Allocation = "uniform") -> Method:
-    """A method that sets weights to zero. allocation: where the recipe names none."""
-    return Method(
+def pruning(summary: str, paper: str, row: Row) -> Method[PruneStep]:
+    """A method that sets weights to zero."""
+    return Method[PruneStep](
         summary,
         paper,
         sparsity_of="weights in pruned matrices",
         plan=plan_prune,
         run=run_prune,
-        calibrates=lambda recipe, path: row_of(recipe).curvature != "none" or recipe.allocation in ("owl", "solved"),
+        calibrates=lambda recipe, path: recipe.curvature != "none" or recipe.allocation in ("owl", "solved"),
         scratch=_pruning_scratch,
-        holds_out=repairs,
+        holds_out=lambda recipe: recipe.repairs,
         gradients=_pruning_gradients,
-        resolve=partial(_resolved, row=row, allocation=allocation),
         row=row,
     )
 
 
-METHODS: dict[str, Method] = {
-    "slice": Method(
+METHODS: dict[str, Method[Any]] = {
+    "slice": Method[SliceStep](
         "delete directions of the residual stream and units of the blocks: smaller widths, fewer parameters",
         "https://arxiv.org/abs/2401.15024",
         sparsity_of="parameters",
@@ -91,7 +83,7 @@ METHODS: dict[str, Method] = {
         scratch=_slicing_scratch,
         holds_out=lambda recipe: recipe.refit and recipe.basis == "shared",
     ),
-    "rotate": Method(
+    "rotate": Method[RotateStep](
         "move the residual stream into its principal directions, most important first, and delete nothing",
         "https://arxiv.org/abs/2401.15024",
         sparsity_of="parameters",
@@ -122,14 +114,12 @@ METHODS: dict[str, Method] = {
         "prune what the Fisher information of token gradients says costs least, over the whole model",
         "https://arxiv.org/abs/2107.03356",
         Row("fisher", masks.obs, updates.summed),
-        allocation="global",
     ),
     # And oBERT (arXiv 2203.07259): as mfac, with 64 neighbouring weights of a row in a block.
     "woodfisher": pruning(
         "as mfac, with Fisher information in blocks of neighbouring weights",
         "https://arxiv.org/abs/2004.14340",
         Row("block-fisher", masks.obs, updates.summed),
-        allocation="global",
     ),
     "wanda": pruning(
         "set the weights to zero that are smallest times the norm of their input, row by row",
@@ -154,7 +144,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method_named(name: str) -> Method:
+def method_named(name: str) -> Method[Any]:
     """Raises UserError naming the known methods."""
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)})")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -19,7 +19,7 @@ from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import Streams, walk
 from slimlm.progress import Progress
-from slimlm.recipe import Recipe
+from slimlm.recipe import Step
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,15 @@ class Outcome:
     zeros: float | None = None
 
 
+S = TypeVar("S", bound=Step)
+
+
 @dataclass
-class Run:
+class Run(Generic[S]):
     """What a method carries out: a resolved recipe, on a model, with calibration windows in batches [batch, time], into
     a result; hidden states that wait are in `scratch`. Only a wing's `run.py` takes one."""
 
-    recipe: Recipe
+    recipe: S
     model: StreamedModel
     plan: Plan
     batches: list[Tensor]

@@ -90,7 +90,7 @@ def greedy(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
 
 
 def taylor(weight: Tensor, curvature: HasSquares, quota: Quota) -> Chosen:
-    """The smallest (w g)^2 of each matrix, as a mean over gradients g (Molchanov et al., arXiv 1906.10771, section 3.1)."""
+    """The smallest mean over gradients g of (w g)^2 (Molchanov et al., arXiv 1906.10771, section 3.1)."""
     return weight, quota.smallest(weight.square() * curvature.squares())
 
 

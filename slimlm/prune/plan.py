@@ -14,11 +14,11 @@ from slimlm.modeling import own_files
 from slimlm.prune.group import Row
 from slimlm.prune.masks import MASKS
 from slimlm.prune.updates import UPDATES
-from slimlm.recipe import Recipe
+from slimlm.recipe import PruneStep, SliceStep
 from slimlm.run import Plan
 
 
-def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
+def plan_prune(model: StreamedModel, recipe: PruneStep) -> Plan:
     """The same tensors, some of whose numbers will be zero. Raises UserError for a pattern no matrix has room for."""
     row_of(recipe).check()
     model.require_declared("prune")
@@ -26,7 +26,7 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
         require_room(name, shape, recipe)
     if recipe.tile and recipe.sparsity * sum(map(math.prod, model.matrices.values())) < math.prod(recipe.tile):
         raise UserError(f"sparsity {recipe.sparsity:g} is less than one tile of {recipe.pattern}")
-    if needs_gradients(recipe) and recipe.fisher_unit == "sequence" and model.family.experts:
+    if recipe.needs_gradients and recipe.fisher_unit == "sequence" and model.family.experts:
         raise UserError("--fisher-unit sequence: an expert sees single tokens, not sequences")
     tied = model.model.all_tied_weights_keys
     named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in tied}
@@ -40,7 +40,7 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     return Plan(config, tensors, parameters, model.model, files=own_files(config))  # of a checkpoint slicing made
 
 
-def require_room(name: str, shape: torch.Size, recipe: Recipe) -> None:
+def require_room(name: str, shape: torch.Size, recipe: PruneStep) -> None:
     """Raises UserError for a matrix [out, in] that the pattern does not divide."""
     out, inputs = recipe.tile or (1, recipe.pattern_sizes[1] or 1)
     for size, of, kind in ((shape[0], out, "outputs"), (shape[1], inputs, "inputs")):
@@ -48,9 +48,9 @@ def require_room(name: str, shape: torch.Size, recipe: Recipe) -> None:
             raise UserError(f"{name} has {size} {kind}, which pattern {recipe.pattern} does not divide")
 
 
-def require_room_later(model: StreamedModel, slicing: Recipe, later: Recipe) -> None:
+def require_room_later(model: StreamedModel, slicing: SliceStep, later: PruneStep) -> None:
     """Raises UserError for tiles that a slice, whichever widths it gets, may not be whole of."""
-    if slicing.method != "slice" or later.method in ("slice", "rotate") or not later.tile:
+    if not later.tile:
         return
     for name, shape in model.matrices.items():
         require_room(name, shape, later)
@@ -62,22 +62,9 @@ def require_room_later(model: StreamedModel, slicing: Recipe, later: Recipe) -> 
             )
 
 
-def row_of(recipe: Recipe) -> Row:
+def row_of(recipe: PruneStep) -> Row:
     """What a resolved recipe prunes by."""
-    assert recipe.curvature is not None
-    assert recipe.mask is not None
-    assert recipe.update is not None
-    return Row(recipe.curvature, MASKS[recipe.mask], UPDATES[recipe.update], recipe.swaps or 0)
-
-
-def needs_gradients(recipe: Recipe) -> bool:
-    row = row_of(recipe)
-    return "fisher" in row.curvature or (recipe.allocation == "global" and row.curvature != "none")
-
-
-def repairs(recipe: Recipe) -> bool:
-    """Whether kept weights aim at what the dense model computes rather than at what they did themselves."""
-    return recipe.method == "slimlm" and recipe.refit and recipe.update == "joint"
+    return Row(recipe.curvature, MASKS[recipe.mask], UPDATES[recipe.update], recipe.swaps)
 
 
 def refits_head(model: StreamedModel) -> bool:
@@ -85,6 +72,6 @@ def refits_head(model: StreamedModel) -> bool:
     return not model.head_is_tied and fits_head(model)
 
 
-def reorders(recipe: Recipe, row: Row) -> bool:
+def reorders(recipe: PruneStep, row: Row) -> bool:
     """Whether neurons are to be gathered first; gradients know them by their places."""
     return recipe.tile is not None and recipe.reorder and "fisher" not in row.curvature

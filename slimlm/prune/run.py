@@ -29,10 +29,11 @@ from slimlm.model.walk import backwards, to_the_end
 from slimlm.prune import allocation, solved
 from slimlm.prune.curvature import Curvature, Flat, row_fisher
 from slimlm.prune.group import BY_MAGNITUDE, Gradients, Row, curvatures, prune_group
-from slimlm.prune.plan import needs_gradients, refits_head, reorders, repairs, row_of
+from slimlm.prune.plan import refits_head, reorders, row_of
 from slimlm.prune.quota import ALONE, Quotas, whole_tiles
 from slimlm.prune.tiles import gathered, reorder
 from slimlm.prune.towards_dense import HEAD_RATE, prune_block
+from slimlm.recipe import PruneStep
 from slimlm.run import Outcome, Run
 from slimlm.statistics.grams import firsts, input_sums
 from slimlm.statistics.sweep import Losses, Walks, windows_to_sweep
@@ -42,15 +43,15 @@ HEAD_STEP = "head fitted"
 
 
 @torch.no_grad()
-def run_prune(run: Run) -> Outcome:
+def run_prune(run: Run[PruneStep]) -> Outcome:
     """Prune block after block, and write each."""
     recipe, model, row = run.recipe, run.model, row_of(run.recipe)
     run.result.lay_out(run.plan.tensors, run.plan.carrier)
-    later = [model.family.final_norm, model.family.head] if repairs(recipe) and refits_head(model) else []
+    later = [model.family.final_norm, model.family.head] if recipe.repairs and refits_head(model) else []
     for part in model.outside:
         if part not in later:
             run.result.write(model, part, unchanged(model, part))
-    if needs_gradients(recipe):
+    if recipe.needs_gradients:
         _gather_gradients(run)
     counts = _counts(run, row)
     run.scratch.clear()
@@ -60,7 +61,7 @@ def run_prune(run: Run) -> Outcome:
     notes: dict[str, Any] = {} if recipe.allocation == "uniform" else {"allocation": _shares(model, counts)}
     if row.curvature == "none" or row.sees_fisher:
         notes |= _prune_apart(run, row, quotas)
-    elif repairs(recipe):
+    elif recipe.repairs:
         notes |= _prune_beside_dense(run, row, quotas)
     else:
         notes |= _prune_seeing(run, row, quotas)
@@ -69,7 +70,7 @@ def run_prune(run: Run) -> Outcome:
     return Outcome(run.plan, notes, zeros=_zeros_written(run))
 
 
-def _gather_gradients(run: Run) -> None:
+def _gather_gradients(run: Run[PruneStep]) -> None:
     """Leave the gradients that the recipe asks for in the journal, unless an earlier process did."""
     recipe, model = run.recipe, run.model
     if all(run.journal.recall(_step(index)) for index in backwards(model)):
@@ -86,7 +87,7 @@ def _step(index: int) -> str:
     return f"gradients-{index}"
 
 
-def _gradients(run: Run, block: Block) -> Gradients:
+def _gradients(run: Run[PruneStep], block: Block) -> Gradients:
     """What was gathered of a block's linears; of an expert that no token reached, nothing."""
     recalled = run.journal.recall(_step(block.index))
     if recalled is None:
@@ -94,7 +95,7 @@ def _gradients(run: Run, block: Block) -> Gradients:
     return gradients_of(block, recalled[1])
 
 
-def _counts(run: Run, row: Row) -> dict[str, int]:
+def _counts(run: Run[PruneStep], row: Row) -> dict[str, int]:
     """How many weights go of each matrix, by full name."""
     record = run.journal.last("allocation")
     if record:
@@ -105,7 +106,7 @@ def _counts(run: Run, row: Row) -> dict[str, int]:
     return counts
 
 
-def _uneven(run: Run, row: Row, matrices: allocation.Matrices) -> dict[str, int]:
+def _uneven(run: Run[PruneStep], row: Row, matrices: allocation.Matrices) -> dict[str, int]:
     name = run.recipe.allocation
     matrices.check(str(name), solved.MOST if name == "solved" else 1.0)
     match name:
@@ -133,7 +134,7 @@ def _norms(block: Block, stream: Stream) -> Mapping[str, Tensor]:
     return {name: found[first].norms() for name, first in block.family.first_of.items() if first in found}
 
 
-def _solved_shares(run: Run, row: Row) -> dict[int, float]:
+def _solved_shares(run: Run[PruneStep], row: Row) -> dict[int, float]:
     learn, test = learn_and_test(run.batches, solved.WINDOWS)
     streams = run.embed("learning", learn), run.embed("dense-test", test)
     measuring = solved.Measuring(run.model, row, run.recipe.sparsity, *streams, run.scratch)
@@ -146,7 +147,7 @@ def _shares(model: StreamedModel, counts: dict[str, int]) -> dict[str, float]:
     return {name: round(count / sizes[name].numel(), 4) for name, count in counts.items()}
 
 
-def _prune_apart(run: Run, row: Row, quotas: Quotas) -> dict[str, Any]:
+def _prune_apart(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[str, Any]:
     """Without data, or with gradients of the dense model, blocks do not depend on one another: finished ones are left
     out."""
     for block in run.walk("pruning", finished=lambda block: run.result.written(block.path)):
@@ -161,7 +162,7 @@ def _prune_apart(run: Run, row: Row, quotas: Quotas) -> dict[str, Any]:
     return _without_gradients(run, row)
 
 
-def _known_apart(run: Run, block: Block, row: Row) -> Iterator[tuple[Group, Curvature, Row]]:
+def _known_apart(run: Run[PruneStep], block: Block, row: Row) -> Iterator[tuple[Group, Curvature, Row]]:
     """What there is to prune a block's linears by: nothing, or gradients, which an expert that no token reached has
     not."""
     if row.curvature == "none":
@@ -176,7 +177,7 @@ def _known_apart(run: Run, block: Block, row: Row) -> Iterator[tuple[Group, Curv
             yield group, Flat(), BY_MAGNITUDE
 
 
-def _without_gradients(run: Run, row: Row) -> dict[str, Any]:
+def _without_gradients(run: Run[PruneStep], row: Row) -> dict[str, Any]:
     """Experts that no token reached."""
     starved: dict[str, int] = {}
     experts = [group for group in run.model.groups if group.is_expert and row.sees_fisher]
@@ -186,7 +187,7 @@ def _without_gradients(run: Run, row: Row) -> dict[str, Any]:
     return {"starved_experts": starved} if starved else {}
 
 
-def _prune_seeing(run: Run, row: Row, quotas: Quotas) -> dict[str, Any]:
+def _prune_seeing(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[str, Any]:
     """Statistics of all linears' inputs in one pass over the stream, their pruning, and a pass through what is left."""
     streams = run.streams("calibration", {"pruned": run.model}, run.result.leading(run.model))
     stream = streams["pruned"]
@@ -201,7 +202,7 @@ def _prune_seeing(run: Run, row: Row, quotas: Quotas) -> dict[str, Any]:
     return by_kind(streams.figures)
 
 
-def _prune_beside_dense(run: Run, row: Row, quotas: Quotas) -> dict[str, Any]:
+def _prune_beside_dense(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[str, Any]:
     """Write every block pruned towards the dense one, and the head refitted unless it is tied to the embedding."""
     model = run.model
     eye = torch.eye(model.config.hidden_size, dtype=torch.float32, device=model.device)
@@ -224,7 +225,7 @@ def _prune_beside_dense(run: Run, row: Row, quotas: Quotas) -> dict[str, Any]:
     return notes
 
 
-def _zeros_written(run: Run) -> float:
+def _zeros_written(run: Run[PruneStep]) -> float:
     """Share of zeros in the pruned matrices, counted in what is on disk."""
     model = run.model.model
     state = model.state_dict()

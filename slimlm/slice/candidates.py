@@ -8,7 +8,7 @@ from dataclasses import replace
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
 from slimlm.linalg.budget import is_near
-from slimlm.recipe import Recipe
+from slimlm.recipe import SliceStep
 from slimlm.slice.config import narrows
 from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import BLOCK, COARSE, COARSEST, Layout, Widths
@@ -16,7 +16,7 @@ from slimlm.slice.widths import BLOCK, COARSE, COARSEST, Layout, Widths
 GRANULES = (32, 16, 8, 4, 2, 1)
 
 
-def splits_for(shapes: Shapes, recipe: Recipe) -> list[Widths]:
+def splits_for(shapes: Shapes, recipe: SliceStep) -> list[Widths]:
     """The splits a recipe leaves to choose from, blocks counted from the front. Raises UserError where there is none,
     and for widths given by hand that cannot be had."""
     if recipe.widths:
@@ -28,7 +28,7 @@ def splits_for(shapes: Shapes, recipe: Recipe) -> list[Widths]:
     return splits
 
 
-def _by_hand(layout: Layout, recipe: Recipe, given: dict[str, int]) -> Widths:
+def _by_hand(layout: Layout, recipe: SliceStep, given: dict[str, int]) -> Widths:
     """Raises UserError for widths that the model does not have or that the config class refuses."""
     dense = layout.dense
     tied = given.pop("tied", 0) > 0
@@ -64,7 +64,7 @@ def _by_hand(layout: Layout, recipe: Recipe, given: dict[str, int]) -> Widths:
     return widths
 
 
-def _nearest(shapes: Shapes, recipe: Recipe) -> str:
+def _nearest(shapes: Shapes, recipe: SliceStep) -> str:
     """How near one can come, as a hint."""
     layout = shapes.layout
     if not layout.model.family.rotates and not recipe.refit:
@@ -93,7 +93,7 @@ def uneven_line(layout: Layout, splits: list[Widths]) -> str | None:
     )
 
 
-def candidates(shapes: Shapes, recipe: Recipe) -> list[Widths]:
+def candidates(shapes: Shapes, recipe: SliceStep) -> list[Widths]:
     """All splits that remove the requested share of the parameters, to TOLERANCE; blocks counted from the front.
 
     Widths are multiples of `--round-to`, by default of 32, or the largest smaller power of two that gets there. With

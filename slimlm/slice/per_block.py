@@ -32,7 +32,7 @@ from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.modeling import OWN_CLASSES, own_files
 from slimlm.modeling.modeling_sliced import SlicedLlamaConfig, SlicedOPTConfig, SlicedPhiConfig
-from slimlm.recipe import Recipe
+from slimlm.recipe import SliceStep
 from slimlm.run import Plan
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {
@@ -42,7 +42,7 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
 }
 
 
-def plan_per_block(model: StreamedModel, recipe: Recipe) -> Plan:
+def plan_per_block(model: StreamedModel, recipe: SliceStep) -> Plan:
     """One width for all bases. Raises UserError for families without a modelling file, and when no width gives the
     sparsity."""
     if model.config.model_type not in CONFIGS:
@@ -116,7 +116,7 @@ def _parameters(config: PretrainedConfig) -> int:
     return one + (layers - 1) * (count(2) - one)
 
 
-def _plan(model: StreamedModel, width: int, recipe: Recipe) -> Plan:
+def _plan(model: StreamedModel, width: int, recipe: SliceStep) -> Plan:
     config = _config(model, width)
     carrier = build_skeleton(copy.deepcopy(config))
     tensors = {

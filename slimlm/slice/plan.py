@@ -6,7 +6,7 @@ from pathlib import Path
 from slimlm.checkpoint.manifest import read_manifest
 from slimlm.errors import UserError
 from slimlm.model.streamed import StreamedModel
-from slimlm.recipe import Recipe
+from slimlm.recipe import RotateStep, SliceStep
 from slimlm.run import Plan
 from slimlm.slice.candidates import axes_of, splits_for, uneven_line
 from slimlm.slice.config import plan_widths
@@ -15,7 +15,7 @@ from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import Layout
 
 
-def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
+def plan_slice(model: StreamedModel, recipe: SliceStep) -> Plan:
     """The largest of the splits that give the requested share of all parameters; which it will be the run settles.
 
     Raises UserError when none does, or the widths given by hand cannot be had.
@@ -38,7 +38,7 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
     return replace(plan, changes={}, remark=remark, widths="/".join(dict.fromkeys(split.inside for split in whole)))
 
 
-def plan_rotate(model: StreamedModel, recipe: Recipe) -> Plan:
+def plan_rotate(model: StreamedModel, recipe: RotateStep) -> Plan:
     """The same widths; an untied head where the final norm's gain is not constant. Raises UserError for a model whose
     stream cannot be rotated."""
     if not model.family.rotates:

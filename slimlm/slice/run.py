@@ -22,6 +22,7 @@ from slimlm.fit.lm_head import fit_head, fits_head
 from slimlm.linalg.ridge import learn_and_test
 from slimlm.model.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
 from slimlm.model.walk import backwards
+from slimlm.recipe import RotateStep, SliceStep
 from slimlm.run import Outcome, Plan, Run
 from slimlm.slice import curves
 from slimlm.slice.basis import Basis, StreamStatistics, basis_from, own_basis
@@ -35,10 +36,11 @@ from slimlm.slice.widths import Layout, Widths
 from slimlm.statistics.sweep import Losses, Walks, gradient_covariance, windows_to_sweep
 
 HEAD_STEP = "head fitted"
+Slicing = Run[SliceStep] | Run[RotateStep]
 
 
 @torch.no_grad()
-def run_slice(run: Run) -> Outcome:
+def run_slice(run: Run[SliceStep]) -> Outcome:
     """Find the basis in one pass over the blocks, settle the widths, and write the blocks in a last one."""
     if run.recipe.basis == "per-block":
         return _run_per_block(run)
@@ -66,7 +68,7 @@ def run_slice(run: Run) -> Outcome:
 
 
 @torch.no_grad()
-def run_rotate(run: Run) -> Outcome:
+def run_rotate(run: Run[RotateStep]) -> Outcome:
     """Find the basis and write every tensor in it."""
     found, layout = _new_basis(run), Layout(run.model, turns=True)
     basis = found.of(layout.dense.hidden).float()
@@ -76,7 +78,7 @@ def run_rotate(run: Run) -> Outcome:
     return Outcome(run.plan, {**found.notes, "influence": found.influence.tolist()}, lambda block: basis)
 
 
-def _basis(run: Run, layout: Layout, splits: list[Widths]) -> Basis:
+def _basis(run: Run[SliceStep], layout: Layout, splits: list[Widths]) -> Basis:
     """To choose widths with; the stream's own where none of the splits moves it."""
     model = run.model
     influence = rotated_influence(model.checkpoint.path)
@@ -94,7 +96,7 @@ def _basis(run: Run, layout: Layout, splits: list[Widths]) -> Basis:
     return own_basis(model, turned, "the stream's own")
 
 
-def _new_basis(run: Run) -> Basis:
+def _new_basis(run: Slicing) -> Basis:
     model, centred = run.model, run.model.family.centred
     recalled = run.journal.recall("basis")
     if recalled:
@@ -116,13 +118,13 @@ def _new_basis(run: Run) -> Basis:
     return found
 
 
-def _statistics(run: Run, name: str, norms: bool = True) -> StreamStatistics:
+def _statistics(run: Slicing, name: str, norms: bool = True) -> StreamStatistics:
     streams, found = run.streams(name, {"dense": run.model}), StreamStatistics(run.model)
     found.collect(run.walk("calibrating", streams), streams, norms)
     return found
 
 
-def _settle(run: Run, layout: Layout, splits: list[Widths], found: Basis) -> tuple[Widths, dict[str, Any]]:
+def _settle(run: Run[SliceStep], layout: Layout, splits: list[Widths], found: Basis) -> tuple[Widths, dict[str, Any]]:
     """The widths, and the figures they were chosen by."""
     record = run.journal.last("widths")
     if record:
@@ -137,7 +139,7 @@ def _settle(run: Run, layout: Layout, splits: list[Widths], found: Basis) -> tup
     return widths, notes
 
 
-def _curves(run: Run, layout: Layout, splits: list[Widths], found: Basis) -> curves.Curves:
+def _curves(run: Run[SliceStep], layout: Layout, splits: list[Widths], found: Basis) -> curves.Curves:
     learn, test = learn_and_test(run.batches, curves.WINDOWS)
     learning = run.embed("learning", learn)
     cut = {cut: run.embed(f"cut-{cut}", test) for cut in (None, *curves.cuts_of(layout, splits))}
@@ -146,7 +148,7 @@ def _curves(run: Run, layout: Layout, splits: list[Widths], found: Basis) -> cur
     return measured
 
 
-def _refit(run: Run, layout: Layout, widths: Widths, plan: Plan, basis: Tensor) -> dict[str, Any]:
+def _refit(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Plan, basis: Tensor) -> dict[str, Any]:
     """Write all parts refitted; figures for the manifest."""
     model, result = run.model, run.result
     for name in model.family.embeddings:
@@ -169,7 +171,7 @@ def _refit(run: Run, layout: Layout, widths: Widths, plan: Plan, basis: Tensor) 
     return notes
 
 
-def _refit_blocks(run: Run, layout: Layout, widths: Widths, plan: Plan, basis: Tensor) -> Pair:
+def _refit_blocks(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Plan, basis: Tensor) -> Pair:
     """Write every block of the compressed model; the streams end behind the last one."""
     model, result = run.model, run.result
     result.settle()  # the compressed model is read from where it is written
@@ -192,7 +194,7 @@ def _refit_blocks(run: Run, layout: Layout, widths: Widths, plan: Plan, basis: T
     return refit.pair
 
 
-def _rotate(run: Run, layout: Layout, widths: Widths, basis: Tensor) -> None:
+def _rotate(run: Slicing, layout: Layout, widths: Widths, basis: Tensor) -> None:
     """Write every tensor of the model in the basis: [hidden, width], and nothing more."""
     model, result = run.model, run.result
     for name in model.family.embeddings:
@@ -207,7 +209,7 @@ def _rotate(run: Run, layout: Layout, widths: Widths, basis: Tensor) -> None:
     result.write(model, model.family.head, tensors)
 
 
-def _write_outer(run: Run, layout: Layout, widths: Widths) -> None:
+def _write_outer(run: Slicing, layout: Layout, widths: Widths) -> None:
     """What is neither in a block nor touches the stream that moves."""
     model, norm = run.model, run.model.family.embedding_norm
     kept = model.family.outer if layout.folds(widths) else (*model.family.outer, norm)
@@ -216,7 +218,7 @@ def _write_outer(run: Run, layout: Layout, widths: Widths) -> None:
             run.result.write(model, name, unchanged(model, name))
 
 
-def _run_per_block(run: Run) -> Outcome:
+def _run_per_block(run: Run[SliceStep]) -> Outcome:
     """Slice block after block in bases of their own (`per_block.py`); each sees what the sliced blocks before it pass
     on."""
     model, result, config = run.model, run.result, copy.deepcopy(run.plan.config)
@@ -243,7 +245,7 @@ def _run_per_block(run: Run) -> Outcome:
     return Outcome(run.plan, notes, lambda index: _basis_after(run, index).to(model.device))
 
 
-def _embedding_basis(run: Run) -> Tensor:
+def _embedding_basis(run: Run[SliceStep]) -> Tensor:
     """[hidden, hidden], of what enters the first block."""
     recalled = run.journal.recall("basis")
     if recalled:
@@ -254,7 +256,7 @@ def _embedding_basis(run: Run) -> Tensor:
     return basis
 
 
-def _basis_after(run: Run, index: int) -> Tensor:
+def _basis_after(run: Run[SliceStep], index: int) -> Tensor:
     recalled = run.journal.recall(f"basis {index}")
     if recalled is None:
         raise RunFailure(f"{run.journal.directory} lost the basis after block {index}: start over without --resume")

@@ -14,7 +14,7 @@ from slimlm.linalg.ridge import GUESS, STRENGTHS
 from slimlm.methods import METHODS
 from slimlm.methods.plan import Outcome
 from slimlm.progress import LogProgress
-from slimlm.recipe import Recipe
+from slimlm.recipe import one_step
 from slimlm.walk import StreamedModel
 from slimlm.work import Work
 
@@ -36,7 +36,7 @@ def run(
     model: StreamedModel, tokens: Tensor, path: Path, batch: int = 4, **settings
 ) -> tuple[dict[str, Tensor], Outcome, Work]:
     """A method on calibration windows: the tensors it wrote, what it found out, and its journal."""
-    recipe = Recipe(model="x", **{"dtype": "float32", **settings})
+    recipe = one_step(model="x", **{"dtype": "float32", **settings}).steps[0]
     method, work = METHODS[recipe.method], work_at(path)
     outcome = method.run(model, method.plan(model, recipe), list(tokens.split(batch)), work)
     work.settle()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from slimlm.linalg.pca import principal_basis
 from slimlm.methods.basis import MASSIVE, collect_statistics, find_basis
 from slimlm.methods.gradients import gradient_covariance
-from slimlm.recipe import Recipe
+from slimlm.recipe import SliceStep
 from tests.conftest import random_tokens, stream
 from tests.methods.helpers import inputs_of, stock, work_at
 
@@ -32,7 +32,7 @@ def test_the_basis_is_of_the_stream_weighed_by_what_the_loss_feels(tiny_llama: P
     path, tokens = tiny_llama, random_tokens(12, 24)
     model, batches = stream(path), list(tokens.split(4))
     found = find_basis(
-        model, Recipe(model="x", widths="hidden=16", weighting=weighting), batches, work_at(tmp_path / "basis")
+        model, SliceStep(model="x", widths="hidden=16", weighting=weighting), batches, work_at(tmp_path / "basis")
     )
     gram = gram_by_hand(path, tokens)
     covariance = gradient_covariance(model, batches, 0, work_at(tmp_path / "gradients"))
@@ -53,7 +53,7 @@ def test_a_blocks_influence_is_how_far_it_turns_the_stream(tiny_llama: Path, tmp
     tokens = random_tokens(6, 24)
     found = find_basis(
         stream(tiny_llama),
-        Recipe(model="x", widths="hidden=16", weighting="none"),
+        SliceStep(model="x", widths="hidden=16", weighting="none"),
         list(tokens.split(4)),
         work_at(tmp_path / "basis"),
     )
@@ -138,7 +138,7 @@ def test_massive_activations_keep_their_directions(tiny_llama: Path, tmp_path: P
 
     assert lost(principal_basis(statistics.gram.matrix)[0][:, :16]) > 0.5
     basis = find_basis(
-        model, Recipe(model="x", widths="hidden=16", weighting=weighting), batches, work_at(tmp_path / "basis")
+        model, SliceStep(model="x", widths="hidden=16", weighting=weighting), batches, work_at(tmp_path / "basis")
     )
     assert 1 <= basis.notes["massive_activations"]["directions"] <= 2
     assert lost(basis.vectors[:, :16]) < 1e-2

@@ -9,11 +9,11 @@ from slimlm.linalg.hessian import DAMPING
 from slimlm.methods.allocation import global_scores
 from slimlm.methods.fisher import TokenGradients
 from slimlm.methods.matrix import Choice
-from slimlm.recipe import Recipe, make_recipe
+from slimlm.recipe import PruneStep, one_step
 from tests.conftest import build_tiny
 from tests.families.configs import family_config
 
-RECIPE = Recipe(model="x", sparsity=0.5, fisher_damping=0.01)
+RECIPE = PruneStep(model="x", method="mfac", sparsity=0.5, fisher_damping=0.01)
 
 
 def scores_of(gradients: dict[str, TokenGradients], weights: dict[str, torch.Tensor], curvature: str):
@@ -60,8 +60,8 @@ def test_a_matrix_that_no_token_reached_takes_its_uniform_share(tmp_path: Path):
             tensor[2:] = 0
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     (tmp_path / "text.txt").write_text("The old house stood at the end of the lane. " * 60)
-    recipe = make_recipe(
-        {
+    recipe = one_step(
+        **{
             "model": str(path), "method": "sparsegpt", "allocation": "global", "sparsity": 0.5, "batch_size": 2,
             "dataset": str(tmp_path / "text.txt"), "num_calibration_samples": 5, "max_seq_length": 24,
             "output_dir": str(tmp_path / "out"), "measure": False,

@@ -25,7 +25,7 @@ from slimlm.methods.matrix import Choice, Pattern, prune_tall
 from slimlm.methods.widths import Layout
 from slimlm.prepare import open_model
 from slimlm.progress import Progress
-from slimlm.recipe import Recipe, make_recipe
+from slimlm.recipe import Recipe, one_step
 from slimlm.work import Work
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.families.configs import family_config
@@ -41,8 +41,8 @@ def text(tmp_path: Path) -> Path:
 
 def recipe_for(path: Path, text: Path, output: Path, **settings) -> Recipe:
     values = {"sparsity": 0.5} if "pattern" not in settings else {}
-    return make_recipe(
-        {
+    return one_step(
+        **{
             "model": str(path), "dataset": str(text), "num_calibration_samples": 5, "max_seq_length": 24,
             "batch_size": 2, "eval_windows": 2, "eval_text": str(text), "output_dir": str(output), **values, **settings,
         }
@@ -316,9 +316,9 @@ def test_bad_patterns_are_refused_by_name(tmp_path: Path, text: Path):
     path = build_tiny(config, tmp_path / "model")
     with pytest.raises(UserError, match="50 inputs, which pattern 2:4 does not divide"):
         compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="2:4"))
-    with pytest.raises(UserError, match="--round-to is for methods that change widths"):
+    with pytest.raises(UserError, match="magnitude does not read round_to"):
         compress(recipe_for(path, text, tmp_path / "out", method="magnitude", round_to=8))
-    with pytest.raises(UserError, match="slice removes whole directions"):
+    with pytest.raises(UserError, match="slice does not read pattern"):
         compress(recipe_for(path, text, tmp_path / "out", method="slice", pattern="2:4"))
     with pytest.raises(UserError, match="50 outputs, which pattern 4x2 does not divide"):
         compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="4x2", sparsity=0.5))
@@ -404,7 +404,7 @@ def test_every_allocation_prunes_as_many_in_all(tmp_path: Path, text: Path, meth
 
 def test_a_pattern_leaves_nothing_to_allocate(tmp_path: Path, text: Path):
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
-    with pytest.raises(UserError, match="--allocation owl: a pattern prunes every matrix alike"):
+    with pytest.raises(UserError, match="wanda does not read allocation here: a pattern prunes every matrix alike"):
         compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="2:4", allocation="owl"))
 
 
@@ -413,7 +413,9 @@ def test_token_gradients_are_autograds(tmp_path: Path, text: Path):
     path = build_tiny(CONFIGS["llama-biased"], tmp_path / "model")
     tokens = load_windows(str(text), load_tokenizer(path), 4, 24).tokens
     model = open_model(path, torch.device("cpu"), "fast")
-    recipe = recipe_for(path, text, tmp_path / "out", method="mfac", fisher_samples=10_000, fisher_labels="text")
+    (recipe,) = recipe_for(
+        path, text, tmp_path / "out", method="mfac", fisher_samples=10_000, fisher_labels="text"
+    ).steps
     with Work(tmp_path, Journal(tmp_path, {}), Progress()) as work:
         gather_gradients(model, recipe, list(tokens.split(2)), work)
         found = [gradients_of(model, work, index) for index in range(3)]
@@ -433,7 +435,7 @@ def test_token_gradients_are_autograds(tmp_path: Path, text: Path):
     [
         ({"method": "wanda", "mask": "columns"}, "mask columns needs a curvature of gram or gram.fisher, not diagonal"),
         ({"method": "magnitude", "update": "joint"}, "update joint needs a curvature of gram"),
-        ({"method": "sparsegpt", "swaps": 2}, "swaps refine the mask of update joint, not of left-to-right"),
+        ({"method": "sparsegpt", "swaps": 2}, "sparsegpt does not read swaps here: only the mask of update joint"),
         ({"method": "mfac", "mask": "wanda"}, "mask wanda needs a curvature of diagonal"),
         (
             {"method": "obc", "pattern": "4x4", "sparsity": 0.5},

@@ -14,13 +14,13 @@ from slimlm.methods.basis import find_basis
 from slimlm.methods.budget import candidates, choose, loss_curves
 from slimlm.methods.slice import plan_slice, run_slice
 from slimlm.methods.widths import Layout
-from slimlm.recipe import Recipe
+from slimlm.recipe import SliceStep
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
 from tests.methods.helpers import work_at
 
 
 def sliced(model, tokens: torch.Tensor, path: Path, **settings) -> tuple[Path, dict]:
-    plan = plan_slice(model, Recipe(model="x", dtype="float32", **settings))
+    plan = plan_slice(model, SliceStep(model="x", dtype="float32", **settings))
     work = work_at(path)
     outcome = run_slice(model, plan, list(tokens.split(4)), work)
     work.writer.finish()
@@ -102,22 +102,22 @@ def large_blocks(name: str, path: Path) -> Path:
 def test_candidates_have_the_size_asked_for_and_widths_that_fit_the_config(tmp_path: Path, name: str):
     model = stream(large_blocks(name, tmp_path / name))
     layout, dense = Layout(model), parameter_count(model.model)
-    found = candidates(layout, Recipe(model="x", sparsity=0.4, round_to=8))
+    found = candidates(layout, SliceStep(model="x", sparsity=0.4, round_to=8))
     assert len({split.hidden for split in found}) > 1
     assert len({split.groups for split in found}) == 2
     for split in found:
-        plan = layout.plan(split, Recipe(model="x", sparsity=0.4))  # builds the stock class, which checks its config
+        plan = layout.plan(split, SliceStep(model="x", sparsity=0.4))  # builds the stock class, which checks its config
         assert 1 - plan.parameters / dense == pytest.approx(0.4, abs=0.01)
         assert layout.parameters(split) == plan.parameters
     narrower = replace(layout.dense, hidden=16)
     share = 1 - layout.parameters(narrower) / dense
-    assert candidates(layout, Recipe(model="x", sparsity=share + 0.002, budget="hidden")) == [narrower]
+    assert candidates(layout, SliceStep(model="x", sparsity=share + 0.002, budget="hidden")) == [narrower]
 
 
 def test_a_curve_is_the_loss_of_the_model_that_is_cut_so_far(tiny_llama: Path, tmp_path: Path):
     """Against the checkpoint that has the width: rotation alone does to the model what the curve says."""
     tokens = random_tokens(60, 24)
-    model, recipe = stream(tiny_llama), Recipe(model="x", widths="hidden=24", refit=False, dtype="float32")
+    model, recipe = stream(tiny_llama), SliceStep(model="x", widths="hidden=24", refit=False, dtype="float32")
     basis = find_basis(model, recipe, list(tokens.split(4)), work_at(tmp_path / "basis"))
     layout = Layout(model)
     splits = [replace(layout.dense, hidden=24), replace(layout.dense, blocks=(0, 1))]
@@ -148,7 +148,7 @@ def test_the_split_is_the_one_that_measures_best(tmp_path: Path):
     whole = AutoModelForCausalLM.from_pretrained(path).eval()
     batches = list(sample_windows(whole, AutoTokenizer.from_pretrained(path), 20, 24).tokens.split(4))
     model = stream(path)
-    recipe, layout = Recipe(model="x", sparsity=0.4), Layout(model)
+    recipe, layout = SliceStep(model="x", sparsity=0.4), Layout(model)
     basis = find_basis(model, recipe, batches, work_at(tmp_path / "basis"))
     splits = candidates(layout, recipe)
     chosen, notes = choose(layout, splits, basis, batches, work_at(tmp_path / "choose"))
@@ -162,7 +162,7 @@ def test_what_the_refit_wins_back_is_not_held_against_a_width(tmp_path: Path):
     """Three quarters of what cutting hidden_size costs stays, all of what cutting the others does."""
     model = stream(large_blocks("llama", tmp_path / "model"))
     batches = list((random_tokens(20, 24) % 64).split(4))
-    recipe, layout = Recipe(model="x", sparsity=0.4), Layout(model)
+    recipe, layout = SliceStep(model="x", sparsity=0.4), Layout(model)
     basis = find_basis(model, recipe, batches, work_at(tmp_path / "basis"))
     splits = candidates(layout, recipe)
     found = {
@@ -180,13 +180,13 @@ def test_no_candidate_is_wider_than_the_model(tmp_path: Path):
     config.vocab_size, config.intermediate_size = 64, 70  # no multiple of 8
     layout = Layout(stream(build_tiny(config, tmp_path / "model")))
     for sparsity in (0.1, 0.2, 0.3):
-        assert all(split.mlp <= 70 for split in candidates(layout, Recipe(model="x", sparsity=sparsity)))
+        assert all(split.mlp <= 70 for split in candidates(layout, SliceStep(model="x", sparsity=sparsity)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_batches_that_are_held_out_as_a_whole_do_no_harm(tiny_llama: Path, tmp_path: Path, batch_size: int):
     model, tokens = stream(tiny_llama), random_tokens(10, 24)
-    plan = plan_slice(model, Recipe(model="x", widths="hidden=24"))
+    plan = plan_slice(model, SliceStep(model="x", widths="hidden=24"))
     notes = run_slice(model, plan, list(tokens.split(batch_size)), work_at(tmp_path)).notes
     assert 0 < notes["refit"]["head"]["kl"] < divergence_of_guessing(tiny_llama, tokens)
 
@@ -202,7 +202,7 @@ def test_computing_in_bf16_as_on_a_gpu_costs_little(tmp_path: Path):
 
 def test_of_several_widths_given_the_one_that_costs_least_is_taken(tiny_llama: Path, tmp_path: Path):
     model, tokens = stream(tiny_llama), random_tokens(12, 24)
-    plan = plan_slice(model, Recipe(model="x", widths="hidden=24,blocks=2/hidden=28,blocks=1"))
+    plan = plan_slice(model, SliceStep(model="x", widths="hidden=24,blocks=2/hidden=28,blocks=1"))
     assert plan.widths == "hidden=24,mlp=48,groups=2/hidden=28,mlp=48,groups=2"
     _, notes = sliced(model, tokens, tmp_path / "run", widths="hidden=8/hidden=24,mlp=40/mlp=8,groups=1")
     (second, loss), (third, more) = (line.split(": ") for line in notes["next"])
@@ -216,7 +216,7 @@ def test_widths_that_cannot_be_had_are_refused(tiny_llama: Path, tmp_path: Path)
     model = stream(tiny_llama)
     biased = stream(build_tiny(CONFIGS["llama-biased"], tmp_path / "biased"))  # which only the class it has can carry
     with pytest.raises(UserError, match="wants a multiple of 4"):
-        plan_slice(biased, Recipe(model="x", widths="hidden=30"))
+        plan_slice(biased, SliceStep(model="x", widths="hidden=30"))
     for widths, message in {
         "hidden=40": "the model has 32",
         "mlp=49": "the model has 48",
@@ -224,6 +224,6 @@ def test_widths_that_cannot_be_had_are_refused(tiny_llama: Path, tmp_path: Path)
         "blocks=4": "the model has 3",
     }.items():
         with pytest.raises(UserError, match=message):
-            plan_slice(model, Recipe(model="x", widths=widths))
+            plan_slice(model, SliceStep(model="x", widths=widths))
     with pytest.raises(UserError, match="--widths mlp and groups need the refit"):
-        plan_slice(model, Recipe(model="x", widths="mlp=40", refit=False))
+        plan_slice(model, SliceStep(model="x", widths="mlp=40", refit=False))

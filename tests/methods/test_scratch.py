@@ -8,7 +8,7 @@ from slimlm.activations import Spilled
 from slimlm.checkpoint.journal import Journal
 from slimlm.methods import METHODS
 from slimlm.prepare import journalled, spilled
-from slimlm.recipe import Recipe
+from slimlm.recipe import one_step
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.methods.helpers import run
 
@@ -65,7 +65,7 @@ def test_no_more_waits_on_disk_than_was_asked_for(
     settings = ({} if settings["method"] in ("slice", "rotate") else {"sparsity": 0.5}) | settings
     settings |= {"num_calibration_samples": len(tokens), "max_seq_length": tokens.shape[1], "dataset": "x.txt"}
     model = stream(build_tiny(CONFIGS["llama"], tmp_path / "model"))
-    recipe = Recipe(model="x", measure=False, **settings)
+    recipe = one_step(model="x", measure=False, **settings).steps[0]
     run(model, tokens, tmp_path / "run", **settings)
     wanted = sum(asked(recipe, METHODS[recipe.method], model) for asked in (spilled, journalled))
     assert 0 < max(peak) <= wanted

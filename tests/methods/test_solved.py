@@ -18,7 +18,7 @@ from slimlm.methods import solved
 from slimlm.methods.matrix import Choice
 from slimlm.methods.solved import MOST, POINTS, SCRATCH, TOGETHER, solved_shares
 from slimlm.progress import Progress
-from slimlm.recipe import make_recipe
+from slimlm.recipe import one_step
 from slimlm.work import Work
 from tests.conftest import CONFIGS, SIZES, build_tiny, stream
 
@@ -124,8 +124,8 @@ def test_what_waits_on_disk_is_what_was_said(tmp_path: Path, text: Path, monkeyp
 
 def test_more_than_can_be_measured_is_refused(tmp_path: Path, text: Path):
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
-    recipe = make_recipe(
-        {
+    recipe = one_step(
+        **{
             "model": str(path), "method": "wanda", "allocation": "solved", "sparsity": 0.97, "dataset": str(text),
             "max_seq_length": 24, "output_dir": str(tmp_path / "out"), "measure": False,
         }
