@@ -19,7 +19,7 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_config
 from slimlm.families import family_of
-from slimlm.walk import StreamedModel
+from slimlm.model.streamed import StreamedModel
 from tests.deprecation import HEARD
 
 SIZES = {

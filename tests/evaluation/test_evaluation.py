@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimlm.activations import InMemory
+from slimlm.model.hidden import InMemory
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.errors import UserError
 from slimlm.evaluation import harness
@@ -16,7 +16,7 @@ from slimlm.evaluation.tasks import TASKS_PATH, continuation
 from slimlm.evaluation.text import load_test_windows
 from slimlm.linalg.likelihood import window_nll
 from slimlm.progress import LogProgress
-from slimlm.walk import Stream
+from slimlm.model.stream import Stream
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slimlm.activations import Spilled
+from slimlm.model.hidden import Spilled
 from slimlm.checkpoint.journal import Journal
 from slimlm.methods import METHODS
 from slimlm.prepare import journalled, spilled

@@ -15,11 +15,11 @@ from slimlm.linalg.pca import leading, without_mean
 from slimlm.methods.basis import Basis, collect_statistics
 from slimlm.methods.budget import candidates, choose
 from slimlm.methods.plan import Plan
-from slimlm.methods.rotation import slice_embedding, write_tied_norm
+from slimlm.model.rotation import slice_embedding, write_tied_norm
 from slimlm.methods.slice import plan_rotate, plan_slice, rotate_model, run_slice, uneven_line
 from slimlm.methods.widths import Layout, Widths
 from slimlm.recipe import Recipe
-from slimlm.stream import put
+from slimlm.model.stream import put
 from tests.conftest import CONFIGS, SIZES, build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import family_config
 from tests.methods.helpers import work_at
