@@ -176,7 +176,8 @@ def _last_run(job: Job, whole: Recipe, shown: int) -> dict[str, Any]:
     settings = {**(whole.then or {}), "max_seq_length": run.max_seq_length, "dataset": run.dataset}
     with skipping(job.model, run.skip):
         settings["skip"] = _skipped(job, shown)
-        widths = method_named(run.method).plan(job.model, run).widths if keeps_shapes(job) else None
+        method = method_named(run.method)
+        widths = method.plan(job.model, method.resolve(run)).widths if keeps_shapes(job) else None
     if widths:
         settings["widths"] = widths
         settings.pop("sparsity", None)

@@ -47,6 +47,7 @@ HEAD_STEP = "head fitted"
 def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     """The same tensors, some of whose numbers will be zero. Raises UserError for a pattern no matrix has room for."""
     row_of(recipe).check()
+    refuse_unread(recipe)
     model.require_declared("prune")
     for name, shape in model.matrices.items():
         require_room(name, shape, recipe)
@@ -64,6 +65,22 @@ def plan_prune(model: StreamedModel, recipe: Recipe) -> Plan:
     config.dtype = next(iter(tensors.values())).dtype
     parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
     return Plan(config, tensors, parameters, model.model, files=own_files(config))  # of a checkpoint slicing made
+
+
+def refuse_unread(recipe: Recipe) -> None:
+    """Raises UserError for settings that do not go together, or that pruning has no use for."""
+    row = row_of(recipe)
+    for flag, value in (("--round-to", recipe.round_to), ("--widths", recipe.widths)):
+        if value:
+            raise UserError(f"{flag} is for methods that change widths; pruning keeps them")
+    if recipe.pattern and recipe.allocation != "uniform":
+        raise UserError(f"--allocation {recipe.allocation}: a pattern prunes every matrix alike")
+    if row.sees_both and recipe.fisher_unit == "sequence":
+        raise UserError("curvature gram+fisher puts gradients of tokens beside the Gram, not of sequences")
+    if row.mask == "greedy" and recipe.tile:
+        raise UserError(f"mask greedy takes weights one by one, not tiles of {recipe.pattern}")
+    if row.swaps and row.update != "joint":
+        raise UserError(f"swaps refine the mask of update joint, not of {row.update}")
 
 
 def require_room(name: str, shape: torch.Size, recipe: Recipe) -> None:

@@ -46,6 +46,8 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
 
     Raises UserError when none does, or the widths given by hand cannot be had.
     """
+    if recipe.pattern:
+        raise UserError("--pattern is for methods that set weights to zero; slice removes whole directions")
     if recipe.skip and (recipe.basis == "per-block" or recipe.budget == "hidden" or not recipe.refit):
         raise UserError(
             "--skip: a rotation of the stream changes every module; leave out --basis, --budget and --no-refit"
@@ -66,7 +68,11 @@ def plan_slice(model: StreamedModel, recipe: Recipe) -> Plan:
 
 def plan_rotate(model: StreamedModel, recipe: Recipe) -> Plan:
     """The same widths; an untied head where the final norm's gain is not constant. Raises UserError for a model whose
-    stream cannot be rotated."""
+    stream cannot be rotated, and for a recipe that deletes or skips something."""
+    if recipe.skip:
+        raise UserError("--skip: a rotation of the stream changes every module")
+    if recipe.sparsity or recipe.widths or recipe.pattern:
+        raise UserError("rotating deletes nothing: give --sparsity to a later `slimlm compress` of the result")
     if not model.family.rotates:
         raise UserError(model.why_not_rotated)
     shapes = Shapes(Layout(model, turns=True))
