@@ -14,9 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 import slimlm.methods.basis
 import slimlm.methods.budget
 import slimlm.methods.head
@@ -25,7 +22,11 @@ import slimlm.methods.refit
 import slimlm.methods.repair
 import slimlm.methods.slice
 import slimlm.walk
+import torch
 from slimlm.activations import Spilled
+from slimlm.walk import StreamedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from slimlm.calibration import load_windows
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.writer import CheckpointWriter
@@ -35,7 +36,6 @@ from slimlm.linalg.ridge import Moments
 from slimlm.linalg.softmax import MapFit
 from slimlm.progress import LogProgress
 from slimlm.recipe import one_step
-from slimlm.walk import StreamedModel
 
 FORWARD = "passes through blocks"
 SPENT: dict[str, float] = defaultdict(float)

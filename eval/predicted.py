@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from slimlm.methods.fisher import TokenGradients, gather_gradients, gradients_of
+from slimlm.methods.matrix import Choice, Pattern, prune_tall
+from slimlm.work import Work
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -20,12 +23,9 @@ from slimlm.calibration import load_windows
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.linalg.hessian import hessian
-from slimlm.methods.fisher import TokenGradients, gather_gradients, gradients_of
-from slimlm.methods.matrix import Choice, Pattern, prune_tall
 from slimlm.prepare import open_model
 from slimlm.progress import Progress
 from slimlm.recipe import PruneStep
-from slimlm.work import Work
 
 CHOICE = Choice(curvature="gram", mask="columns", update="joint")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from slicing import measured, measured_dense, parser_of
-
 from slimlm.methods.budget import candidates
 from slimlm.methods.widths import Layout
+
 from slimlm.prepare import open_model
 from slimlm.recipe import SliceStep
 

@@ -20,8 +20,8 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_config
 from slimlm.families import family_of
+from slimlm.model.streamed import StreamedModel
 from slimlm.recipe import Recipe, Step, make_recipe
-from slimlm.walk import StreamedModel
 from tests.deprecation import HEARD
 
 SIZES = {

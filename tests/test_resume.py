@@ -10,15 +10,15 @@ import torch
 
 import slimlm.checkpoint.output as output_module
 import slimlm.checkpoint.staging as staging_module
-from slimlm.activations import Spilled
 from slimlm.checkpoint.journal import JOURNAL_NAME, Journal
 from slimlm.checkpoint.manifest import read_manifest, versions
 from slimlm.checkpoint.staging import Staging
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
+from slimlm.model.hidden import Spilled
+from slimlm.model.streamed import StreamedModel
 from slimlm.recipe import Recipe, one_step
-from slimlm.walk import StreamedModel
 from tests.conftest import CONFIGS, build_tiny, in_steps
 
 
@@ -423,7 +423,7 @@ def test_hidden_states_wait_where_they_are_told_to(recipe: Recipe, undisturbed, 
             seen.add(stem.parent)
             super().__init__(stem, *args, **kwargs)
 
-    monkeypatch.setattr("slimlm.work.Spilled", Watched)
+    monkeypatch.setattr("slimlm.model.hidden.Spilled", Watched)
     monkeypatch.setattr("slimlm.compression.Spilled", Watched)
     with monkeypatch.context() as patch:
         die_at(patch, Journal, "commit", 12, after=True)

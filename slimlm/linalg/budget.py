@@ -38,8 +38,10 @@ class LossCurve:
         return [(units, loss) for (units, _), loss in zip(self.points, isotonic(losses), strict=True)]
 
     @classmethod
-    def measured(cls, losses: Sequence[tuple[int, Tensor]], before: Tensor) -> "LossCurve":
-        """From the loss of each window, [windows], with so many units removed and with none."""
+    def measured(
+        cls, losses: Sequence[tuple[int, Annotated[Tensor, "windows"]]], before: Annotated[Tensor, "windows"]
+    ) -> "LossCurve":
+        """From the loss of each window, with so many units removed and with none."""
         rises = [rise_of(loss, before) for _, loss in losses]
         points = [(units, rise) for (units, _), (rise, _) in zip(losses, rises, strict=True)]
         return cls(points, [error for _, error in rises])

@@ -20,6 +20,7 @@ GUESS = 0.1
 SKETCH = 64  # outputs to choose a strength on
 HELD_EVERY = 5
 ROWS = 256  # at a time, of half a symmetric matrix
+Batch = Annotated[Tensor, "batch time", int]  # of windows' tokens
 
 
 def held_out(windows: int, start: int = 0) -> Annotated[Tensor, "{windows}", bool]:
@@ -27,9 +28,9 @@ def held_out(windows: int, start: int = 0) -> Annotated[Tensor, "{windows}", boo
     return torch.arange(start, start + windows) % HELD_EVERY == HELD_EVERY - 1
 
 
-def learn_and_test(batches: Sequence[Tensor], most: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Of calibration windows, in batches [batch, time], up to `most` to learn from and as many held-out ones to measure
-    on (the same where there are too few), in batches of the same size."""
+def learn_and_test(batches: Sequence[Batch], most: int) -> tuple[list[Batch], list[Batch]]:
+    """Of calibration windows up to `most` to learn from and as many held-out ones to measure on (the same where there
+    are too few), in batches of the same size."""
     tokens = torch.cat(list(batches))
     held = held_out(len(tokens))
     size = len(batches[0])

@@ -36,6 +36,10 @@ class Row:
     update: Update
     swaps: int = 0
 
+    def __str__(self) -> str:
+        swaps = f", {self.swaps} swaps" if self.swaps else ""
+        return f"{self.curvature}, {name_of(self.mask)}, {name_of(self.update)}{swaps}"
+
     @property
     def goes_left_to_right(self) -> bool:
         """Whether nothing of the curvature is needed but the factor that columns are settled by."""

@@ -10,6 +10,10 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slimlm.matrices import canonical, matrix
+from slimlm.methods.budget import candidates
+from slimlm.methods.slice import plan_rotate, plan_slice, run_rotate, run_slice
+from slimlm.methods.widths import Layout
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimlm.checkpoint.companions import copy_companions
@@ -17,10 +21,6 @@ from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.pca import without_mean
-from slimlm.matrices import canonical, matrix
-from slimlm.methods.budget import candidates
-from slimlm.methods.slice import plan_rotate, plan_slice, run_rotate, run_slice
-from slimlm.methods.widths import Layout
 from slimlm.recipe import Recipe, RotateStep, SliceStep, one_step
 from slimlm.report.models import models_table
 from tests.conftest import build_tiny, in_steps, logits_of, random_tokens, stream

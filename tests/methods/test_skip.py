@@ -12,7 +12,7 @@ from slimlm import compress
 from slimlm.checkpoint.manifest import read_manifest
 from slimlm.errors import UserError
 from slimlm.forecast import forecast
-from slimlm.methods.skip import skip_modules
+from slimlm.model.skip import skip_modules
 from slimlm.prepare import check_later, prepare
 from slimlm.progress import Progress
 from slimlm.recipe import SliceStep, make_recipe, one_step

@@ -12,20 +12,24 @@ from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.linalg.budget import LossCurve
 from slimlm.linalg.pca import leading, without_mean
-from slimlm.methods.basis import Basis, collect_statistics
-from slimlm.methods.budget import candidates, choose
-from slimlm.methods.plan import Plan
-from slimlm.methods.rotation import slice_embedding, write_tied_norm
-from slimlm.methods.slice import plan_slice, rotate_model, run_slice, uneven_line
-from slimlm.methods.widths import Layout, Widths
+from slimlm.model.rotation import slice_embedding, write_tied_norm
+from slimlm.model.stream import put
 from slimlm.recipe import SliceStep, one_step
-from slimlm.stream import put
+from slimlm.run import Plan
+from slimlm.slice import run as slicing
+from slimlm.slice.basis import Basis
+from slimlm.slice.candidates import candidates, uneven_line
+from slimlm.slice.config import plan_widths
+from slimlm.slice.curves import choose
+from slimlm.slice.plan import plan_slice
+from slimlm.slice.shapes import Shapes
+from slimlm.slice.widths import Layout, Widths
 from tests.conftest import CONFIGS, SIZES, build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import family_config
-from tests.methods.helpers import work_at
+from tests.methods.helpers import carried_out, run_at
 
-RECIPE = SliceStep(model="x", sparsity=0.5)
 PLAIN = {"model": "x", "refit": False, "weighting": "none"}
+HOW = {name: PLAIN[name] for name in ("refit", "weighting")}
 
 
 def widths(model, hidden: int) -> Widths:
@@ -33,16 +37,17 @@ def widths(model, hidden: int) -> Widths:
 
 
 def plan_width(model, hidden: int) -> Plan:
-    return Layout(model, turns=True).plan(widths(model, hidden), RECIPE)
+    return plan_widths(Shapes(Layout(model, turns=True)), widths(model, hidden), "auto")
 
 
 def written(model, basis, path: Path) -> Path:
     """Rewrite the model in `basis` to a checkpoint at `path`."""
-    work, plan = work_at(path), plan_width(model, basis.shape[1])
-    work.lay_out(plan.tensors, plan.carrier)
-    rotate_model(Layout(model, turns=True), widths(model, basis.shape[1]), basis, work)
-    work.settle()
-    work.writer.finish()
+    plan, width = plan_width(model, basis.shape[1]), basis.shape[1]
+    run = run_at(model, [], path, widths=f"hidden={width}")
+    run.result.lay_out(plan.tensors, plan.carrier)
+    slicing._rotate(run, Layout(model, turns=True), widths(model, width), basis)
+    run.result.settle()
+    run.result.writer.finish()
     plan.config.save_pretrained(path / "model")
     return path / "model"
 
@@ -79,8 +84,7 @@ def confined(path: Path, width: int) -> torch.Tensor:
 def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(tiny: Path, tmp_path: Path):
     directions = confined(tiny, 20)
     model, tokens = stream(tiny), random_tokens(8, 32)
-    plan = plan_slice(model, SliceStep(**PLAIN, widths="hidden=20"))
-    outcome = run_slice(model, plan, [tokens], work_at(tmp_path / "run"))
+    outcome = carried_out(run_at(model, [tokens], tmp_path / "run", **HOW, widths="hidden=20"))
     basis = outcome.basis(0)
     assert outcome.notes["calibration_tokens_per_norm"] == tokens.numel()
     assert torch.allclose(basis @ basis.T, (directions @ directions.T).float(), atol=1e-5)
@@ -90,7 +94,8 @@ def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(tiny: Path,
 
 def test_the_gram_is_the_sum_over_every_norms_normalised_input(tiny_llama: Path, tmp_path: Path):
     tokens, streamed = random_tokens(4, 16), stream(tiny_llama)
-    gram = collect_statistics(streamed, list(tokens.split(3)), work_at(tmp_path / "run")).gram
+    run = run_at(streamed, list(tokens.split(3)), tmp_path / "run", widths="hidden=20")
+    gram = slicing._statistics(run, "calibration").gram
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     expected = torch.zeros(32, 32, dtype=torch.float64)
 
@@ -133,10 +138,11 @@ def test_a_tied_head_stays_tied_when_the_final_gain_is_constant(tmp_path: Path):
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     confined(path, 20)
     model, tokens = stream(path), random_tokens(8, 32)
-    plan = plan_slice(model, SliceStep(**PLAIN, sparsity=0.375))
+    run = run_at(model, [tokens], tmp_path / "run", **HOW, sparsity=0.375)
+    plan = run.plan
     assert plan.config.tie_word_embeddings
     assert "lm_head.weight" not in plan.tensors
-    basis = run_slice(model, plan, [tokens], work_at(tmp_path / "run")).basis(0)
+    basis = carried_out(run).basis(0)
     sliced = written(model, basis, tmp_path / "sliced")
     assert plan.config.hidden_size == 20
     assert (logits_of(path, tokens) - logits_of(sliced, tokens)).abs().max() < 1e-4
@@ -185,7 +191,7 @@ def test_a_requested_rounding_is_kept(tiny_llama: Path):
 
 def test_a_weight_nobody_declared_stops_with_its_name(tiny_llama: Path):
     model = stream(tiny_llama)
-    model.blocks[1].register_parameter("surprise", torch.nn.Parameter(torch.zeros(3)))
+    model.blocks[1].module.register_parameter("surprise", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(UserError, match=r"model\.layers\.1\.surprise"):
         plan_width(model, 16)
 
@@ -251,7 +257,7 @@ def test_a_tied_head_is_exact_with_the_final_gain_in_the_embedding(tmp_path: Pat
     basis = leading(vectors, 31 if family.centred else width, family.centred)
     x = x @ basis @ basis.T
     layout = Layout(model)
-    plan = layout.plan(replace(layout.dense, hidden=basis.shape[1], tied=True), RECIPE)
+    plan = plan_widths(Shapes(layout), replace(layout.dense, hidden=basis.shape[1], tied=True), "auto")
     assert plan.config.tie_word_embeddings
     assert plan.parameters < parameter_count(model.model)
     table = family.embeddings[0]
@@ -269,10 +275,7 @@ def test_a_tied_head_is_exact_with_the_final_gain_in_the_embedding(tmp_path: Pat
 
 def test_tensors_that_the_architecture_does_not_use_change_nothing(tiny_llama: Path, tmp_path: Path):
     def sliced(name: str) -> dict[str, torch.Tensor]:
-        work = work_at(tmp_path / name)
-        model = stream(tiny_llama)
-        run_slice(model, plan_slice(model, SliceStep(**PLAIN, widths="hidden=20")), [random_tokens(8, 32)], work)
-        work.writer.finish()
+        carried_out(run_at(stream(tiny_llama), [random_tokens(8, 32)], tmp_path / name, **HOW, widths="hidden=20"))
         return load_file(tmp_path / name / "model" / "model.safetensors")
 
     before = sliced("before")
@@ -297,7 +300,7 @@ def layout_of(path: Path, **changes: object) -> Layout:
 @pytest.mark.parametrize("sparsity", [0.2, 0.25, 0.4])
 def test_widths_are_such_as_quantised_formats_take(tmp_path: Path, sparsity: float):
     layout = layout_of(tmp_path)
-    splits = candidates(layout, SliceStep(model="x", sparsity=sparsity))
+    splits = candidates(Shapes(layout), SliceStep(model="x", sparsity=sparsity))
     assert len(splits) > 4
     assert all(not layout.uneven(split) for split in splits)
     assert all(width % 32 == 0 for split in splits for width in (split.hidden, split.mlp, 32 * 2 * split.groups))
@@ -313,16 +316,13 @@ def test_less_than_32_comes_with_what_it_costs(tiny_llama: Path):
 
 
 @pytest.mark.parametrize(("coarse", "chosen"), [(1.04, 64), (1.06, 32)])
-def test_a_split_that_all_formats_take_may_cost_five_hundredths_more(
-    tmp_path: Path, monkeypatch, coarse: float, chosen: int
-):
+def test_a_split_that_all_formats_take_may_cost_five_hundredths_more(tmp_path: Path, coarse: float, chosen: int):
     layout = layout_of(tmp_path)
     fine, wide = replace(layout.dense, mlp=1024 - 96), replace(layout.dense, mlp=1024 - 128)
     curves = {axis: LossCurve([]) for axis in ("hidden", "groups", "blocks", "tied")}
     curves["mlp"] = LossCurve([(96, 1.0), (128, coarse)])
-    monkeypatch.setattr("slimlm.methods.budget.loss_curves", lambda *_: curves)
     found = Basis(torch.eye(256, dtype=torch.float64), torch.ones(3, dtype=torch.float64), {}, False)
-    best, notes = choose(layout, [fine, wide], found, [], work_at(tmp_path / "run"))
+    best, notes = choose(layout, [fine, wide], found, curves)
     assert best.mlp % 64 == chosen % 64
     assert notes["predicted_loss"] == pytest.approx(coarse if chosen == 64 else 1.0)
 
