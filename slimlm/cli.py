@@ -7,13 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from slimlm.errors import Interrupted, RunFailure, SlimlmError, UserError, out_of_memory
 from slimlm.recipe import Recipe, field_of, load_recipe, recipe_of_flags, shipped_recipes
 from slimlm.report.streams import sturdy_streams, to_nowhere
+
+if TYPE_CHECKING:
+    from slimlm.compression import CompressResult
+    from slimlm.stages import Options
 
 app = typer.Typer(
     name="slimlm",
@@ -293,11 +297,17 @@ def compress_command(
     chosen = _chosen_recipe(recipe, flags)
     if private and not push_to_hub:
         raise UserError("--private is for --push-to-hub REPO")
-    push = {"push_to_hub": push_to_hub, "private": private}
-    if dry_run:
-        _dry_run(chosen, overwrite, resume or resume_anyway, work_dir, verbose, (token, cache_dir), push)
-    else:
-        _run_compress(chosen, overwrite, resume, resume_anyway, work_dir, verbose, (token, cache_dir), push)
+    options: Options = {
+        "overwrite": overwrite,
+        "resume": resume,
+        "resume_anyway": resume_anyway,
+        "work_dir": work_dir,
+        "token": token,
+        "cache_dir": cache_dir,
+        "push_to_hub": push_to_hub,
+        "private": private,
+    }
+    (_dry_run if dry_run else _run_compress)(chosen, options, verbose)
 
 
 @app.command("rotate")
@@ -336,7 +346,15 @@ def rotate_command(
     """
     flags = {key: value for key, value in locals().items() if key not in NOT_OF_THE_RECIPE and value is not None}
     chosen = recipe_of_flags({**flags, "method": "rotate"})
-    _run_compress(chosen, overwrite, resume, resume_anyway, work_dir, access=(token, cache_dir))
+    options: Options = {
+        "overwrite": overwrite,
+        "resume": resume,
+        "resume_anyway": resume_anyway,
+        "work_dir": work_dir,
+        "token": token,
+        "cache_dir": cache_dir,
+    }
+    _run_compress(chosen, options)
 
 
 def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
@@ -352,73 +370,43 @@ def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
     return recipe_of_flags(flags)
 
 
-def _run_compress(
-    recipe: Recipe,
-    overwrite: bool,
-    resume: bool,
-    resume_anyway: bool = False,
-    work_dir: Path | None = None,
-    verbose: bool = False,
-    access: tuple[str | None, Path | None] = (None, None),
-    push: dict[str, Any] | None = None,
-) -> None:
-    """access: to the hub; a token and a directory. push: what `compress` takes of where the result is uploaded to."""
+def _run_compress(recipe: Recipe, options: "Options", verbose: bool = False) -> None:
     with _progress("interrupted; run the same command with --resume to go on") as progress:
         _set_verbosity(verbose)
-        from slimlm.compression import compress
+        from slimlm.stages import compress
 
-        token, cache_dir = access
-        how: dict[str, Any] = {"resume_anyway": resume_anyway, "work_dir": work_dir, **(push or {})}
-        result = compress(recipe, overwrite, resume, progress, token=token, cache_dir=cache_dir, **how)
+        options["progress"] = progress
+        result = compress(recipe, **options)
     _print_result(result, recipe.expected)
 
 
-def _dry_run(
-    recipe: Recipe,
-    overwrite: bool,
-    resume: bool,
-    work_dir: Path | None,
-    verbose: bool,
-    access: tuple[str | None, Path | None],
-    push: dict[str, Any],
-) -> None:
-    work_dir = None if work_dir is None else work_dir.expanduser().resolve()
+def _dry_run(recipe: Recipe, options: "Options", verbose: bool) -> None:
     with _progress() as progress:
         _set_verbosity(verbose)
-        from slimlm.checkpoint.hub import Access
-        from slimlm.checkpoint.push import Push
-        from slimlm.device import check_process
+        from slimlm.check import check
         from slimlm.forecast import forecast, require_room
-        from slimlm.prepare import check_later, output_of, prepare
         from slimlm.report.summary import forecast_summary
+        from slimlm.resolve import output_of
+        from slimlm.stages import before_work, check_later, how_of, later_steps
 
-        check_process()
-        if push["push_to_hub"]:
-            Push(push["push_to_hub"], push["private"], access[0]).check()
-        first = recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))})
-        job = prepare(first, overwrite, resume, progress, work_dir=work_dir, access=Access(*access))
+        options["progress"] = progress
+        before_work(options)
+        how = how_of(options)
+        job = check(recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))}), how)
         check_later(job, recipe)
-        found = forecast(job, progress, recipe, work_dir)
-    print(forecast_summary(job, found, recipe.steps[1:], work_dir))
-    require_room(job, found, work_dir)
+        later = later_steps(job, recipe)
+        found = forecast(job, later, how)
+    print(forecast_summary(job, found, later, how.work_dir))
+    require_room(job, found, how.work_dir)
 
 
-def _print_result(result: Any, expected: dict[str, float]) -> None:
+def _print_result(result: "CompressResult", expected: dict[str, float]) -> None:
     from slimlm.report.summary import compress_summary, expectation_lines
-    from slimlm.report.table import comparison_table
+    from slimlm.report.table import comparison_table, sides_of
     from slimlm.report.terminal import console
 
     manifest = result.manifest
-    sides = [
-        {
-            "name": side,
-            "parameters": manifest["parameters"][side],
-            "bytes": manifest["bytes"][side],
-            **(manifest["measured"] or {}).get(side, {}),
-        }
-        for side in ("compressed", "dense")
-    ]
-    console().print(comparison_table(sides))
+    console().print(comparison_table(sides_of(manifest)))
     print(compress_summary(manifest))
     for line in expectation_lines(manifest, expected):
         print(line)

@@ -18,7 +18,7 @@ from slimlm.recipe import recipe_of_flags
 # A command whose work is replaced by what stands before it.
 WORK = """
 import os, signal, sys
-import slimlm.evaluation.evaluate, slimlm.compression, slimlm.inspection
+import slimlm.evaluation.evaluate, slimlm.stages, slimlm.inspection
 from slimlm.cli import main
 
 def run(*arguments):
@@ -141,7 +141,7 @@ def stopped(number):
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    slimlm.compression.compress = slimlm.evaluation.evaluate.evaluate = stopped(number)
+    slimlm.stages.compress = slimlm.evaluation.evaluate.evaluate = stopped(number)
     slimlm.inspection.inspect_model = stopped(number)
     for arguments in (["compress", "-m", "llama", "-s", "0.5"], ["eval", "llama"], ["inspect", "llama"]):
         assert run(*arguments) == 128 + number, (arguments, number)

@@ -17,12 +17,12 @@ from slimlm.methods.widths import Layout
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimlm.checkpoint.companions import copy_companions
-from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.pca import without_mean
 from slimlm.recipe import Recipe, RotateStep, SliceStep, one_step
 from slimlm.report.models import models_table
+from slimlm.stages import compress
 from tests.conftest import build_tiny, in_steps, logits_of, random_tokens, stream
 from tests.families.configs import SETTINGS, family_config
 from tests.methods.test_prune import die_after_record
