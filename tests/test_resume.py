@@ -10,15 +10,15 @@ import torch
 
 import slimlm.checkpoint.output as output_module
 import slimlm.checkpoint.staging as staging_module
-from slimlm.model.hidden import Spilled
 from slimlm.checkpoint.journal import JOURNAL_NAME, Journal
 from slimlm.checkpoint.manifest import read_manifest, versions
 from slimlm.checkpoint.staging import Staging
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
-from slimlm.recipe import Recipe
+from slimlm.model.hidden import Spilled
 from slimlm.model.streamed import StreamedModel
+from slimlm.recipe import Recipe
 from tests.conftest import CONFIGS, build_tiny
 
 
@@ -301,7 +301,7 @@ def test_running_out_of_memory_is_one_clear_line(recipe: Recipe, monkeypatch):
     def exhausted(*args):
         raise torch.OutOfMemoryError("CUDA out of memory\nlots of detail")
 
-    monkeypatch.setattr("slimlm.walk.StreamedModel.advance", exhausted)
+    monkeypatch.setattr("slimlm.model.block.Block.advance", exhausted)
     with pytest.raises(RunFailure, match=r"^out of memory: lower --batch-size"):
         compress(recipe)
 

@@ -14,6 +14,7 @@ from slimlm.statistics.token_gradients import TokenGradients
 from tests.conftest import build_tiny
 from tests.families.configs import family_config
 
+
 def scores_of(gradients: dict[str, TokenGradients], weights: dict[str, torch.Tensor], curvature: str):
     row = Row(curvature, "obs", "joint" if curvature == "gram" else "summed")
     block = SimpleNamespace(path="block", family=SimpleNamespace(linears=tuple(weights)), matrix=weights.__getitem__)

@@ -20,9 +20,7 @@ from tests.methods.helpers import carried_out, run_at
 
 
 def sliced(path: Path, tokens: torch.Tensor, out: Path, width: int) -> Path:
-    run = run_at(
-        stream(path), list(tokens.split(4)), out, basis="per-block", widths=f"hidden={width}", dtype="float32"
-    )
+    run = run_at(stream(path), list(tokens.split(4)), out, basis="per-block", widths=f"hidden={width}", dtype="float32")
     plan = carried_out(run).plan
     copy_companions(path, out / "model")
     shutil.copy(*own_files(plan.config), out / "model")

@@ -159,14 +159,10 @@ def test_what_the_refit_wins_back_is_not_held_against_a_width(tmp_path: Path):
     """Three quarters of what cutting hidden_size costs stays, all of what cutting the others does."""
     model = stream(large_blocks("llama", tmp_path / "model"))
     batches = list((random_tokens(20, 24) % 64).split(4))
-    runs = {
-        refit: run_at(model, batches, tmp_path / str(refit), sparsity=0.4, refit=refit) for refit in (False, True)
-    }
+    runs = {refit: run_at(model, batches, tmp_path / str(refit), sparsity=0.4, refit=refit) for refit in (False, True)}
     shapes, basis = Shapes(Layout(model)), slicing._new_basis(runs[True])
     splits = candidates(shapes, runs[True].recipe)
-    found = {
-        refit: slicing._settle(run, shapes.layout, splits, basis)[1]["curves"] for refit, run in runs.items()
-    }
+    found = {refit: slicing._settle(run, shapes.layout, splits, basis)[1]["curves"] for refit, run in runs.items()}
     for axis, left in (("hidden", 0.75), ("mlp", 1.0), ("groups", 1.0)):
         assert len(found[True][axis]) > 0
         for (units, measured), (same, counted) in zip(found[False][axis], found[True][axis], strict=True):

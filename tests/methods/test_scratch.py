@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from slimlm.model.hidden import Spilled
 from slimlm.checkpoint.journal import Journal
 from slimlm.methods import METHODS
+from slimlm.model.hidden import Spilled
 from slimlm.prepare import journalled, spilled
 from slimlm.recipe import Recipe
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream

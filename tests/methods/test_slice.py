@@ -273,9 +273,7 @@ def test_a_tied_head_is_exact_with_the_final_gain_in_the_embedding(tmp_path: Pat
 
 def test_tensors_that_the_architecture_does_not_use_change_nothing(tiny_llama: Path, tmp_path: Path):
     def sliced(name: str) -> dict[str, torch.Tensor]:
-        carried_out(
-            run_at(stream(tiny_llama), [random_tokens(8, 32)], tmp_path / name, **HOW, widths="hidden=20")
-        )
+        carried_out(run_at(stream(tiny_llama), [random_tokens(8, 32)], tmp_path / name, **HOW, widths="hidden=20"))
         return load_file(tmp_path / name / "model" / "model.safetensors")
 
     before = sliced("before")
@@ -316,9 +314,7 @@ def test_less_than_32_comes_with_what_it_costs(tiny_llama: Path):
 
 
 @pytest.mark.parametrize(("coarse", "chosen"), [(1.04, 64), (1.06, 32)])
-def test_a_split_that_all_formats_take_may_cost_five_hundredths_more(
-    tmp_path: Path, coarse: float, chosen: int
-):
+def test_a_split_that_all_formats_take_may_cost_five_hundredths_more(tmp_path: Path, coarse: float, chosen: int):
     layout = layout_of(tmp_path)
     fine, wide = replace(layout.dense, mlp=1024 - 96), replace(layout.dense, mlp=1024 - 128)
     curves = {axis: LossCurve([]) for axis in ("hidden", "groups", "blocks", "tied")}

@@ -46,9 +46,7 @@ def silence(path: Path, block: int) -> None:
 
 def shares_of(path: Path, text: Path, place: Path, sparsity: float, method: str = "wanda") -> list[float]:
     tokens = load_windows(str(text), load_tokenizer(path), 40, 24).tokens
-    run = run_at(
-        stream(path), list(tokens.split(8)), place, method=method, allocation="solved", sparsity=sparsity
-    )
+    run = run_at(stream(path), list(tokens.split(8)), place, method=method, allocation="solved", sparsity=sparsity)
     found = pruning._solved_shares(run, pruning.row_of(run.recipe))
     assert not list((place / "work").glob("scratch-*"))
     return [found[index] for index in range(len(run.model.blocks))]
