@@ -15,6 +15,7 @@ from slimlm.linalg.hessian import Hessian
 from slimlm.linalg.masks import pooled, smallest, smallest_per_group, smallest_per_row, spread, spread_out
 from slimlm.linalg.obs import cheapest_first, greedy_order
 from slimlm.linalg.obs import left_to_right as settle_columns
+from slimlm.prune.curvature import Curvature
 from slimlm.prune.quota import ALONE, Quota
 
 COLUMNS = 128  # of which SparseGPT chooses a mask at once
@@ -31,7 +32,7 @@ class HasDiagonal(Protocol):
         """Of the inverse: [in] or [out, in]."""
 
 
-def magnitude(weight: Tensor, curvature: object, quota: Quota) -> Chosen:
+def magnitude(weight: Tensor, curvature: Curvature, quota: Quota) -> Chosen:
     """The smallest |w| of each matrix (Han et al., arXiv 1506.02626)."""
     return weight, _smallest(weight.abs(), quota)
 
@@ -80,7 +81,7 @@ def greedy(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
     return weight, torch.cat([cheapest_first(part, price, count, inputs) for part, price, count in parts])
 
 
-def random(weight: Tensor, curvature: object, quota: Quota) -> Chosen:
+def random(weight: Tensor, curvature: Curvature, quota: Quota) -> Chosen:
     """Any weights of each matrix, the same for the same shape: what a method has to beat."""
     generator = torch.Generator().manual_seed(weight.numel())
     scores = torch.rand(weight.shape, generator=generator).to(weight.device)

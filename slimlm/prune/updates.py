@@ -11,13 +11,14 @@ from torch import Tensor
 
 from slimlm.linalg import obs
 from slimlm.linalg.hessian import Hessian
+from slimlm.prune.curvature import Curvature
 from slimlm.prune.masks import Chosen
 from slimlm.prune.quota import Quota
 
 CHUNK_ELEMENTS = 1 << 24  # of a weight whose rows are solved for at once
 
 
-def none(weight: Tensor, curvature: object, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
+def none(weight: Tensor, curvature: Curvature, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
     """Nothing."""
     return weight.masked_fill(chosen[1], 0), chosen[1]
 
