@@ -27,7 +27,7 @@ from slimlm.checkpoint.tokenizer import keep_tokenizer
 from slimlm.device import check_process, forget_peak, placement
 from slimlm.errors import RunFailure, UserError, out_of_memory
 from slimlm.evaluation.streamed import Comparison, compare_streamed
-from slimlm.methods import method_named
+from slimlm.methods import method_of
 from slimlm.model.hidden import Scratch, Spilled
 from slimlm.model.result import Result
 from slimlm.prepare import Job, check_later, later_runs_of, open_model, output_of, prepare, spilled
@@ -351,7 +351,7 @@ def _measured_later(job: Job, steps: list[AnyStep], output: Path, manifest: Mani
         return manifest
     with held(output, how.work_dir) as staging:
         start = time.perf_counter()
-        kept = all(method_named(run.method).sparsity_of != "parameters" for run in steps)
+        kept = all(method_of(run).sparsity_of != "parameters" for run in steps)
         manifest |= measured_of(job, _measure(job, staging, output, how.progress, None, kept))
         manifest["run"]["seconds"]["measuring"] = round(time.perf_counter() - start, 3)
         for step in manifest["recipe"]["steps"]:

@@ -29,7 +29,7 @@ from slimlm.checkpoint.staging import check_output
 from slimlm.compression import LOG_NAME
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
-from slimlm.methods import method_named
+from slimlm.methods import method_of
 from slimlm.model.skip import skipping
 from slimlm.model.walk import every
 from slimlm.prepare import Job, journalled, keeps_shapes, later_runs_of, spilled
@@ -102,7 +102,7 @@ def _disk(job: Job, later: list[AnyStep], probed: list[Manifest]) -> tuple[int, 
     """Bytes of what all runs give, which stands until the last is done, and of hidden states waiting in one of them."""
     waiting: list[int] = [spilled(job.recipe, job.method, job.model)]
     for run in later:
-        method = method_named(run.method)
+        method = method_of(run)
         data = run.dataset if method.calibrates(run, job.resolved.path) else None
         waiting.append(spilled(run.model_copy(update={"dataset": data}), method, job.model))
     sizes: list[int] = [stage["bytes"]["compressed"] for stage in probed]
@@ -136,7 +136,7 @@ def _probe(
     is_kept = keeps_shapes(job)
     for later in later_runs_of(job, whole):
         with skipping(job.model, later.skip):
-            plan = method_named(later.method).plan(job.model, later) if is_kept else None
+            plan = method_of(later).plan(job.model, later) if is_kept else None
             steps.append(_shown_step(job, later, shown, plan))
         is_kept = plan is not None and plan.parameters == job.plan.parameters
         if job.windows is not None and all(getattr(later, name) == getattr(job.recipe, name) for name in OF_WINDOWS):

@@ -24,7 +24,7 @@ from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_window
 from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.ridge import HELD_EVERY
 from slimlm.method import Method
-from slimlm.methods import method_named
+from slimlm.methods import method_of
 from slimlm.model.skip import skip_modules, skipping
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
@@ -80,7 +80,7 @@ def prepare(
     work_dir: where hidden states are to wait, if not beside the output. access: to the hub.
     """
     started, memory_before = time.perf_counter(), resident_memory()
-    method = method_named(recipe.method)
+    method = method_of(recipe)
     resolved = resolve_known(recipe.model, recipe.revision, recipe.trust_remote_code, access)
     if sum(file.stat().st_size for file in resolved.path.glob("*.safetensors") if file.is_file()) > LARGE:
         return_memory_at_once()  # first of all: what is allocated before stays as it was
@@ -154,7 +154,7 @@ def check_later(job: Job, whole: Recipe) -> None:
     """Raises UserError for runs of a recipe that cannot follow its first, the prepared one."""
     before, is_kept = [job.recipe], keeps_shapes(job)
     for later in later_runs_of(job, whole):
-        method = method_named(later.method)
+        method = method_of(later)
         with skipping(job.model, later.skip):
             for slicing in before:
                 if isinstance(slicing, SliceStep) and isinstance(later, PruneStep):

@@ -16,7 +16,7 @@ from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.staging import Staging
 from slimlm.device import machine, peak_memory, rounding
 from slimlm.evaluation.streamed import Comparison
-from slimlm.methods import method_named
+from slimlm.methods import method_of
 from slimlm.prepare import Job, later_runs_of
 from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped
 from slimlm.run import Outcome
@@ -55,7 +55,7 @@ def fingerprint_of_all(job: Job, whole: Recipe) -> dict[str, object]:
     found = fingerprint_of(job)
     for number, run in enumerate(later_runs_of(job, whole), start=2):
         found |= {f"recipe {name} of run {number}": value for name, value in _decisive(run).items()}
-        if run.dataset in (None, SELF) or not method_named(run.method).calibrates(run, job.resolved.path):
+        if run.dataset in (None, SELF) or not method_of(run).calibrates(run, job.resolved.path):
             continue
         assert run.max_seq_length is not None
         del found[f"recipe dataset of run {number}"]

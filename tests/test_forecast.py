@@ -12,7 +12,6 @@ from slimlm.compression import compress
 from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
 from slimlm.forecast import Forecast, forecast, require_room
-from slimlm.methods import method_named
 from slimlm.prepare import Job, later_runs_of, prepare, spilled
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe, load_recipe, make_recipe, one_step
@@ -193,8 +192,7 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     then = {"method": "slimlm", "sparsity": 0.5, "curvature": "gram+fisher", "num_calibration_samples": 50}
     whole = in_steps(step.model_dump(include=step.model_fields_set), then)
     (last,) = later_runs_of(job, whole)
-    method = method_named("slimlm")
-    more = spilled(method.resolve(last), method, job.model)
+    more = spilled(last, method_of(last), job.model)
     assert more > waiting
     found = forecast(job, Progress(), whole)
     assert found.seconds == pytest.approx(2 * (20 + not_shown(job, 2) * 1) + (2 + 2))

@@ -135,7 +135,6 @@ def test_sparsity_out_of_range_is_refused(method: str, value: float):
         ({"method": "wanda", "pattern": "4x4", "shots": 2}, "a pattern is pruned in one shot"),
         ({"method": "wanda", "shots": 0}, "shots: .*greater than or equal to 1"),
         ({"method": "wanda", "schedule": "linear"}, "a schedule is of several shots"),
-        ({"method": "wanda", "mask": "obs"}, "mask obs needs a curvature of gram or .*, not diagonal"),
     ],
 )
 def test_a_bad_key_or_value_is_named(values: dict[str, Any], message: str):

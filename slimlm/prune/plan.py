@@ -8,7 +8,7 @@ import torch
 from slimlm.errors import UserError
 from slimlm.fit.lm_head import fits_head
 from slimlm.model.streamed import StreamedModel
-from slimlm.prune.group import Row
+from slimlm.prune.group import Row, name_of
 from slimlm.prune.masks import MASKS
 from slimlm.prune.updates import UPDATES
 from slimlm.recipe import PruneStep, SliceStep
@@ -53,8 +53,12 @@ def require_room_later(model: StreamedModel, slicing: SliceStep, later: PruneSte
 
 
 def row_of(recipe: PruneStep) -> Row:
-    """What a resolved recipe prunes by."""
-    return Row(recipe.curvature, MASKS[recipe.mask], UPDATES[recipe.update], recipe.swaps)
+    """What a resolved recipe prunes by; its method's own mask and update first, where that is not in the table."""
+    own: Row | None = getattr(recipe.own_method, "row", None)
+    mask_of, update_of = dict(MASKS), dict(UPDATES)
+    if own is not None:
+        mask_of[name_of(own.mask)], update_of[name_of(own.update)] = own.mask, own.update
+    return Row(recipe.curvature, mask_of[recipe.mask], update_of[recipe.update], recipe.swaps)
 
 
 def refits_head(model: StreamedModel) -> bool:

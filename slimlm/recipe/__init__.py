@@ -7,10 +7,8 @@ from slimlm.recipe.pruning import (
     ROWS,
     Allocation,
     CurvatureName,
-    MaskName,
     PruneStep,
     Row,
-    UpdateName,
 )
 from slimlm.recipe.recipe import AnyStep, Recipe, dumped, field_of, make_recipe, one_step, recipe_of_flags
 from slimlm.recipe.slicing import RotateStep, SliceStep
@@ -24,14 +22,12 @@ __all__ = [
     "Allocation",
     "AnyStep",
     "CurvatureName",
-    "MaskName",
     "PruneStep",
     "Recipe",
     "RotateStep",
     "Row",
     "SliceStep",
     "Step",
-    "UpdateName",
     "as_file",
     "dumped",
     "field_of",

@@ -146,14 +146,17 @@ def _shots_of(values: dict[str, Any], source: str) -> list[AnyStep]:
 
 def _step(values: dict[str, Any], source: str) -> AnyStep:
     method = values.get("method", "slice")
-    if not isinstance(method, str) or method not in METHODS:
+    kind: type[AnyStep] | None = getattr(method, "steps", None)  # of a method that is not in the table
+    if isinstance(method, str):
+        kind = METHODS.get(method)
+    if kind is None:
         near = nearest(str(method), METHODS)
         raise _error(f"unknown method {method!r}{near} (known: {', '.join(METHODS)})", source)
-    kind = METHODS[method]
+    name = method if isinstance(method, str) else method.name
     try:
-        return kind(**values)
+        return kind(**{**values, "method": name})
     except ValidationError as error:
-        raise _refusal(error, source, kind, method) from error
+        raise _refusal(error, source, kind, name) from error
 
 
 def _read_by(method: str) -> str:
