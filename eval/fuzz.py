@@ -32,7 +32,7 @@ from slimlm.compression import compress
 from slimlm.errors import SlimlmError
 from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.text import load_test_windows
-from slimlm.recipe import Recipe
+from slimlm.recipe import one_step
 
 SECONDS = 60
 SHARD = "model-00001-of-00002.safetensors"
@@ -215,7 +215,7 @@ def one(place: Path, mutation: Mutation, chance: random.Random) -> str:
     shutil.copytree(place / "original", path)
     mutation(path, chance)
     text = place / "original" / "text.txt"
-    recipe = Recipe(
+    recipe = one_step(
         model=str(path), sparsity=0.25, dataset=str(text), num_calibration_samples=6, max_seq_length=32, eval_windows=4,
         eval_text=str(text), output_dir=str(output),
     )  # fmt: skip

@@ -14,9 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 import slimlm.methods.basis
 import slimlm.methods.budget
 import slimlm.methods.head
@@ -25,7 +22,11 @@ import slimlm.methods.refit
 import slimlm.methods.repair
 import slimlm.methods.slice
 import slimlm.walk
+import torch
 from slimlm.activations import Spilled
+from slimlm.walk import StreamedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from slimlm.calibration import load_windows
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.writer import CheckpointWriter
@@ -34,8 +35,7 @@ from slimlm.linalg.gram import Gram
 from slimlm.linalg.ridge import Moments
 from slimlm.linalg.softmax import MapFit
 from slimlm.progress import LogProgress
-from slimlm.recipe import Recipe
-from slimlm.walk import StreamedModel
+from slimlm.recipe import one_step
 
 FORWARD = "passes through blocks"
 SPENT: dict[str, float] = defaultdict(float)
@@ -109,7 +109,7 @@ def main() -> None:
     ):
         setattr(owner, name, timed(kind, getattr(owner, name)))
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Recipe(
+        recipe = one_step(
             model=arguments.model, dataset=arguments.calibration, method=arguments.method,
             sparsity=arguments.sparsity, measure=False,
             num_calibration_samples=arguments.windows, max_seq_length=arguments.window, output_dir=f"{folder}/out",

@@ -11,7 +11,7 @@ import tempfile
 
 import slimlm.prepare
 from slimlm.compression import compress
-from slimlm.recipe import Recipe
+from slimlm.recipe import one_step
 
 ARMS = (
     {"sparsity": 0.25},
@@ -41,7 +41,7 @@ def main() -> None:
 def perplexities(arguments: argparse.Namespace, arm: dict[str, object], precision: str) -> tuple[float, float]:
     slimlm.prepare.open_model = lambda path, device, _, *more: open_model(path, device, precision, *more)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Recipe(
+        recipe = one_step(
             model=arguments.model, dataset=arguments.calibration, num_calibration_samples=arguments.windows,
             max_seq_length=256, device="cpu", output_dir=f"{folder}/out", **arm,
         )  # fmt: skip

@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from slimlm.methods.fisher import TokenGradients, gather_gradients, gradients_of
+from slimlm.methods.matrix import Choice, Pattern, prune_tall
+from slimlm.work import Work
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -20,12 +23,9 @@ from slimlm.calibration import load_windows
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.linalg.hessian import hessian
-from slimlm.methods.fisher import TokenGradients, gather_gradients, gradients_of
-from slimlm.methods.matrix import Choice, Pattern, prune_tall
 from slimlm.prepare import open_model
 from slimlm.progress import Progress
-from slimlm.recipe import Recipe
-from slimlm.work import Work
+from slimlm.recipe import PruneStep
 
 CHOICE = Choice(curvature="gram", mask="columns", update="joint")
 
@@ -44,7 +44,9 @@ def main() -> None:
     ).tokens
     learn, test = windows[: arguments.windows], windows[arguments.windows :]
     model = open_model(Path(arguments.model), torch.device("cpu"), "fast")
-    recipe = Recipe(model=arguments.model, sparsity=arguments.sparsity, fisher_samples=arguments.samples)
+    recipe = PruneStep(
+        model=arguments.model, method="mfac", sparsity=arguments.sparsity, fisher_samples=arguments.samples
+    )
     with (
         tempfile.TemporaryDirectory() as directory,
         Work(Path(directory), Journal(Path(directory), {}), Progress()) as work,

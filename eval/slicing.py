@@ -28,7 +28,7 @@ from slimlm.calibration import load_windows
 from slimlm.compression import compress
 from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.text import load_test_windows
-from slimlm.recipe import Recipe
+from slimlm.recipe import one_step
 
 ARMS = {
     "shared": {"refit": False, "weighting": "none"},
@@ -145,7 +145,7 @@ def measured(
     dense: list[float],
 ) -> tuple[dict, dict]:
     """Compress and measure: the manifest, and the figures that every benchmark reports."""
-    recipe = Recipe(
+    recipe = one_step(
         model=arguments.model, dataset=arguments.calibration, measure=False, seed=seed, output_dir=str(output),
         num_calibration_samples=arguments.windows, max_seq_length=arguments.window, **settings,
     )  # fmt: skip

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from slicing import measured, measured_dense, parser_of
-
 from slimlm.methods.budget import candidates
 from slimlm.methods.widths import Layout
+
 from slimlm.prepare import open_model
-from slimlm.recipe import Recipe
+from slimlm.recipe import SliceStep
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     texts, dense = measured_dense(arguments)
     layout = Layout(open_model(Path(arguments.model), torch.device("cpu"), "fast"))
-    splits = candidates(layout, Recipe(model=arguments.model, sparsity=arguments.sparsity))
+    splits = candidates(layout, SliceStep(model=arguments.model, sparsity=arguments.sparsity))
     seed = arguments.seeds[0]
     manifest, row = measured(arguments, arguments.work, {"sparsity": arguments.sparsity}, seed, texts, dense)
     chosen = manifest["method"]["widths"]

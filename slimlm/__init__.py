@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from slimlm.compression import CompressResult
     from slimlm.errors import RunFailure, SlimlmError, UserError
     from slimlm.evaluation.evaluate import Evaluation, evaluate
-    from slimlm.recipe import Recipe
+    from slimlm.recipe import Recipe, load_recipe, make_recipe, one_step
 
 _HOME = {
     "compress": "slimlm.api",
@@ -19,6 +19,9 @@ _HOME = {
     "evaluate": "slimlm.evaluation.evaluate",
     "Evaluation": "slimlm.evaluation.evaluate",
     "Recipe": "slimlm.recipe",
+    "load_recipe": "slimlm.recipe",
+    "make_recipe": "slimlm.recipe",
+    "one_step": "slimlm.recipe",
     "SlimlmError": "slimlm.errors",
     "UserError": "slimlm.errors",
     "RunFailure": "slimlm.errors",
@@ -34,6 +37,9 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "load_recipe",
+    "make_recipe",
+    "one_step",
 ]
 
 

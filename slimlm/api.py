@@ -14,7 +14,7 @@ from slimlm.compression import CompressResult
 from slimlm.compression import compress as compress_recipe
 from slimlm.errors import UserError
 from slimlm.progress import LogProgress, Progress
-from slimlm.recipe import Recipe, make_recipe
+from slimlm.recipe import Recipe, one_step
 
 Data = str | Path | list[str] | tuple[str, ...] | Tensor
 
@@ -67,7 +67,7 @@ def _in_memory(
         given: dict[str, Any] = {} if dataset is None else {"dataset": _data_at(dataset, Path(place))}
         if isinstance(dataset, Tensor):
             given |= {"num_calibration_samples": dataset.shape[0], "max_seq_length": dataset.shape[1]}
-        recipe = make_recipe({**given, **settings, "model": str(source), "output_dir": str(Path(place) / "out")})
+        recipe = one_step(**given, **settings, model=str(source), output_dir=str(Path(place) / "out"))
         result = compress_recipe(recipe, progress=progress, work_dir=None if work_dir is None else Path(place))
         found = AutoModelForCausalLM.from_pretrained(
             result.output_dir, dtype="auto", trust_remote_code=result.manifest["needs_remote_code"]

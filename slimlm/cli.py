@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from slimlm.errors import Interrupted, RunFailure, SlimlmError, UserError, out_of_memory
-from slimlm.recipe import Recipe, load_recipe, make_recipe, shipped_recipes
+from slimlm.recipe import Recipe, field_of, load_recipe, recipe_of_flags, shipped_recipes
 from slimlm.report.streams import sturdy_streams, to_nowhere
 
 app = typer.Typer(
@@ -23,7 +23,6 @@ app = typer.Typer(
     "Start with `slimlm compress --model llama --sparsity 0.25`: it needs no network, and ends with what was lost.",
 )
 
-FLAGS = ""  # what make_recipe calls them
 WHAT, DATA, RUN, OUT = "What to do", "Calibration data", "How to run", "Output"
 UNREAD = 141  # what a shell reports of a program that SIGPIPE ended, as `head` does to whatever writes on
 
@@ -104,8 +103,8 @@ def _root(
 
 def _flag(field: str, panel: str, *short: str, default: str | None = None) -> Any:
     """The option of a recipe's field: its name, its description, its default."""
-    info = Recipe.model_fields[field]
-    shown = default or (None if info.is_required() or info.default in (None, []) else str(info.default))
+    info = field_of(field)
+    shown = default or (None if info.is_required() or info.default in (None, []) else str(info.get_default()))
     text = f"{(info.description or '')[0].upper()}{(info.description or '')[1:]}." + (
         f"  [default: {shown}]" if shown else ""
     )
@@ -191,7 +190,7 @@ def compress_command(
         float | None,
         _flag("sparsity", WHAT, "-s", default="none; needed unless a pattern, widths or a recipe say it"),
     ] = None,
-    method: Annotated[str | None, _flag("method", WHAT)] = None,
+    method: Annotated[str | None, _flag("method", WHAT, default="slice")] = None,
     pattern: Annotated[str | None, _flag("pattern", WHAT)] = None,
     recipe: Annotated[
         str | None,
@@ -213,7 +212,7 @@ def compress_command(
         ),
     ] = None,
     weighting: Weighting = None,
-    allocation: Annotated[str | None, _flag("allocation", WHAT)] = None,
+    allocation: Annotated[str | None, _flag("allocation", WHAT, default="as in the method's paper")] = None,
     shots: Annotated[int | None, _flag("shots", WHAT)] = None,
     schedule: Annotated[str | None, _flag("schedule", WHAT)] = None,
     fisher_samples: Annotated[int | None, _flag("fisher_samples", WHAT)] = None,
@@ -336,7 +335,7 @@ def rotate_command(
         slimlm compress --model rotated --sparsity 0.25 --no-refit
     """
     flags = {key: value for key, value in locals().items() if key not in NOT_OF_THE_RECIPE and value is not None}
-    chosen = make_recipe({**flags, "method": "rotate"}, FLAGS)
+    chosen = recipe_of_flags({**flags, "method": "rotate"})
     _run_compress(chosen, overwrite, resume, resume_anyway, work_dir, access=(token, cache_dir))
 
 
@@ -350,7 +349,7 @@ def _chosen_recipe(name: str | None, flags: dict[str, Any]) -> Recipe:
             raise UserError(
                 f"--{field} is missing (or give --recipe): try `slimlm compress --model llama --sparsity 0.25`"
             )
-    return make_recipe(flags, FLAGS)
+    return recipe_of_flags(flags)
 
 
 def _run_compress(
@@ -390,18 +389,17 @@ def _dry_run(
         from slimlm.checkpoint.push import Push
         from slimlm.device import check_process
         from slimlm.forecast import forecast, require_room
-        from slimlm.prepare import check_later, check_shots, output_of, prepare
+        from slimlm.prepare import check_later, output_of, prepare
         from slimlm.report.summary import forecast_summary
 
         check_process()
         if push["push_to_hub"]:
             Push(push["push_to_hub"], push["private"], access[0]).check()
-        check_shots(recipe)
-        first = recipe.stages[0].model_copy(update={"output_dir": str(output_of(recipe))})
+        first = recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))})
         job = prepare(first, overwrite, resume, progress, work_dir=work_dir, access=Access(*access))
         check_later(job, recipe)
         found = forecast(job, progress, recipe, work_dir)
-    print(forecast_summary(job, found, recipe.stages[1:], work_dir))
+    print(forecast_summary(job, found, recipe.steps[1:], work_dir))
     require_room(job, found, work_dir)
 
 

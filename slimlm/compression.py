@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import numpy
 from transformers import AutoModelForCausalLM
 
-from slimlm.activations import Spilled
 from slimlm.calibration import SELF, Windows, sample_windows, start_token
 from slimlm.checkpoint.card import write_card
 from slimlm.checkpoint.code import copy_code
@@ -29,14 +28,16 @@ from slimlm.device import check_process, forget_peak, placement
 from slimlm.errors import RunFailure, UserError, out_of_memory
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.methods import method_named
-from slimlm.methods.plan import Outcome, Plan
-from slimlm.prepare import Job, check_later, check_shots, later_runs_of, open_model, output_of, prepare, spilled
+from slimlm.model.hidden import Scratch, Spilled
+from slimlm.model.result import Result
+from slimlm.prepare import Job, check_later, later_runs_of, open_model, output_of, prepare, spilled
 from slimlm.progress import LogProgress, Progress
-from slimlm.recipe import Recipe
+from slimlm.recipe import AnyStep, Recipe
 from slimlm.record import account_for, fingerprint_of, fingerprint_of_all, manifest_of, measured_of, write_recipe
-from slimlm.work import Work
+from slimlm.run import Outcome, Plan, Run
 
-Result = TypeVar("Result")
+Timed = TypeVar("Timed")
+MEASURING = {"measure", "eval_text", "eval_windows"}
 LOG_NAME = "slimlm.log.jsonl"
 CALIBRATION_NAME = "calibration.npy"
 OTHER_RUN = "repeat what was run, or start over without --resume"
@@ -94,19 +95,19 @@ def compress(
         push = Push(push_to_hub, private, token) if push_to_hub else None
         if push is not None:
             push.check()
-        result = _compress_in_stages(recipe, how) if len(recipe.stages) > 1 else _compress_once(recipe, how)
+        result = _compress_in_stages(recipe, how) if len(recipe.steps) > 1 else _compress_once(recipe.steps[0], how)
         if push is not None:
             how.progress.line(f"uploading to {push.repo}")
             how.progress.line(f"it is at {push.upload(result.output_dir)}")
         return result
 
 
-def _compress_once(recipe: Recipe, how: _How) -> CompressResult:
+def _compress_once(recipe: AnyStep, how: _How) -> CompressResult:
     job = _prepared(recipe, how)
     return CompressResult(job.output, _result(job, job.output, how))
 
 
-def _prepared(recipe: Recipe, how: _How, overwrite: bool = False) -> Job:
+def _prepared(recipe: AnyStep, how: _How, overwrite: bool = False) -> Job:
     again = overwrite or how.overwrite
     job = prepare(recipe, again, how.resume, how.progress, how.is_probe, how.work_dir, how.access)
     forget_peak(job.model.device)
@@ -118,7 +119,7 @@ def _result(job: Job, output: Path, how: _How) -> Manifest:
     fingerprint = fingerprint_of(job)
     finished = _finished(output, fingerprint, how) if how.resume else None
     if finished is not None:
-        return _measured_later(job, job.recipe, output, finished, how)
+        return _measured_later(job, [job.recipe], output, finished, how)
     with staged_output(output, how.overwrite, how.resume, how.work_dir) as staging:
         if staging.stages.exists():
             raise UserError(f"cannot resume: {staging.root} holds a recipe of several runs; {OTHER_RUN}")
@@ -148,22 +149,20 @@ def _finished(output: Path, fingerprint: dict[str, object], how: _How) -> Manife
 
 @dataclass(frozen=True)
 class _Several:
-    """One of several runs, each on what the one before gave. recipe: of all. earlier: manifests of those before.
+    """One of several runs, each on what the one before gave. earlier: manifests of those before.
 
-    fingerprint: of all of them, for the last one.
+    fingerprint, recipe: of all of them, for the last one.
     """
 
-    recipe: Recipe
     fingerprint: dict[str, object]
     earlier: list[Manifest] = field(default_factory=list)
-    is_last: bool = False
+    recipe: Recipe | None = None
 
 
 def _compress_in_stages(recipe: Recipe, how: _How) -> CompressResult:
     """What a run gives stands in the place where the output is built until the last one is done."""
-    runs, output = recipe.stages, output_of(recipe)
-    check_shots(recipe)
-    recipe = recipe.model_copy(update={"output_dir": str(output)})
+    runs, output = recipe.steps, output_of(recipe.steps)
+    recipe = recipe.updated(output_dir=str(output))
     places = [Staging(output).stages / str(number) for number in range(1, len(runs))]
     is_there = how.resume and (output / MANIFEST_NAME).is_file()  # a result, which needs no room
     replaceable = how.overwrite or is_there
@@ -178,29 +177,30 @@ def _compress_in_stages(recipe: Recipe, how: _How) -> CompressResult:
     fingerprint = fingerprint_of_all(first, recipe)
     finished = _finished(output, fingerprint, how) if how.resume else None
     if finished is not None:
-        return CompressResult(output, _measured_later(first, recipe, output, finished, how))
+        return CompressResult(output, _measured_later(first, recipe.steps, output, finished, how))
     with staged_output(output, how.overwrite, how.resume, how.work_dir) as staging:
         if not staging.stages.exists() and finished_steps(staging.work):
             raise UserError(f"cannot resume: {staging.root} holds a single run; {OTHER_RUN}")
         staging.stages.mkdir(exist_ok=True)
         Journal(staging.stages, fingerprint, how.anyway)  # what all of them are, compared before any of them runs
         manifests: list[Manifest] = []
+        ran = [first.recipe.model_copy(update={"output_dir": str(output)}), *later_runs_of(first, recipe)]
         for number, place in enumerate(places):
             job = first if number == 0 else _prepared(_next_run(recipe, first, number, places), how, overwrite=True)
             _announce(job, number, len(runs), how)
-            manifests.append(_stage(job, place, _Several(recipe, fingerprint, list(manifests)), how))
+            manifests.append(_stage(job, place, _Several(fingerprint, list(manifests)), how))
         last = _prepared(_next_run(recipe, first, len(places), [*places, output]), how)
         _announce(last, len(places), len(runs), how)
-        several = _Several(recipe, fingerprint, manifests, is_last=True)
+        several = _Several(fingerprint, manifests, Recipe(steps=ran))
         manifest = _carry_out(last, fingerprint_of(last), staging, how, several)
     return CompressResult(output, manifest)
 
 
 def _announce(job: Job, number: int, of: int, how: _How) -> None:
-    how.progress.line(f"stage {number + 1} of {of}: {job.recipe.method}, sparsity {job.recipe.sparsity:g}")
+    how.progress.line(f"stage {number + 1} of {of}: {job.recipe.described}")
 
 
-def _next_run(whole: Recipe, first: Job, number: int, places: list[Path]) -> Recipe:
+def _next_run(whole: Recipe, first: Job, number: int, places: list[Path]) -> AnyStep:
     """A run after the first, number 0, on what the one before it gave."""
     run, tokens = later_runs_of(first, whole)[number - 1], places[0] / CALIBRATION_NAME
     settings: dict[str, Any] = {"output_dir": str(places[number]), "model": str(places[number - 1]), "revision": None}
@@ -215,7 +215,7 @@ def _stage(job: Job, place: Path, several: _Several, how: _How) -> Manifest:
     fingerprint = fingerprint_of(job)
     finished = _finished(place, fingerprint, how) if how.resume else None
     if finished is not None:
-        return _measured_later(job, job.recipe, place, finished, how)
+        return _measured_later(job, [job.recipe], place, finished, how)
     with staged_output(place, True, how.resume, how.work_dir) as staging:
         return _carry_out(job, fingerprint, staging, how, several)
 
@@ -228,27 +228,28 @@ def _carry_out(
     journal = Journal(staging.work, fingerprint, how.anyway)
     job.resumed = journal.steps > 0
     how.progress.log = staging.work / LOG_NAME
-    with Work(staging.model, journal, how.progress, staging.scratch, job.recipe.max_shard_bytes) as work:
+    with Result(staging.model, journal, job.recipe.max_shard_bytes) as result:
         windows = job.windows
         if job.recipe.dataset == SELF:
-            windows = _timed(job, "sampling", lambda: _sampled(job, work))
+            windows = _timed(job, "sampling", lambda: _sampled(job, journal, how.progress))
         batches = windows.batches(job.recipe.batch_size) if windows else []
-        outcome = _timed(job, "compressing", lambda: job.method.run(job.model, job.plan, batches, work))
-        work.settle()
-        work.writer.finish()
+        scratch = Scratch(staging.scratch, job.model.device)
+        run = Run(job.recipe, job.model, job.plan, batches, result, scratch, how.progress)
+        outcome = _timed(job, "compressing", lambda: job.method.run(run))
+        result.settle()
+        result.writer.finish()
         _furnish(job, outcome.plan, staging.model)
         comparison = _timed(job, "measuring", lambda: _measure(job, staging, staging.model, how.progress, outcome))
         job.seconds["total"] = time.perf_counter() - job.started
         manifest = manifest_of(job, staging, journal, windows, outcome, comparison)
         manifest["fingerprint"] = fingerprint
-        recipe = job.recipe
-        if several and several.is_last:
+        if several and several.recipe:
             account_for(several.earlier, several.recipe, manifest)
-            manifest["fingerprint"], recipe = several.fingerprint, several.recipe
+            manifest["fingerprint"] = several.fingerprint
         elif several and windows is not None and job.recipe.dataset == SELF:
             with disk_errors(staging.model):
                 numpy.save(staging.model / CALIBRATION_NAME, windows.tokens.numpy())
-        _write_account(staging.model, recipe, manifest)
+        _write_account(staging.model, manifest)
         _write_log(job, staging, how.progress, several)
         how.progress.log = None  # it goes with the rest
         journal.commit(COMPLETE)
@@ -268,10 +269,10 @@ def _furnish(job: Job, plan: Plan, target: Path) -> None:
     keep_tokenizer(job.tokenizer, target, job.recipe.trust_remote_code)
 
 
-def _write_account(directory: Path, recipe: Recipe, manifest: Manifest) -> None:
+def _write_account(directory: Path, manifest: Manifest) -> None:
     """The manifest last: what it says is there."""
     write_card(directory, manifest)
-    write_recipe(directory, recipe, manifest["model"])
+    write_recipe(directory, manifest)
     write_manifest(directory, manifest)
 
 
@@ -284,14 +285,14 @@ def _write_log(job: Job, staging: Staging, progress: Progress, several: _Several
         write_whole(staging.model / LOG_NAME, text)
 
 
-def _sampled(job: Job, work: Work) -> Windows:
+def _sampled(job: Job, journal: Journal, progress: Progress) -> Windows:
     """Self-calibration: the one source that needs the whole model in memory at once."""
     recipe = job.recipe
     assert recipe.max_seq_length is not None
-    sampled = work.journal.recall("sampled")
+    sampled = journal.recall("sampled")
     if sampled:
         return Windows(sampled[1]["tokens"], SELF, start_token(job.tokenizer))
-    work.progress.stage("sampling calibration text", recipe.num_calibration_samples)
+    progress.stage("sampling calibration text", recipe.num_calibration_samples)
     with BUILDING:
         model = AutoModelForCausalLM.from_pretrained(
             job.resolved.path,
@@ -305,9 +306,9 @@ def _sampled(job: Job, work: Work) -> Windows:
         recipe.num_calibration_samples,
         recipe.max_seq_length,
         recipe.seed,
-        work.progress.step,
+        progress.step,
     )
-    work.journal.keep("sampled", {"tokens": windows.tokens})
+    journal.keep("sampled", {"tokens": windows.tokens})
     return windows
 
 
@@ -344,21 +345,24 @@ def _measure(
         ) from error
 
 
-def _measured_later(job: Job, recipe: Recipe, output: Path, manifest: Manifest, how: _How) -> Manifest:
-    """A finished result's manifest; one that was not measured is, if that is wanted now. recipe: of all its runs."""
+def _measured_later(job: Job, steps: list[AnyStep], output: Path, manifest: Manifest, how: _How) -> Manifest:
+    """A finished result's manifest; one that was not measured is, if that is wanted now. steps: all its runs."""
     if job.test is None or manifest["measured"] is not None:
         return manifest
     with held(output, how.work_dir) as staging:
         start = time.perf_counter()
-        kept = all(method_named(run.method).sparsity_of != "parameters" for run in recipe.stages)
+        kept = all(method_named(run.method).sparsity_of != "parameters" for run in steps)
         manifest |= measured_of(job, _measure(job, staging, output, how.progress, None, kept))
         manifest["run"]["seconds"]["measuring"] = round(time.perf_counter() - start, 3)
-        manifest["recipe"] |= job.recipe.model_dump(include={"measure", "eval_text", "eval_windows"})
-        _write_account(output, recipe, manifest)
+        for step in manifest["recipe"]["steps"]:
+            for name in MEASURING:
+                step.pop(name, None)
+        manifest["recipe"] |= job.recipe.model_dump(include=MEASURING)
+        _write_account(output, manifest)
     return manifest
 
 
-def _timed(job: Job, name: str, work: Callable[[], Result]) -> Result:
+def _timed(job: Job, name: str, work: Callable[[], Timed]) -> Timed:
     start = time.perf_counter()
     result = work()
     job.seconds[name] = time.perf_counter() - start

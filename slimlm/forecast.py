@@ -30,13 +30,16 @@ from slimlm.compression import LOG_NAME
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure, UserError
 from slimlm.methods import method_named
-from slimlm.methods.skip import skipping
-from slimlm.methods.widths import BY_BLOCK
+from slimlm.model.skip import skipping
+from slimlm.model.walk import every
 from slimlm.prepare import Job, journalled, keeps_shapes, later_runs_of, spilled
 from slimlm.progress import Progress
-from slimlm.recipe import Recipe
+from slimlm.recipe import AnyStep, Recipe, SliceStep, as_file, dumped
+from slimlm.run import Plan
+from slimlm.slice.config import BY_BLOCK
 
 LEAST = 2  # blocks to probe: the first of a process is slow, and a GPU has the next one in memory, too
+OF_WINDOWS = ("dataset", "text_column", "num_calibration_samples", "max_seq_length", "seed")
 MOST = 8  # of them; a kind that comes later is taken to be like the slowest of them
 
 
@@ -64,7 +67,7 @@ def forecast(job: Job, progress: Progress, whole: Recipe | None = None, work_dir
     where hidden states are to wait.
     """
     progress.stage("probing the first blocks", 1)
-    kinds = job.model.kinds
+    kinds = every(job.model, lambda block: block.kind)
     shown = min(MOST, len(kinds), max(LEAST, *(kinds.index(kind) + 1 for kind in kinds)))
     home = next(parent for parent in job.output.parents if parent.is_dir())
     with ExitStack() as stack:
@@ -72,7 +75,7 @@ def forecast(job: Job, progress: Progress, whole: Recipe | None = None, work_dir
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=place)))
             for place in (home, *([work_dir] if work_dir else []))
         )
-        manifest, events = _probe(job, whole or job.recipe, shown, own, waiting[0] if waiting else None)
+        manifest, events = _probe(job, whole or Recipe(steps=[job.recipe]), shown, own, waiting[0] if waiting else None)
     per_kind = {
         kinds[block]: sum(event["seconds"] for event in events if event["part"] == job.model.family.block(block))
         for block in range(shown)
@@ -95,7 +98,7 @@ def forecast(job: Job, progress: Progress, whole: Recipe | None = None, work_dir
     return Forecast(memory, result, scratch, seconds)
 
 
-def _disk(job: Job, later: list[Recipe], probed: list[Manifest]) -> tuple[int, int]:
+def _disk(job: Job, later: list[AnyStep], probed: list[Manifest]) -> tuple[int, int]:
     """Bytes of what all runs give, which stands until the last is done, and of hidden states waiting in one of them."""
     waiting: list[int] = [spilled(job.recipe, job.method, job.model)]
     for run in later:
@@ -125,28 +128,28 @@ def _probe(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compress the first so many blocks alone; the manifest and the log of that."""
     _show_first_blocks(job, shown, scratch / "model")
-    settings = job.recipe.model_dump(exclude={"expected"}, exclude_none=True)
-    settings |= whole.model_dump(include={"shots", "schedule", "then"}, exclude_none=True)
-    if whole.shots > 1:
-        settings["sparsity"] = whole.sparsity
-    if whole.then is not None:
-        settings["then"] = _last_run(job, whole, shown)
-    if job.plan.widths and job.recipe.sparsity:
-        settings["widths"] = job.plan.widths
-    if "widths" in settings or not job.recipe.sparsity:
-        del settings["sparsity"]
-    settings["skip"] = _skipped(job, shown)
-    settings |= {"model": str(scratch / "model"), "output_dir": str(scratch / "out"), "revision": None}
-    trust = settings.pop("trust_remote_code", False)  # no file can say that
+    steps = [_shown_step(job, job.recipe, shown, job.plan)]
     if job.windows is not None:
-        numpy.save(scratch / "tokens.npy", job.windows.tokens.numpy())
-        settings["dataset"] = str(scratch / "tokens.npy")
-    (scratch / "recipe.yaml").write_text(yaml.safe_dump(settings))
+        tokens = str(scratch / "tokens.npy")
+        numpy.save(tokens, job.windows.tokens.numpy())
+        steps[0] = steps[0].model_copy(update={"dataset": tokens})
+    is_kept = keeps_shapes(job)
+    for later in later_runs_of(job, whole):
+        with skipping(job.model, later.skip):
+            plan = method_named(later.method).plan(job.model, later) if is_kept else None
+            steps.append(_shown_step(job, later, shown, plan))
+        is_kept = plan is not None and plan.parameters == job.plan.parameters
+        if job.windows is not None and all(getattr(later, name) == getattr(job.recipe, name) for name in OF_WINDOWS):
+            steps[-1] = steps[-1].model_copy(update={"dataset": tokens})
+    recipe = Recipe(steps=steps).updated(
+        model=str(scratch / "model"), output_dir=str(scratch / "out"), revision=None, trust_remote_code=False
+    )
+    (scratch / "recipe.yaml").write_text(yaml.safe_dump(as_file(dumped(recipe))))
     command = [
         sys.executable,
         "-m",
         "slimlm.probe",
-        *(["--trust-remote-code"] if trust else []),
+        *(["--trust-remote-code"] if job.recipe.trust_remote_code else []),
         str(scratch / "recipe.yaml"),
         *([str(work_dir)] if work_dir else []),
     ]
@@ -168,17 +171,12 @@ def _probe(
     return manifest, [json.loads(line) for line in log.splitlines()]
 
 
-def _last_run(job: Job, whole: Recipe, shown: int) -> dict[str, Any]:
-    """`then:` of a recipe with what does not come out of the first blocks: the widths to choose from."""
-    run = later_runs_of(job, whole)[-1]
-    settings = {**(whole.then or {}), "max_seq_length": run.max_seq_length, "dataset": run.dataset}
-    with skipping(job.model, run.skip):
-        settings["skip"] = _skipped(job, shown)
-        widths = method_named(run.method).plan(job.model, run).widths if keeps_shapes(job) else None
-    if widths:
-        settings["widths"] = widths
-        settings.pop("sparsity", None)
-    return {name: value for name, value in settings.items() if value is not None}
+def _shown_step(job: Job, step: AnyStep, shown: int, plan: Plan | None = None) -> AnyStep:
+    """A step on the first so many blocks, with what does not come out of these alone: the widths to choose from."""
+    settings: dict[str, Any] = {"skip": _skipped(job, shown)}
+    if plan is not None and plan.widths and isinstance(step, SliceStep):
+        settings["widths"] = plan.widths
+    return step.model_copy(update=settings)
 
 
 def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
@@ -208,9 +206,8 @@ def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
 
 def _skipped(job: Job, shown: int) -> list[str]:
     """What is to stay as it is of the first so many blocks, and the head."""
-    family, anatomy = job.model.family, job.model.anatomy[:shown]
-    inside = {f"{family.block(index)}.{name}" for index, block in enumerate(anatomy) for name in block.skipped}
-    return [name for name in job.model.skipped if name in inside | {family.head}]
+    inside = {f"{block.path}.{name}" for block in job.model.blocks[:shown] for name in block.family.skipped}
+    return [name for name in job.model.skipped if name in inside | {job.model.family.head}]
 
 
 def _shown_keys(job: Job, shown: int) -> list[str]:

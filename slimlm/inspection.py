@@ -12,11 +12,13 @@ from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.device import check_process, pick_device
 from slimlm.errors import RunFailure, out_of_memory, require_at_least
 from slimlm.linalg.allocation import outlier_ratio, pq_index, pq_share, spectrum, tail_exponent
+from slimlm.linalg.gram import Gram
 from slimlm.linalg.hessian import SingularCurvature, hessian
-from slimlm.matrices import matrix
-from slimlm.methods.inputs import input_statistics
+from slimlm.model.ends import embed
+from slimlm.model.walk import walk
 from slimlm.prepare import open_model, resolve_known
 from slimlm.progress import Progress
+from slimlm.statistics.grams import firsts, input_sums
 
 SPARSITIES = (0.25, 0.5, 0.75)
 
@@ -77,16 +79,14 @@ def inspect_model(
     stream = None
     if dataset is not None:
         tokenizer = load_tokenizer(resolved.path, trust_remote_code)
-        stream = model.embed(load_windows(dataset, tokenizer, windows, window, seed).batches(8))
-    progress.stage("inspecting", len(model.blocks))
+        stream = embed(model, load_windows(dataset, tokenizer, windows, window, seed).batches(8))
     found: list[MatrixFigures] = []
-    for index in range(len(model.blocks)):
-        with model.block(index) as block:
-            grams = input_statistics(model, index, stream, onward=True).statistics if stream else {}
-            for linear, first in model.anatomy[index].first_of.items():
-                weight = matrix(block, linear).float()
-                found.append(figures_of(f"{model.family.block(index)}.{linear}", weight, grams.get(first)))
-        progress.step()
+    for block in walk(model, progress, "inspecting"):
+        grams = input_sums(block, stream, firsts(block.groups), Gram, onward=True) if stream else {}
+        for group in block.groups:
+            gram = grams[group.first].matrix if group.first in grams else None
+            for name, weight in zip(group.full_names, group.matrices, strict=True):
+                found.append(figures_of(name, weight.float(), gram))
     return found
 
 

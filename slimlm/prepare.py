@@ -1,6 +1,7 @@
 """Everything that can be checked before a run, checked before the run."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,14 @@ from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
 from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.ridge import HELD_EVERY
+from slimlm.method import Method
 from slimlm.methods import method_named
-from slimlm.methods.plan import Method, Plan
-from slimlm.methods.prune import require_room_later
-from slimlm.methods.skip import skip_modules, skipping
+from slimlm.model.skip import skip_modules, skipping
+from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
-from slimlm.recipe import Recipe
-from slimlm.walk import StreamedModel
+from slimlm.prune.plan import require_room_later
+from slimlm.recipe import AnyStep, PruneStep, Recipe, SliceStep
+from slimlm.run import Plan
 
 NO_DATA = (
     "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
@@ -46,9 +48,9 @@ class Job:
     bytes when all this began. seconds: what each stage took so far.
     """
 
-    recipe: Recipe
+    recipe: AnyStep
     resolved: ResolvedModel
-    method: Method
+    method: Method[Any]
     output: Path
     model: StreamedModel
     tokenizer: Any
@@ -63,7 +65,7 @@ class Job:
 
 
 def prepare(
-    recipe: Recipe,
+    recipe: AnyStep,
     overwrite: bool,
     resume: bool,
     progress: Progress,
@@ -79,11 +81,10 @@ def prepare(
     """
     started, memory_before = time.perf_counter(), resident_memory()
     method = method_named(recipe.method)
-    recipe = method.resolve(recipe)
     resolved = resolve_known(recipe.model, recipe.revision, recipe.trust_remote_code, access)
     if sum(file.stat().st_size for file in resolved.path.glob("*.safetensors") if file.is_file()) > LARGE:
         return_memory_at_once()  # first of all: what is allocated before stays as it was
-    output = output_of(recipe)
+    output = output_of([recipe])
     inputs = [
         resolved.path,
         *(Path(name) for name in (recipe.dataset, recipe.eval_text) if name and Path(name).exists()),
@@ -96,7 +97,7 @@ def prepare(
     plan = method.plan(model, recipe)
     _refuse_other_class(model, plan)
     progress.line(f"model: {resolved}")
-    if recipe.widths:
+    if isinstance(recipe, SliceStep) and recipe.widths:
         if plan.parameters >= parameter_count(model.model) and not is_probe:
             raise UserError(f"--widths {recipe.widths} removes nothing: {plan.parameters:,} parameters would be left")
         recipe = recipe.model_copy(update={"sparsity": 1 - plan.parameters / parameter_count(model.model)})
@@ -134,20 +135,14 @@ def prepare(
     )
 
 
-def check_shots(recipe: Recipe) -> None:
-    """Raises UserError for several shots of a method that has but one."""
-    if recipe.shots > 1 and method_named(recipe.method).sparsity_of == "parameters":
-        raise UserError(f"shots are for methods that set weights to zero, not for {recipe.method}")
-
-
-def later_runs_of(job: Job, whole: Recipe) -> list[Recipe]:
+def later_runs_of(job: Job, whole: Recipe) -> list[AnyStep]:
     """The runs of a recipe after its first, the prepared one, with what they take over from that: the length of its
     windows, and that the bundled model can do without data."""
     own = {"dataset": SELF} if job.resolved.origin == "bundled" else {}
     window = job.recipe.max_seq_length
     return [
         run.model_copy(update={"max_seq_length": run.max_seq_length or window, **({} if run.dataset else own)})
-        for run in whole.stages[1:]
+        for run in whole.steps[1:]
     ]
 
 
@@ -157,12 +152,16 @@ def keeps_shapes(job: Job) -> bool:
 
 def check_later(job: Job, whole: Recipe) -> None:
     """Raises UserError for runs of a recipe that cannot follow its first, the prepared one."""
+    before, is_kept = [job.recipe], keeps_shapes(job)
     for later in later_runs_of(job, whole):
         method = method_named(later.method)
         with skipping(job.model, later.skip):
-            require_room_later(job.model, job.recipe, later)
-            if keeps_shapes(job):
-                method.plan(job.model, later)
+            for slicing in before:
+                if isinstance(slicing, SliceStep) and isinstance(later, PruneStep):
+                    require_room_later(job.model, slicing, later)
+            if is_kept:
+                is_kept = method.plan(job.model, later).parameters == job.plan.parameters
+        before.append(later)
         if later.dataset is None and method.calibrates(later, job.resolved.path):
             raise UserError(f"{NO_DATA}, for the {later.method} that comes later, too")
 
@@ -195,7 +194,7 @@ def _refuse_other_class(model: StreamedModel, plan: Plan) -> None:
         )
 
 
-def describe(plan: Plan, method: Method, model: StreamedModel, size: int) -> list[str]:
+def describe(plan: Plan, method: Method[Any], model: StreamedModel, size: int) -> list[str]:
     """What is going to happen, before it does."""
     dense = parameter_count(model.model)
     skipped = [f"{len(model.skipped)} modules of {sum(model.skipped.values()):,} weights stay as they are"]
@@ -211,12 +210,12 @@ def describe(plan: Plan, method: Method, model: StreamedModel, size: int) -> lis
     ]
 
 
-def journalled(recipe: Recipe, method: Method, model: StreamedModel) -> int:
+def journalled(recipe: AnyStep, method: Method[Any], model: StreamedModel) -> int:
     """Bytes of gradients that lie beside the result while it is made."""
     return GRADIENT_BYTES * method.gradients(recipe, model) if recipe.dataset else 0
 
 
-def spilled(recipe: Recipe, method: Method, model: StreamedModel) -> int:
+def spilled(recipe: AnyStep, method: Method[Any], model: StreamedModel) -> int:
     """Bytes of hidden states that wait in pairs of files: to calibrate, then two streams to measure."""
     assert recipe.max_seq_length is not None
     per_window: int = recipe.max_seq_length * model.config.hidden_size * model.dtype.itemsize * 2
@@ -226,7 +225,7 @@ def spilled(recipe: Recipe, method: Method, model: StreamedModel) -> int:
 
 
 def _windows(
-    recipe: Recipe, method: Method, tokenizer: Any, vocabulary: int
+    recipe: AnyStep, method: Method[Any], tokenizer: Any, vocabulary: int
 ) -> tuple[Windows | None, TestWindows | None]:
     """Calibration and test windows, as far as they are wanted and do not have to be sampled first."""
     assert recipe.max_seq_length is not None
@@ -272,7 +271,7 @@ def open_model(
     return StreamedModel(checkpoint, config, family_of(config), device, dtype, trust_remote_code)
 
 
-def settle(recipe: Recipe, method: Method, resolved: ResolvedModel, config: Any, output: Path) -> Recipe:
+def settle(recipe: AnyStep, method: Method[Any], resolved: ResolvedModel, config: Any, output: Path) -> AnyStep:
     """The recipe with every default that depends on the model filled in. Raises UserError where there is none."""
     dataset = recipe.dataset or (SELF if resolved.origin == "bundled" else None)
     if not method.calibrates(recipe, resolved.path):
@@ -287,9 +286,14 @@ def settle(recipe: Recipe, method: Method, resolved: ResolvedModel, config: Any,
     return recipe.model_copy(update={"dataset": dataset, "max_seq_length": length, "output_dir": str(output)})
 
 
-def output_of(recipe: Recipe) -> Path:
-    """Where the result goes; by default `llama-slice-25` (25% sliced off the model llama) in the working directory."""
-    model = Path(recipe.model).expanduser()
-    how = (recipe.widths or "").replace("=", "").replace(",", "-").replace("/", "-or-") or f"{recipe.sparsity * 100:g}"
-    name = "-".join([model.resolve().name if model.is_dir() else model.name, recipe.method, how]).removesuffix("-0")
-    return Path(recipe.output_dir or name).expanduser().resolve()
+def output_of(steps: Sequence[AnyStep]) -> Path:
+    """Where the result goes; by default `llama-slice-25` (25% sliced off the model llama) in the working directory.
+
+    Of several steps of one method, which are its shots, the last gives the name.
+    """
+    model = Path(steps[0].model).expanduser()
+    parts = [model.resolve().name if model.is_dir() else model.name]
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        if following is None or following.method != step.method:
+            parts += [step.method, *([step.extent] if step.extent else [])]
+    return Path(steps[0].output_dir or "-".join(parts)).expanduser().resolve()

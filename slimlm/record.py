@@ -1,7 +1,6 @@
 """What a run says of itself: the fingerprint that resuming it compares, the manifest, and the recipe as it ran."""
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -18,18 +17,19 @@ from slimlm.checkpoint.staging import Staging
 from slimlm.device import machine, peak_memory, rounding
 from slimlm.evaluation.streamed import Comparison
 from slimlm.methods import method_named
-from slimlm.methods.plan import Outcome
 from slimlm.prepare import Job, later_runs_of
-from slimlm.recipe import RAN_REMOTE_CODE, Recipe
+from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped
+from slimlm.run import Outcome
 
 # What a recipe says of how and where it is run, and of what is done with the result: none of it decides a bit.
 UNDECISIVE = {"expected", "model", "revision", "output_dir", "measure", "eval_text", "eval_windows", "device"}
-CHOICES = ("allocation", "curvature", "mask", "update", "swaps")  # that a method makes where a recipe does not
 
 
 def fingerprint_of(job: Job) -> dict[str, object]:
     """Everything that decides the weights to the last bit: what was read by its hash, not by its name."""
-    settings = job.recipe.model_dump(exclude=UNDECISIVE | ({"dataset"} if job.windows else set()))
+    settings = _decisive(job.recipe)
+    if job.windows:
+        del settings["dataset"]
     found = versions()
     return {
         **{f"model {name}": digest for name, digest in job.model.checkpoint.hashes.items()},
@@ -42,6 +42,10 @@ def fingerprint_of(job: Job) -> dict[str, object]:
     }
 
 
+def _decisive(step: AnyStep) -> dict[str, object]:
+    return {name: value for name, value in step.settings.items() if name not in UNDECISIVE}
+
+
 def _trusted_code(job: Job) -> list[Path]:
     return code_files(job.resolved.path) if job.recipe.trust_remote_code else []
 
@@ -50,7 +54,7 @@ def fingerprint_of_all(job: Job, whole: Recipe) -> dict[str, object]:
     """The same of several runs, of which `job` is the first: with every run's settings, and the data of each."""
     found = fingerprint_of(job)
     for number, run in enumerate(later_runs_of(job, whole), start=2):
-        found |= {f"recipe {name} of run {number}": value for name, value in run.model_dump(exclude=UNDECISIVE).items()}
+        found |= {f"recipe {name} of run {number}": value for name, value in _decisive(run).items()}
         if run.dataset in (None, SELF) or not method_named(run.method).calibrates(run, job.resolved.path):
             continue
         assert run.max_seq_length is not None
@@ -63,13 +67,9 @@ def fingerprint_of_all(job: Job, whole: Recipe) -> dict[str, object]:
 
 
 def account_for(earlier: list[Manifest], whole: Recipe, manifest: Manifest) -> None:
-    """Make the manifest of the last of several runs that of all of them. whole: the recipe of all."""
-    first, last = earlier[0], manifest["recipe"]
-    settings = whole.model_dump(exclude={"expected"})
-    settings |= {name: value for name, value in first["recipe"].items() if settings.get(name) is None}
-    if whole.then is not None:
-        settings["then"] = {name: last[name] for name in CHOICES if last[name] is not None} | whole.then
-    manifest["recipe"] = settings
+    """Make the manifest of the last of several runs that of all of them. whole: the recipe of all, as it was run."""
+    first = earlier[0]
+    manifest["recipe"] = dumped(whole)
     manifest["model"] = first["model"]
     for kind in ("parameters", "bytes"):
         manifest[kind]["dense"] = first[kind]["dense"]
@@ -84,24 +84,20 @@ def account_for(earlier: list[Manifest], whole: Recipe, manifest: Manifest) -> N
     manifest["stages"] = [{name: stage[name] for name in kept} for stage in earlier]
 
 
-def write_recipe(directory: Path, recipe: Recipe, model: dict[str, Any]) -> None:
-    """The recipe as it was run, able to run again anywhere on this machine: whole paths, the revision, no output.
-
-    model: what the manifest says of it.
-    """
-    settings = recipe.model_dump(exclude={"expected", "output_dir", "trust_remote_code"}, exclude_none=True)
-    if recipe.trust_remote_code:
+def write_recipe(directory: Path, manifest: Manifest) -> None:
+    """The recipe as it was run, able to run again anywhere on this machine: whole paths, the revision, no output."""
+    settings, model = as_file(manifest["recipe"]), manifest["model"]
+    settings.pop("output_dir", None)
+    if settings.pop("trust_remote_code", False):
         settings[RAN_REMOTE_CODE] = True
-    if recipe.widths or not recipe.sparsity:
-        del settings["sparsity"]
     if model["origin"] == "directory":
         settings["model"] = model["path"]
     if model["revision"] is not None:
         settings["revision"] = model["revision"]
-    for run in (settings, settings.get("then", {})):
+    for own in (settings, *settings["steps"]):
         for name in ("dataset", "eval_text"):
-            if run.get(name) and Path(run[name]).expanduser().exists():
-                run[name] = str(Path(run[name]).expanduser().resolve())
+            if name in own and Path(own[name]).expanduser().exists():
+                own[name] = str(Path(own[name]).expanduser().resolve())
     write_whole(directory / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
@@ -126,11 +122,11 @@ def manifest_of(
             "card": inherited(job.resolved.path),
             "sha256": job.model.checkpoint.hashes,
         },
-        "recipe": recipe.model_dump(exclude={"expected"}),
+        "recipe": dumped(Recipe(steps=[recipe])),
         "paper": job.method.paper,
         "needs_remote_code": bool(plan.files) or is_own_class(plan.config),
         "sparsity": {
-            "requested": removed if recipe.widths else recipe.sparsity,
+            "requested": removed if recipe.share is None else recipe.share,
             "of": job.method.sparsity_of,
             "achieved": removed if outcome.zeros is None else outcome.zeros,
             "parameters_removed": removed,

@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_config
 from slimlm.families import family_of
-from slimlm.walk import StreamedModel
+from slimlm.model.streamed import StreamedModel
+from slimlm.recipe import Recipe, Step, make_recipe
 from tests.deprecation import HEARD
 
 SIZES = {
@@ -42,6 +44,13 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral-tied": MistralConfig(**SIZES, tie_word_embeddings=True, sliding_window=None),
     "mistral-sliding": MistralConfig(**SIZES, sliding_window=8),
 }
+
+
+def in_steps(settings: dict[str, Any], *later: dict[str, Any]) -> Recipe:
+    """The recipe of a first step and later ones, which share what every step has."""
+    shared = {name: value for name, value in settings.items() if name in Step.model_fields and name != "method"}
+    first = {name: value for name, value in settings.items() if name not in shared}
+    return make_recipe({**shared, "steps": [{"method": "slice", **first}, *later]})
 
 
 def build_tiny(config: PretrainedConfig, path: Path, dtype: torch.dtype = torch.float32) -> Path:

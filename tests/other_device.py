@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from slimlm.compression import compress
-from slimlm.recipe import Recipe
+from slimlm.recipe import one_step
 
 NAME = "other"
 aten = torch.ops.aten
@@ -139,7 +139,7 @@ def compare(models: Path, text: Path, out: Path) -> Iterator[dict[str, Any]]:
             for device in ("cpu", other):
                 place = out / f"{number}-{device}"
                 recipe = {**common, "model": str(models / name), "eval_text": str(text), "device": device, **settings}
-                manifest = compress(Recipe(**recipe, output_dir=str(place))).manifest
+                manifest = compress(one_step(**recipe, output_dir=str(place))).manifest
                 weights.append(load_file(place / "model.safetensors"))
                 perplexities.append(manifest["measured"]["compressed"]["perplexity"])
             same = all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())

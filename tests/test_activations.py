@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimlm.activations import Spilled
+from slimlm.model.hidden import Spilled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

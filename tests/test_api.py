@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, PreTrainedModel
 
 import slimlm
-from slimlm import Recipe, UserError
+from slimlm import UserError, one_step
 from tests.conftest import CONFIGS, build_tiny, random_tokens
 
 TEXTS = ["The old house stood at the end of the lane, and nobody had lived there since. " * 30] * 3
@@ -32,7 +32,7 @@ def test_a_model_in_memory_becomes_what_its_checkpoint_would(loaded, tmp_path: P
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     (tmp_path / "texts.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
     (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
-    recipe = Recipe(
+    recipe = one_step(
         model=str(path), widths="hidden=16", dataset=str(tmp_path / "texts.jsonl"), **SMALL,
         output_dir=str(tmp_path / "out"),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 
 from slimlm.cli import _chosen_recipe
 from slimlm.errors import UserError
-from slimlm.recipe import make_recipe
+from slimlm.recipe import recipe_of_flags
 
 # A command whose work is replaced by what stands before it.
 WORK = """
@@ -183,4 +183,4 @@ def test_mistakes_at_the_command_line_are_met_with_what_was_meant():
     with pytest.raises(UserError, match="^--round-to: "):
         _chosen_recipe(None, {"model": "llama", "sparsity": 0.25, "round_to": 0})
     with pytest.raises(UserError, match="^recipe here: unknown key 'sparsty'"):
-        make_recipe({"model": "llama", "sparsity": 0.25, "sparsty": 1}, "recipe here")
+        recipe_of_flags({"model": "llama", "sparsity": 0.25, "sparsty": 1}, "recipe here")

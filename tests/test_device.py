@@ -70,13 +70,13 @@ def test_so_do_the_other_verbs(monkeypatch, tiny_llama: Path, tmp_path: Path):
     with pytest.raises(RunFailure, match="^out of memory: every tensor"):
         pack(tiny_llama, tmp_path / "packed")
     monkeypatch.setattr("slimlm.compression._measure", more_than_there_is)
-    recipe = slimlm.Recipe(model=str(tiny_llama), method="magnitude", sparsity=0.5, output_dir=str(tmp_path / "out"))
+    recipe = slimlm.one_step(model=str(tiny_llama), method="magnitude", sparsity=0.5, output_dir=str(tmp_path / "out"))
     with pytest.raises(RunFailure, match="^out of memory: lower --batch-size or --max-seq-length"):
         slimlm.compress(recipe)
 
 
 def verbs(path: Path, output: Path) -> list:
-    recipe = slimlm.Recipe(model=str(path), method="magnitude", sparsity=0.5, output_dir=str(output))
+    recipe = slimlm.one_step(model=str(path), method="magnitude", sparsity=0.5, output_dir=str(output))
     return [lambda: slimlm.compress(recipe), lambda: slimlm.evaluate(str(path)), lambda: inspect_model(str(path))]
 
 

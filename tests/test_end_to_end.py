@@ -297,7 +297,7 @@ def test_help_teaches_and_imports_nothing_heavy():
 def test_the_python_api_is_the_same_verbs(tmp_path: Path):
     import slimlm
 
-    recipe = slimlm.Recipe(
+    recipe = slimlm.one_step(
         model="llama", sparsity=0.125, num_calibration_samples=5, max_seq_length=32, eval_windows=2,
         output_dir=str(tmp_path / "out"), budget="hidden",
     )  # fmt: skip
@@ -321,7 +321,7 @@ def test_every_kind_of_checkpoint_goes_all_the_way(tmp_path: Path, name: str, dt
     for file in path.glob("tokenizer*"):
         shutil.copyfile(file, tmp_path / "sharded" / file.name)
     (tmp_path / "text.txt").write_text("A sentence about nothing in particular, and then one more. " * 60)
-    recipe = slimlm.Recipe(
+    recipe = slimlm.one_step(
         model=str(tmp_path / "sharded"), sparsity=0.54 if "tied" in name else 0.25, round_to=4, dtype=dtype,
         dataset=str(tmp_path / "text.txt"), num_calibration_samples=6, max_seq_length=24, eval_windows=2,
         output_dir=str(tmp_path / "out"),
@@ -345,7 +345,7 @@ def test_the_seed_decides_what_is_sampled(tmp_path: Path):
 
     hashes = []
     for seed in (0, 0, 1):
-        recipe = slimlm.Recipe(
+        recipe = slimlm.one_step(
             model="llama", sparsity=0.25, seed=seed, num_calibration_samples=5, max_seq_length=16, measure=False,
             output_dir=str(tmp_path / "out"),
         )  # fmt: skip

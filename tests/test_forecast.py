@@ -15,15 +15,15 @@ from slimlm.forecast import Forecast, forecast, require_room
 from slimlm.methods import method_named
 from slimlm.prepare import Job, later_runs_of, prepare, spilled
 from slimlm.progress import Progress
-from slimlm.recipe import Recipe, load_recipe
-from tests.conftest import CONFIGS, SIZES, build_tiny, random_tokens
+from slimlm.recipe import Recipe, load_recipe, make_recipe, one_step
+from tests.conftest import CONFIGS, SIZES, build_tiny, in_steps, random_tokens
 from tests.families.configs import family_config
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     (tmp_path / "text.txt").write_text("The old house stood at the end of the lane, and nobody had lived there. " * 40)
-    return Recipe(
+    return one_step(
         model=str(build_tiny(CONFIGS["mistral-sliding"], tmp_path / "model")), sparsity=0.25,
         dataset=str(tmp_path / "text.txt"), num_calibration_samples=6, max_seq_length=32, batch_size=4, eval_windows=2,
         eval_text=str(tmp_path / "text.txt"), output_dir=str(tmp_path / "out"),
@@ -58,10 +58,10 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict, list[dict]]]:
 def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(
     recipe: Recipe, tmp_path: Path, in_process
 ):
-    job = prepare(recipe.model_copy(update={"widths": "hidden=24/mlp=40"}), False, False, Progress())
+    job = prepare(recipe.updated(widths="hidden=24/mlp=40").steps[0], False, False, Progress())
     place = tmp_path / "probe"
     place.mkdir()
-    manifest, events = forecast_module._probe(job, job.recipe, 1, place)
+    manifest, events = forecast_module._probe(job, Recipe(steps=[job.recipe]), 1, place)
     config = json.loads((place / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert manifest["parameters"]["dense"] < sum(p.numel() for p in job.model.model.parameters())
@@ -79,7 +79,7 @@ def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, 
     path = build_tiny(config, tmp_path / "deep")
     numpy.save(tmp_path / "tokens.npy", random_tokens(8, 32).numpy() % 512)
     update = {"model": str(path), "widths": "hidden=24", "dataset": str(tmp_path / "tokens.npy"), "measure": False}
-    job = prepare(recipe.model_copy(update=update), False, False, Progress())
+    job = prepare(recipe.updated(**update).steps[0], False, False, Progress())
     assert job.plan.parameters < parameter_count(job.model.model)
     found = forecast(job, Progress())
     ((manifest, _),) = probed
@@ -90,28 +90,41 @@ def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "magnitude", "then": {"widths": "mlp=40,blocks=2", "num_calibration_samples": 8}},
-        {"dataset": "self", "method": "magnitude", "shots": 2, "then": {"method": "wanda", "sparsity": 0.5}},
+        {
+            "steps": [
+                {"method": "magnitude", "sparsity": 0.25},
+                {"method": "slice", "widths": "mlp=40,blocks=2", "num_calibration_samples": 8},
+            ]
+        },
+        {
+            "dataset": "self",
+            "steps": [
+                {"method": "magnitude", "sparsity": 0.25, "shots": 2},
+                {"method": "wanda", "sparsity": 0.5},
+            ],
+        },
     ],
-    ids=["then", "shots"],
+    ids=["two", "shots"],
 )
 def test_every_run_of_several_is_probed(recipe: Recipe, tmp_path: Path, in_process, probed, settings: dict):
-    whole = recipe.model_copy(update=settings)
-    assert len(whole.stages) == 2 + ("shots" in settings)
-    job = prepare(whole.stages[0], False, False, Progress())
+    (step,) = recipe.steps
+    shared = step.model_dump(include=step.model_fields_set - {"sparsity"})
+    whole = make_recipe({**shared, **settings})
+    assert len(whole.steps) == 2 + ("dataset" in settings)
+    job = prepare(whole.steps[0], False, False, Progress())
     found = forecast(job, Progress(), whole)
     ((manifest, events),) = probed
     runs = [stage["run"] for stage in (*manifest["stages"], manifest)]
-    assert len(runs) == len(whole.stages)
+    assert len(runs) == len(whole.steps)
     assert found.seconds > sum(run["seconds"]["total"] for run in runs)
     assert found.memory["host"] >= max(run["peak_memory_bytes"]["host"] for run in runs)
     assert sum(event["part"] == "model.layers.0" for event in events) >= len(runs)
     compressed = compress(whole).manifest
     for stage, probed in zip(compressed["stages"], manifest["stages"], strict=True):
-        assert stage["recipe"]["sparsity"] == probed["recipe"]["sparsity"]
+        assert stage["recipe"]["steps"][0]["sparsity"] == probed["recipe"]["steps"][0]["sparsity"]
     for what in ("windows", "window"):
         assert manifest["calibration"][what] == compressed["calibration"][what]
-    assert manifest["measured"]["window"] == compressed["measured"]["window"] == recipe.max_seq_length
+    assert manifest["measured"]["window"] == compressed["measured"]["window"] == step.max_seq_length
     log = (tmp_path / "out" / "slimlm.log.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["part"] == "model.layers.2" for line in log) >= len(runs)
     assert found.disk >= sum(stage["bytes"]["compressed"] for stage in (*compressed["stages"], compressed))
@@ -124,7 +137,7 @@ def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(
     config = family_config("qwen3_moe")
     config.mlp_only_layers = [0]
     path = build_tiny(config, tmp_path / "moe")
-    job = prepare(recipe.model_copy(update={"model": str(path)}), False, False, Progress())
+    job = prepare(recipe.updated(model=str(path)).steps[0], False, False, Progress())
     found = forecast(job, Progress())
     ((manifest, events),) = probed
     parts = {event["part"] for event in events}
@@ -144,7 +157,7 @@ def not_shown(job: Job, shown: int) -> float:
 
 
 def test_a_forecast_writes_nothing_and_says_what_the_run_then_takes(recipe: Recipe, tmp_path: Path, probed):
-    found = forecast(prepare(recipe, False, False, Progress()), Progress())
+    found = forecast(prepare(recipe.steps[0], False, False, Progress()), Progress())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
     run = compress(recipe).manifest
     assert found.disk >= run["run"]["work_bytes"] + 4 * run["parameters"]["compressed"]
@@ -168,7 +181,7 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     took = {"model.layers.0": 7.0, "model.layers.1": 2.0, "lm_head": 50.0}
     events = [{"part": part, "seconds": seconds} for part, seconds in took.items()] * 2
     monkeypatch.setattr(forecast_module, "_probe", lambda job, whole, shown, scratch, work_dir: (manifest, events))
-    job = prepare(recipe, False, False, Progress())
+    job = prepare(recipe.steps[0], False, False, Progress())
     found = forecast(job, Progress())
     assert found.seconds == pytest.approx(20 + (2 + 2) + not_shown(job, 2) * 1)
     assert found.memory == {"host": 500}
@@ -177,11 +190,9 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     assert found.result == 4 + sum(spec.nbytes for spec in job.plan.tensors.values())
     earlier = {"bytes": {"compressed": 800}, "run": {**manifest["run"], "peak_memory_bytes": {"host": 900}}}
     manifest["stages"] = [earlier]
-    whole = recipe.model_copy(
-        update={
-            "then": {"method": "slimlm", "sparsity": 0.5, "curvature": "gram+fisher", "num_calibration_samples": 50}
-        }
-    )
+    (step,) = recipe.steps
+    then = {"method": "slimlm", "sparsity": 0.5, "curvature": "gram+fisher", "num_calibration_samples": 50}
+    whole = in_steps(step.model_dump(include=step.model_fields_set), then)
     (last,) = later_runs_of(job, whole)
     more = spilled(last, method_named("slimlm"), job.model)
     assert more > waiting
@@ -201,7 +212,7 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
 
 def test_too_little_memory_or_disk_is_an_error_that_says_what_to_change(recipe: Recipe, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(forecast_module, "available_memory", lambda device: {"host": 10**6})
-    job = prepare(recipe, False, False, Progress())
+    job = prepare(recipe.steps[0], False, False, Progress())
     with pytest.raises(UserError, match=r"needs 2\.00 GB of host memory and 0\.00 GB are free: lower --batch-size"):
         require_room(job, Forecast({"host": 2 * 10**9}, 0, 0, 0.0))
     require_room(job, Forecast({"host": 10**5}, 0, 0, 0.0))
@@ -216,11 +227,11 @@ def test_a_probe_that_is_killed_says_so(recipe: Recipe, monkeypatch):
     killed = subprocess.CompletedProcess([], -9, "", "")
     monkeypatch.setattr(forecast_module.subprocess, "run", lambda *args, **kwargs: killed)
     with pytest.raises(RunFailure, match="killed by signal 9, probably for want of memory"):
-        forecast(prepare(recipe, False, False, Progress()), Progress())
+        forecast(prepare(recipe.steps[0], False, False, Progress()), Progress())
 
 
 def test_a_probe_that_fails_says_why(recipe: Recipe, tmp_path: Path):
-    job = prepare(recipe, False, False, Progress())
+    job = prepare(recipe.steps[0], False, False, Progress())
     (tmp_path / "model" / "tokenizer.json").unlink()
     with pytest.raises(RunFailure, match="probe of the first blocks failed: .*tokenizer"):
         forecast(job, Progress())

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from slimlm.compression import compress
 from slimlm.modeling import OWN_CLASSES, modeling_narrow, modeling_sliced
-from slimlm.recipe import Recipe
+from slimlm.recipe import one_step
 from tests.conftest import build_tiny, logits_of, random_tokens
 from tests.families.configs import family_config
 
@@ -19,7 +19,7 @@ def narrow(name: str, tmp_path: Path) -> tuple[Path, Path]:
     (tmp_path / "text.txt").write_text("The old house stood at the end of the lane. " * 60)
     data = {"dataset": str(tmp_path / "text.txt"), "num_calibration_samples": 6, "max_seq_length": 32}
     out = tmp_path / "out"
-    compress(Recipe(model=str(path), widths="hidden=16", measure=False, output_dir=str(out), **data))
+    compress(one_step(model=str(path), widths="hidden=16", measure=False, output_dir=str(out), **data))
     return path, out
 
 

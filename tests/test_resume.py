@@ -10,16 +10,16 @@ import torch
 
 import slimlm.checkpoint.output as output_module
 import slimlm.checkpoint.staging as staging_module
-from slimlm.activations import Spilled
 from slimlm.checkpoint.journal import JOURNAL_NAME, Journal
 from slimlm.checkpoint.manifest import read_manifest, versions
 from slimlm.checkpoint.staging import Staging
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
-from slimlm.recipe import Recipe
-from slimlm.walk import StreamedModel
-from tests.conftest import CONFIGS, build_tiny
+from slimlm.model.hidden import Spilled
+from slimlm.model.streamed import StreamedModel
+from slimlm.recipe import Recipe, one_step
+from tests.conftest import CONFIGS, build_tiny, in_steps
 
 
 class Killed(BaseException):
@@ -35,7 +35,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def recipe(tmp_path: Path, text: Path) -> Recipe:
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
-    return Recipe(
+    return one_step(
         model=str(path), sparsity=0.25, dataset=str(text), num_calibration_samples=6, max_seq_length=32, batch_size=4,
         eval_windows=2, eval_text=str(text), output_dir=str(tmp_path / "out"),
     )  # fmt: skip
@@ -52,7 +52,7 @@ def result(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def undisturbed(recipe: Recipe, tmp_path: Path) -> dict[str, bytes]:
-    return result(compress(recipe.model_copy(update={"output_dir": str(tmp_path / "undisturbed")})).output_dir)
+    return result(compress(recipe.updated(output_dir=str(tmp_path / "undisturbed"))).output_dir)
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int, after: bool, die=None) -> None:
@@ -109,8 +109,8 @@ def one_thread():
 
 def survives_death_at_every_record(recipe: Recipe, tmp_path: Path) -> int:
     """A run that dies before or after any of its records is resumed to the same bytes; how many records there are."""
-    expected = result(compress(recipe.model_copy(update={"output_dir": str(tmp_path / "expected")})).output_dir)
-    output = Path(recipe.output_dir or "")
+    expected = result(compress(recipe.updated(output_dir=str(tmp_path / "expected"))).output_dir)
+    output = Path(recipe.steps[0].output_dir or "")
     for number in range(1, 200):
         for after in (False, True):
             if not dies_at_record(recipe, number, after):
@@ -126,16 +126,17 @@ def survives_death_at_every_record(recipe: Recipe, tmp_path: Path) -> int:
 
 @pytest.mark.slow
 def test_death_on_both_sides_of_every_journal_record(recipe: Recipe, one_thread, tmp_path: Path):
-    records = survives_death_at_every_record(recipe.model_copy(update={"measure": False}), tmp_path)
+    records = survives_death_at_every_record(recipe.updated(measure=False), tmp_path)
     # start, calibrated blocks, basis, widths, embedding, head twice, refitted blocks twice, end
     assert records == 1 + 3 + 1 + 1 + 1 + 2 + 2 * 3 + 1
 
 
 @pytest.mark.slow
 def test_death_on_both_sides_of_every_record_of_several_runs(recipe: Recipe, one_thread, tmp_path: Path):
-    settings = recipe.model_dump(include=recipe.model_fields_set - {"sparsity"})
+    (step,) = recipe.steps
+    settings = step.model_dump(include=step.model_fields_set - {"sparsity"})
     then = {"method": "sparsegpt", "sparsity": 0.5}
-    several = Recipe(**{**settings, "widths": "mlp=32", "measure": False, "then": then})
+    several = in_steps({**settings, "widths": "mlp=32", "measure": False}, then)
     records = survives_death_at_every_record(several, tmp_path)
     # a slice: start, blocks, influence, widths, embedding, norm with head, refitted blocks twice, head fitted, end;
     # pruning: start, embedding, norm and head, pruned blocks twice, end; and before both what they are together
@@ -147,8 +148,8 @@ def test_death_at_once_around_a_journal_record(
     recipe: Recipe, undisturbed, one_thread, tmp_path: Path, number: int, after: bool
 ):
     """Of a process that is gone with its threads; in the slow tests every record of every kind of run has its turn."""
-    assert dies_at_record(recipe.model_copy(update={"measure": False}), number, after)
-    assert result(compress(recipe.model_copy(update={"measure": False}), resume=True).output_dir) == undisturbed
+    assert dies_at_record(recipe.updated(measure=False), number, after)
+    assert result(compress(recipe.updated(measure=False), resume=True).output_dir) == undisturbed
     assert not list(tmp_path.glob("out.*"))
 
 
@@ -189,7 +190,7 @@ def killed_halfway(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, number: int 
         die_at(patch, Journal, "commit", number, after=True)
         with pytest.raises(Killed):
             compress(recipe)
-    return Staging(Path(recipe.output_dir or ""))
+    return Staging(Path(recipe.steps[0].output_dir or ""))
 
 
 def test_what_is_damaged_meanwhile_is_noticed_and_computed_again(recipe: Recipe, undisturbed, monkeypatch):
@@ -242,7 +243,7 @@ def test_another_recipe_is_refused_with_the_difference_named(recipe: Recipe, mon
     staging = killed_halfway(recipe, monkeypatch)
     before = (staging.work / JOURNAL_NAME).read_bytes()
     with pytest.raises(UserError, match=named):
-        compress(recipe.model_copy(update=change), resume=True)
+        compress(recipe.updated(**change), resume=True)
     assert (staging.work / JOURNAL_NAME).read_bytes() == before
     compress(recipe, resume=True)
 
@@ -275,7 +276,7 @@ def test_resume_with_nothing_to_resume_starts_and_with_everything_done_ends(
 def test_resume_does_not_take_another_runs_output_for_its_own(recipe: Recipe, undisturbed, tmp_path: Path):
     compress(recipe)
     (tmp_path / "other.txt").write_text("Quite another text, about ships and the sea and the men who went there. " * 40)
-    other = recipe.model_copy(update={"dataset": str(tmp_path / "other.txt")})
+    other = recipe.updated(dataset=str(tmp_path / "other.txt"))
     with pytest.raises(UserError, match="cannot resume: calibration sha256 was"):
         compress(other, resume=True)
     assert result(tmp_path / "out") == undisturbed
@@ -336,8 +337,8 @@ def test_a_full_disk_is_a_clear_error_and_resume_works(recipe: Recipe, undisturb
 
 
 def test_sampled_calibration_text_is_not_sampled_twice(recipe: Recipe, monkeypatch):
-    recipe = recipe.model_copy(update={"dataset": "self"})
-    whole = result(compress(recipe.model_copy(update={"output_dir": str(recipe.output_dir) + "2"})).output_dir)
+    recipe = recipe.updated(dataset="self")
+    whole = result(compress(recipe.updated(output_dir=str(recipe.steps[0].output_dir) + "2")).output_dir)
     killed_halfway(recipe, monkeypatch, 4)
     monkeypatch.setattr("slimlm.compression.sample_windows", lambda *args: pytest.fail("sampled again"))
     assert result(compress(recipe, resume=True).output_dir) == whole
@@ -355,8 +356,9 @@ def test_sampled_calibration_text_is_not_sampled_twice(recipe: Recipe, monkeypat
 def test_death_on_both_sides_of_every_record_of_another_kind_of_run(
     recipe: Recipe, one_thread, tmp_path: Path, settings: dict
 ):
-    fields = recipe.model_dump(include=recipe.model_fields_set - {"sparsity"})
-    assert survives_death_at_every_record(Recipe(**{**fields, **settings, "measure": False}), tmp_path) > 6
+    (step,) = recipe.steps
+    fields = step.model_dump(include=step.model_fields_set - {"sparsity"})
+    assert survives_death_at_every_record(one_step(**{**fields, **settings, "measure": False}), tmp_path) > 6
 
 
 MACHINES = [
@@ -384,14 +386,14 @@ def test_another_machine_is_refused_unless_that_is_accepted_and_then_it_is_recor
 def test_what_is_computed_is_never_accepted_from_another_run(recipe: Recipe, monkeypatch):
     killed_halfway(recipe, monkeypatch)
     with pytest.raises(UserError, match=r"recipe seed was 0, is now 3.*; repeat what was run, or start over"):
-        compress(recipe.model_copy(update={"seed": 3}), resume_anyway=True)
+        compress(recipe.updated(seed=3), resume_anyway=True)
 
 
 def test_a_finished_result_is_measured_later_and_only_then(recipe: Recipe, undisturbed, tmp_path: Path):
-    unmeasured = compress(recipe.model_copy(update={"measure": False}))
+    unmeasured = compress(recipe.updated(measure=False))
     assert unmeasured.manifest["measured"] is None
     manifest = compress(recipe, resume=True).manifest
-    whole = compress(recipe.model_copy(update={"output_dir": str(tmp_path / "whole")})).manifest
+    whole = compress(recipe.updated(output_dir=str(tmp_path / "whole"))).manifest
     assert manifest["measured"] == whole["measured"]
     assert read_manifest(tmp_path / "out") == manifest
     assert manifest["recipe"]["measure"] is True
@@ -421,7 +423,7 @@ def test_hidden_states_wait_where_they_are_told_to(recipe: Recipe, undisturbed, 
             seen.add(stem.parent)
             super().__init__(stem, *args, **kwargs)
 
-    monkeypatch.setattr("slimlm.work.Spilled", Watched)
+    monkeypatch.setattr("slimlm.model.hidden.Spilled", Watched)
     monkeypatch.setattr("slimlm.compression.Spilled", Watched)
     with monkeypatch.context() as patch:
         die_at(patch, Journal, "commit", 12, after=True)
@@ -481,7 +483,7 @@ def test_torchs_default_dtype_decides_nothing(recipe: Recipe, undisturbed):
     """Another thread that builds a model in bf16 changes it for the whole process meanwhile."""
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = result(compress(recipe.model_copy(update={"measure": False})).output_dir)
+        found = result(compress(recipe.updated(measure=False)).output_dir)
     finally:
         torch.set_default_dtype(torch.float32)
     assert found == undisturbed

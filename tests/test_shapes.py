@@ -13,7 +13,7 @@ import slimlm.linalg
 from slimlm.linalg.hessian import hessian
 from slimlm.linalg.obs import joint
 from slimlm.linalg.ridge import Fit
-from slimlm.methods import matrix
+from slimlm.prune import masks
 from tests.house_functions import functions_of
 from tests.shapes import checked
 
@@ -34,7 +34,7 @@ def test_a_wrong_shape_or_kind_is_caught_even_if_it_broadcasts(weight: Tensor, p
 
 def test_other_rooms_have_the_checked_functions():
     with pytest.raises(TypeCheckError):
-        matrix.smallest_per_row(torch.ones(2, 3), torch.ones(3, dtype=torch.long))
+        masks.smallest_per_row(torch.ones(2, 3), torch.ones(3, dtype=torch.long))
 
 
 def test_classes_are_checked():

@@ -63,8 +63,8 @@ def test_runs_at_once_give_what_they_give_alone(tmp_path: Path):
     paths = [build_tiny(CONFIGS[name], tmp_path / name) for name in ("llama", "llama-tied", "mistral")]
 
     def run(path: Path, output: Path) -> bytes:
-        recipe = slimlm.Recipe(model=str(path), method="magnitude", sparsity=0.5, measure=False, output_dir=str(output))
-        slimlm.compress(recipe)
+        settings = {"method": "magnitude", "sparsity": 0.5, "measure": False}
+        slimlm.compress(slimlm.one_step(model=str(path), output_dir=str(output), **settings))
         return (output / "model.safetensors").read_bytes()
 
     alone = [run(path, tmp_path / f"alone-{path.name}") for path in paths]

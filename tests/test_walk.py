@@ -7,21 +7,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig
 
-from slimlm import walk
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import FAMILIES
+from slimlm.model import ends
+from slimlm.model.ends import embed, logits
+from slimlm.model.walk import walk
+from slimlm.progress import Progress
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
 
 
 def walked_logits(model, batches):
-    flow = model.embed(batches)
-    for index in range(len(model.blocks)):
-        with model.block(index):
-            model.advance(index, flow)
+    flow = embed(model, batches)
+    for block in walk(model, Progress(), "walking"):
+        block.advance(flow)
     found: dict[int, list[torch.Tensor]] = {}
-    for number, _, logits in model.logits(flow):
-        found.setdefault(number, []).append(logits)
+    for number, _, part in logits(model, flow):
+        found.setdefault(number, []).append(part)
     return [torch.cat(parts, dim=1) for parts in found.values()]
 
 
@@ -37,13 +39,13 @@ def test_large_tables_and_logits_go_in_pieces_without_changing_anything(
     tiny: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
     whole = walked_logits(stream(tiny, dtype), [random_tokens(3, 24)])
-    monkeypatch.setattr(walk, "LARGE_TABLE", 0)
-    monkeypatch.setattr(walk, "LARGE_LOGITS", 4 * 3 * 7 * stream(tiny).config.vocab_size)
+    monkeypatch.setattr(ends, "LARGE_TABLE", 0)
+    monkeypatch.setattr(ends, "LARGE_LOGITS", 4 * 3 * 7 * stream(tiny).config.vocab_size)
     model = stream(tiny, dtype)
     (pieces,) = walked_logits(model, [random_tokens(3, 24)])
     assert torch.allclose(pieces.float(), whole[0].float(), atol=1e-5)
     assert all(parameter.is_meta for parameter in model.model.parameters())
-    sizes = [part.shape[1] for _, _, part in model.logits(model.embed([random_tokens(3, 24)]))]
+    sizes = [part.shape[1] for _, _, part in logits(model, embed(model, [random_tokens(3, 24)]))]
     assert sizes == [7, 7, 7, 3]
 
 
@@ -54,7 +56,7 @@ def test_a_block_fetched_ahead_is_the_block(tiny: Path):
     model.ahead = Prefetch(model.checkpoint, model.device, threaded=True)
     assert torch.equal(walked_logits(model, batches)[0], expected[0])
     assert not model.ahead.coming  # all that was asked for was used
-    with model.block(0):
+    with model.blocks[0].loaded():
         assert set(model.ahead.coming) == set(model.keys_of[model.family.block(1)])
 
 
@@ -69,13 +71,13 @@ def test_only_the_part_in_use_is_in_memory(tiny_llama: Path):
     model = stream(tiny_llama)
     walked_logits(model, [random_tokens()])
     assert all(parameter.is_meta for parameter in model.model.parameters())
-    with model.block(1) as block:
-        assert not any(parameter.is_meta for parameter in block.parameters())
-        assert all(parameter.is_meta for parameter in model.blocks[0].parameters())
+    with model.blocks[1].loaded() as block:
+        assert not any(parameter.is_meta for parameter in block.module.parameters())
+        assert all(parameter.is_meta for parameter in model.blocks[0].module.parameters())
 
 
 def test_equal_block_arguments_are_kept_once(tiny_llama: Path):
-    flow = stream(tiny_llama).embed(list(random_tokens(8).split(2)))
+    flow = embed(stream(tiny_llama), list(random_tokens(8).split(2)))
     assert len({id(calls[0]) for calls in flow.calls}) == 1
 
 
@@ -130,7 +132,7 @@ def test_every_block_gets_its_own_arguments_in_a_model_of_mixed_attention(tmp_pa
     monkeypatch.setitem(FAMILIES, "gemma3_text", replace(FAMILIES["llama"], model_type="gemma3_text"))
     batches = list(random_tokens(4, 40).split(2))
     model = stream(path)
-    flow = model.embed(batches)
+    flow = embed(model, batches)
     assert flow.calls[0][0] is not flow.calls[0][1]
     for got, tokens in zip(walked_logits(model, batches), batches, strict=True):
         assert torch.equal(got, logits_of(path, tokens))

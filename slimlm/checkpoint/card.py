@@ -90,12 +90,17 @@ def _header(manifest: Manifest) -> str:
     if model["origin"] == "hub":
         fields["base_model"] = model["name"]  # the hub refuses what is no id of its
     fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    fields |= {"tags": ["slimlm", "compression", manifest["recipe"]["method"]]}
+    fields |= {"tags": ["slimlm", "compression", *_methods(manifest)]}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
 
 
+def _methods(manifest: Manifest) -> list[str]:
+    """Of all steps, each once."""
+    return list(dict.fromkeys(step["method"] for step in manifest["recipe"]["steps"]))
+
+
 def _summary(manifest: Manifest) -> str:
-    sparsity, recipe = manifest["sparsity"], manifest["recipe"]
+    sparsity, methods = manifest["sparsity"], ", then ".join(f"`{method}`" for method in _methods(manifest))
     changes = "".join(f" `{name}` {before} -> {after}." for name, (before, after) in manifest["changes"].items())
     zeros = sparsity["zeros_in_pruned_matrices"]
     honest = "" if zeros is None else " Zeros take as much room as other numbers, and stock kernels as much time."
@@ -104,7 +109,7 @@ def _summary(manifest: Manifest) -> str:
         f" No multiple of 32:{uneven}; quantised files (GGUF, int4) hold such matrices unquantised." if uneven else ""
     )
     return (
-        f"Method `{recipe['method']}`, {manifest['paper']}. Requested sparsity {sparsity['requested']:g} "
+        f"Method {methods}, {manifest['paper']}. Requested sparsity {sparsity['requested']:g} "
         f"(share of {sparsity['of']}), achieved {sparsity['achieved']:.4f}; of all parameters, "
         f"{sparsity['parameters_removed']:.4f} are gone.{changes}{dear}{honest}\n"
     )

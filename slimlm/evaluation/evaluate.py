@@ -129,7 +129,8 @@ def evaluate(
 def default_window(resolved: ResolvedModel, config: PretrainedConfig) -> int:
     """Tokens per window when none are asked for."""
     manifest = read_manifest(resolved.path) or {}
-    length = (manifest.get("recipe") or {}).get("max_seq_length")
+    recipe = manifest.get("recipe") or {}
+    length = {**recipe, **(recipe.get("steps") or [{}])[-1]}.get("max_seq_length")
     if isinstance(length, int):
         return length
     if resolved.origin == "bundled":

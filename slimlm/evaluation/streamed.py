@@ -1,18 +1,19 @@
 """Two models side by side, a block of each in memory at a time: what compression did, block by block and at the end."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from slimlm.activations import HiddenStates, InMemory
 from slimlm.errors import UserError
 from slimlm.evaluation.perplexity import LogLikelihood
+from slimlm.model.ends import embed, nll
+from slimlm.model.hidden import HiddenStates, InMemory
+from slimlm.model.stream import Stream
+from slimlm.model.streamed import StreamedModel
+from slimlm.model.walk import walk
 from slimlm.progress import Progress
-from slimlm.stream import Stream
-from slimlm.walk import StreamedModel
 
 
 @dataclass
@@ -49,28 +50,24 @@ def compare_streamed(
         raise UserError(
             f"models of {len(dense.blocks)} and {len(compressed.blocks)} blocks cannot be compared by block"
         )
-    progress.stage("measuring", len(dense.blocks))
     places = hidden or (InMemory(), InMemory())
-    streams = dense.embed(batches, places[0]), compressed.embed(batches, places[1])
+    streams = embed(dense, batches, places[0]), embed(compressed, batches, places[1])
     comparison = Comparison(LogLikelihood(dense.dtype), LogLikelihood(compressed.dtype))
-    for index in range(len(dense.blocks)):
-        start = time.perf_counter()
-        with dense.block(index):
-            dense.advance(index, streams[0])
-        if index in kept:
-            with compressed.block(kept.index(index)):
-                compressed.advance(kept.index(index), streams[1])
-        facts = {}
+    becomes = dict(zip(kept, compressed.blocks, strict=True))
+    for block in walk(dense, progress, "measuring"):
+        block.advance(streams[0])
+        block.unload()
+        if block.index in becomes:
+            with becomes[block.index].loaded() as other:
+                other.advance(streams[1])
         if compares_blocks:
-            error = relative_error(*streams, None if basis is None else basis(index), dense.family.centred)
+            error = relative_error(*streams, None if basis is None else basis(block.index), dense.family.centred)
             comparison.block_errors.append(error)
-            facts["relative_error"] = error
-        progress.step()
-        progress.done("measured", dense.family.block(index), time.perf_counter() - start, **facts)
+            block.facts["relative_error"] = error
     for model, stream, likelihood in zip(
         (dense, compressed), streams, (comparison.dense, comparison.compressed), strict=True
     ):
-        likelihood.count(model.nll(stream), stream.tokens[0].shape[1] - 1)
+        likelihood.count(nll(model, stream), stream.tokens[0].shape[1] - 1)
     return comparison
 
 

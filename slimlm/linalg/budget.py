@@ -37,6 +37,15 @@ class LossCurve:
         losses = [max(loss, error, SMALLEST_LOSS) for (_, loss), error in zip(self.points, errors, strict=True)]
         return [(units, loss) for (units, _), loss in zip(self.points, isotonic(losses), strict=True)]
 
+    @classmethod
+    def measured(
+        cls, losses: Sequence[tuple[int, Annotated[Tensor, "windows"]]], before: Annotated[Tensor, "windows"]
+    ) -> "LossCurve":
+        """From the loss of each window, with so many units removed and with none."""
+        rises = [rise_of(loss, before) for _, loss in losses]
+        points = [(units, rise) for (units, _), (rise, _) in zip(losses, rises, strict=True)]
+        return cls(points, [error for _, error in rises])
+
     def scaled(self, factor: float) -> "LossCurve":
         """The curve of so many times the loss."""
         points = [(units, loss * factor) for units, loss in self.points]

@@ -6,17 +6,42 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 4096
+WIDE = 2048  # inputs above which second moments are the largest thing there is, and kept in fp32
+
+
+def gram_dtype(width: int) -> torch.dtype:
+    """What second moments of so many inputs are summed in."""
+    return torch.float32 if width > WIDE else torch.float64
+
+
+def gram_bytes(width: int) -> int:
+    """What second moments of so many inputs take."""
+    return width**2 * gram_dtype(width).itemsize
+
+
+def add_products(
+    total: Annotated[Tensor, "in out"], x: Annotated[Tensor, "tokens in"], y: Annotated[Tensor, "tokens out"]
+) -> None:
+    """Add the sum over tokens of `x^T y`, in fp32 or fp64.
+
+    Each chunk's product is a GEMM in the activations' own precision and is added in that of the total: GPUs without
+    fast fp64 stay fast, and the sum over a long calibration set does not lose its small directions.
+    """
+    for some, other in zip(x.split(CHUNK_TOKENS), y.split(CHUNK_TOKENS), strict=True):
+        if total.dtype == some.dtype:
+            total.addmm_(some.T, other)  # without another matrix of this size
+        else:
+            total += some.T @ other
 
 
 class Gram:
-    """Running sum of `x^T x` over tokens, [width, width] in fp64.
+    """Running sum of `x^T x` over tokens: [width, width], in fp64, or fp32 where it is WIDE.
 
-    Each chunk's product is a GEMM in the activations' own precision (fp32 at least) and is added in fp64: GPUs
-    without fast fp64 stay fast, and the sum over a long calibration set does not lose its small directions.
+    dtype: another precision of the sum; a basis of a wide stream needs fp64.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(width, width, dtype=torch.float64, device=device)
+    def __init__(self, width: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+        self.matrix = torch.zeros(width, width, dtype=dtype or gram_dtype(width), device=device)
         self.tokens = 0
 
     def add(self, x: Annotated[Tensor, "... width"]) -> None:
@@ -25,14 +50,38 @@ class Gram:
             raise ValueError(f"activations of width {x.shape[-1]} for a Gram of width {self.matrix.shape[0]}")
         x = x.reshape(-1, x.shape[-1])
         x = x if x.dtype == torch.float64 else x.float()
-        for chunk in x.split(CHUNK_TOKENS):
-            self.matrix += chunk.T @ chunk
+        add_products(self.matrix, x, x)
         self.tokens += x.shape[0]
 
-    def merge(self, other: "Gram") -> None:
-        """Add the statistics of other tokens, gathered elsewhere."""
-        self.matrix += other.matrix.to(self.matrix.device)
-        self.tokens += other.tokens
+    def diagonal(self) -> Annotated[Tensor, "width"]:
+        """The sums of squares."""
+        return self.matrix.diagonal()
+
+    def take(self) -> Annotated[Tensor, "width width"]:
+        """The sum, to be used up: it is not kept here."""
+        matrix, self.matrix = self.matrix, self.matrix.new_empty(0, 0)
+        return matrix
+
+
+class Squares:
+    """Running sum of the squares of activations over tokens: [width] fp64, the diagonal of their Gram matrix."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.sums = torch.zeros(width, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, x: Annotated[Tensor, "tokens width"]) -> None:
+        """Add activations."""
+        self.sums = self.sums + x.double().square().sum(0)
+        self.tokens += len(x)
+
+    def diagonal(self) -> Annotated[Tensor, "width"]:
+        """The sums."""
+        return self.sums
+
+    def norms(self) -> Annotated[Tensor, "width"]:
+        """Of the activations, fp32."""
+        return self.sums.sqrt().float()
 
 
 def rms_normalise(

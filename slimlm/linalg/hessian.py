@@ -44,6 +44,10 @@ class Hessian:
         """The curvature of some rows only."""
         return self
 
+    def norms(self) -> Annotated[Tensor, "in"]:
+        """Of the inputs, the damping in them."""
+        return self.matrix.diagonal().sqrt()
+
     def apply(self, change: Annotated[Tensor, "out in"]) -> Annotated[Tensor, "out in"]:
         """d H, row by row."""
         return change @ self.matrix

@@ -6,7 +6,7 @@ any quadratic with this H will do, such as a least-squares fit to what the dense
 
 import logging
 from collections.abc import Callable
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -141,11 +141,9 @@ def joint(
     return found
 
 
+@runtime_checkable
 class Inverse(Protocol):
     """An inverse curvature of a matrix's rows, shared by them or one for each."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
 
     def diagonal(self) -> Annotated[Tensor, "in"] | Annotated[Tensor, "out in"]:
         """Of the inverse, or of each row's own."""

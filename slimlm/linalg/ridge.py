@@ -1,7 +1,7 @@
 """Least squares towards a prior, its strength chosen on tokens that were held out."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from slimlm.linalg.cholesky import factor_in_place
+from slimlm.linalg.gram import add_products, gram_dtype
 
-WIDE = 2048  # inputs above which second moments are the largest thing there is, and kept in fp32
-WIDEST = 4096  # and above which those of held-out tokens are not kept
+WIDEST = 4096  # inputs above which second moments of held-out tokens are not kept
 HELD_ELEMENTS = 1 << 24  # of the inputs of held-out tokens, kept as they are instead
 STRENGTHS = (30.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
 GUESS = 0.1
 SKETCH = 64  # outputs to choose a strength on
 HELD_EVERY = 5
 ROWS = 256  # at a time, of half a symmetric matrix
+Batch = Annotated[Tensor, "batch time", int]  # of windows' tokens
 
 
 def held_out(windows: int, start: int = 0) -> Annotated[Tensor, "{windows}", bool]:
@@ -27,14 +28,15 @@ def held_out(windows: int, start: int = 0) -> Annotated[Tensor, "{windows}", boo
     return torch.arange(start, start + windows) % HELD_EVERY == HELD_EVERY - 1
 
 
-def gram_dtype(inputs: int) -> torch.dtype:
-    """What second moments of so many inputs are summed in."""
-    return torch.float32 if inputs > WIDE else torch.float64
-
-
-def gram_bytes(inputs: int) -> int:
-    """What second moments of so many inputs take."""
-    return inputs**2 * gram_dtype(inputs).itemsize
+def learn_and_test(batches: Sequence[Batch], most: int) -> tuple[list[Batch], list[Batch]]:
+    """Of calibration windows up to `most` to learn from and as many held-out ones to measure on (the same where there
+    are too few), in batches of the same size."""
+    tokens = torch.cat(list(batches))
+    held = held_out(len(tokens))
+    size = len(batches[0])
+    learn = tokens[~held][:most]
+    test = tokens[held][:most] if held.any() else learn
+    return list(learn.split(size)), list(test.split(size))
 
 
 class Moments:
@@ -47,11 +49,8 @@ class Moments:
 
     def add(self, x: Annotated[Tensor, "tokens in"], y: Annotated[Tensor, "tokens out"]) -> None:
         """Add tokens, in fp32 or fp64."""
-        for total, other in ((self.xx, x), (self.xy, y)):
-            if total.dtype == x.dtype:
-                total.addmm_(x.T, other)  # without another matrix of this size
-            else:
-                total += x.T @ other
+        add_products(self.xx, x, x)
+        add_products(self.xy, x, y)
 
     @contextmanager
     def lent(self) -> Iterator[Annotated[Tensor, "in in"]]:

@@ -38,7 +38,7 @@ def forecast_summary(job: Any, found: Any, later: Sequence[Any] = (), work_dir: 
             f"model_type {job.model.config.model_type}, method {recipe.method} ({job.method.paper})",
             f"calibration: {data}, batches of {recipe.batch_size}" if recipe.dataset else "calibration: none",
             *_shape_lines(job),
-            *(f"then, on what that gives: {_run_line(run)}" for run in later),
+            *(f"then, on what that gives: {run.described}" for run in later),
             f"peak memory: {_gigabytes(found.memory)} (imports included)",
             *_disk_lines(job, found, work_dir),
             f"time: {found.seconds:.0f} s after imports, on {job.model.device}",
@@ -59,13 +59,6 @@ def _disk_lines(job: Any, found: Any, work_dir: Any) -> list[str]:
 
 def _gigabytes(memory: dict[str, int]) -> str:
     return ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in memory.items())
-
-
-def _run_line(recipe: Any) -> str:
-    if recipe.widths:
-        return f"{recipe.method}, widths {recipe.widths}"
-    pattern = f" in tiles of {recipe.pattern}" if recipe.tile else f" ({recipe.pattern})" if recipe.pattern else ""
-    return f"{recipe.method}, sparsity {recipe.sparsity:g}{pattern}"
 
 
 def _shape_lines(job: Any) -> list[str]:

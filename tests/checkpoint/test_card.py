@@ -19,7 +19,7 @@ def manifest(name: str, origin: str) -> dict[str, Any]:
     }
     return {
         "model": {"name": name, "origin": origin, "path": name},
-        "recipe": {"method": "slice"},
+        "recipe": {"steps": [{"method": "slice"}]},
         "paper": "a paper",
         "needs_remote_code": False,
         "sparsity": {

@@ -11,7 +11,7 @@ from slimlm.checkpoint.companions import copy_companions
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.checkpoint.tokenizer import SAMPLES, check_tokenizer, keep_tokenizer
 from slimlm.errors import UserError
-from slimlm.recipe import Recipe
+from slimlm.recipe import one_step
 from tests.conftest import build_tiny
 from tests.families.configs import family_config
 
@@ -54,7 +54,7 @@ def test_a_qwen2_written_as_a_llama_has_the_same_tokens(tokenizer_class: str | N
     (tmp_path / "text.txt").write_text("The old house stood at the end of the lane, and nobody had lived there. " * 40)
     recipe = {"model": str(path), "widths": "hidden=16", "dataset": str(tmp_path / "text.txt"), "measure": False}
     sizes = {"num_calibration_samples": 6, "max_seq_length": 32}
-    result = compress(Recipe(**recipe, **sizes, output_dir=str(tmp_path / "out")))
+    result = compress(one_step(**recipe, **sizes, output_dir=str(tmp_path / "out")))
     assert json.loads((result.output_dir / "config.json").read_text())["model_type"] == "llama"
     ours, theirs = AutoTokenizer.from_pretrained(result.output_dir), AutoTokenizer.from_pretrained(path)
     for text in (*SAMPLES, "<|extra|> 12345"):
@@ -114,7 +114,7 @@ def test_a_tokenizer_of_vocabulary_and_merges_goes_with_a_class_of_ours(name: st
     (tmp_path / "text.txt").write_text("The old house stood at the end of the lane, and nobody had lived there. " * 40)
     recipe = {"model": str(path), "widths": "hidden=16", "dataset": str(tmp_path / "text.txt"), "measure": False}
     sizes = {"num_calibration_samples": 6, "max_seq_length": 32}
-    result = compress(Recipe(**recipe, **sizes, output_dir=str(tmp_path / "out")))
+    result = compress(one_step(**recipe, **sizes, output_dir=str(tmp_path / "out")))
     ours, theirs = load_tokenizer(result.output_dir), load_tokenizer(path)
     for text in SAMPLES:
         assert ours(text).input_ids == theirs(text).input_ids

@@ -12,7 +12,7 @@ from slimlm.checkpoint.push import Push
 from slimlm.cli import main
 from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
-from slimlm.recipe import Recipe
+from slimlm.recipe import Recipe, one_step
 
 ME = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
 
@@ -54,7 +54,7 @@ def hub(monkeypatch) -> dict[str, Any]:
 
 
 def recipe(model: Path, out: Path) -> Recipe:
-    return Recipe(model=str(model), method="magnitude", sparsity=0.5, measure=False, output_dir=str(out))
+    return one_step(model=str(model), method="magnitude", sparsity=0.5, measure=False, output_dir=str(out))
 
 
 @pytest.mark.parametrize("repo", ["smaller", "us/smaller"])

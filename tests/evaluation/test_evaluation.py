@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimlm.activations import InMemory
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.errors import UserError
 from slimlm.evaluation import harness
@@ -15,8 +14,9 @@ from slimlm.evaluation.streamed import compare_streamed, relative_error
 from slimlm.evaluation.tasks import TASKS_PATH, continuation
 from slimlm.evaluation.text import load_test_windows
 from slimlm.linalg.likelihood import window_nll
+from slimlm.model.hidden import InMemory
+from slimlm.model.stream import Stream
 from slimlm.progress import LogProgress
-from slimlm.walk import Stream
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 
 

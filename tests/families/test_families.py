@@ -10,6 +10,10 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slimlm.matrices import canonical, matrix
+from slimlm.methods.budget import candidates
+from slimlm.methods.slice import plan_rotate, plan_slice, run_rotate, run_slice
+from slimlm.methods.widths import Layout
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimlm.checkpoint.companions import copy_companions
@@ -17,13 +21,9 @@ from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.pca import without_mean
-from slimlm.matrices import canonical, matrix
-from slimlm.methods.budget import candidates
-from slimlm.methods.slice import plan_rotate, plan_slice, run_rotate, run_slice
-from slimlm.methods.widths import Layout
-from slimlm.recipe import Recipe
+from slimlm.recipe import Recipe, RotateStep, SliceStep, one_step
 from slimlm.report.models import models_table
-from tests.conftest import build_tiny, logits_of, random_tokens, stream
+from tests.conftest import build_tiny, in_steps, logits_of, random_tokens, stream
 from tests.families.configs import SETTINGS, family_config
 from tests.methods.test_prune import die_after_record
 from tests.methods.test_slice import work_at
@@ -108,7 +108,7 @@ def test_readers_writers_and_embeddings_are_those_of_transformers_plan_for_tenso
 
 @pytest.mark.parametrize("name", ROTATING)
 def test_a_rotation_keeps_the_logits(tinies: Path, tmp_path: Path, name: str):
-    tokens, recipe = random_tokens(3, 24), Recipe(model="x", method="rotate", weighting="none")
+    tokens, recipe = random_tokens(3, 24), RotateStep(model="x", weighting="none")
     path = run(stream(tinies / name), plan_rotate, run_rotate, recipe, [tokens], tmp_path, tinies / name)
     assert (logits_of(path, tokens) - logits_of(tinies / name, tokens)).abs().max() < 1e-4
 
@@ -143,7 +143,8 @@ def confined(source: Path, path: Path) -> Path:
 def sliced(tinies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every model that rotates, confined to fewer directions and sliced to them, by name; and its logits before."""
     folder = tmp_path_factory.mktemp("sliced")
-    tokens, recipe = random_tokens(12, 24), Recipe(model="x", widths=f"hidden={WIDTH}", refit=False, weighting="none")
+    tokens = random_tokens(12, 24)
+    recipe = SliceStep(model="x", widths=f"hidden={WIDTH}", refit=False, weighting="none")
     for name in ROTATING:
         path = confined(tinies / name, folder / name / "dense")
         run(stream(path), plan_slice, run_slice, recipe, [tokens], folder / name, path)
@@ -171,7 +172,7 @@ def test_a_class_of_slimlms_own_is_a_family_like_any_other(sliced: Path, tmp_pat
     path, tokens = sliced / name / "model", random_tokens(3, 24)
     before = logits_of(path, tokens)
     assert torch.equal(next(iter(walked_logits(stream(path), [tokens]))), before)
-    recipe = Recipe(model="x", method="rotate", weighting="none")
+    recipe = RotateStep(model="x", weighting="none")
     again = run(stream(path), plan_rotate, run_rotate, recipe, [tokens], tmp_path, path)
     assert (logits_of(again, tokens) - before).abs().max() < 1e-4
 
@@ -252,18 +253,19 @@ def test_narrowing_is_exact_where_the_units_that_go_do_nothing(tinies: Path, tmp
     widths = {"mlp": 16 if "moe" in name else 40, **({"groups": 1} if groups else {})}
     path = narrowed(tinies / name, tmp_path / "dense", widths)
     tokens = random_tokens(12, 24)
-    recipe = Recipe(model="x", widths=",".join(f"{axis}={width}" for axis, width in widths.items()), weighting="none")
+    by_hand = ",".join(f"{axis}={width}" for axis, width in widths.items())
+    recipe = SliceStep(model="x", widths=by_hand, weighting="none")
     out = run(stream(path), plan_slice, run_slice, recipe, list(tokens.split(4)), tmp_path, path)
     before = logits_of(path, tokens[:2])
     assert (logits_of(out, tokens[:2]) - before).abs().max() < 2e-3 * before.abs().max()
 
 
-def pruned(tinies: Path, name: str, out: Path, **settings) -> dict:
-    recipe = Recipe(
-        model=str(tinies / name), dataset=str(tinies / "tokens.npy"), num_calibration_samples=20, max_seq_length=32,
-        measure=False, output_dir=str(out), **settings,
-    )  # fmt: skip
-    return compress(recipe, overwrite=True).manifest
+def pruned(tinies: Path, name: str, out: Path, *later: dict, **settings) -> dict:
+    shared = {
+        "model": str(tinies / name), "dataset": str(tinies / "tokens.npy"), "num_calibration_samples": 20,
+        "max_seq_length": 32, "measure": False, "output_dir": str(out),
+    }  # fmt: skip
+    return compress(in_steps({**shared, **settings}, *later), overwrite=True).manifest
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -311,7 +313,7 @@ def test_a_block_that_does_nothing_can_go(tinies: Path, tmp_path: Path, name: st
     model.save_pretrained(tmp_path / "dense")
     copy_companions(tinies / name, tmp_path / "dense")
     tokens = random_tokens(12, 24)
-    recipe = Recipe(model="x", widths="blocks=2", weighting="none")
+    recipe = SliceStep(model="x", widths="blocks=2", weighting="none")
     path = tmp_path / "dense"
     out = run(stream(path), plan_slice, run_slice, recipe, list(tokens.split(4)), tmp_path / "run", path)
     before = logits_of(path, tokens[:2])
@@ -329,7 +331,7 @@ def test_an_expert_that_saw_too_few_tokens_is_pruned_by_magnitude_and_reported(t
         router[:3] = torch.eye(32)[:3] * 50  # those of two others nearly always above
     model.save_pretrained(path)
     copy_companions(tinies / "mixtral", path)
-    recipe = Recipe(
+    recipe = one_step(
         model=str(path), method="sparsegpt", sparsity=0.5, dataset=str(tinies / "tokens.npy"), seed=0,
         num_calibration_samples=1, max_seq_length=8, measure=False, output_dir=str(tmp_path / "out"),
     )  # fmt: skip
@@ -339,13 +341,13 @@ def test_an_expert_that_saw_too_few_tokens_is_pruned_by_magnitude_and_reported(t
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_parameter(f"{name}.gate_up_proj")[3]
     smallest = dense.abs() <= dense.abs().flatten().kthvalue(dense.numel() // 2).values
     assert torch.equal(pruned, dense.masked_fill(smallest, 0))
-    settings = recipe.model_dump(include={"model", "dataset", "max_seq_length", "measure"})
-    sliced = Recipe(**settings, num_calibration_samples=5, widths="mlp=16", output_dir=str(tmp_path / "sliced"))
+    settings = recipe.steps[0].model_dump(include={"model", "dataset", "max_seq_length", "measure"})
+    sliced = one_step(**settings, num_calibration_samples=5, widths="mlp=16", output_dir=str(tmp_path / "sliced"))
     starved = compress(sliced).manifest["method"]["refit"]["starved_experts"]
     name, _, expert = f"model.layers.{next(iter(starved))}".rpartition(".")
     before, after = (
         AutoModelForCausalLM.from_pretrained(place).get_parameter(name)[int(expert)]
-        for place in (path, sliced.output_dir)
+        for place in (path, tmp_path / "sliced")
     )
     kept = before.square().sum(0).topk(16).indices.sort().values
     assert torch.allclose(after, before[:, kept], atol=1e-6)
@@ -364,7 +366,7 @@ def test_weights_that_nobody_declared_stop_the_run_with_their_names(tinies: Path
     monkeypatch.setattr(model, "family", FAMILIES["mistral"])
     for plan, verb in ((plan_slice, "slice"), (plan_rotate, "slice")):
         with pytest.raises(UserError, match=rf"does not know how to {verb}: model\.layers\.0\.self_attn\.q_norm"):
-            plan(model, Recipe(model="x", method="rotate") if plan is plan_rotate else Recipe(model="x", sparsity=0.2))
+            plan(model, RotateStep(model="x") if plan is plan_rotate else SliceStep(model="x", sparsity=0.2))
 
 
 def test_a_width_that_the_configs_class_refuses_is_not_tried(tinies: Path, tmp_path: Path):
@@ -374,15 +376,15 @@ def test_a_width_that_the_configs_class_refuses_is_not_tried(tinies: Path, tmp_p
     config.rope_parameters = {**factors, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 64}
     model = stream(build_tiny(config, tmp_path / "long"))
     with pytest.raises(UserError, match="Phi3Config has no model of hidden=24"):
-        plan_slice(model, Recipe(model="x", widths="hidden=24"))
-    assert {split.hidden for split in candidates(Layout(model), Recipe(model="x", sparsity=0.02))} == {32}
+        plan_slice(model, SliceStep(model="x", widths="hidden=24"))
+    assert {split.hidden for split in candidates(Layout(model), SliceStep(model="x", sparsity=0.02))} == {32}
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox sequential", "qwen2"])
 def test_heads_cut_in_proportion_to_the_stream_need_no_other_class(tinies: Path, tmp_path: Path, name: str):
     layout = Layout(stream(tinies / name))
     widths = f"hidden=16,groups={layout.dense.groups // 2}"
-    path = run(layout.model, plan_slice, run_slice, Recipe(model="x", widths=widths), [random_tokens(10, 24)],
+    path = run(layout.model, plan_slice, run_slice, SliceStep(model="x", widths=widths), [random_tokens(10, 24)],
                tmp_path, tinies / name)  # fmt: skip
     config = json.loads((path / "config.json").read_text())
     assert config["model_type"] == name.partition(" ")[0]
@@ -391,7 +393,7 @@ def test_heads_cut_in_proportion_to_the_stream_need_no_other_class(tinies: Path,
     assert torch.equal(walked_logits(stream(path), [tokens])[0], logits_of(path, tokens))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Layout, "carrier", lambda self, widths: self.model.family.carrier)
-        other = run(layout.model, plan_slice, run_slice, Recipe(model="x", widths=widths), [random_tokens(10, 24)],
+        other = run(layout.model, plan_slice, run_slice, SliceStep(model="x", widths=widths), [random_tokens(10, 24)],
                     tmp_path / "other", tinies / name)  # fmt: skip
     assert (logits_of(path, tokens) - logits_of(other, tokens)).abs().max() < 1e-5
     other = layout.config(replace(layout.dense, hidden=16))
@@ -411,8 +413,8 @@ def test_parameters_are_counted_as_they_will_be(tinies: Path, name: str):
 
 
 def test_what_a_sliced_model_needs_goes_with_it_when_it_is_pruned(tinies: Path, tmp_path: Path):
-    settings = {"widths": "hidden=24", "then": {"method": "sparsegpt", "sparsity": 0.5}}
-    assert pruned(tinies, "opt", tmp_path / "out", **settings)["needs_remote_code"]
+    then = {"method": "sparsegpt", "sparsity": 0.5}
+    assert pruned(tinies, "opt", tmp_path / "out", then, widths="hidden=24")["needs_remote_code"]
     assert (tmp_path / "out" / "modeling_narrow.py").is_file()
     tokens = random_tokens(2, 8)
     save_file({"logits": logits_of(tmp_path / "out", tokens), "tokens": tokens}, tmp_path / "before.safetensors")
@@ -434,15 +436,15 @@ def test_the_norm_behind_an_embedding_stays_as_long_as_the_stream_and_then_goes_
     model = stream(path)
     assert model.head_is_tied
     assert model.family.embedding_norm in model.outside
-    recipe = Recipe(model="x", method="rotate", weighting="none")
+    recipe = RotateStep(model="x", weighting="none")
     rotated = run(model, plan_rotate, run_rotate, recipe, [tokens], tmp_path / "rotated", path)
     assert (logits_of(rotated, tokens) - before).abs().max() < 1e-4
     assert not stream(rotated).head_is_tied
     assert model.family.embedding_norm not in stream(rotated).outside
     layout = Layout(stream(tinies / "bloom"))
-    assert not any(split.tied for split in candidates(layout, Recipe(model="x", sparsity=0.1)))
+    assert not any(split.tied for split in candidates(layout, SliceStep(model="x", sparsity=0.1)))
     with pytest.raises(UserError, match="tied=1: the norm behind the embedding"):
-        plan_slice(layout.model, Recipe(model="x", widths="hidden=24,tied=1"))
+        plan_slice(layout.model, SliceStep(model="x", widths="hidden=24,tied=1"))
 
 
 def test_a_run_that_keeps_the_stream_goes_on_where_it_died(tinies: Path, tmp_path: Path, monkeypatch):
@@ -451,7 +453,7 @@ def test_a_run_that_keeps_the_stream_goes_on_where_it_died(tinies: Path, tmp_pat
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
     notes = json.loads((tmp_path / "whole" / "slimlm.json").read_text())["method"]
     for number in (2, 5, 7, 9):
-        recipe = Recipe(
+        recipe = one_step(
             model=str(tinies / "gemma2"), dataset=str(tinies / "tokens.npy"), num_calibration_samples=20,
             max_seq_length=32, measure=False, output_dir=str(tmp_path / f"out{number}"), **settings,
         )  # fmt: skip
@@ -466,9 +468,9 @@ def test_a_run_that_keeps_the_stream_goes_on_where_it_died(tinies: Path, tmp_pat
 
 def test_a_stream_that_cannot_be_rotated_keeps_its_width_and_the_reason_is_told(tinies: Path):
     with pytest.raises(UserError, match="'gemma2' cannot be rotated: its norms on what blocks write"):
-        plan_rotate(stream(tinies / "gemma2"), Recipe(model="x", method="rotate"))
+        plan_rotate(stream(tinies / "gemma2"), RotateStep(model="x"))
     with pytest.raises(UserError, match="hidden_size stays 32, as 'olmo2' cannot be rotated"):
-        plan_slice(stream(tinies / "olmo2"), Recipe(model="x", widths="hidden=24"))
+        plan_slice(stream(tinies / "olmo2"), SliceStep(model="x", widths="hidden=24"))
 
 
 def test_the_table_of_the_docs_is_that_of_the_declarations():

@@ -11,7 +11,7 @@ from slimlm.linalg.budget import LossCurve, isotonic, predicted_loss, rise_of, s
 from slimlm.linalg.gram import CHUNK_TOKENS, Gram, rms_normalise
 from slimlm.linalg.pca import felt, principal_basis, with_kept
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
-from slimlm.methods.rotation import seen_through
+from slimlm.model.rotation import seen_through
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

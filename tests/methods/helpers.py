@@ -12,11 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from slimlm.checkpoint.journal import Journal
 from slimlm.linalg.ridge import GUESS, STRENGTHS
 from slimlm.methods import METHODS
-from slimlm.methods.plan import Outcome
+from slimlm.model.hidden import Scratch
+from slimlm.model.result import Result
+from slimlm.model.streamed import StreamedModel
+from slimlm.model.walk import backwards
 from slimlm.progress import LogProgress
-from slimlm.recipe import Recipe
-from slimlm.walk import StreamedModel
-from slimlm.work import Work
+from slimlm.recipe import one_step
+from slimlm.run import Outcome, Run
+from slimlm.statistics.sweep import Walks
+from slimlm.statistics.token_gradients import TokenGradients, gradients_of
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 READERS = {
@@ -26,28 +30,48 @@ READERS = {
 WRITERS = {"input_layernorm": "self_attn.o_proj", "post_attention_layernorm": "mlp.down_proj"}
 
 
-def work_at(path: Path) -> Work:
+def run_at(model: StreamedModel, batches: list[Tensor], path: Path, **settings) -> Run:
+    """A run of a recipe on calibration batches, planned, that has not begun."""
     (path / "work").mkdir(parents=True)
     (path / "model").mkdir()
-    return Work(path / "model", Journal(path / "work", {}), LogProgress())
+    recipe = one_step(model="x", **settings).steps[0]
+    result = Result(path / "model", Journal(path / "work", {}))
+    scratch = Scratch(path / "work", model.device)
+    return Run(recipe, model, METHODS[recipe.method].plan(model, recipe), batches, result, scratch, LogProgress())
+
+
+def carried_out(run: Run) -> Outcome:
+    """What the run's method found out; what it wrote can be loaded."""
+    outcome = METHODS[run.recipe.method].run(run)
+    run.result.settle()
+    run.result.writer.finish()
+    outcome.plan.config.save_pretrained(run.result.output)
+    return outcome
 
 
 def run(
     model: StreamedModel, tokens: Tensor, path: Path, batch: int = 4, **settings
-) -> tuple[dict[str, Tensor], Outcome, Work]:
-    """A method on calibration windows: the tensors it wrote, what it found out, and its journal."""
-    recipe = Recipe(model="x", **{"dtype": "float32", **settings})
-    method, work = METHODS[recipe.method], work_at(path)
-    outcome = method.run(model, method.plan(model, recipe), list(tokens.split(batch)), work)
-    work.settle()
-    work.writer.finish()
-    outcome.plan.config.save_pretrained(path / "model")
+) -> tuple[dict[str, Tensor], Outcome, Run]:
+    """A method on calibration windows: the tensors it wrote, what it found out, and the run itself."""
+    done = run_at(model, list(tokens.split(batch)), path, **{"dtype": "float32", **settings})
+    outcome = carried_out(done)
     index = path / "model" / "model.safetensors.index.json"
     files = (
         sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
     )
     tensors = {name: tensor for file in files for name, tensor in load_file(path / "model" / file).items()}
-    return tensors, outcome, work
+    return tensors, outcome, done
+
+
+def walks_of(run: Run) -> Walks:
+    """There and back."""
+    return Walks(run.walk("there"), run.walk("back", order=backwards(run.model)), run.scratch)
+
+
+def gathered_gradients(run: Run, index: int) -> dict[str, TokenGradients]:
+    """What a run gathered of a block's linears."""
+    _, saved = run.journal.recall(f"gradients-{index}")
+    return gradients_of(run.model.blocks[index], saved)
 
 
 def stock(path: Path) -> PreTrainedModel:

@@ -8,9 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slimlm.linalg.allocation import alpha_shares, hill_alpha, outlier_ratio, owl_shares
-from slimlm.methods.fisher import gradients_of
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
-from tests.methods.helpers import damped, inputs_of, is_linear, run, stock
+from tests.methods.helpers import damped, gathered_gradients, inputs_of, is_linear, run, stock
 
 
 def linears_of(model, block: int) -> dict[str, Tensor]:
@@ -35,10 +34,10 @@ def test_global_shares_are_those_of_one_sorted_list_of_scores_in_nats(tmp_path: 
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     model, dense = stream(path), stock(path)
     settings = {"method": "sparsegpt", "allocation": "global", "sparsity": 0.4, "fisher_samples": 100}
-    _, outcome, work = run(model, random_tokens(8, 24), tmp_path / "run", **settings)
+    _, outcome, done = run(model, random_tokens(8, 24), tmp_path / "run", **settings)
     scores: dict[str, Tensor] = {}
     for index in range(3):
-        for name, found in gradients_of(model, work, index).items():
+        for name, found in gathered_gradients(done, index).items():
             full = f"model.layers.{index}.{name}"
             spread = torch.linalg.inv(damped(found.x.T @ found.x / len(found.x))).diagonal()
             weight = dense.get_submodule(full).weight.double()

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimlm.linalg.pca import principal_basis
-from slimlm.methods.basis import MASSIVE, collect_statistics, find_basis
-from slimlm.methods.gradients import gradient_covariance
-from slimlm.recipe import Recipe
+from slimlm.slice import run as slicing
+from slimlm.slice.basis import MASSIVE
+from slimlm.statistics.sweep import Losses, gradient_covariance
 from tests.conftest import random_tokens, stream
-from tests.methods.helpers import inputs_of, stock, work_at
+from tests.methods.helpers import inputs_of, run_at, stock, walks_of
 
 NORMS = [f"model.layers.{block}.{norm}_layernorm" for block in range(3) for norm in ("input", "post_attention")]
 
@@ -31,11 +31,10 @@ def test_the_basis_is_of_the_stream_weighed_by_what_the_loss_feels(tiny_llama: P
     """Eigenvectors of G, or of G + G^1/4 C G^1/4 with both of unit trace; largest first."""
     path, tokens = tiny_llama, random_tokens(12, 24)
     model, batches = stream(path), list(tokens.split(4))
-    found = find_basis(
-        model, Recipe(model="x", widths="hidden=16", weighting=weighting), batches, work_at(tmp_path / "basis")
-    )
+    found = slicing._new_basis(run_at(model, batches, tmp_path / "basis", widths="hidden=16", weighting=weighting))
     gram = gram_by_hand(path, tokens)
-    covariance = gradient_covariance(model, batches, 0, work_at(tmp_path / "gradients"))
+    beside = run_at(model, batches, tmp_path / "gradients", widths="hidden=16")
+    covariance = gradient_covariance(model, Losses(batches, 0), walks_of(beside))
     energies, vectors = torch.linalg.eigh(gram)
     root = vectors @ torch.diag(energies.clamp_min(0) ** 0.25) @ vectors.T
     felt = root @ covariance @ root
@@ -51,12 +50,9 @@ def test_the_basis_is_of_the_stream_weighed_by_what_the_loss_feels(tiny_llama: P
 
 def test_a_blocks_influence_is_how_far_it_turns_the_stream(tiny_llama: Path, tmp_path: Path):
     tokens = random_tokens(6, 24)
-    found = find_basis(
-        stream(tiny_llama),
-        Recipe(model="x", widths="hidden=16", weighting="none"),
-        list(tokens.split(4)),
-        work_at(tmp_path / "basis"),
-    )
+    batches = list(tokens.split(4))
+    run = run_at(stream(tiny_llama), batches, tmp_path / "basis", widths="hidden=16", weighting="none")
+    found = slicing._new_basis(run)
     edges = inputs_of(stock(tiny_llama), tokens, [*NORMS[::2], "model.norm"])
     for block, (before, after) in enumerate(pairwise(edges)):
         cosine = (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1)
@@ -84,7 +80,8 @@ def losses_by_hand(model: PreTrainedModel, tokens: Tensor, labels: Tensor, place
 def test_the_gradient_covariance_is_how_the_loss_answers_when_the_stream_is_moved(tiny_llama: Path, tmp_path: Path):
     """Squared slopes of the loss of labels that the model draws, along a direction in units of the stream's size."""
     tokens, step, precise = random_tokens(3, 6), 1e-4, stock(tiny_llama).double()
-    found = gradient_covariance(stream(tiny_llama), list(tokens.split(2)), 3, work_at(tmp_path))
+    run = run_at(stream(tiny_llama), list(tokens.split(2)), tmp_path / "run", widths="hidden=16")
+    found = gradient_covariance(run.model, Losses(run.batches, 3), walks_of(run))
     model, generator = stock(tiny_llama), torch.Generator().manual_seed(3)
     drawn = [
         torch.multinomial(model(batch).logits.flatten(0, 1).softmax(-1), 1, generator=generator).view_as(batch)
@@ -103,7 +100,7 @@ def test_the_gradient_covariance_is_how_the_loss_answers_when_the_stream_is_move
                 )
                 expected += float(((up - down) / (2 * step)).square().sum())
         assert float(direction @ found @ direction) == pytest.approx(expected, rel=2e-3)
-    assert not list((tmp_path / "work").glob("scratch-*"))
+    assert not list((tmp_path / "run" / "work").glob("scratch-*"))
 
 
 def plant_massive_activations(path: Path) -> Tensor:
@@ -129,7 +126,8 @@ def test_massive_activations_keep_their_directions(tiny_llama: Path, tmp_path: P
     tokens = random_tokens(20, 24).clamp_min(1)
     tokens[8, 0] = 0
     model, batches = stream(tiny_llama), list(tokens.split(4))
-    statistics = collect_statistics(model, batches, work_at(tmp_path / "statistics"))
+    run = run_at(model, batches, tmp_path / "run", widths="hidden=16", weighting=weighting)
+    statistics = slicing._statistics(run, "statistics")
     assert statistics.massive.tokens == 7  # that token at every norm
     assert MASSIVE * 20 < 900
 
@@ -137,8 +135,6 @@ def test_massive_activations_keep_their_directions(tiny_llama: Path, tmp_path: P
         return float((directions @ (directions.T @ sink) - sink).norm() / sink.norm())
 
     assert lost(principal_basis(statistics.gram.matrix)[0][:, :16]) > 0.5
-    basis = find_basis(
-        model, Recipe(model="x", widths="hidden=16", weighting=weighting), batches, work_at(tmp_path / "basis")
-    )
+    basis = slicing._new_basis(run)
     assert 1 <= basis.notes["massive_activations"]["directions"] <= 2
     assert lost(basis.vectors[:, :16]) < 1e-2

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimlm.methods.gather import gathered
-from slimlm.methods.widths import Layout
+from slimlm.model.ends import embed
+from slimlm.prune.tiles import gathered
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.methods.helpers import inputs_of, stock, uneven
 
@@ -14,12 +14,12 @@ def test_neurons_with_most_energy_for_what_the_block_sees_come_first(tmp_path: P
     """Squares of weights times their inputs' norms, relative to their mean in each linear."""
     path, tokens = uneven(build_tiny(CONFIGS["llama-biased"], tmp_path / "model")), random_tokens(8, 24)
     model, dense = stream(path), stock(path)
-    seen = model.embed(list(tokens.split(4)))
-    for index in range(block):
-        with model.block(index):
-            model.advance(index, seen)
-    with model.block(block):
-        moved = gathered(Layout(model), block, seen)
+    seen = embed(model, list(tokens.split(4)))
+    for earlier in model.blocks[:block]:
+        with earlier.loaded():
+            earlier.advance(seen)
+    with model.blocks[block].loaded() as loaded:
+        moved = gathered(loaded, seen)
     mlp, energy = dense.model.layers[block].mlp, torch.zeros(48).double()
     for linear, axis in ((mlp.gate_proj, 1), (mlp.up_proj, 1), (mlp.down_proj, 0)):
         name = next(name for name, module in dense.named_modules() if module is linear)
@@ -36,5 +36,5 @@ def test_neurons_with_most_energy_for_what_the_block_sees_come_first(tmp_path: P
 
 
 def gathered_without_data(model, block: int) -> torch.Tensor:
-    with model.block(block):
-        return gathered(Layout(model), block)["mlp.down_proj.weight"]
+    with model.blocks[block].loaded() as loaded:
+        return gathered(loaded)["mlp.down_proj.weight"]

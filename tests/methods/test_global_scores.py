@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,19 +7,19 @@ from safetensors.torch import load_file, save_file
 
 from slimlm.compression import compress
 from slimlm.linalg.hessian import DAMPING
-from slimlm.methods.allocation import global_scores
-from slimlm.methods.fisher import TokenGradients
-from slimlm.methods.matrix import Choice
-from slimlm.recipe import Recipe, make_recipe
+from slimlm.prune import masks, updates
+from slimlm.prune.allocation import global_scores
+from slimlm.prune.group import Row
+from slimlm.recipe import one_step
+from slimlm.statistics.token_gradients import TokenGradients
 from tests.conftest import build_tiny
 from tests.families.configs import family_config
 
-RECIPE = Recipe(model="x", sparsity=0.5, fisher_damping=0.01)
-
 
 def scores_of(gradients: dict[str, TokenGradients], weights: dict[str, torch.Tensor], curvature: str):
-    choice = Choice(curvature, "obs", "joint" if curvature == "gram" else "summed")
-    return dict(global_scores(weights, gradients, "block", RECIPE, choice))
+    row = Row(curvature, masks.obs, updates.joint if curvature == "gram" else "summed")
+    block = SimpleNamespace(path="block", family=SimpleNamespace(linears=tuple(weights)), matrix=weights.__getitem__)
+    return dict(global_scores(block, gradients, row, damping=0.01))
 
 
 @pytest.mark.parametrize("curvature", ["gram", "fisher", "block-fisher"])
@@ -39,7 +40,7 @@ def test_an_expert_counts_by_the_share_of_tokens_that_reach_it(curvature: str):
 def test_the_scores_of_a_gram_are_kfacs():
     generator = torch.Generator().manual_seed(0)
     x, delta = torch.randn(50, 5, generator=generator).double(), torch.randn(50, 3, generator=generator).double()
-    weight = torch.randn(3, 5, generator=generator).double()
+    weight = torch.randn(3, 5, generator=generator)
     gram = x.T @ x / len(x)
     inverse = torch.linalg.inv(gram + DAMPING * gram.diagonal().mean() * torch.eye(5))
     wanted = [
@@ -60,8 +61,8 @@ def test_a_matrix_that_no_token_reached_takes_its_uniform_share(tmp_path: Path):
             tensor[2:] = 0
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     (tmp_path / "text.txt").write_text("The old house stood at the end of the lane. " * 60)
-    recipe = make_recipe(
-        {
+    recipe = one_step(
+        **{
             "model": str(path), "method": "sparsegpt", "allocation": "global", "sparsity": 0.5, "batch_size": 2,
             "dataset": str(tmp_path / "text.txt"), "num_calibration_samples": 5, "max_seq_length": 24,
             "output_dir": str(tmp_path / "out"), "measure": False,

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from slimlm.fit.lm_head import EPOCHS
 from slimlm.linalg.softmax import MapFit
-from slimlm.methods.head import EPOCHS
 from tests.conftest import CONFIGS, build_tiny, stream
 from tests.methods.helpers import inputs_of, ridge_by_hand, run, stock
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from slimlm.linalg.hessian import hessian
-from slimlm.methods.matrix import Choice, Pattern, prune_tall
+from slimlm.prune import masks, updates
+from slimlm.prune.group import Row, prune
+from slimlm.prune.quota import Quota
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.methods.helpers import damped, inputs_of, is_linear, run, stock
 
@@ -48,9 +50,8 @@ def test_masks_are_of_the_smallest_scores_of_each_matrix(mask: str, tile: tuple[
         "wanda": weight.abs() * damped(gram).diagonal().sqrt(),
         "magnitude": weight.abs(),
     }[mask]
-    _, pruned = prune_tall(
-        weight, [6, 4], Pattern((48, 16), tile=tile), Choice("gram", mask, "none"), hessian(gram.clone())
-    )
+    quota = Quota((6, 4), (48, 16), tile=tile)
+    _, pruned = prune(weight, hessian(gram.clone()), quota, Row("gram", masks.MASKS[mask], updates.none))
     for part, found, count in zip(scores.split([6, 4]), pruned.split([6, 4]), (48, 16), strict=True):
         if mask == "wanda" and tile == (1, 1):
             expected = torch.cat([smallest_by_hand(row[None], count // len(part), tile) for row in part])
@@ -78,26 +79,28 @@ def test_tiles_are_weighed_by_the_norms_of_their_inputs(tmp_path: Path, settings
 
 
 @pytest.mark.parametrize(
-    "choice",
+    "row",
     [
-        Choice("gram", "columns", "left-to-right"),
-        Choice("gram", "greedy", "joint"),
-        Choice("gram", "obs", "summed"),
-        Choice("gram", "obs", "joint", swaps=1),
-        Choice("gram", "magnitude", "left-to-right"),
+        Row("gram", masks.columns, updates.left_to_right),
+        Row("gram", masks.greedy, updates.joint),
+        Row("gram", masks.obs, updates.summed),
+        Row("gram", masks.obs, updates.joint, swaps=1),
+        Row("gram", masks.magnitude, updates.left_to_right),
     ],
-    ids=lambda choice: f"{choice.mask}-{choice.update}",
+    ids=str,
 )
-@pytest.mark.parametrize("pattern", [Pattern((40, 30)), Pattern((0, 0), keep=2, group=4)], ids=["counts", "2:4"])
+@pytest.mark.parametrize(
+    "quota", [Quota((6, 4), (40, 30)), Quota((6, 4), (0, 0), keep=2, group=4)], ids=["counts", "2:4"]
+)
 def test_matrices_taken_one_after_another_are_as_if_taken_together(
-    monkeypatch: pytest.MonkeyPatch, choice: Choice, pattern: Pattern
+    monkeypatch: pytest.MonkeyPatch, row: Row, quota: Quota
 ):
     weight, gram = problem(10, 16)
-    whole, mask = prune_tall(weight, [6, 4], pattern, choice, hessian(gram.clone()))
+    whole, mask = prune(weight, hessian(gram.clone()), quota, row)
     for chunk, batch in ((3 * 16, 2 * 16 * 16), (1, 1)):
-        monkeypatch.setattr("slimlm.methods.matrix.CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("slimlm.prune.updates.CHUNK_ELEMENTS", chunk)
         monkeypatch.setattr("slimlm.linalg.obs.BATCH_ELEMENTS", batch)
         monkeypatch.setattr("slimlm.linalg.masks.CHUNK_ELEMENTS", chunk)
-        parts, same = prune_tall(weight, [6, 4], pattern, choice, hessian(gram.clone()))
+        parts, same = prune(weight, hessian(gram.clone()), quota, row)
         assert torch.equal(mask, same)
         assert torch.allclose(whole, parts, atol=1e-4 * float(whole.abs().max()))

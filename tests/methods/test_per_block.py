@@ -9,27 +9,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from slimlm.checkpoint.companions import copy_companions
-from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
-from slimlm.methods.per_block import plan_per_block, run_per_block
 from slimlm.modeling import own_files
-from slimlm.progress import LogProgress
-from slimlm.recipe import Recipe
-from slimlm.work import Work
+from slimlm.recipe import SliceStep
+from slimlm.slice.per_block import plan_per_block
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import family_config
+from tests.methods.helpers import carried_out, run_at
 
 
 def sliced(path: Path, tokens: torch.Tensor, out: Path, width: int) -> Path:
-    model = stream(path)
-    plan = plan_per_block(model, Recipe(model="x", basis="per-block", widths=f"hidden={width}", dtype="float32"))
-    (out / "work").mkdir(parents=True)
-    (out / "model").mkdir()
-    work = Work(out / "model", Journal(out / "work", {}), LogProgress())
-    run_per_block(model, plan, list(tokens.split(4)), work)
-    work.writer.finish()
-    plan.config.save_pretrained(out / "model")
+    run = run_at(stream(path), list(tokens.split(4)), out, basis="per-block", widths=f"hidden={width}", dtype="float32")
+    plan = carried_out(run).plan
     copy_companions(path, out / "model")
     shutil.copy(*own_files(plan.config), out / "model")
     assert sum(tensor.numel() for tensor in load_file(out / "model" / "model.safetensors").values()) == plan.parameters
@@ -122,7 +114,7 @@ def test_shortcuts_count_as_parameters(tmp_path: Path, sparsity: float):
         **{**CONFIGS["llama-biased"].to_dict(), "hidden_size": 128, "vocab_size": 64}
     )
     model = stream(build_tiny(config, tmp_path / "model"))
-    plan = plan_per_block(model, Recipe(model="x", basis="per-block", sparsity=sparsity, round_to=1))
+    plan = plan_per_block(model, SliceStep(model="x", basis="per-block", sparsity=sparsity, round_to=1))
     assert 1 - plan.parameters / parameter_count(model.model) == pytest.approx(sparsity, abs=0.01)
     assert plan.parameters == sum(torch.Size(spec.shape).numel() for spec in plan.tensors.values())
 
@@ -130,4 +122,4 @@ def test_shortcuts_count_as_parameters(tmp_path: Path, sparsity: float):
 def test_other_families_are_refused_by_name(tmp_path: Path):
     model = stream(build_tiny(CONFIGS["mistral"], tmp_path / "model"))
     with pytest.raises(UserError, match="not for 'mistral'"):
-        plan_per_block(model, Recipe(model="x", basis="per-block", sparsity=0.2))
+        plan_per_block(model, SliceStep(model="x", basis="per-block", sparsity=0.2))

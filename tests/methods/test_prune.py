@@ -19,16 +19,19 @@ from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
 from slimlm.linalg.hessian import SingularCurvature, hessian, with_gradients
 from slimlm.linalg.masks import pooled
-from slimlm.methods.fisher import TokenGradients, gather_gradients, gradients_of, row_fisher
-from slimlm.methods.gather import gathered
-from slimlm.methods.matrix import Choice, Pattern, prune_tall
-from slimlm.methods.widths import Layout
+from slimlm.model.ends import embed
 from slimlm.prepare import open_model
-from slimlm.progress import Progress
-from slimlm.recipe import Recipe, make_recipe
-from slimlm.work import Work
+from slimlm.prune import masks, updates
+from slimlm.prune import run as pruning
+from slimlm.prune.curvature import row_fisher
+from slimlm.prune.group import Row, prune
+from slimlm.prune.quota import Quota
+from slimlm.prune.tiles import gathered
+from slimlm.recipe import Recipe, one_step
+from slimlm.statistics.token_gradients import TokenGradients
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.families.configs import family_config
+from tests.methods.helpers import gathered_gradients, run_at
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -41,8 +44,8 @@ def text(tmp_path: Path) -> Path:
 
 def recipe_for(path: Path, text: Path, output: Path, **settings) -> Recipe:
     values = {"sparsity": 0.5} if "pattern" not in settings else {}
-    return make_recipe(
-        {
+    return one_step(
+        **{
             "model": str(path), "dataset": str(text), "num_calibration_samples": 5, "max_seq_length": 24,
             "batch_size": 2, "eval_windows": 2, "eval_text": str(text), "output_dir": str(output), **values, **settings,
         }
@@ -154,7 +157,7 @@ def test_a_layer_whose_gram_is_not_definite_says_what_damping_it_needed(tmp_path
             gram.diagonal().clamp_(min=1e-9)
         return hessian(gram, damping, upper_only)
 
-    monkeypatch.setattr("slimlm.methods.matrix.hessian", rounded)
+    monkeypatch.setattr("slimlm.prune.curvature.hessian", rounded)
     manifest = compress(recipe_for(path, text, tmp_path / "out", method="sparsegpt")).manifest
     damping = manifest["method"]["damping"]
     needed = [damping.pop(f"model.layers.{index}.mlp.down_proj") for index in range(3)]
@@ -169,7 +172,7 @@ def test_a_hopeless_layer_stops_the_run_with_its_name(tmp_path: Path, text: Path
     def hopeless(gram, damping, upper_only):
         raise SingularCurvature("the Gram matrix of its inputs is singular")
 
-    monkeypatch.setattr("slimlm.methods.matrix.hessian", hopeless)
+    monkeypatch.setattr("slimlm.prune.curvature.hessian", hopeless)
     with pytest.raises(RunFailure, match=r"model\.layers\.0\.self_attn\.q_proj cannot be pruned: the Gram"):
         compress(recipe_for(path, text, tmp_path / "out", method="sparsegpt"))
 
@@ -281,13 +284,13 @@ def test_tiles_go_or_stay_as_a_whole(tmp_path: Path, text: Path, method: str):
 def test_neurons_in_another_order_compute_the_same(tmp_path: Path, name: str):
     path = build_tiny(CONFIGS[name] if name in CONFIGS else family_config(name), tmp_path / "model")
     model, tokens = stream(path), random_tokens(3, 16)
-    layout, hidden = Layout(model), model.embed([tokens])
-    with model.block(0):
-        before = model.run(0, hidden.hidden[0], hidden.calls[0][0])
-        moved = {name: tensor.clone() for name, tensor in gathered(layout, 0, hidden).items()}
-        with model.placed(model.family.block(0), moved):
-            after = model.run(0, hidden.hidden[0], hidden.calls[0][0])
-        weights = model.weights(0)
+    seen = embed(model, [tokens])
+    with model.blocks[0].loaded() as block:
+        before = block.run(seen.hidden[0], seen.calls[0][0])
+        moved = {name: tensor.clone() for name, tensor in gathered(block, seen).items()}
+        with block.placed(moved):
+            after = block.run(seen.hidden[0], seen.calls[0][0])
+        weights = block.weights()
         changed = {name for name, tensor in moved.items() if not torch.equal(tensor, weights[name])}
     assert torch.allclose(before, after, atol=1e-5)
     assert changed == moved.keys()
@@ -316,9 +319,9 @@ def test_bad_patterns_are_refused_by_name(tmp_path: Path, text: Path):
     path = build_tiny(config, tmp_path / "model")
     with pytest.raises(UserError, match="50 inputs, which pattern 2:4 does not divide"):
         compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="2:4"))
-    with pytest.raises(UserError, match="--round-to is for methods that change widths"):
+    with pytest.raises(UserError, match="magnitude does not read round_to"):
         compress(recipe_for(path, text, tmp_path / "out", method="magnitude", round_to=8))
-    with pytest.raises(UserError, match="slice removes whole directions"):
+    with pytest.raises(UserError, match="slice does not read pattern"):
         compress(recipe_for(path, text, tmp_path / "out", method="slice", pattern="2:4"))
     with pytest.raises(UserError, match="50 outputs, which pattern 4x2 does not divide"):
         compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="4x2", sparsity=0.5))
@@ -404,7 +407,7 @@ def test_every_allocation_prunes_as_many_in_all(tmp_path: Path, text: Path, meth
 
 def test_a_pattern_leaves_nothing_to_allocate(tmp_path: Path, text: Path):
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
-    with pytest.raises(UserError, match="--allocation owl: a pattern prunes every matrix alike"):
+    with pytest.raises(UserError, match="wanda does not read allocation here: a pattern prunes every matrix alike"):
         compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="2:4", allocation="owl"))
 
 
@@ -413,10 +416,10 @@ def test_token_gradients_are_autograds(tmp_path: Path, text: Path):
     path = build_tiny(CONFIGS["llama-biased"], tmp_path / "model")
     tokens = load_windows(str(text), load_tokenizer(path), 4, 24).tokens
     model = open_model(path, torch.device("cpu"), "fast")
-    recipe = recipe_for(path, text, tmp_path / "out", method="mfac", fisher_samples=10_000, fisher_labels="text")
-    with Work(tmp_path, Journal(tmp_path, {}), Progress()) as work:
-        gather_gradients(model, recipe, list(tokens.split(2)), work)
-        found = [gradients_of(model, work, index) for index in range(3)]
+    settings = {"method": "mfac", "sparsity": 0.5, "fisher_samples": 10_000, "fisher_labels": "text"}
+    run = run_at(model, list(tokens.split(2)), tmp_path / "run", **settings)
+    pruning._gather_gradients(run)
+    found = [gathered_gradients(run, index) for index in range(3)]
     dense = AutoModelForCausalLM.from_pretrained(path).eval()
     logits = dense(tokens).logits[:, :-1].flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").backward()
@@ -433,7 +436,7 @@ def test_token_gradients_are_autograds(tmp_path: Path, text: Path):
     [
         ({"method": "wanda", "mask": "columns"}, "mask columns needs a curvature of gram or gram.fisher, not diagonal"),
         ({"method": "magnitude", "update": "joint"}, "update joint needs a curvature of gram"),
-        ({"method": "sparsegpt", "swaps": 2}, "swaps refine the mask of update joint, not of left-to-right"),
+        ({"method": "sparsegpt", "swaps": 2}, "sparsegpt does not read swaps here: only the mask of update joint"),
         ({"method": "mfac", "mask": "wanda"}, "mask wanda needs a curvature of diagonal"),
         (
             {"method": "obc", "pattern": "4x4", "sparsity": 0.5},
@@ -471,12 +474,12 @@ def test_dead_inputs_go_first_whatever_the_scale_of_the_gram():
     weight = torch.randn(64, 16, generator=generator).double()
     for scale in (1.0, 1e-6):
         curvature = hessian(scale * x.T @ x)
-        for choice in (
-            Choice("gram", "columns", "left-to-right"),
-            Choice("gram", "greedy", "joint"),
-            Choice("gram", "columns", "joint", swaps=2),
+        for row in (
+            Row("gram", masks.columns, updates.left_to_right),
+            Row("gram", masks.greedy, updates.joint),
+            Row("gram", masks.columns, updates.joint, swaps=2),
         ):
-            found, pruned = prune_tall(weight, [64], Pattern((512,)), choice, curvature)
+            found, pruned = prune(weight, curvature, Quota((64,), (512,)), row)
             assert int(pruned.sum()) == int((found == 0).sum()) == 512
             assert pruned[:, 3].all()
 
@@ -530,9 +533,9 @@ def test_rows_solved_in_parts_are_as_if_solved_together(monkeypatch, curvature: 
     )
     known = hessian(x.T @ x)
     known = with_gradients(known, x, delta) if curvature == "gram+fisher" else known
-    choice = Choice(curvature, "columns", "joint", swaps=2)
-    whole, mask = prune_tall(weight, [6, 4], Pattern((40, 30)), choice, known)
-    monkeypatch.setattr("slimlm.methods.matrix.CHUNK_ELEMENTS", 3 * 16)
-    parts, same = prune_tall(weight, [6, 4], Pattern((40, 30)), choice, known)
+    row, quota = Row(curvature, masks.columns, updates.joint, swaps=2), Quota((6, 4), (40, 30))
+    whole, mask = prune(weight, known, quota, row)
+    monkeypatch.setattr("slimlm.prune.updates.CHUNK_ELEMENTS", 3 * 16)
+    parts, same = prune(weight, known, quota, row)
     assert torch.equal(mask, same)
     assert torch.allclose(whole, parts, atol=1e-4)

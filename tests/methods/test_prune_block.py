@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimlm.methods.prune_block import in_turn
+from slimlm.statistics.grams import in_turn
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.families.configs import family_config
 from tests.methods.helpers import run
@@ -17,14 +17,15 @@ def test_every_group_has_its_turn_once_and_only_experts_wait_for_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, room: int
 ):
     model = stream(build_tiny(family_config(name), tmp_path / "model"))
-    monkeypatch.setattr("slimlm.methods.prune_block.GRAM_BYTES", room)
-    for index, anatomy in enumerate(model.anatomy):
-        parts = list(in_turn(model, index, list(anatomy.inputs)))
-        assert [names for part in parts for names in part] == list(anatomy.inputs)
-        others = [names for names in anatomy.inputs if not anatomy.experts or names[0] not in anatomy.experts.matrices]
+    monkeypatch.setattr("slimlm.statistics.grams.GRAM_BYTES", room)
+    for block in model.blocks:
+        groups, experts = list(block.groups), block.family.experts
+        parts = list(in_turn(groups))
+        assert [group for part in parts for group in part] == groups
+        others = [group for group in groups if not experts or group.first not in experts.matrices]
         assert parts[0][: len(others)] == others
-        if room == 1 and anatomy.experts:
-            assert len(parts) >= len(anatomy.experts.matrices)
+        if room == 1 and experts:
+            assert len(parts) >= len(experts.matrices)
         elif room == 1 << 30:
             assert len(parts) == 1
 
@@ -34,7 +35,7 @@ def test_no_expert_is_left_out_where_they_are_pruned_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ):
     """Those whose turn is later see what the earlier ones became, so that weights may differ."""
-    monkeypatch.setattr("slimlm.methods.prune_block.GRAM_BYTES", 1)
+    monkeypatch.setattr("slimlm.statistics.grams.GRAM_BYTES", 1)
     path, tokens = build_tiny(family_config("qwen3_moe"), tmp_path / "model"), random_tokens(20, 24)
     parts, _, _ = run(stream(path), tokens, tmp_path / "parts", method=method, sparsity=0.5)
     experts = [name for name in parts if ".experts." in name]
@@ -52,7 +53,7 @@ def partner(name: str) -> str:
 def test_experts_narrowed_in_turn_are_as_if_narrowed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, tokens = build_tiny(family_config("qwen3_moe"), tmp_path / "model"), random_tokens(20, 24)
     whole, _, _ = run(stream(path), tokens, tmp_path / "whole", method="slice", widths="mlp=16")
-    monkeypatch.setattr("slimlm.methods.prune_block.GRAM_BYTES", 1)
+    monkeypatch.setattr("slimlm.statistics.grams.GRAM_BYTES", 1)
     parts, _, _ = run(stream(path), tokens, tmp_path / "parts", method="slice", widths="mlp=16")
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
@@ -65,8 +66,7 @@ def test_large_matrices_taken_one_after_another_are_as_if_taken_together(
 ):
     path, tokens = build_tiny(CONFIGS["llama"], tmp_path / "model"), random_tokens(8, 24)
     whole, _, _ = run(stream(path), tokens, tmp_path / "whole", method=method, sparsity=0.4)
-    for module in ("prune_block", "matrix"):
-        monkeypatch.setattr(f"slimlm.methods.{module}.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("slimlm.prune.updates.CHUNK_ELEMENTS", 1)
     parts, _, _ = run(stream(path), tokens, tmp_path / "parts", method=method, sparsity=0.4)
     for name, tensor in whole.items():
         assert torch.allclose(tensor, parts[name], atol=1e-5), name

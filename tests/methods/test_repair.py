@@ -65,8 +65,7 @@ def check(found: Tensor, expected: Tensor, name: str) -> None:
 @pytest.mark.parametrize("swaps", [0, 2])
 def test_slimlm_is_its_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: int):
     """Every matrix, for what those before it became; masks are refined with solutions as exact as the loop's."""
-    for module in ("linalg.obs", "methods.matrix"):
-        monkeypatch.setattr(f"slimlm.{module}.ROUGHLY", 1e-9)
+    monkeypatch.setattr("slimlm.linalg.obs.ROUGHLY", 1e-9)
     path, tokens = uneven(build_tiny(CONFIGS["llama"], tmp_path / "model")), random_tokens(20, 16)
     _, outcome, _ = run(stream(path), tokens, tmp_path / "run", method="slimlm", sparsity=0.5, swaps=swaps)
     dense, pruned = map(stock, (path, tmp_path / "run" / "model"))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimlm.methods.fisher import TokenGradients, gradients_of, row_fisher
+from slimlm.prune.curvature import row_fisher
+from slimlm.statistics.token_gradients import TokenGradients
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
-from tests.methods.helpers import run, stock
+from tests.methods.helpers import gathered_gradients, run, stock
 
 
 def inverses(gradients: TokenGradients, damping: float, size: int) -> list[Tensor]:
@@ -30,8 +31,8 @@ def test_rows_taken_some_at_a_time_have_each_their_own_inverse(
     x, delta, vector = (
         torch.randn(*shape, generator=generator).double() for shape in ((tokens, 8), (tokens, 5), (5, 8))
     )
-    monkeypatch.setattr("slimlm.methods.fisher.BLOCK", 4)
-    monkeypatch.setattr("slimlm.methods.fisher.CHUNK_ELEMENTS", 2 * max(x.numel(), 8 * 8))
+    monkeypatch.setattr("slimlm.prune.curvature.BLOCK", 4)
+    monkeypatch.setattr("slimlm.prune.curvature.CHUNK_ELEMENTS", 2 * max(x.numel(), 8 * 8))
     gradients = TokenGradients(x, delta * torch.arange(1.0, 6), window)
     found = row_fisher(gradients, 0.3, blocks)
     expected = inverses(gradients, 0.3, 4 if blocks else 8)
@@ -45,13 +46,13 @@ def test_a_fisher_method_takes_the_cheapest_of_the_model_and_lets_the_rest_make_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, size: int
 ):
     """Scores w^2 / (2 [F^-1]) of all matrices compete; what stays moves by the sum of the surgeon's steps."""
-    monkeypatch.setattr("slimlm.methods.fisher.BLOCK", 16)
+    monkeypatch.setattr("slimlm.prune.curvature.BLOCK", 16)
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     model, tokens, dense = stream(path), random_tokens(8, 24), stock(path)
-    found, _, work = run(model, tokens, tmp_path / "run", method=method, sparsity=0.3, fisher_samples=100)
+    found, _, done = run(model, tokens, tmp_path / "run", method=method, sparsity=0.3, fisher_samples=100)
     scores: dict[str, Tensor] = {}
     for index in range(3):
-        for name, gradients in gradients_of(model, work, index).items():
+        for name, gradients in gathered_gradients(done, index).items():
             full = f"model.layers.{index}.{name}.weight"
             weight, rows = dense.get_parameter(full).double(), inverses(gradients, 0.1, size or gradients.x.shape[1])
             diagonal = torch.stack([inverse.diagonal() for inverse in rows])

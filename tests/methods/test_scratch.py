@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from slimlm.activations import Spilled
 from slimlm.checkpoint.journal import Journal
 from slimlm.methods import METHODS
+from slimlm.model.hidden import Spilled
 from slimlm.prepare import journalled, spilled
-from slimlm.recipe import Recipe
+from slimlm.recipe import one_step
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.methods.helpers import run
 
@@ -60,14 +60,15 @@ def test_no_more_waits_on_disk_than_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peak: list[int], settings: dict
 ):
     tokens = random_tokens(60, 16)
-    for module in ("gradients", "fisher"):  # gradients of as many tokens as there are
-        monkeypatch.setattr(f"slimlm.methods.{module}.TOKENS", tokens.numel())
+    for module in ("sweep", "token_gradients"):  # gradients of as many tokens as there are
+        monkeypatch.setattr(f"slimlm.statistics.{module}.TOKENS", tokens.numel())
     settings = ({} if settings["method"] in ("slice", "rotate") else {"sparsity": 0.5}) | settings
     settings |= {"num_calibration_samples": len(tokens), "max_seq_length": tokens.shape[1], "dataset": "x.txt"}
     model = stream(build_tiny(CONFIGS["llama"], tmp_path / "model"))
-    recipe = Recipe(model="x", measure=False, **settings)
+    recipe = one_step(model="x", measure=False, **settings).steps[0]
+    method = METHODS[recipe.method]
     run(model, tokens, tmp_path / "run", **settings)
-    wanted = sum(asked(recipe, METHODS[recipe.method], model) for asked in (spilled, journalled))
+    wanted = sum(asked(recipe, method, model) for asked in (spilled, journalled))
     assert 0 < max(peak) <= wanted
     if "widths" not in settings:  # cuts are asked for as if all were made
         assert wanted < 6 * max(peak)

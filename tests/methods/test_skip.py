@@ -12,11 +12,11 @@ from slimlm import compress
 from slimlm.checkpoint.manifest import read_manifest
 from slimlm.errors import UserError
 from slimlm.forecast import forecast
-from slimlm.methods.skip import skip_modules
+from slimlm.model.skip import skip_modules
 from slimlm.prepare import check_later, prepare
 from slimlm.progress import Progress
-from slimlm.recipe import Recipe, make_recipe
-from tests.conftest import CONFIGS, SIZES, build_tiny, stream
+from slimlm.recipe import SliceStep, make_recipe, one_step
+from tests.conftest import CONFIGS, SIZES, build_tiny, in_steps, stream
 from tests.families.configs import family_config
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,13 +38,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(path: Path, tmp_path: Path, **settings: Any) -> Path:
+def run(path: Path, tmp_path: Path, *later: dict[str, Any], **settings: Any) -> Path:
     text = tmp_path / "text.txt"
     text.write_text("The old house stood at the end of the lane, and nobody had lived there since. " * 60)
     data = {"dataset": str(text), "num_calibration_samples": 8, "max_seq_length": 32, "measure": False}
     if not {"pattern", "widths"} & settings.keys() and settings.get("method") != "rotate":
         settings.setdefault("sparsity", 0.5)
-    compress(Recipe(model=str(path), **data, output_dir=str(tmp_path / "out"), **settings))
+    compress(in_steps({"model": str(path), **data, "output_dir": str(tmp_path / "out"), **settings}, *later))
     return tmp_path / "out"
 
 
@@ -125,34 +125,32 @@ def test_what_would_change_a_skipped_module_is_refused(settings: dict[str, Any],
 
 
 def test_names_come_as_a_list_or_with_commas():
-    assert make_recipe({"model": "x", "sparsity": 0.5, "skip": "lm_head, *.o_proj"}).skip == ["lm_head", "*.o_proj"]
-    assert make_recipe({"model": "x", "sparsity": 0.5, "skip": ["a"]}).skip == ["a"]
+    assert SliceStep(model="x", sparsity=0.5, skip="lm_head, *.o_proj").skip == ["lm_head", "*.o_proj"]
+    assert SliceStep(model="x", sparsity=0.5, skip=["a"]).skip == ["a"]
     with pytest.raises(UserError, match="skip"):
-        make_recipe({"model": "x", "sparsity": 0.5, "skip": 3})
+        one_step(**{"model": "x", "sparsity": 0.5, "skip": 3})
 
 
 LAST, HALF = ["model.layers.7"], {"method": "magnitude", "sparsity": 0.5}
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "steps",
     [
-        {"method": "wanda", "sparsity": 0.5, "skip": ["model.layers.0.mlp", *LAST, "lm_head"]},
-        {"method": "slice", "sparsity": 0.03, "skip": ["*.o_proj"]},
-        {**HALF, "then": {"method": "wanda", "sparsity": 0.6, "skip": LAST}},
-        {**HALF, "skip": LAST, "then": {"method": "slice", "sparsity": 0.06, "skip": []}},
+        [{"method": "wanda", "sparsity": 0.5, "skip": ["model.layers.0.mlp", *LAST, "lm_head"]}],
+        [{"method": "slice", "sparsity": 0.03, "skip": ["*.o_proj"]}],
+        [HALF, {"method": "wanda", "sparsity": 0.6, "skip": LAST}],
+        [{**HALF, "skip": LAST}, {"method": "slice", "sparsity": 0.06}],
     ],
 )
-def test_a_dry_run_probes_the_blocks_that_it_shows(settings: dict[str, Any], tmp_path: Path):
+def test_a_dry_run_probes_the_blocks_that_it_shows(steps: list[dict[str, Any]], tmp_path: Path):
     config = LlamaConfig(**{**SIZES, "num_hidden_layers": 8})
     path = build_tiny(config, tmp_path / "model")
     (tmp_path / "text.txt").write_text("The old house stood at the end of the lane. " * 60)
     data = {"dataset": str(tmp_path / "text.txt"), "num_calibration_samples": 6, "max_seq_length": 16}
-    recipe = make_recipe(
-        {"model": str(path), "output_dir": str(tmp_path / "out"), "measure": False, **data, **settings}
-    )
-    first = recipe.stages[0].model_copy(update={"output_dir": str(tmp_path / "out")})
-    job = prepare(first, False, False, Progress())
+    shared = {"model": str(path), "output_dir": str(tmp_path / "out"), "measure": False, **data}
+    recipe = make_recipe({**shared, "steps": steps})
+    job = prepare(recipe.steps[0], False, False, Progress())
     check_later(job, recipe)
     assert forecast(job, Progress(), recipe).result > 0
 
@@ -161,7 +159,7 @@ def test_a_later_runs_names_are_checked_before_the_first(tmp_path: Path):
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     then = {"method": "magnitude", "sparsity": 0.6, "skip": ["*.oproj"]}
     with pytest.raises(UserError, match="no linear of the model is called so"):
-        run(path, tmp_path, method="magnitude", then=then)
+        run(path, tmp_path, then, method="magnitude")
     assert not (tmp_path / "out.partial").exists()
     then = {"method": "slice", "sparsity": 0.25, "skip": []}  # not what the first run skips
-    run(path, tmp_path, method="magnitude", sparsity=0.3, skip=["model.layers.1"], then=then)
+    run(path, tmp_path, then, method="magnitude", sparsity=0.3, skip=["model.layers.1"])

@@ -12,20 +12,24 @@ from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.linalg.budget import LossCurve
 from slimlm.linalg.pca import leading, without_mean
-from slimlm.methods.basis import Basis, collect_statistics
-from slimlm.methods.budget import candidates, choose
-from slimlm.methods.plan import Plan
-from slimlm.methods.rotation import slice_embedding, write_tied_norm
-from slimlm.methods.slice import plan_rotate, plan_slice, rotate_model, run_slice, uneven_line
-from slimlm.methods.widths import Layout, Widths
-from slimlm.recipe import Recipe
-from slimlm.stream import put
+from slimlm.model.rotation import slice_embedding, write_tied_norm
+from slimlm.model.stream import put
+from slimlm.recipe import SliceStep, one_step
+from slimlm.run import Plan
+from slimlm.slice import run as slicing
+from slimlm.slice.basis import Basis
+from slimlm.slice.candidates import candidates, uneven_line
+from slimlm.slice.config import plan_widths
+from slimlm.slice.curves import choose
+from slimlm.slice.plan import plan_slice
+from slimlm.slice.shapes import Shapes
+from slimlm.slice.widths import Layout, Widths
 from tests.conftest import CONFIGS, SIZES, build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import family_config
-from tests.methods.helpers import work_at
+from tests.methods.helpers import carried_out, run_at
 
-RECIPE = Recipe(model="x", sparsity=0.5)
 PLAIN = {"model": "x", "refit": False, "weighting": "none"}
+HOW = {name: PLAIN[name] for name in ("refit", "weighting")}
 
 
 def widths(model, hidden: int) -> Widths:
@@ -33,16 +37,17 @@ def widths(model, hidden: int) -> Widths:
 
 
 def plan_width(model, hidden: int) -> Plan:
-    return Layout(model, turns=True).plan(widths(model, hidden), RECIPE)
+    return plan_widths(Shapes(Layout(model, turns=True)), widths(model, hidden), "auto")
 
 
 def written(model, basis, path: Path) -> Path:
     """Rewrite the model in `basis` to a checkpoint at `path`."""
-    work, plan = work_at(path), plan_width(model, basis.shape[1])
-    work.lay_out(plan.tensors, plan.carrier)
-    rotate_model(Layout(model, turns=True), widths(model, basis.shape[1]), basis, work)
-    work.settle()
-    work.writer.finish()
+    plan, width = plan_width(model, basis.shape[1]), basis.shape[1]
+    run = run_at(model, [], path, widths=f"hidden={width}")
+    run.result.lay_out(plan.tensors, plan.carrier)
+    slicing._rotate(run, Layout(model, turns=True), widths(model, width), basis)
+    run.result.settle()
+    run.result.writer.finish()
     plan.config.save_pretrained(path / "model")
     return path / "model"
 
@@ -79,8 +84,7 @@ def confined(path: Path, width: int) -> torch.Tensor:
 def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(tiny: Path, tmp_path: Path):
     directions = confined(tiny, 20)
     model, tokens = stream(tiny), random_tokens(8, 32)
-    plan = plan_slice(model, Recipe(**PLAIN, widths="hidden=20"))
-    outcome = run_slice(model, plan, [tokens], work_at(tmp_path / "run"))
+    outcome = carried_out(run_at(model, [tokens], tmp_path / "run", **HOW, widths="hidden=20"))
     basis = outcome.basis(0)
     assert outcome.notes["calibration_tokens_per_norm"] == tokens.numel()
     assert torch.allclose(basis @ basis.T, (directions @ directions.T).float(), atol=1e-5)
@@ -90,7 +94,8 @@ def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(tiny: Path,
 
 def test_the_gram_is_the_sum_over_every_norms_normalised_input(tiny_llama: Path, tmp_path: Path):
     tokens, streamed = random_tokens(4, 16), stream(tiny_llama)
-    gram = collect_statistics(streamed, list(tokens.split(3)), work_at(tmp_path / "run")).gram
+    run = run_at(streamed, list(tokens.split(3)), tmp_path / "run", widths="hidden=20")
+    gram = slicing._statistics(run, "calibration").gram
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     expected = torch.zeros(32, 32, dtype=torch.float64)
 
@@ -116,7 +121,7 @@ def test_the_sparsity_is_the_share_of_all_parameters_gone(tmp_path: Path, name: 
     model = stream(path)
     dense = parameter_count(model.model)
     sparsity = 1 - plan_width(model, width).parameters / dense
-    plan = plan_slice(model, Recipe(**PLAIN, sparsity=sparsity + 0.003))
+    plan = plan_slice(model, SliceStep(**PLAIN, sparsity=sparsity + 0.003))
     assert plan.config.hidden_size == width
     assert 1 - plan.parameters / dense == pytest.approx(sparsity)
     sliced = written(model, orthogonal(32, plan.config.hidden_size), tmp_path / "out")
@@ -133,10 +138,11 @@ def test_a_tied_head_stays_tied_when_the_final_gain_is_constant(tmp_path: Path):
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     confined(path, 20)
     model, tokens = stream(path), random_tokens(8, 32)
-    plan = plan_slice(model, Recipe(**PLAIN, sparsity=0.375))
+    run = run_at(model, [tokens], tmp_path / "run", **HOW, sparsity=0.375)
+    plan = run.plan
     assert plan.config.tie_word_embeddings
     assert "lm_head.weight" not in plan.tensors
-    basis = run_slice(model, plan, [tokens], work_at(tmp_path / "run")).basis(0)
+    basis = carried_out(run).basis(0)
     sliced = written(model, basis, tmp_path / "sliced")
     assert plan.config.hidden_size == 20
     assert (logits_of(path, tokens) - logits_of(sliced, tokens)).abs().max() < 1e-4
@@ -146,7 +152,7 @@ def test_untying_is_counted_against_the_tied_original_and_never_gives_a_larger_m
     path = build_tiny(CONFIGS["llama-tied"], tmp_path / "tied")
     model = stream(path)
     dense = parameter_count(model.model)
-    plan = plan_slice(model, Recipe(**PLAIN, sparsity=0.3))
+    plan = plan_slice(model, SliceStep(**PLAIN, sparsity=0.3))
     assert plan.changes["tie_word_embeddings"] == (True, False)
     assert plan.parameters < dense
     assert plan.config.hidden_size < 16  # two vocabularies where there was one
@@ -155,7 +161,7 @@ def test_untying_is_counted_against_the_tied_original_and_never_gives_a_larger_m
 @pytest.mark.parametrize(("sparsity", "message"), [(0.001, "cannot be reached"), (0.008, "the nearest is 0.0")])
 def test_a_sparsity_that_rounding_cannot_reach_names_the_nearest(tiny_llama: Path, sparsity: float, message: str):
     with pytest.raises(UserError, match=message):
-        plan_slice(stream(tiny_llama), Recipe(**PLAIN, sparsity=sparsity))
+        plan_slice(stream(tiny_llama), SliceStep(**PLAIN, sparsity=sparsity))
 
 
 def small_tied(path: Path) -> Path:
@@ -168,24 +174,24 @@ def small_tied(path: Path) -> Path:
 def test_a_small_request_never_gives_a_larger_model(tmp_path: Path, sparsity: float):
     """A second vocabulary, which untying the head brings, is more than so few parameters."""
     model = stream(small_tied(tmp_path / "tied"))
-    plan = plan_slice(model, Recipe(**PLAIN, sparsity=sparsity))
+    plan = plan_slice(model, SliceStep(**PLAIN, sparsity=sparsity))
     assert 1 - plan.parameters / parameter_count(model.model) == pytest.approx(sparsity, rel=0.5)
 
 
 @pytest.mark.parametrize("sparsity", [0.001, 0.004])
 def test_a_request_too_small_for_any_narrower_model_is_refused(tmp_path: Path, sparsity: float):
     with pytest.raises(UserError, match="cannot be reached: the nearest is 0.00"):
-        plan_slice(stream(small_tied(tmp_path / "tied")), Recipe(**PLAIN, sparsity=sparsity))
+        plan_slice(stream(small_tied(tmp_path / "tied")), SliceStep(**PLAIN, sparsity=sparsity))
 
 
 def test_a_requested_rounding_is_kept(tiny_llama: Path):
     with pytest.raises(UserError, match="no smaller width is left"):
-        plan_slice(stream(tiny_llama), Recipe(**PLAIN, sparsity=0.25, round_to=32))
+        plan_slice(stream(tiny_llama), SliceStep(**PLAIN, sparsity=0.25, round_to=32))
 
 
 def test_a_weight_nobody_declared_stops_with_its_name(tiny_llama: Path):
     model = stream(tiny_llama)
-    model.blocks[1].register_parameter("surprise", torch.nn.Parameter(torch.zeros(3)))
+    model.blocks[1].module.register_parameter("surprise", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(UserError, match=r"model\.layers\.1\.surprise"):
         plan_width(model, 16)
 
@@ -214,12 +220,12 @@ def test_a_slice_of_a_rotated_checkpoint_is_the_direct_slice_and_needs_no_data(
     common = {"weighting": weighting, "dtype": "float32", "measure": False, "max_seq_length": 32}
     data = {"dataset": str(tmp_path / "text.txt"), "num_calibration_samples": 6}
     made = {
-        "direct": Recipe(model=str(tiny), widths="hidden=12", refit=False, **common, **data),
-        "rotated": Recipe(model=str(tiny), method="rotate", **common, **data),
-        "nested": Recipe(model=str(tmp_path / "rotated"), widths="hidden=12", refit=False, **common),
+        "direct": one_step(model=str(tiny), widths="hidden=12", refit=False, **common, **data),
+        "rotated": one_step(model=str(tiny), method="rotate", **common, **data),
+        "nested": one_step(model=str(tmp_path / "rotated"), widths="hidden=12", refit=False, **common),
     }
     for name, recipe in made.items():
-        compress(recipe.model_copy(update={"output_dir": str(tmp_path / name)}))
+        compress(recipe.updated(output_dir=str(tmp_path / name)))
     tokens = random_tokens()
     assert (logits_of(tiny, tokens) - logits_of(tmp_path / "rotated", tokens)).abs().max() < 1e-4
     direct, nested = (load_file(tmp_path / name / "model.safetensors") for name in ("direct", "nested"))
@@ -227,14 +233,16 @@ def test_a_slice_of_a_rotated_checkpoint_is_the_direct_slice_and_needs_no_data(
     for name, tensor in direct.items():
         assert torch.allclose(tensor, nested[name], atol=1e-5), name
     with pytest.raises(UserError, match="no calibration data"):
-        compress(Recipe(model=str(tmp_path / "rotated"), widths="hidden=12", **common, output_dir=str(tmp_path / "x")))
+        compress(
+            one_step(model=str(tmp_path / "rotated"), widths="hidden=12", **common, output_dir=str(tmp_path / "x"))
+        )
     with pytest.raises(UserError, match="no calibration data"):  # to choose by
-        compress(made["nested"].model_copy(update={"widths": "hidden=12/hidden=16"}))
+        compress(made["nested"].updated(widths="hidden=12/hidden=16"))
 
 
-def test_rotating_deletes_nothing(tiny_llama: Path):
-    with pytest.raises(UserError, match="deletes nothing"):
-        plan_rotate(stream(tiny_llama), Recipe(model="x", method="rotate", sparsity=0.5))
+def test_rotating_deletes_nothing():
+    with pytest.raises(UserError, match="rotate does not read sparsity"):
+        one_step(model="x", method="rotate", sparsity=0.5)
 
 
 @pytest.mark.parametrize("name", ["qwen3 tied", "gemma tied", "opt tied", "falcon"])
@@ -249,7 +257,7 @@ def test_a_tied_head_is_exact_with_the_final_gain_in_the_embedding(tmp_path: Pat
     basis = leading(vectors, 31 if family.centred else width, family.centred)
     x = x @ basis @ basis.T
     layout = Layout(model)
-    plan = layout.plan(replace(layout.dense, hidden=basis.shape[1], tied=True), RECIPE)
+    plan = plan_widths(Shapes(layout), replace(layout.dense, hidden=basis.shape[1], tied=True), "auto")
     assert plan.config.tie_word_embeddings
     assert plan.parameters < parameter_count(model.model)
     table = family.embeddings[0]
@@ -267,10 +275,7 @@ def test_a_tied_head_is_exact_with_the_final_gain_in_the_embedding(tmp_path: Pat
 
 def test_tensors_that_the_architecture_does_not_use_change_nothing(tiny_llama: Path, tmp_path: Path):
     def sliced(name: str) -> dict[str, torch.Tensor]:
-        work = work_at(tmp_path / name)
-        model = stream(tiny_llama)
-        run_slice(model, plan_slice(model, Recipe(**PLAIN, widths="hidden=20")), [random_tokens(8, 32)], work)
-        work.writer.finish()
+        carried_out(run_at(stream(tiny_llama), [random_tokens(8, 32)], tmp_path / name, **HOW, widths="hidden=20"))
         return load_file(tmp_path / name / "model" / "model.safetensors")
 
     before = sliced("before")
@@ -295,7 +300,7 @@ def layout_of(path: Path, **changes: object) -> Layout:
 @pytest.mark.parametrize("sparsity", [0.2, 0.25, 0.4])
 def test_widths_are_such_as_quantised_formats_take(tmp_path: Path, sparsity: float):
     layout = layout_of(tmp_path)
-    splits = candidates(layout, Recipe(model="x", sparsity=sparsity))
+    splits = candidates(Shapes(layout), SliceStep(model="x", sparsity=sparsity))
     assert len(splits) > 4
     assert all(not layout.uneven(split) for split in splits)
     assert all(width % 32 == 0 for split in splits for width in (split.hidden, split.mlp, 32 * 2 * split.groups))
@@ -303,24 +308,21 @@ def test_widths_are_such_as_quantised_formats_take(tmp_path: Path, sparsity: flo
 
 
 def test_less_than_32_comes_with_what_it_costs(tiny_llama: Path):
-    plan = plan_slice(stream(tiny_llama), Recipe(model="x", sparsity=0.25))
+    plan = plan_slice(stream(tiny_llama), SliceStep(model="x", sparsity=0.25))
     assert "no multiple of 32" in str(plan.remark)
-    plan = plan_slice(stream(tiny_llama), Recipe(model="x", widths="hidden=20"))
+    plan = plan_slice(stream(tiny_llama), SliceStep(model="x", widths="hidden=20"))
     assert "hidden 20" in str(plan.remark)
-    assert plan_slice(stream(tiny_llama), Recipe(model="x", widths="mlp=32")).remark is None
+    assert plan_slice(stream(tiny_llama), SliceStep(model="x", widths="mlp=32")).remark is None
 
 
 @pytest.mark.parametrize(("coarse", "chosen"), [(1.04, 64), (1.06, 32)])
-def test_a_split_that_all_formats_take_may_cost_five_hundredths_more(
-    tmp_path: Path, monkeypatch, coarse: float, chosen: int
-):
+def test_a_split_that_all_formats_take_may_cost_five_hundredths_more(tmp_path: Path, coarse: float, chosen: int):
     layout = layout_of(tmp_path)
     fine, wide = replace(layout.dense, mlp=1024 - 96), replace(layout.dense, mlp=1024 - 128)
     curves = {axis: LossCurve([]) for axis in ("hidden", "groups", "blocks", "tied")}
     curves["mlp"] = LossCurve([(96, 1.0), (128, coarse)])
-    monkeypatch.setattr("slimlm.methods.budget.loss_curves", lambda *_: curves)
     found = Basis(torch.eye(256, dtype=torch.float64), torch.ones(3, dtype=torch.float64), {}, False)
-    best, notes = choose(layout, [fine, wide], found, [], work_at(tmp_path / "run"))
+    best, notes = choose(layout, [fine, wide], found, curves)
     assert best.mlp % 64 == chosen % 64
     assert notes["predicted_loss"] == pytest.approx(coarse if chosen == 64 else 1.0)
 
@@ -338,7 +340,7 @@ def test_256_is_asked_for_of_wide_rows_alone(tmp_path: Path):
 )
 def test_a_llama_whose_heads_no_longer_fit_its_stream_is_a_mistral(tmp_path: Path, widths: str, model_type: str):
     layout = layout_of(tmp_path)
-    plan = plan_slice(layout.model, Recipe(model="x", widths=widths))
+    plan = plan_slice(layout.model, SliceStep(model="x", widths=widths))
     assert plan.config.model_type == model_type
     assert plan.config.head_dim == 32
     assert getattr(plan.config, "sliding_window", None) is None
@@ -346,7 +348,7 @@ def test_a_llama_whose_heads_no_longer_fit_its_stream_is_a_mistral(tmp_path: Pat
 
 def test_a_llama_with_biases_stays_one(tmp_path: Path):
     layout = layout_of(tmp_path, attention_bias=True)
-    plan = plan_slice(layout.model, Recipe(model="x", widths="hidden=224"))
+    plan = plan_slice(layout.model, SliceStep(model="x", widths="hidden=224"))
     assert plan.config.model_type == "llama"
     with pytest.raises(UserError, match="a multiple of 8"):
-        plan_slice(layout.model, Recipe(model="x", widths="hidden=228"))
+        plan_slice(layout.model, SliceStep(model="x", widths="hidden=228"))

@@ -7,22 +7,19 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from slimlm.calibration import load_windows
-from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.evaluation.text import python_reference
 from slimlm.linalg.budget import LossCurve, cheapest_split
-from slimlm.methods import solved
-from slimlm.methods.matrix import Choice
-from slimlm.methods.solved import MOST, POINTS, SCRATCH, TOGETHER, solved_shares
-from slimlm.progress import Progress
-from slimlm.recipe import make_recipe
-from slimlm.work import Work
+from slimlm.model.hidden import Scratch
+from slimlm.prune import run as pruning
+from slimlm.prune import solved
+from slimlm.prune.solved import MOST, POINTS, SCRATCH, TOGETHER
+from slimlm.recipe import one_step
 from tests.conftest import CONFIGS, SIZES, build_tiny, stream
-
-WANDA = Choice("diagonal", "wanda", "none")
+from tests.methods.helpers import run_at
 
 
 @pytest.fixture
@@ -47,13 +44,12 @@ def silence(path: Path, block: int) -> None:
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
-def shares_of(path: Path, text: Path, work: Path, sparsity: float, choice: Choice = WANDA) -> list[float]:
-    work.mkdir()
+def shares_of(path: Path, text: Path, place: Path, sparsity: float, method: str = "wanda") -> list[float]:
     tokens = load_windows(str(text), load_tokenizer(path), 40, 24).tokens
-    with Work(work, Journal(work, {}), Progress()) as running:
-        found = solved_shares(stream(path), sparsity, choice, list(tokens.split(8)), running)
-        assert not list(work.glob("scratch-*"))
-        return found
+    run = run_at(stream(path), list(tokens.split(8)), place, method=method, allocation="solved", sparsity=sparsity)
+    found = pruning._solved_shares(run, pruning.row_of(run.recipe))
+    assert not list((place / "work").glob("scratch-*"))
+    return [found[index] for index in range(len(run.model.blocks))]
 
 
 @pytest.mark.parametrize("dead", [1, 4])
@@ -78,12 +74,12 @@ def test_the_blocks_measured_together_change_nothing(tmp_path: Path, text: Path,
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("choice", [WANDA, Choice("gram", "greedy", "joint")])
-def test_what_is_known_of_a_block_serves_every_point(tmp_path: Path, text: Path, choice: Choice, monkeypatch):
+@pytest.mark.parametrize("method", ["wanda", "obc"])
+def test_what_is_known_of_a_block_serves_every_point(tmp_path: Path, text: Path, method: str, monkeypatch):
     path = with_blocks(tmp_path / "model", 3)
-    once = shares_of(path, text, tmp_path / "once", 0.5, choice)
-    monkeypatch.setattr(solved, "_known", lambda *_: None)
-    assert once == shares_of(path, text, tmp_path / "each", 0.5, choice)
+    once = shares_of(path, text, tmp_path / "once", 0.5, method)
+    monkeypatch.setattr(solved.Measuring, "_known", lambda *_: None)
+    assert once == shares_of(path, text, tmp_path / "each", 0.5, method)
 
 
 def test_a_block_of_noise_is_not_free():
@@ -108,14 +104,14 @@ def test_no_block_goes_beyond_what_was_measured_of_it(tmp_path: Path, text: Path
 def test_what_waits_on_disk_is_what_was_said(tmp_path: Path, text: Path, monkeypatch):
     path = with_blocks(tmp_path / "model", 6)
     most = 0
-    clear = Work.clear_scratch
+    clear = Scratch.clear
 
-    def counted(self: Work, names: str = "*") -> None:
+    def counted(self: Scratch, names: str = "*") -> None:
         nonlocal most
         most = max(most, sum(file.stat().st_size for file in self.directory.glob("scratch-*")))
         clear(self, names)
 
-    monkeypatch.setattr(Work, "clear_scratch", counted)
+    monkeypatch.setattr(Scratch, "clear", counted)
     shares_of(path, text, tmp_path / "work", 0.5)
     windows = 2 * 24 * 32 * 4  # bytes of a pair of files for a window of 24 tokens in fp32
     assert most <= SCRATCH * windows
@@ -124,8 +120,8 @@ def test_what_waits_on_disk_is_what_was_said(tmp_path: Path, text: Path, monkeyp
 
 def test_more_than_can_be_measured_is_refused(tmp_path: Path, text: Path):
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
-    recipe = make_recipe(
-        {
+    recipe = one_step(
+        **{
             "model": str(path), "method": "wanda", "allocation": "solved", "sparsity": 0.97, "dataset": str(text),
             "max_seq_length": 24, "output_dir": str(tmp_path / "out"), "measure": False,
         }

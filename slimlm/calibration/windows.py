@@ -1,0 +1,119 @@
+"""Calibration data: any text source -> token windows [n, time], the same for the same seed, with a hash.
+
+Documents are shuffled by the seed, tokenised without the tokenizer's own special tokens, each preceded by one BOS
+(EOS where the tokenizer has no BOS, nothing where it has neither), joined, and cut into windows of equal length, of
+which the seed picks n. There is no padding.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from slimlm.calibration.sources import documents_of
+from slimlm.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
+
+POOL_FACTOR = 16  # windows are picked from this many times as many, where the source has them
+
+
+@dataclass(frozen=True)
+class Windows:
+    """tokens: [n, time]. source: where they came from. bos: the token each document starts with, or None."""
+
+    tokens: Tensor
+    source: str
+    bos: int | None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of shape and tokens."""
+        digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
+        digest.update(self.tokens.to(torch.int64).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def batches(self, size: int) -> list[Tensor]:
+        return list(self.tokens.split(size))
+
+
+def load_windows(
+    dataset: str,
+    tokenizer: PreTrainedTokenizerBase,
+    num_windows: int,
+    length: int,
+    seed: int = 0,
+    text_column: str = "text",
+) -> Windows:
+    """Windows from a file (.txt, .jsonl, .parquet, .npy), a `save_to_disk` directory, a short name or a hub id.
+
+    A dataset with an `input_ids` column (and no text column) is taken as tokens. Raises UserError when the source
+    cannot be read, is empty, or does not fill one window.
+    """
+    path = Path(dataset).expanduser()
+    if path.suffix == ".npy" and path.is_file():
+        return _pretokenised_array(path, num_windows, length, seed)
+    bos = start_token(tokenizer)
+    pool: list[int] = []
+    wanted = POOL_FACTOR * num_windows * length
+    for tokens in _tokenised(documents_of(dataset, path, text_column, seed), tokenizer):
+        if not tokens:
+            continue
+        if bos is not None and tokens[0] != bos:
+            pool.append(bos)
+        pool.extend(tokens)
+        if len(pool) >= wanted:
+            break
+    return Windows(_cut(torch.tensor(pool), num_windows, length, seed, dataset), dataset, bos)
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """BOS, or EOS for tokenizers without one (the prefix lm-eval uses), or None."""
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None else tokenizer.eos_token_id
+
+
+def _cut(pool: Tensor, num_windows: int, length: int, seed: int, source: str) -> Tensor:
+    """pool: [tokens] -> [n, length], n <= num_windows windows that do not overlap, picked by the seed."""
+    available = pool.numel() // length
+    if available == 0:
+        raise UserError(
+            f"calibration data {source!r} holds {pool.numel()} tokens, fewer than one window of {length}: "
+            "give more text or lower --max-seq-length"
+        )
+    if available < num_windows:
+        logger.warning("calibration data %r fills %d windows of %d, not %d", source, available, length, num_windows)
+    grid = pool[: available * length].view(available, length)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return grid[order[:num_windows].sort().values].contiguous()
+
+
+def _tokenised(documents: Iterable[str | list[int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    for document in documents:
+        if isinstance(document, str):
+            yield tokenizer(document, add_special_tokens=False, verbose=False).input_ids
+        else:
+            yield document
+
+
+def _pretokenised_array(path: Path, num_windows: int, length: int, seed: int) -> Windows:
+    import numpy
+
+    try:
+        loaded = numpy.load(path)
+        if not numpy.issubdtype(loaded.dtype, numpy.integer) or loaded.ndim not in (1, 2):
+            raise ValueError(f"{loaded.dtype} of {loaded.ndim} dimensions")
+        array = torch.from_numpy(loaded.astype("int64"))
+    except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"calibration file {path} is not integer tokens, [n, time] or one after another: {one_line(error)}"
+        ) from error
+    if array.ndim == 2 and array.shape[1] < length:
+        raise UserError(f"calibration file {path} holds windows of {array.shape[1]} tokens: lower --max-seq-length")
+    pool = array[:, :length].reshape(-1) if array.ndim == 2 else array.reshape(-1)
+    return Windows(_cut(pool, num_windows, length, seed, str(path)), str(path), None)

@@ -1,0 +1,105 @@
+"""Refit of the head, the one layer whose error can be told in the loss itself.
+
+The dense head keeps its rows; a map T: [hidden, width] from what the compressed model's head sees to what the dense one
+saw is fitted, first by least squares, then to the Kullback-Leibler divergence from the dense model's predictions,
+which is convex in T. Least squares would spend itself on logits of tokens nobody predicts.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from slimlm.errors import RunFailure
+from slimlm.fit.beside_dense import Pair
+from slimlm.linalg.ridge import Regression, ridge
+from slimlm.linalg.softmax import RATE, MapFit
+from slimlm.model.rotation import head_map, sliced_final_norm
+from slimlm.model.streamed import StreamedModel
+from slimlm.progress import Progress
+
+EPOCHS = 3
+STEP_TOKENS = 2048
+
+
+@torch.no_grad()
+def fit_head(pair: Pair, seed: int, progress: Progress, rate: float = RATE) -> tuple[Tensor, dict[str, float]]:
+    """Fit the map for streams that went through all blocks: [hidden, width], what the dense head is to take for its
+    input; and divergences on held-out windows. rate: of its steps; less where less was lost. Raises RunFailure on NaN.
+    """
+    dense, width = pair.dense, pair.basis.shape[1]
+    prior = head_map(dense, pair.basis)
+    progress.stage("refitting the head", EPOCHS + 3)
+    with dense.loaded([dense.family.final_norm, *dense.head_parts]):
+        rows, bias = _logit_rows(dense)
+        data = Regression.of(width, pair.basis.shape[0], pair.basis.device)
+        for x, seen, held in _head_inputs(pair, range(len(pair.held))):
+            data.add(seen, x, held)
+        progress.step()
+        gram = data.fit.xx.clone()
+        least_squares = ridge(data, prior, rows.T @ rows).weight
+        fit = MapFit(rows, bias, least_squares, gram, rate)
+        before = _divergence(pair, fit)
+        progress.step()
+        generator = torch.Generator().manual_seed(seed)
+        for epoch in range(EPOCHS):
+            for x, seen, done in _shuffled(pair, generator):
+                fit.step(x, seen, (epoch + done) / EPOCHS)
+            progress.step()
+        after = _divergence(pair, fit)
+        progress.step()
+    if not math.isfinite(before + after):
+        raise RunFailure(f"refitting {dense.family.head} gave NaN or Inf: use --no-refit")
+    notes = {"kl_least_squares": before, "kl": min(after, before)}
+    return fit.map if after < before else least_squares, notes
+
+
+def _logit_rows(dense: StreamedModel) -> tuple[Tensor, Tensor | None]:
+    """The head's weight [vocab, hidden] and bias [vocab], loaded, such that they give logits: fp32."""
+    module, divisor = dense.model.get_submodule(dense.family.head), dense.logit_divisor
+    rows = module.get_parameter("weight").float()
+    if divisor != 1:  # a copy of a large table
+        rows = rows / divisor
+    bias = getattr(module, "bias", None)
+    return rows, None if bias is None else bias.float() / divisor
+
+
+def fits_head(model: StreamedModel) -> bool:
+    """Whether the head may be changed, and logits are a linear function of what the final norm gives."""
+    capped = getattr(model.config, "final_logit_softcapping", None) is not None
+    return bool(model.family.final_norm) and not capped and model.family.head not in model.skipped
+
+
+def _head_inputs(pair: Pair, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Per batch: what the dense head sees [batch, time, hidden], what the other does [..., width]; what is held out."""
+    dense_norm = pair.dense.model.get_submodule(pair.dense.family.final_norm)
+    small_norm, parameters = pair.small.family.final_norm, sliced_final_norm(pair.dense, pair.basis)
+    for number in numbers:
+        x, y = (pair.streams[label].hidden[number] for label in ("dense", "small"))
+        before = dense_norm(x).float()  # first: the two models' norm may be one module
+        with pair.small.placed(small_norm, parameters) as norm:
+            yield before, norm(y).float(), pair.held[number]
+
+
+def _divergence(pair: Pair, fit: MapFit) -> float:
+    """Mean KL divergence on the held-out windows."""
+    total, tokens = 0.0, 0
+    for x, seen, held in _head_inputs(pair, range(len(pair.held))):
+        for part, small in zip(
+            x[held].flatten(0, 1).split(STEP_TOKENS), seen[held].flatten(0, 1).split(STEP_TOKENS), strict=True
+        ):
+            total += fit.divergence(part, small)
+            tokens += len(part)
+    return total / max(1, tokens)
+
+
+def _shuffled(pair: Pair, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """All tokens that are not held out, in steps of at most STEP_TOKENS; and the share that is then done."""
+    count = len(pair.held)
+    order = torch.randperm(count, generator=generator).tolist()
+    for position, (x, seen, held) in enumerate(_head_inputs(pair, order)):
+        x, seen = x[~held].flatten(0, 1), seen[~held].flatten(0, 1)
+        mixed = torch.randperm(len(x), generator=generator).to(x.device)
+        for chosen in mixed.split(STEP_TOKENS) if len(x) else ():  # a batch may be held out as a whole
+            yield x[chosen], seen[chosen], (position + 1) / count

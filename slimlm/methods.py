@@ -1,0 +1,151 @@
+"""The compression methods, by the name `--method` takes: one row each, with its paper and what it does.
+
+A pruner's row says what it knows of the loss (a class in `prune/curvature.py`, by name), how it chooses weights (a
+function of `prune/masks.py`) and what those that stay do about it (a function of `prune/updates.py`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from slimlm.errors import UserError, nearest
+from slimlm.method import Method
+from slimlm.model.streamed import StreamedModel
+from slimlm.prune import masks, solved, updates
+from slimlm.prune.group import Row
+from slimlm.prune.plan import plan_prune
+from slimlm.prune.run import run_prune
+from slimlm.recipe import PruneStep, RotateStep, SliceStep, Step
+from slimlm.slice import curves
+from slimlm.slice.plan import plan_rotate, plan_slice, rotated_influence
+from slimlm.slice.run import run_rotate, run_slice
+from slimlm.statistics.sweep import swept_windows
+from slimlm.statistics.token_gradients import Sample
+
+
+def _sweep(recipe: Step, model: StreamedModel) -> int:
+    assert recipe.max_seq_length is not None
+    return swept_windows(recipe.max_seq_length, len(model.blocks))
+
+
+def _slicing_scratch(recipe: SliceStep | RotateStep, model: StreamedModel) -> int:
+    """Three streams in the refit, or every block's input for the gradients, or all cuts."""
+    refit = 3 * recipe.num_calibration_samples if isinstance(recipe, SliceStep) and recipe.refit else 0
+    gradients = _sweep(recipe, model) if recipe.weighting == "loss" else 0
+    return max(refit, gradients, curves.WINDOWS * curves.CUTS)
+
+
+def _slicing_calibrates(recipe: SliceStep, path: Path) -> bool:
+    is_rotated = rotated_influence(path) is not None
+    return recipe.refit or recipe.basis == "per-block" or not is_rotated or len(recipe.width_choices) > 1
+
+
+def _pruning_scratch(recipe: PruneStep, model: StreamedModel) -> int:
+    streams = 3 * recipe.num_calibration_samples if recipe.repairs else 0
+    if recipe.allocation == "solved":
+        streams = max(streams, solved.SCRATCH)
+    if recipe.allocation == "owl":
+        streams = max(streams, recipe.num_calibration_samples)
+    return max(streams, _sweep(recipe, model)) if recipe.needs_gradients else streams
+
+
+def _pruning_gradients(recipe: PruneStep, model: StreamedModel) -> int:
+    if not recipe.needs_gradients:
+        return 0
+    assert recipe.max_seq_length is not None
+    sample = Sample(recipe.fisher_samples, recipe.fisher_unit == "sequence", recipe.seed)
+    return sample.numbers(model, recipe.max_seq_length)
+
+
+def pruning(summary: str, paper: str, row: Row) -> Method[PruneStep]:
+    """A method that sets weights to zero."""
+    return Method[PruneStep](
+        summary,
+        paper,
+        sparsity_of="weights in pruned matrices",
+        plan=plan_prune,
+        run=run_prune,
+        calibrates=lambda recipe, path: recipe.curvature != "none" or recipe.allocation in ("owl", "solved"),
+        scratch=_pruning_scratch,
+        holds_out=lambda recipe: recipe.repairs,
+        gradients=_pruning_gradients,
+        row=row,
+    )
+
+
+METHODS: dict[str, Method[Any]] = {
+    "slice": Method[SliceStep](
+        "delete directions of the residual stream and units of the blocks: smaller widths, fewer parameters",
+        "https://arxiv.org/abs/2401.15024",
+        sparsity_of="parameters",
+        plan=plan_slice,
+        run=run_slice,
+        calibrates=_slicing_calibrates,
+        scratch=_slicing_scratch,
+        holds_out=lambda recipe: recipe.refit and recipe.basis == "shared",
+    ),
+    "rotate": Method[RotateStep](
+        "move the residual stream into its principal directions, most important first, and delete nothing",
+        "https://arxiv.org/abs/2401.15024",
+        sparsity_of="parameters",
+        plan=plan_rotate,
+        run=run_rotate,
+        calibrates=lambda recipe, path: True,
+        scratch=_slicing_scratch,
+        holds_out=lambda recipe: False,
+    ),
+    # SparseGPT's mask, refined; the exact minimiser on it, as in OBC, aimed at the dense model (`towards_dense.py`).
+    "slimlm": pruning(
+        "second-order masks refined by swaps, kept weights solved jointly towards the dense model: loses least",
+        "https://arxiv.org/abs/2301.00774",
+        Row("gram", masks.columns, updates.joint, swaps=3),
+    ),
+    "sparsegpt": pruning(
+        "prune by second-order scores from left to right, the columns to come making up for those that went",
+        "https://arxiv.org/abs/2301.00774",
+        Row("gram", masks.columns, updates.left_to_right),
+    ),
+    "obc": pruning(
+        "prune weight after weight, greedily and with exact second-order updates; slow",
+        "https://arxiv.org/abs/2208.11580",
+        Row("gram", masks.greedy, updates.joint),
+    ),
+    # Static M-FAC: every row is a block of the Fisher matrix, and weights of the whole model compete.
+    "mfac": pruning(
+        "prune what the Fisher information of token gradients says costs least, over the whole model",
+        "https://arxiv.org/abs/2107.03356",
+        Row("fisher", masks.obs, updates.summed),
+    ),
+    # And oBERT (arXiv 2203.07259): as mfac, with 64 neighbouring weights of a row in a block.
+    "woodfisher": pruning(
+        "as mfac, with Fisher information in blocks of neighbouring weights",
+        "https://arxiv.org/abs/2004.14340",
+        Row("block-fisher", masks.obs, updates.summed),
+    ),
+    "wanda": pruning(
+        "set the weights to zero that are smallest times the norm of their input, row by row",
+        "https://arxiv.org/abs/2306.11695",
+        Row("diagonal", masks.wanda, updates.none),
+    ),
+    "taylor": pruning(
+        "set the weights to zero that are smallest times their gradient, which the loss feels least at first",
+        "https://arxiv.org/abs/1906.10771",
+        Row("fisher", masks.taylor, updates.none),
+    ),
+    "random": pruning(
+        "set any weights to zero; needs no data: what a method has to beat",
+        "https://arxiv.org/abs/2003.03033",
+        Row("none", masks.random, updates.none),
+    ),
+    "magnitude": pruning(
+        "set the smallest weights of each matrix to zero; needs no data",
+        "https://arxiv.org/abs/1506.02626",
+        Row("none", masks.magnitude, updates.none),
+    ),
+}
+
+
+def method_named(name: str) -> Method[Any]:
+    """Raises UserError naming the known methods."""
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)})")
+    return METHODS[name]

@@ -1,0 +1,150 @@
+"""What comes before and after a model's blocks: tokens to a stream, a stream to logits and losses.
+
+The model's own `forward` does both. With every block's `forward` replaced by a recorder it says how blocks are called:
+masks, rotary embeddings and whatever a family passes to its layers are what the model would have used. With the blocks
+passing on given states, it scales, caps and projects as it always does.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.checkpoint.lookup import looked_up
+from slimlm.errors import UserError
+from slimlm.linalg.likelihood import window_nll
+from slimlm.model.block import Block
+from slimlm.model.hidden import HiddenStates, InMemory
+from slimlm.model.stream import BlockCall, Stop, Stream, reuse
+from slimlm.model.streamed import StreamedModel
+from slimlm.model.walk import every
+
+LARGE_TABLE = 1 << 26  # bytes of an embedding above which only the rows that are needed are read
+LARGE_LOGITS = 1 << 28  # bytes of logits held at once
+
+
+@torch.no_grad()
+def embed(model: StreamedModel, batches: Sequence[Tensor], hidden: HiddenStates | None = None) -> Stream:
+    """Start a stream for batches of tokens [batch, time]: what enters block 0, and every block's arguments.
+
+    hidden: where the hidden states are to wait between blocks; in memory by default.
+    """
+    stream = Stream([batch.to(model.device) for batch in batches], InMemory() if hidden is None else hidden)
+    family = model.family
+    large = [name for name in family.embeddings[:1] if _is_large(model, name)]
+    others = (family.final_norm, family.head, *large)
+    with ExitStack() as stack:
+        stack.enter_context(model.loaded([part for part in model.outside if part not in others]))
+        for name in large:
+            module = model.model.get_submodule(name)
+            stored = model.checkpoint.tensors[model.key_of[f"{name}.weight"]]
+            stack.enter_context(looked_up(module, stored, model.device, model.dtype))
+        for tokens in stream.tokens:
+            first, calls = _record(model, tokens)
+            stream.hidden.append(first)
+            stream.calls.append([reuse(call, index, stream.calls) for index, call in enumerate(calls)])
+    return stream
+
+
+def _is_large(model: StreamedModel, name: str) -> bool:
+    """Whether an embedding is to stay on disk while tokens are embedded."""
+    stored = model.checkpoint.tensors.get(model.key_of.get(f"{name}.weight", ""))
+    is_table = isinstance(model.model.get_submodule(name), nn.Embedding)
+    return stored is not None and is_table and stored.nbytes > LARGE_TABLE
+
+
+def _record(model: StreamedModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """What enters the first block, [batch, time, hidden], and what each is called with."""
+    calls: dict[int, BlockCall] = {}
+    first: list[Tensor] = []
+
+    def recorder(block: Block) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if block.index in calls:
+                raise UserError(f"{model.config.model_type!r} calls block {block.index} more than once: not supported")
+            calls[block.index] = BlockCall(args, kwargs)
+            first.append(hidden_states)
+            if len(calls) == len(model.blocks):
+                raise Stop
+            return _returned(model, hidden_states)
+
+        return forward
+
+    with _replaced(model, recorder):
+        try:
+            model.model(input_ids=tokens, use_cache=False)
+        except Stop:
+            return first[0], [call for _, call in sorted(calls.items())]
+    raise UserError(f"{model.config.model_type!r} ran {len(calls)} of its {len(model.blocks)} blocks: not supported")
+
+
+@contextmanager
+def _replaced(model: StreamedModel, forward_of: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
+    every(model, lambda block: setattr(block.module, "forward", forward_of(block)))
+    try:
+        yield
+    finally:
+        every(model, lambda block: delattr(block.module, "forward"))
+
+
+def _returned(model: StreamedModel, hidden: Tensor) -> Any:
+    """Hidden states as this family's blocks return them."""
+    return (hidden, None) if model.family.tuples else hidden
+
+
+@torch.no_grad()
+def nll(model: StreamedModel, stream: Stream) -> Tensor:
+    """Negative log-likelihood of each window's tokens 1.. under the model, of a stream that went through all blocks:
+    fp64 [windows], on the CPU."""
+    sums = [torch.zeros(tokens.shape[0], dtype=torch.float64, device=model.device) for tokens in stream.tokens]
+    for number, positions, found in logits(model, stream):
+        targets = stream.tokens[number][:, 1:][:, positions]
+        if targets.shape[1]:
+            sums[number] += window_nll(found[:, : targets.shape[1]], targets)
+        del found  # before the next are computed
+    return torch.cat(sums).cpu()
+
+
+def logits(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, slice, Tensor]]:
+    """Logits [batch, positions, vocab] of a stream that went through all blocks: (batch number, positions, logits).
+
+    As many positions at a time as make up to LARGE_LOGITS bytes in fp32, of each batch in turn.
+    """
+    with _head_loaded(model):
+        for number, start, part in _pieces(model, stream):
+            with torch.no_grad():
+                found = _around_blocks(model, part)
+            yield number, slice(start, start + part.shape[1]), found
+            del found  # before the next are computed
+
+
+def differentiable_logits(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(batch number, states [batch, positions, hidden], logits): the logits as a function of the hidden states."""
+    with _head_loaded(model):
+        for number, _, part in _pieces(model, stream):
+            leaf = part.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                found = _around_blocks(model, leaf)
+            yield number, leaf, found
+
+
+def _head_loaded(model: StreamedModel) -> AbstractContextManager[None]:
+    others = [part for part in model.outside if part not in (model.family.embeddings[0], *model.head_parts)]
+    return model.loaded([*others, *model.head_parts])
+
+
+def _pieces(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, int, Tensor]]:
+    for number, hidden in enumerate(stream.hidden):
+        step = max(1, LARGE_LOGITS // (4 * hidden.shape[0] * model.config.vocab_size))
+        for start in range(0, hidden.shape[1], step):
+            yield number, start, hidden[:, start : start + step]
+
+
+def _around_blocks(model: StreamedModel, hidden: Tensor) -> Tensor:
+    width = model.model.get_parameter(f"{model.family.embeddings[0]}.weight").shape[1]
+    unused = hidden.new_zeros(*hidden.shape[:2], width)
+    with _replaced(model, lambda block: lambda *args, **kwargs: _returned(model, hidden)):
+        found: Tensor = model.model(inputs_embeds=unused, use_cache=False).logits
+        return found

@@ -1,0 +1,84 @@
+"""The residual stream of a set of windows on its way through a model, and hooks to see it by."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from slimlm.model.hidden import HiddenStates, InMemory
+
+
+class Stop(Exception):
+    """Ends a forward that has shown all that was to be seen."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What one block gets besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Stream:
+    """The residual stream of a set of windows, on its way through the blocks.
+
+    tokens: per batch, [batch, time]. hidden: per batch, [batch, time, hidden], entering the next block.
+    calls: per batch, per block; batches whose arguments are equal share one object.
+    """
+
+    tokens: list[Tensor]
+    hidden: HiddenStates = field(default_factory=InMemory)
+    calls: list[list[BlockCall]] = field(default_factory=list)
+
+
+def owner_of(module: nn.Module, name: str) -> nn.Module:
+    """The submodule a parameter, by its name within `module`, belongs to."""
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the module's parameter of that name."""
+    set_parameter(owner_of(module, name), name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+
+
+def set_parameter(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
+    owner._parameters[leaf] = parameter
+    if isinstance(owner, Conv1D):  # it computes the shape of its output from what it was built with
+        owner.nf = owner.weight.shape[1]
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Inside the context, each module's function is called with (module, args) before the module runs."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reuse(call: BlockCall, index: int, earlier: list[list[BlockCall]]) -> BlockCall:
+    """An equal call recorded before, so that arguments do not pile up with the number of batches."""
+    for calls in reversed(earlier[-2:]):
+        if _equal(call.args, calls[index].args) and _equal(call.kwargs, calls[index].kwargs):
+            return calls[index]
+    return call
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)

@@ -1,0 +1,125 @@
+"""The one loop over a model's blocks, and streams that another process can take up where this one stops.
+
+Everything that goes through a model block by block goes through `walk`: it loads a block and has the next one come,
+lets go of it, times it, says so, and records that it is done. Nothing here knows what is done with a block.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from slimlm.checkpoint.disk import sync
+from slimlm.checkpoint.journal import Journal, Record
+from slimlm.model.block import Block
+from slimlm.model.hidden import Spilled
+from slimlm.model.stream import Stream
+from slimlm.model.streamed import StreamedModel
+from slimlm.progress import Progress
+
+logger = logging.getLogger(__name__)
+Told = TypeVar("Told")
+
+
+@dataclass
+class Streams:
+    """The same windows on their way through one model or more, by label.
+
+    first: the block to go on with. state, figures: what was found out so far, saved along; figures for the manifest.
+    """
+
+    name: str
+    streams: Mapping[str, Stream]
+    journal: Journal
+    settle: Callable[[], None]
+    first: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, label: str) -> Stream:
+        return self.streams[label]
+
+    def save(self, index: int) -> None:
+        """Record that block `index` is done: the hidden states leaving it, and all that goes with them."""
+        saved = {}
+        self.settle()
+        for label, stream in self.streams.items():
+            hidden = stream.hidden
+            assert isinstance(hidden, Spilled)
+            sync(hidden.file)
+            saved[label] = {
+                "side": hidden.side,
+                "shapes": hidden.shapes,
+                "dtype": str(hidden.dtype).removeprefix("torch."),
+                "sha256": hidden.digest,
+            }
+        figures = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.figures.items()}
+        stored = self.journal.save(f"{self.name}-state.{index % 2}", {**self.state, **figures})
+        self.journal.commit(f"streams {self.name}", block=index, streams=saved, state=stored)
+
+    def load(self, record: Record, hidden: Mapping[str, tuple[Spilled, torch.dtype]]) -> bool:
+        """Take over what `save` recorded, the streams' hidden states being in these; False where any of it is damaged.
+
+        hidden: by label, and the dtype that they are to be of.
+        """
+        state = self.journal.load(record["state"])
+        for label, (spilled, wanted) in hidden.items():
+            saved = record["streams"][label]
+            shapes, dtype = [tuple(shape) for shape in saved["shapes"]], getattr(torch, saved["dtype"])
+            if state is None or dtype != wanted or not spilled.adopt(saved["side"], shapes, dtype, saved["sha256"]):
+                logger.warning("what was saved of %s is gone or changed: it is computed again", self.name)
+                return False
+        assert state is not None
+        self.first = record["block"] + 1
+        self.state = {name: tensor for name, tensor in state.items() if tensor.dim()}
+        self.figures = {name: float(tensor) for name, tensor in state.items() if not tensor.dim()}
+        return True
+
+
+def walk(
+    model: StreamedModel,
+    progress: Progress,
+    stage: str,
+    streams: Streams | None = None,
+    finished: Callable[[Block], bool] = lambda block: False,
+    order: Iterable[int] | None = None,
+) -> Iterator[Block]:
+    """Blocks of the model with their weights in memory, one after another.
+
+    streams: begins where these are, and saves them behind every block. finished: whether to leave a block out. order:
+    numbers of blocks, by default all from the first to the last.
+    """
+    indices = list(range(len(model.blocks)) if order is None else order)
+    step = -1 if indices[1:] and indices[1] < indices[0] else 1
+    progress.stage(stage, len(indices))
+    progress.step(streams.first if streams else 0)
+    for index in indices[streams.first if streams else 0 :]:
+        block, start = model.blocks[index], time.perf_counter()
+        block.facts = {}
+        if not finished(block):
+            with block.loaded(step):
+                yield block
+            if streams:
+                streams.save(index)
+            progress.done(stage, block.path, time.perf_counter() - start, **block.facts)
+        progress.step()
+
+
+def every(model: StreamedModel, tell: Callable[[Block], Told]) -> list[Told]:
+    """What each block, without its weights, has to say."""
+    return [tell(block) for block in model.blocks]
+
+
+def backwards(model: StreamedModel) -> Iterable[int]:
+    """An order for `walk`: from the last block to the first."""
+    return range(len(model.blocks) - 1, -1, -1)
+
+
+def to_the_end(model: StreamedModel, together: int) -> Iterable[int]:
+    """An order for `walk`: from every so-manieth block on to the last, again and again."""
+    count = len(model.blocks)
+    return (index for first in range(0, count, together) for index in range(first, count))

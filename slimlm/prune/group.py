@@ -1,0 +1,147 @@
+"""Pruning the linears of one input: curvature x mask x update.
+
+They share what is known of that input and everything computed from it, and are pruned as one tall matrix: their rows do
+not know of each other. How many weights go is settled per matrix.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimlm.errors import UserError
+from slimlm.linalg.gram import Gram, Squares
+from slimlm.linalg.hessian import Hessian
+from slimlm.model.block import Block, Group
+from slimlm.model.stream import Stream
+from slimlm.prune import masks, updates
+from slimlm.prune.curvature import Curvature, Flat, Norms, able, damped
+from slimlm.prune.masks import Chosen, Mask
+from slimlm.prune.quota import Quota, Quotas
+from slimlm.prune.updates import Update
+from slimlm.statistics.grams import FEW, firsts, in_turn, input_sums
+from slimlm.statistics.token_gradients import TokenGradients
+
+Gradients = Mapping[str, TokenGradients]  # by linear, within its block
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a method prunes by: the name of a curvature, a mask and an update, and how often swaps refine the mask
+    before a joint update."""
+
+    curvature: str
+    mask: Mask
+    update: Update
+    swaps: int = 0
+
+    def __str__(self) -> str:
+        swaps = f", {self.swaps} swaps" if self.swaps else ""
+        return f"{self.curvature}, {name_of(self.mask)}, {name_of(self.update)}{swaps}"
+
+    @property
+    def goes_left_to_right(self) -> bool:
+        """Whether nothing of the curvature is needed but the factor that columns are settled by."""
+        return (
+            self.curvature == "gram"
+            and self.mask is masks.columns
+            and self.update in (updates.left_to_right, updates.none)
+        )
+
+    @property
+    def sees_gram(self) -> bool:
+        return self.curvature in ("gram", "gram+fisher")
+
+    @property
+    def sees_fisher(self) -> bool:
+        """Whether nothing but gradients is looked at."""
+        return self.curvature in ("fisher", "block-fisher")
+
+    @property
+    def sees_both(self) -> bool:
+        """Whether gradients are looked at beside a Gram."""
+        return self.curvature == "gram+fisher"
+
+    def check(self) -> None:
+        """Raises UserError where mask or update need what the curvature has not."""
+        for kind, function in (("mask", self.mask), ("update", self.update)):
+            if self.curvature not in able(function):
+                known = " or ".join(able(function))
+                raise UserError(f"{kind} {name_of(function)} needs a curvature of {known}, not {self.curvature}")
+
+
+BY_MAGNITUDE = Row("none", masks.magnitude, updates.none)
+
+
+def name_of(function: Mask | Update) -> str:
+    """What recipes call a mask or an update."""
+    return function.__name__.replace("_", "-")
+
+
+def prune(weight: Tensor, curvature: Curvature, quota: Quota, row: Row) -> Chosen:
+    """Prune stacked matrices: the pruned weight, [out, in] like the given one, and what is pruned, bool.
+
+    Of a Gram with inputs that were never there: what such an input meets does not matter, so it goes first, and what
+    need not go stays as it is.
+    """
+    if len(quota.rows) > 1 and weight.numel() > updates.CHUNK_ELEMENTS:  # copies of the whole would be too large
+        found, pruned = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
+        for rows, own in quota.apart():
+            found[rows], pruned[rows] = prune(weight[rows], curvature.rows(rows), own, row)
+        return found, pruned
+    dead = curvature.dead if isinstance(curvature, Hessian) and curvature.dead.any() else None
+    alive = weight if dead is None else weight.masked_fill(dead, 0)
+    chosen = row.mask(alive, curvature, quota)
+    found, pruned = row.update(alive, curvature, quota, chosen, row.swaps)
+    return (found if dead is None else torch.where(dead & ~pruned, weight, found)), pruned
+
+
+def prune_group(group: Group, curvature: Curvature, quotas: Quotas, row: Row) -> None:
+    """Prune linears of one input in place; large ones one after another."""
+    quota = quotas[group]
+    parts = zip(group.apart(), quota.apart(), strict=True)
+    if len(group.names) > 1 and group.elements > updates.CHUNK_ELEMENTS:
+        for one, (rows, own) in parts:
+            one.put(prune(one.tall(curvature.dtype), curvature.rows(rows), own, row)[0])
+    else:
+        group.put(prune(group.tall(curvature.dtype), curvature, quota, row)[0])
+
+
+def curvatures(
+    block: Block,
+    stream: Stream,
+    groups: Sequence[Group],
+    row: Row,
+    gradients: Gradients,
+    figures: dict[str, float],
+) -> Iterator[tuple[Group, Curvature, Row]]:
+    """What a pass of the stream, which stays where it is, says of each group of linears of a block, loaded, as it is
+    when the first is asked for; and what to prune it by. To be let go of before the next is asked for.
+
+    An expert that saw too few tokens is pruned by magnitude, and recorded in `figures`.
+    """
+    for few in in_turn(groups):
+        kind: Callable[[int, torch.device], Gram | Squares] = Gram if row.sees_gram else Squares
+        sums = input_sums(block, stream, firsts(few), kind)
+        for group in few:
+            found = sums.pop(group.first, None)
+            tokens = found.tokens if found else 0
+            if group.is_expert and tokens < FEW * group.inputs:
+                figures[f"{group.full_names[0]} starved_experts"] = tokens
+                yield group, Flat(), BY_MAGNITUDE
+                continue
+            assert found is not None
+            yield group, _curvature(group, found, row, gradients, figures), row
+            del found
+
+
+def _curvature(
+    group: Group, found: Gram | Squares, row: Row, gradients: Gradients, figures: dict[str, float]
+) -> Curvature:
+    if isinstance(found, Squares):
+        return Norms(found.norms())
+    own = [gradients[name] for name in group.names if name in gradients]
+    curvature = damped(found.take(), group.full_names[0], gradients=own, upper_only=row.goes_left_to_right)
+    figures[f"{group.full_names[0]} damping"] = curvature.damping
+    return curvature

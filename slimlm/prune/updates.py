@@ -1,0 +1,58 @@
+"""What the weights that stay do about those that go: updates by name, all with the same leading arguments.
+
+weight: [out, in]; chosen: what the mask left of it, and what is pruned, as in `masks.py`, and so is what they give.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimlm.linalg import obs
+from slimlm.linalg.hessian import Hessian
+from slimlm.prune.curvature import Curvature
+from slimlm.prune.masks import Chosen
+from slimlm.prune.quota import Quota
+
+CHUNK_ELEMENTS = 1 << 24  # of a weight whose rows are solved for at once
+
+
+def none(weight: Tensor, curvature: Curvature, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
+    """Nothing."""
+    return weight.masked_fill(chosen[1], 0), chosen[1]
+
+
+def left_to_right(weight: Tensor, curvature: Hessian, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
+    """Columns to the right make up for those that went (SparseGPT, arXiv 2301.00774, algorithm 1); done already where
+    the mask was chosen on the way."""
+    found, pruned = chosen
+    if found is weight:
+        found, _ = obs.left_to_right(weight, curvature, lambda scores, at: pruned[:, at : at + scores.shape[1]])
+    return found, pruned
+
+
+def summed(weight: Tensor, curvature: obs.Inverse, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
+    """The sum of the steps each pruned weight alone would have them take (M-FAC, arXiv 2107.03356, section 3)."""
+    return obs.summed(weight, curvature, chosen[1]), chosen[1]
+
+
+def joint(weight: Tensor, curvature: Hessian, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
+    """The exact minimiser on the mask, which is refined by so many swaps before; some rows at a time."""
+    step = max(1, CHUNK_ELEMENTS // (weight.shape[1] * quota.tile[0])) * quota.tile[0]
+    solved = []
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        own = curvature.rows(rows)
+        found, pruned = chosen[0][rows], chosen[1][rows]
+        for _ in range(swaps):
+            found = obs.joint(weight[rows], own, pruned, found, obs.ROUGHLY)
+            found, pruned = obs.swapped(weight[rows], own, pruned, found, quota.group, quota.tile)
+        solved.append((obs.joint(weight[rows], own, pruned, found), pruned))
+    return torch.cat([found for found, _ in solved]), torch.cat([pruned for _, pruned in solved])
+
+
+Update = Callable[[Tensor, Any, Quota, Chosen, int], Chosen]
+UPDATES: dict[str, Update] = {
+    update.__name__.replace("_", "-"): update for update in (none, left_to_right, summed, joint)
+}

@@ -1,0 +1,43 @@
+"""A recipe says everything about its runs. YAML files and command-line flags both become one."""
+
+from slimlm.recipe.files import RAN_REMOTE_CODE, as_file, load_recipe, shipped_recipes
+from slimlm.recipe.pruning import (
+    FISHERS,
+    GRAMS,
+    ROWS,
+    Allocation,
+    CurvatureName,
+    MaskName,
+    PruneStep,
+    Row,
+    UpdateName,
+)
+from slimlm.recipe.recipe import AnyStep, Recipe, dumped, field_of, make_recipe, one_step, recipe_of_flags
+from slimlm.recipe.slicing import RotateStep, SliceStep
+from slimlm.recipe.step import Step
+
+__all__ = [
+    "FISHERS",
+    "GRAMS",
+    "RAN_REMOTE_CODE",
+    "ROWS",
+    "Allocation",
+    "AnyStep",
+    "CurvatureName",
+    "MaskName",
+    "PruneStep",
+    "Recipe",
+    "RotateStep",
+    "Row",
+    "SliceStep",
+    "Step",
+    "UpdateName",
+    "as_file",
+    "dumped",
+    "field_of",
+    "load_recipe",
+    "make_recipe",
+    "one_step",
+    "recipe_of_flags",
+    "shipped_recipes",
+]

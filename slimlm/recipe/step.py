@@ -1,0 +1,114 @@
+"""What every run of a recipe has. Which settings it has beside that, its method says."""
+
+import re
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+SIZE = r"(?i)(?=[0.]*[1-9])(\d+(?:\.\d+)?)\s*([KMGT]i?B)"
+UNITS = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
+UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
+SPARSITY = "share to remove, above 0 and below 1: of all parameters (slice), or of the pruned matrices"
+WEIGHTING = "slicing: weigh directions by what the loss feels, or by the size of the stream alone"
+REFIT = "slice, slimlm: aim the weights that are left, and the head, at what the dense model computes"
+
+
+def require_share(sparsity: float) -> None:
+    if not 0 < sparsity < 1:
+        meant = f": did you mean {sparsity / 100:g}?" if 2 <= sparsity < 100 else ""
+        raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {sparsity:g}{meant}")
+
+
+class Step(BaseModel):
+    """What every run has: a model, data, a place for the result. Field names are the command line's flags."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, str_min_length=1)
+    # Why a setting that the method has may not be read.
+    unread_because: ClassVar[dict[str, str]] = {}
+
+    model: str = Field(description="hub id, directory, or `llama`, the small model that ships with slimlm")
+    revision: str | None = Field(None, description="hub revision of the model")
+    method: str = Field(
+        description="how: `slice` gives smaller widths; `slimlm` (loses least), `sparsegpt`, `obc`, `mfac`, "
+        "`woodfisher`, `wanda` and `magnitude` set weights to zero",
+    )
+    skip: list[str] = Field(
+        [],
+        description="linears that stay as they are, by name or glob, as in `lm_head, *.down_proj`; "
+        "slicing then cuts no width that one of these has, nor hidden_size, nor leaves out blocks",
+    )
+
+    dataset: str | None = Field(
+        None,
+        description="text file (.txt, .jsonl, .parquet), tokens (.npy), hub id, wikitext2, c4, alpaca, fineweb-edu, "
+        "or self: text the model writes itself",
+    )
+    text_column: str = Field("text", description="column of the calibration data that holds the text")
+    num_calibration_samples: int = Field(128, ge=1, description="calibration windows")
+    max_seq_length: int | None = Field(None, ge=2, description="tokens in a calibration window")
+    batch_size: int = Field(8, ge=1, description="windows that go through a block together")
+    seed: int = Field(0, ge=0, lt=2**63, description="picks calibration windows and samples")
+
+    dtype: DtypeName = Field(
+        "auto", description="dtype of the weights written, `auto` keeps the checkpoint's; float32, bfloat16, float16"
+    )
+    device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:1")
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
+
+    measure: bool = Field(True, description="measure perplexity before and after, block by block")
+    eval_text: str | None = Field(None, description="text file to measure on")
+    eval_windows: int = Field(128, ge=1, description="windows to measure on")
+
+    max_shard_size: str = Field("5GB", description="largest weight file, as in 2GB or 500MB")
+    output_dir: str | None = Field(None, description="where the result goes")
+
+    @property
+    def unread(self) -> set[str]:
+        """The settings that decide nothing in this run."""
+        return set()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run reads, by name."""
+        return self.model_dump(exclude=self.unread)
+
+    @property
+    def share(self) -> float | None:
+        """The sparsity asked for; None where widths are."""
+        return 0.0
+
+    @property
+    def extent(self) -> str:
+        """How much is to go, as a name may say it."""
+        return f"{self.share * 100:g}" if self.share else ""
+
+    @property
+    def described(self) -> str:
+        return self.method
+
+    @property
+    def max_shard_bytes(self) -> int:
+        number, unit = re.fullmatch(SIZE, self.max_shard_size).groups()  # type: ignore[union-attr]  # validated
+        return int(float(number) * UNITS[unit.upper()])
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size_with_unit(cls, value: str) -> str:
+        if not re.fullmatch(SIZE, value):
+            raise ValueError(f"a size is like 5GB or 500MB, not {value!r}")
+        return value
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """A list, or names with commas between them."""
+        names = value.split(",") if isinstance(value, str) else value
+        return [str(name).strip() for name in names] if isinstance(names, list) else names
+
+    @model_validator(mode="after")
+    def _reads_what_is_given(self) -> Self:
+        for name in sorted(self.model_fields_set & self.unread):
+            raise PydanticCustomError("unread", "not read", {"key": name, "why": self.unread_because.get(name, "")})
+        return self

@@ -1,0 +1,109 @@
+"""One run of a method: what it gets, what it plans before any work, what it found out after it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from slimlm.checkpoint.journal import Journal
+from slimlm.checkpoint.writer import TensorSpec
+from slimlm.model.block import Block
+from slimlm.model.ends import embed
+from slimlm.model.hidden import Forgotten, Scratch
+from slimlm.model.result import Result
+from slimlm.model.stream import Stream
+from slimlm.model.streamed import StreamedModel
+from slimlm.model.walk import Streams, walk
+from slimlm.progress import Progress
+from slimlm.recipe import Step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result's config and tensors (names as in its files), and what of the config changes.
+
+    carrier: the result's skeleton, which says how its files name and lay out tensors.
+    widths: those inside blocks and of the stream, as `--widths` takes them, where they change or may.
+    remark: what is still to be decided in the run, and how. files: what else belongs into the checkpoint.
+    """
+
+    config: PretrainedConfig
+    tensors: dict[str, TensorSpec]
+    parameters: int
+    carrier: PreTrainedModel
+    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    remark: str | None = None
+    widths: str | None = None
+    files: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found out.
+
+    plan: what it carried out, in which widths may have been settled that were still open. notes: figures for the
+    manifest. basis(block): [hidden, width], where the stream leaving a block was moved to, if it was. blocks: the dense
+    model's blocks that are still there, by number; None for all. zeros: share of zeros in the matrices a method prunes,
+    counted on disk; None for one that prunes none.
+    """
+
+    plan: Plan
+    notes: dict[str, Any] = field(default_factory=dict)
+    basis: Callable[[int], Tensor] | None = None
+    blocks: tuple[int, ...] | None = None
+    zeros: float | None = None
+
+
+S = TypeVar("S", bound=Step)
+
+
+@dataclass
+class Run(Generic[S]):
+    """What a method carries out: a resolved recipe, on a model, with calibration windows in batches [batch, time], into
+    a result; hidden states that wait are in `scratch`. Only a wing's `run.py` takes one."""
+
+    recipe: S
+    model: StreamedModel
+    plan: Plan
+    batches: list[Tensor]
+    result: Result
+    scratch: Scratch
+    progress: Progress
+
+    @cached_property
+    def journal(self) -> Journal:
+        return self.result.journal
+
+    def walk(
+        self,
+        stage: str,
+        streams: Streams | None = None,
+        finished: Callable[[Block], bool] = lambda block: False,
+        order: Iterable[int] | None = None,
+    ) -> Iterator[Block]:
+        """Blocks of the model, loaded, one after another; see `model/walk.py`."""
+        return walk(self.model, self.progress, stage, streams, finished, order)
+
+    def embed(self, name: str, batches: list[Tensor] | None = None) -> Stream:
+        """A stream for batches, the calibration's by default, that starts over when it is interrupted."""
+        return embed(self.model, self.batches if batches is None else batches, self.scratch.hidden(name))
+
+    def streams(self, name: str, models: Mapping[str, StreamedModel], whole: int | None = None) -> Streams:
+        """Streams for the calibration's batches through models, by label, at the first block or where an earlier
+        process left off, unless that is beyond the `whole` leading blocks whose results are known to be intact."""
+        hidden = {label: self.scratch.resumable(f"{name}-{label}") for label in models}
+        record = self.journal.last(f"streams {name}")
+        if record is not None and (whole is None or record["block"] < whole):
+            started = {label: embed(model, self.batches, Forgotten()) for label, model in models.items()}
+            found = Streams(name, started, self.journal, self.result.settle)
+            if found.load(record, {label: (hidden[label], model.dtype) for label, model in models.items()}):
+                for label, stream in started.items():
+                    stream.hidden = hidden[label]
+                return found
+            hidden = {label: self.scratch.resumable(f"{name}-{label}") for label in models}
+        started = {label: embed(model, self.batches, hidden[label]) for label, model in models.items()}
+        return Streams(name, started, self.journal, self.result.settle)

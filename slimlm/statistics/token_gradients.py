@@ -1,0 +1,122 @@
+"""Per-token gradients of every linear.
+
+The gradient of a token's loss with respect to row r of a linear is delta_r x, with x the linear's input and delta the
+loss's gradient at its output. So a few tokens' x and delta say all there is to know; no gradient as large as a
+weight is ever formed for a whole model. They are gathered in one reverse sweep and wait
+on disk, in bf16, a file for each block.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimlm.errors import RunFailure
+from slimlm.model.block import Block
+from slimlm.model.streamed import StreamedModel
+from slimlm.statistics.sweep import TOKENS, Losses, Walks, sweep
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """x: [tokens, in] and delta: [tokens, out] of one linear, fp64.
+
+    window: so many neighbouring tokens make up one gradient, that of a sequence; 1 where each token is for itself.
+    """
+
+    x: Tensor
+    delta: Tensor
+    window: int = 1
+
+    def mean_square(self) -> Tensor:
+        """Mean over gradients of their squares, and over all weights: the Fisher matrix's mean diagonal."""
+        if self.window == 1:
+            return (self.x.square().mean(1) * self.delta.square().mean(1)).mean()
+        x, delta = self._by_window(self.x), self._by_window(self.delta)
+        squares = ((x @ x.mT) * (delta @ delta.mT)).sum((1, 2))  # of sum_t delta_t x_t^T, without writing it out
+        return squares.mean() / (x.shape[-1] * delta.shape[-1])
+
+    def squares(self) -> Tensor:
+        """Mean over gradients of their squares: [out, in]."""
+        if self.window == 1:
+            return self.delta.square().T @ self.x.square() / len(self.x)
+        rows = range(self.delta.shape[1])
+        return torch.cat([self.of_rows(slice(row, row + 1)).square().mean(1) for row in rows])
+
+    def of_rows(self, rows: slice) -> Tensor:
+        """The sequences' gradients with respect to some rows of the weight: [rows, sequences, in]."""
+        found: Tensor = self._by_window(self.delta)[..., rows].mT @ self._by_window(self.x)
+        return found.transpose(0, 1).contiguous()
+
+    def _by_window(self, tensor: Tensor) -> Tensor:
+        return tensor.view(-1, self.window, tensor.shape[1])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which gradients are kept: of so many tokens, or of so many whole windows (`by_sequence`)."""
+
+    count: int
+    by_sequence: bool
+    seed: int
+
+    def numbers(self, model: StreamedModel, length: int) -> int:
+        """How many numbers they are, for windows of so many tokens."""
+        of_each = length if self.by_sequence else 1
+        return int(min(TOKENS, self.count * of_each) * sum(map(sum, model.matrices.values())))
+
+    def places(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+        """Which of each batch's tokens, int64 [kept], and the share of all that these are."""
+        tokens = [batch.numel() for batch in batches]
+        if self.by_sequence:
+            return [torch.arange(count) for count in tokens], 1.0
+        wanted = min(1.0, self.count / sum(tokens))
+        generator = torch.Generator().manual_seed(self.seed)
+        return [torch.randperm(count, generator=generator)[: max(1, round(wanted * count))] for count in tokens], wanted
+
+
+def gather_gradients(
+    model: StreamedModel, losses: Losses, walks: Walks, sample: Sample
+) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+    """Every block, from the last to the first, and the gradients of its linears as `gradients_of` takes them: bf16,
+    inputs once for all linears that share them.
+
+    Raises RunFailure naming the block where they are not finite.
+    """
+    length = losses.batches[0].shape[1]
+    places, share = sample.places(losses.batches)
+    found: dict[str, list[Tensor]] = {}
+    for block, number, seen in sweep(model, losses, walks, lambda block: block.family.linears, 1):
+        tokens = losses.batches[number].numel()
+        for name, (x, out) in seen.items():
+            assert out.grad is not None
+            x, delta = x.detach().flatten(0, -2), out.grad.flatten(0, -2)
+            # An expert sees some tokens.
+            kept = places[number].to(x.device) if len(x) == tokens else _evenly(len(x), share, x.device)
+            if name == block.family.first_of[name]:
+                found.setdefault(f"{name}.x", []).append(x[kept].bfloat16())
+            found.setdefault(f"{name}.delta", []).append(delta[kept].bfloat16())
+        if number == len(losses.batches) - 1:
+            tensors = {key: torch.cat(parts) for key, parts in found.items()}
+            tensors["window"] = torch.tensor(length if sample.by_sequence else 1)
+            if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+                raise RunFailure(f"gradients in {block.path} overflow in {model.dtype}")
+            yield block, tensors
+            found.clear()
+
+
+def _evenly(count: int, share: float, device: torch.device) -> Tensor:
+    """Numbers of a share of `count` tokens, one at least, evenly spread."""
+    return torch.linspace(0, count - 1, max(1, round(share * count)), device=device).long()
+
+
+def gradients_of(block: Block, saved: Mapping[str, Tensor]) -> dict[str, TokenGradients]:
+    """What `gather_gradients` found of a block, by linear; experts that no token reached are not there."""
+    tensors = {name: tensor.to(block.model.device).double() for name, tensor in saved.items()}
+    window = int(tensors.pop("window"))
+    return {
+        name: TokenGradients(tensors[f"{first}.x"], tensors[f"{name}.delta"], window)
+        for name, first in block.family.first_of.items()
+        if f"{name}.delta" in tensors
+    }
