@@ -5,12 +5,9 @@ import math
 
 import torch
 
-from slimlm.checkpoint.hf_internals import checkpoint_tensors
-from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import UserError
 from slimlm.fit.lm_head import fits_head
 from slimlm.model.streamed import StreamedModel
-from slimlm.modeling import own_files
 from slimlm.prune.group import Row
 from slimlm.prune.masks import MASKS
 from slimlm.prune.updates import UPDATES
@@ -30,14 +27,7 @@ def plan_prune(model: StreamedModel, recipe: PruneStep) -> Plan:
         raise UserError("--fisher-unit sequence: an expert sees single tokens, not sequences")
     tied = model.model.all_tied_weights_keys
     named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in tied}
-    tensors = {
-        name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, recipe.dtype))
-        for name, tensor in checkpoint_tensors(model.model, named).items()
-    }
-    config = copy.deepcopy(model.config)
-    config.dtype = next(iter(tensors.values())).dtype
-    parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
-    return Plan(config, tensors, parameters, model.model, files=own_files(config))  # of a checkpoint slicing made
+    return Plan.of(model, copy.deepcopy(model.config), model.model, named, recipe.dtype)
 
 
 def require_room(name: str, shape: torch.Size, recipe: PruneStep) -> None:
