@@ -12,6 +12,7 @@ from slimlm.compression import compress
 from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
 from slimlm.forecast import Forecast, forecast, require_room
+from slimlm.methods import method_of
 from slimlm.prepare import Job, later_runs_of, prepare, spilled
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe, load_recipe, make_recipe, one_step
