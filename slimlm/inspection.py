@@ -91,7 +91,7 @@ def inspect_model(
 
 
 def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixFigures:
-    """weight: [out, in]; gram: [in, in] of its inputs."""
+    """weight: [out, in]; gram: [in, in] of its inputs. Raises RunFailure on NaN."""
     if not torch.isfinite(weight).all():
         raise RunFailure(f"{name}.weight holds NaN or Inf")
     energies = spectrum(weight)
@@ -114,7 +114,10 @@ def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixF
 
 
 def predicted_losses(name: str, weight: Tensor, gram: Tensor) -> tuple[float, ...]:
-    """Summed OBS scores w^2 / [H^-1] of the weights that go, over the energy of the outputs, for each of SPARSITIES."""
+    """Summed OBS scores w^2 / [H^-1] of the weights that go, over the energy of the outputs, for each of SPARSITIES.
+
+    weight: [out, in]; gram: [in, in]. Raises RunFailure for a gram that is singular.
+    """
     energy = float(((weight @ gram) * weight).sum().clamp_min(1e-300))
     try:
         curvature = hessian(gram.clone())  # readers share it

@@ -52,7 +52,7 @@ class Plan:
         tensors: Mapping[str, Tensor],
         dtype: str,
     ) -> "Plan":
-        """For the carrier's tensors, by name in its modules. dtype: to write in. Sets the config's."""
+        """For the carrier's tensors, [...] by name in its modules. dtype: to write in. Sets the config's."""
         specs = {
             name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, dtype))
             for name, tensor in checkpoint_tensors(carrier, tensors).items()
@@ -97,6 +97,7 @@ class Run(Generic[S]):
 
     @cached_property
     def journal(self) -> Journal:
+        """Of finished steps."""
         return self.result.journal
 
     def walk(
@@ -110,7 +111,7 @@ class Run(Generic[S]):
         return walk(self.model, self.progress, stage, streams, finished, order)
 
     def embed(self, name: str, batches: list[Tensor] | None = None) -> Stream:
-        """A stream for batches, the calibration's by default, that starts over when it is interrupted."""
+        """A stream for batches [batch, time], the calibration's by default, that starts over when it is interrupted."""
         return embed(self.model, self.batches if batches is None else batches, self.scratch.hidden(name))
 
     def streams(self, name: str, models: Mapping[str, StreamedModel], whole: int | None = None) -> Streams:

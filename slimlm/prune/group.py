@@ -52,6 +52,7 @@ class Row:
 
     @property
     def sees_gram(self) -> bool:
+        """Whether the inputs' Gram is looked at."""
         return self.curvature in ("gram", "gram+fisher")
 
     @property

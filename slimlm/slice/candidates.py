@@ -168,6 +168,7 @@ def _with_mlp(shapes: Shapes, widths: Widths, target: float, granule: int) -> li
 
 
 def axes_of(layout: Layout, splits: list[Widths]) -> str:
+    """The axes in which splits differ, for a message."""
     varied = [
         name for name in ("hidden", "mlp", "groups", "blocks", "tied") if len({split.of(name) for split in splits}) > 1
     ]

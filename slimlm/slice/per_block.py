@@ -126,12 +126,13 @@ def _plan(model: StreamedModel, width: int, recipe: SliceStep) -> Plan:
 
 
 def embedding_rows(model: StreamedModel, name: str, basis: Tensor) -> Rows:
+    """An embedding's table in the basis: [hidden, width], in runs of rows [tokens, width]."""
     for rows in model.chunks(f"{name}.weight"):
         yield rotate_embedding(_centred(rows.to(model.device).float(), -1, model.family), basis)
 
 
 def head_of(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, Tensor | Rows]]:
-    """The head, with the final norm's gain and bias in it."""
+    """The head in the basis: [hidden, width], with the final norm's gain and bias in it."""
     norm, name = final_norm(model, basis.device), model.family.head
     gain, weight = norm["weight"], f"{name}.weight"
     yield weight, ((rows.to(gain) * gain) @ basis.float() for rows in model.chunks(weight))
