@@ -125,7 +125,7 @@ class StreamedModel:
         return self.checkpoint.read(self.key_of[name])
 
     def chunks(self, name: str) -> Iterator[Tensor]:
-        """A parameter by its module name, as stored, in runs of rows [rows, ...]. For those the file holds as they are."""
+        """A parameter by its module name, as stored, in runs [rows, ...]. For those the file holds as they are."""
         return self.checkpoint.tensors[self.key_of[name]].chunks()
 
     def stored_dtype(self, key: str, requested: str = "auto") -> torch.dtype:

@@ -80,7 +80,7 @@ def columns(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
 
 
 def greedy(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
-    """Weight after weight of [out, in] with exact downdates, then the cheapest over all rows (OBC, arXiv 2208.11580)."""
+    """Weight after weight of [out, in] with exact downdates, then the cheapest of all rows (OBC, arXiv 2208.11580)."""
     inputs = weight.shape[1]
     if quota.group:
         most = quota.group - quota.keep

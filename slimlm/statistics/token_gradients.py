@@ -30,7 +30,7 @@ class TokenGradients:
     window: int = 1
 
     def mean_square(self) -> Tensor:
-        """Mean over gradients of their squares, and over all weights, a scalar []: the Fisher matrix's mean diagonal."""
+        """Mean over gradients and weights of the squares, a scalar []: the Fisher matrix's mean diagonal."""
         if self.window == 1:
             return (self.x.square().mean(1) * self.delta.square().mean(1)).mean()
         x, delta = self._by_window(self.x), self._by_window(self.delta)
