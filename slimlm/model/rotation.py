@@ -167,7 +167,7 @@ def write_head(model: StreamedModel, seen: Tensor, basis: Tensor) -> Iterator[tu
 
 
 def write_tied_norm(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The final norm, [width], for a head that stays tied to the embedding: an even gain; the table has the bias, too."""
+    """The final norm, [width], for a head that stays tied to the embedding: an even gain; the table has the bias."""
     hidden, width = basis.shape
     family, norm = model.family, final_norm(model, basis.device)
     yield from _head_bias(model)
