@@ -24,7 +24,7 @@ def plan_prune(model: StreamedModel, recipe: PruneStep) -> Plan:
     if recipe.tile and recipe.sparsity * sum(map(math.prod, model.matrices.values())) < math.prod(recipe.tile):
         raise UserError(f"sparsity {recipe.sparsity:g} is less than one tile of {recipe.pattern}")
     if recipe.needs_gradients and recipe.fisher_unit == "sequence" and model.family.experts:
-        raise UserError("--fisher-unit sequence: an expert sees single tokens, not sequences")
+        raise UserError("fisher_unit sequence: an expert sees single tokens, not sequences")
     tied = model.model.all_tied_weights_keys
     named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in tied}
     return Plan.of(model, copy.deepcopy(model.config), model.model, named, recipe.dtype)

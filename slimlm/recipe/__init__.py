@@ -10,12 +10,24 @@ from slimlm.recipe.pruning import (
     PruneStep,
     Row,
 )
-from slimlm.recipe.recipe import AnyStep, Recipe, dumped, field_of, make_recipe, one_step, recipe_of_flags
+from slimlm.recipe.recipe import (
+    FIELDS,
+    FLAGS,
+    AnyStep,
+    Recipe,
+    dumped,
+    flag_of,
+    make_recipe,
+    one_step,
+    recipe_of_flags,
+)
 from slimlm.recipe.slicing import RotateStep, SliceStep
 from slimlm.recipe.step import Step
 
 __all__ = [
+    "FIELDS",
     "FISHERS",
+    "FLAGS",
     "GRAMS",
     "RAN_REMOTE_CODE",
     "ROWS",
@@ -30,7 +42,7 @@ __all__ = [
     "Step",
     "as_file",
     "dumped",
-    "field_of",
+    "flag_of",
     "load_recipe",
     "make_recipe",
     "one_step",

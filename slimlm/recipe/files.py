@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from slimlm.errors import UserError, nearest
-from slimlm.recipe.recipe import SHARED, Recipe, make_recipe
+from slimlm.recipe.recipe import SHARED, Recipe, flag_of, make_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPE_DIRECTORIES = (ROOT / "recipes", ROOT.parent / "recipes")
@@ -58,7 +58,7 @@ def _overridden(values: dict[str, Any], flags: dict[str, Any], source: str) -> d
         elif len(steps) == 1:
             steps[0][name] = value
         else:
-            raise UserError(f"--{name.replace('_', '-')}: {source} has {len(steps)} steps; set it in that of the file")
+            raise UserError(f"{flag_of(name)}: {source} has {len(steps)} steps; set it in that of the file")
     return values
 
 

@@ -56,10 +56,18 @@ class Shots(BaseModel):
         return [1 - (1 - shot / self.shots) ** power for shot in range(1, self.shots + 1)]
 
 
-def field_of(name: str) -> FieldInfo:
-    """What a setting is, of whichever steps have it."""
-    kinds: tuple[type[BaseModel], ...] = (Step, SliceStep, PruneStep, Shots)
-    return next(kind.model_fields[name] for kind in kinds if name in kind.model_fields)
+FIELDS: dict[str, FieldInfo] = {  # what a setting is, of whichever steps have it
+    **Shots.model_fields,
+    **PruneStep.model_fields,
+    **SliceStep.model_fields,
+    **Step.model_fields,
+}
+FLAGS = {*Step.model_fields, "sparsity", "pattern", "widths", "refit", "allocation"}
+
+
+def flag_of(name: str) -> str:
+    """How a setting is given at the command line: most by a flag of their own, those of experts by `--set`."""
+    return f"--{name.replace('_', '-')}" if name in FLAGS else f"--set {name}"
 
 
 def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -174,7 +182,7 @@ def _refusal(error: ValidationError, source: str, kind: type[BaseModel], method:
     first = error.errors()[0]
     context = first.get("ctx", {})
     key = str(context.get("key") or ".".join(str(part) for part in first["loc"]))
-    named = key if source or not key else f"--{key.replace('_', '-')}"
+    named = key if source or not key else flag_of(key)
     own = _read_by(method)
     if first["type"] == "unread":
         return _error(f"{method} does not read {named} here: {context['why']}", source)

@@ -32,7 +32,7 @@ class HasSteps(Protocol):
 
 
 class Step(BaseModel):
-    """What every run has: a model, data, a place for the result. Field names are the command line's flags."""
+    """What every run has: a model, data, a place for the result. Each field is a flag of the command line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, str_min_length=1)
     # Why a setting that the method has may not be read.
@@ -67,7 +67,9 @@ class Step(BaseModel):
         "auto", description="dtype of the weights written, `auto` keeps the checkpoint's; float32, bfloat16, float16"
     )
     device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:1")
-    trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the checkpoint; a recipe file cannot say so"
+    )
 
     measure: bool = Field(True, description="measure perplexity before and after, block by block")
     eval_text: str | None = Field(None, description="text file to measure on")
