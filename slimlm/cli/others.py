@@ -64,12 +64,9 @@ def methods_command(
 
     A recipe may replace what chooses (`curvature`, `mask`) and what makes up for it (`update`), one by one.
     """
-    from slimlm.report.methods import COLUMNS, method_rows, methods_table
+    from slimlm.report.methods import methods_list, methods_table
 
-    if markdown:
-        print(methods_table(), end="")
-        return
-    _print_table(COLUMNS, method_rows())
+    print(methods_table() if markdown else methods_list(), end="")
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -45,6 +45,16 @@ def method_rows() -> list[tuple[str, ...]]:
     return [_row(name) for name in METHODS]
 
 
+def methods_list() -> str:
+    """A few lines for each, as wide as a terminal."""
+    listed = ""
+    for (name, *cells), method in zip(method_rows(), METHODS.values(), strict=True):
+        told = [*zip(COLUMNS[1:-1], cells[:-1], strict=True), ("paper", method.paper)]
+        listed += f"{name.strip('`')}: {method.summary}\n"
+        listed += "".join(f"    {column}: {cell.replace('`', '')}\n" for column, cell in told)
+    return listed
+
+
 def methods_table() -> str:
     """Markdown."""
     rows = [(*cells, f"[{number}]({ARXIV}{number})") for *cells, number in method_rows()]
