@@ -1,6 +1,6 @@
 """What --dry-run predicts against what the run then takes, at several shapes.
 
-    python eval/forecast.py --work /tmp/forecast --flags="--no-refit --weighting none"
+    python eval/forecast.py --work /tmp/forecast --flags="--no-refit --set weighting=none"
 
 Prints a row per shape: peak memory (imports included) and seconds after imports, predicted and measured.
 """

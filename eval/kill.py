@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--several", action="store_true", help="kill a recipe of three runs: pruning in three shots")
     arguments = parser.parse_args()
     if arguments.several:
-        FLAGS.extend(["--method=sparsegpt", "--shots=3", "-s=0.6"])
+        FLAGS.extend(["--method=sparsegpt", "--set=shots=3", "-s=0.6"])
     else:
         FLAGS.append("-s=0.25")
     chance = random.Random(arguments.seed)

@@ -47,17 +47,16 @@ def row(arguments: argparse.Namespace, layers: int) -> str:
     sizes = {name: getattr(arguments, name.replace("-", "_")) for name in SHAPE}
     model = arguments.work / "-".join(["layers", str(layers), *map(str, sizes.values())])
     make(model, {"layers": layers, **sizes})
+    more = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in arguments.set)}
     recipe = {
         "model": str(model),
-        "method": arguments.method,
-        "sparsity": arguments.sparsity,
+        "steps": [{"method": arguments.method, "sparsity": arguments.sparsity, **more}],
         "dataset": str(arguments.work / "tokens.npy"),
         "num_calibration_samples": arguments.windows,
         "max_seq_length": arguments.window,
         "batch_size": arguments.batch_size,
         "eval_windows": arguments.batch_size,
         "output_dir": str(arguments.work / "out"),
-        **{key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in arguments.set)},
     }
     (arguments.work / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     command = [

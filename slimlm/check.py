@@ -16,7 +16,7 @@ from slimlm.checkpoint.manifest import MANIFEST_NAME
 from slimlm.checkpoint.reader import Checkpoint, read_config
 from slimlm.checkpoint.resolve import ResolvedModel, resolve_model
 from slimlm.checkpoint.skeleton import auto_dtype, load_config, load_tokenizer, parameter_count
-from slimlm.checkpoint.staging import check_output
+from slimlm.checkpoint.staging import check_output, check_space
 from slimlm.checkpoint.task import refuse_other_task
 from slimlm.checkpoint.tokenizer import check_tokenizer
 from slimlm.device import pick_device, resident_memory, return_memory_at_once
@@ -24,7 +24,7 @@ from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows
 from slimlm.families import FAMILIES, family_of
 from slimlm.method import Method
-from slimlm.methods import method_named
+from slimlm.methods import method_of
 from slimlm.model.skip import skip_modules
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import LogProgress, Progress
@@ -93,7 +93,7 @@ class Job:
     @property
     def method(self) -> Method[Any]:
         """The step's row in the table."""
-        return method_named(self.recipe.method)
+        return method_of(self.recipe)
 
     @property
     def inputs(self) -> list[Path]:
@@ -118,7 +118,7 @@ def check(step: AnyStep, how: How) -> Job:
     source = resolve_known(step.model, step.revision, step.trust_remote_code, how.access)
     if sum(file.stat().st_size for file in source.path.glob("*.safetensors") if file.is_file()) > LARGE:
         return_memory_at_once()  # first of all: what is allocated before stays as it was
-    check_output(output, how.may_replace(output), inputs_of(step, source), work_dir=how.work_dir)
+    check_output(output, how.may_replace(output), inputs_of(step, source), how.work_dir)
     model = open_model(source.path, pick_device(step.device), "fast", step.trust_remote_code)
     skip_modules(model, step.skip)
     step, plan = planned(resolve(step, source, model.config), model)
@@ -144,7 +144,7 @@ def check(step: AnyStep, how: How) -> Job:
 
 def planned(step: AnyStep, model: StreamedModel) -> tuple[AnyStep, Plan]:
     """A resolved step, with the sparsity that widths by hand come to, and its plan. Raises UserError."""
-    plan = method_named(step.method).plan(model, step)
+    plan = method_of(step).plan(model, step)
     if isinstance(step, SliceStep) and step.widths:
         step = step.model_copy(update={"sparsity": 1 - plan.parameters / parameter_count(model.model)})
     return step, plan
@@ -185,7 +185,7 @@ def _refuse_other_class(model: StreamedModel, plan: Plan) -> None:
 
 def _check_tokenizer(step: AnyStep, tokenizer: PreTrainedTokenizerBase, model: StreamedModel, plan: Plan) -> None:
     """Raises UserError where the result's class would make another tokenizer of the same files."""
-    changes_widths = method_named(step.method).sparsity_of == "parameters"
+    changes_widths = method_of(step).sparsity_of == "parameters"
     carrier = model.family.carrier if changes_widths else None
     others = {plan.config.model_type, *([carrier.model_type] if carrier else [])} - {model.config.model_type}
     for model_type in sorted(others):
@@ -198,14 +198,14 @@ def _check_room(job: Job, how: How) -> None:
         return
     written = job.result_bytes + journalled(job.recipe, job.model)
     waiting = spilled(job.recipe, job.model)
-    check_output(job.output, how.may_replace(job.output), job.inputs, written, how.work_dir, waiting, how.resume)
+    check_space(job.output, written, how.work_dir, waiting, how.resume)
 
 
 def describe(step: AnyStep, model: StreamedModel, plan: Plan) -> list[str]:
     """What is going to happen, before it does."""
     dense, size = parameter_count(model.model), sum(spec.nbytes for spec in plan.tensors.values())
     skipped = [f"{len(model.skipped)} modules of {sum(model.skipped.values()):,} weights stay as they are"]
-    if method_named(step.method).sparsity_of != "parameters":
+    if method_of(step).sparsity_of != "parameters":
         line = f"parameters: {dense:,}, of which some will be zero; weights: {size / 1e6:,.1f} MB, as before"
         return [line, *(skipped if model.skipped else [])]
     return [
@@ -219,14 +219,14 @@ def describe(step: AnyStep, model: StreamedModel, plan: Plan) -> list[str]:
 
 def journalled(step: AnyStep, model: StreamedModel) -> int:
     """Bytes of gradients that lie beside the result while it is made."""
-    return GRADIENT_BYTES * method_named(step.method).gradients(step, model) if step.dataset else 0
+    return GRADIENT_BYTES * method_of(step).gradients(step, model) if step.dataset else 0
 
 
 def spilled(step: AnyStep, model: StreamedModel) -> int:
     """Bytes of hidden states that wait in pairs of files: to calibrate, then two streams to measure."""
     assert step.max_seq_length is not None
     per_window: int = step.max_seq_length * model.config.hidden_size * model.dtype.itemsize * 2
-    scratch = method_named(step.method).scratch(step, model)
+    scratch = method_of(step).scratch(step, model)
     calibrating = step.num_calibration_samples + scratch if step.dataset else 0
     measuring = 2 * step.eval_windows if step.measure else 0
     return per_window * (calibrating + measuring)

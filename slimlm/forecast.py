@@ -16,10 +16,10 @@ from slimlm.calibration import SAMPLING_BATCH
 from slimlm.check import How, Job, journalled, spilled
 from slimlm.checkpoint.manifest import Manifest, Stage, stages_of, took
 from slimlm.checkpoint.skeleton import parameter_count
-from slimlm.checkpoint.staging import check_output
+from slimlm.checkpoint.staging import check_space
 from slimlm.device import available_memory
 from slimlm.errors import UserError
-from slimlm.methods import method_named
+from slimlm.methods import method_of
 from slimlm.model.walk import every
 from slimlm.probe import Event, probe, shown_keys
 from slimlm.recipe import AnyStep
@@ -93,7 +93,7 @@ def _disk(job: Job, later: list[AnyStep], probed: list[Stage]) -> tuple[int, int
     """Bytes of what all steps give, which stands until the last is done, and of hidden states waiting in one."""
     waiting = [spilled(job.recipe, job.model)]
     for step in later:
-        data = step.dataset if method_named(step.method).calibrates(step, job.source.path) else None
+        data = step.dataset if method_of(step).calibrates(step, job.source.path) else None
         waiting.append(spilled(step.model_copy(update={"dataset": data}), job.model))
     sizes, runs = [stage["bytes"]["compressed"] for stage in probed], [stage["run"] for stage in probed]
     kept = [run["work_bytes"] - run["scratch_bytes"] for run in runs]
@@ -114,7 +114,7 @@ def _cached(job: Job) -> int:
 
 def require_room(job: Job, found: Forecast, work_dir: Path | None = None) -> None:
     """Raises UserError when memory or disk space is too small."""
-    check_output(job.output, True, [], found.result, work_dir, found.scratch)
+    check_space(job.output, found.result, work_dir, found.scratch)
     available = available_memory(torch.device(job.model.device))
     for where, needed in found.memory.items():
         if needed > available[where]:

@@ -1,7 +1,6 @@
 """What each matrix of a model looks like to a pruner: figures of its weights, and with data of what it sees."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch import Tensor
 from slimlm.calibration import load_windows
 from slimlm.check import open_model, resolve_known
 from slimlm.checkpoint.hub import Access
+from slimlm.checkpoint.reader import Json
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.device import check_process, pick_device
 from slimlm.errors import RunFailure, out_of_memory, require_at_least
@@ -18,6 +18,7 @@ from slimlm.linalg.hessian import SingularCurvature, hessian
 from slimlm.model.ends import embed
 from slimlm.model.walk import walk
 from slimlm.progress import Progress
+from slimlm.settings import InspectSettings, by_name
 from slimlm.statistics.grams import firsts, input_sums
 
 SPARSITIES = (0.25, 0.5, 0.75)
@@ -45,41 +46,31 @@ class MatrixFigures:
     outliers: float | None = None
     predicted: tuple[float, ...] | None = None
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Json]:
         return asdict(self)
 
 
+@by_name(InspectSettings)
 @out_of_memory("lower --window, or inspect without --dataset")
 @torch.no_grad()
-def inspect_model(
-    name: str,
-    dataset: str | None = None,
-    windows: int = 16,
-    window: int = 256,
-    seed: int = 0,
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    token: str | None = None,
-    cache_dir: Path | str | None = None,
-) -> list[MatrixFigures]:
+def inspect_model(settings: InspectSettings) -> list[MatrixFigures]:
     """Figures of every linear inside the blocks, in the order of the model; one block is in memory at a time.
 
     token, cache_dir: for a model on the hub, as `from_pretrained` takes them. Raises UserError for a model or data that
     cannot be used, RunFailure for NaN.
     """
-    progress = progress or Progress()
+    progress, trust = settings.progress or Progress(), settings.trust_remote_code
     check_process()
-    require_at_least(1, windows=windows)
-    require_at_least(2, window=window)
-    resolved = resolve_known(name, revision, trust_remote_code, Access(token, cache_dir))
-    model = open_model(resolved.path, pick_device(device), "fast", trust_remote_code)
+    require_at_least(1, windows=settings.windows)
+    require_at_least(2, window=settings.window)
+    resolved = resolve_known(settings.model, settings.revision, trust, Access(settings.token, settings.cache_dir))
+    model = open_model(resolved.path, pick_device(settings.device), "fast", trust)
     progress.line(f"model: {resolved}")
     stream = None
-    if dataset is not None:
-        tokenizer = load_tokenizer(resolved.path, trust_remote_code)
-        stream = embed(model, load_windows(dataset, tokenizer, windows, window, seed).batches(8))
+    if settings.dataset is not None:
+        tokenizer = load_tokenizer(resolved.path, trust)
+        windows = load_windows(settings.dataset, tokenizer, settings.windows, settings.window, settings.seed)
+        stream = embed(model, windows.batches(8))
     found: list[MatrixFigures] = []
     for block in walk(model, progress, "inspecting"):
         grams = input_sums(block, stream, firsts(block.groups), Gram, onward=True) if stream else {}
@@ -91,7 +82,7 @@ def inspect_model(
 
 
 def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixFigures:
-    """weight: [out, in]; gram: [in, in] of its inputs."""
+    """weight: [out, in]; gram: [in, in] of its inputs. Raises RunFailure on NaN."""
     if not torch.isfinite(weight).all():
         raise RunFailure(f"{name}.weight holds NaN or Inf")
     energies = spectrum(weight)
@@ -114,7 +105,10 @@ def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixF
 
 
 def predicted_losses(name: str, weight: Tensor, gram: Tensor) -> tuple[float, ...]:
-    """Summed OBS scores w^2 / [H^-1] of the weights that go, over the energy of the outputs, for each of SPARSITIES."""
+    """Summed OBS scores w^2 / [H^-1] of the weights that go, over the energy of the outputs, for each of SPARSITIES.
+
+    weight: [out, in]; gram: [in, in]. Raises RunFailure for a gram that is singular.
+    """
     energy = float(((weight @ gram) * weight).sum().clamp_min(1e-300))
     try:
         curvature = hessian(gram.clone())  # readers share it

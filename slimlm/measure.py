@@ -4,13 +4,12 @@ import time
 from pathlib import Path
 
 from slimlm.check import How, Job, open_model
-from slimlm.checkpoint.manifest import Manifest
+from slimlm.checkpoint.manifest import Manifest, stages_of
 from slimlm.checkpoint.output import held
 from slimlm.checkpoint.staging import Staging
 from slimlm.errors import RunFailure, out_of_memory
 from slimlm.evaluation.streamed import Comparison, compare_streamed
 from slimlm.manifest import block_errors, measured, write_account
-from slimlm.methods import method_named
 from slimlm.model.hidden import Spilled
 from slimlm.progress import Progress
 from slimlm.run import Outcome
@@ -55,14 +54,13 @@ def measured_later(job: Job, output: Path, manifest: Manifest, how: How) -> Mani
     """
     if job.test is None or manifest["measured"] is not None:
         return manifest
-    steps = manifest["recipe"]["steps"]
     with held(output, how.work_dir) as staging:
         start = time.perf_counter()
-        kept = all(method_named(step["method"]).sparsity_of != "parameters" for step in steps)
+        kept = all(stage["sparsity"]["of"] != "parameters" for stage in stages_of(manifest))
         comparison = compare(job, staging, output, how.progress, None, kept)
         manifest["measured"], manifest["blocks"] = measured(job, comparison), block_errors(job, comparison)
         manifest["run"]["seconds"]["measuring"] = round(time.perf_counter() - start, 3)
-        for step in steps:
+        for step in manifest["recipe"]["steps"]:
             for name in MEASURING & step.keys():
                 del step[name]
         manifest["recipe"] |= job.recipe.model_dump(include=MEASURING)

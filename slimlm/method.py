@@ -15,6 +15,7 @@ class Method(Generic[S]):
     """plan(model, recipe) does no heavy work and raises UserError for what cannot be done. run(run) lays out and writes
     every tensor once; it may find some of its work done already. Recipes are resolved ones.
 
+    steps: the class of a recipe's steps that are of this method.
     sparsity_of: what a recipe's sparsity is the share of. row: what a pruner chooses and updates by, if it is one.
     calibrates(recipe, path): whether it looks at data, for the model in a directory.
     scratch(recipe, model): windows whose hidden states wait on disk at once while it runs, beside the calibration's.
@@ -22,8 +23,10 @@ class Method(Generic[S]):
     gradients(recipe, model): numbers of gradients that are kept beside the result while it runs.
     """
 
+    name: str
     summary: str
     paper: str
+    steps: type[S]
     sparsity_of: Literal["parameters", "weights in pruned matrices"]
     plan: Callable[[StreamedModel, S], Plan]
     run: Callable[[Run[S]], Outcome]

@@ -7,14 +7,14 @@ function of `prune/masks.py`) and what those that stay do about it (a function o
 from pathlib import Path
 from typing import Any
 
-from slimlm.errors import UserError, nearest
 from slimlm.method import Method
 from slimlm.model.streamed import StreamedModel
 from slimlm.prune import masks, solved, updates
-from slimlm.prune.group import Row
+from slimlm.prune.group import Row, name_of
 from slimlm.prune.plan import plan_prune
 from slimlm.prune.run import run_prune
-from slimlm.recipe import PruneStep, RotateStep, SliceStep, Step
+from slimlm.recipe import ROWS, Allocation, AnyStep, PruneStep, RotateStep, SliceStep, Step
+from slimlm.recipe import Row as StepRow
 from slimlm.slice import curves
 from slimlm.slice.plan import plan_rotate, plan_slice, rotated_influence
 from slimlm.slice.run import run_rotate, run_slice
@@ -56,11 +56,22 @@ def _pruning_gradients(recipe: PruneStep, model: StreamedModel) -> int:
     return sample.numbers(model, recipe.max_seq_length)
 
 
-def pruning(summary: str, paper: str, row: Row) -> Method[PruneStep]:
-    """A method that sets weights to zero."""
-    return Method[PruneStep](
+def pruning(
+    name: str, summary: str, paper: str, row: Row, allocation: Allocation = "uniform", refits: bool = False
+) -> Method[PruneStep]:
+    """A method that sets weights to zero. allocation: where a recipe names none. refits: whether kept weights aim at
+    what the dense model computes, and the head is refitted."""
+    said = StepRow(row.curvature, name_of(row.mask), name_of(row.update), row.swaps, allocation, refits)
+
+    class OwnStep(PruneStep):
+        rows = {name: said}  # noqa: RUF012
+
+    steps = PruneStep if ROWS.get(name) == said else OwnStep
+    method = Method[PruneStep](
+        name,
         summary,
         paper,
+        steps,
         sparsity_of="weights in pruned matrices",
         plan=plan_prune,
         run=run_prune,
@@ -70,12 +81,16 @@ def pruning(summary: str, paper: str, row: Row) -> Method[PruneStep]:
         gradients=_pruning_gradients,
         row=row,
     )
+    OwnStep.own_method = method
+    return method
 
 
-METHODS: dict[str, Method[Any]] = {
-    "slice": Method[SliceStep](
+TABLE: tuple[Method[Any], ...] = (
+    Method[SliceStep](
+        "slice",
         "delete directions of the residual stream and units of the blocks: smaller widths, fewer parameters",
         "https://arxiv.org/abs/2401.15024",
+        SliceStep,
         sparsity_of="parameters",
         plan=plan_slice,
         run=run_slice,
@@ -83,9 +98,11 @@ METHODS: dict[str, Method[Any]] = {
         scratch=_slicing_scratch,
         holds_out=lambda recipe: recipe.refit and recipe.basis == "shared",
     ),
-    "rotate": Method[RotateStep](
+    Method[RotateStep](
+        "rotate",
         "move the residual stream into its principal directions, most important first, and delete nothing",
         "https://arxiv.org/abs/2401.15024",
+        RotateStep,
         sparsity_of="parameters",
         plan=plan_rotate,
         run=run_rotate,
@@ -94,58 +111,70 @@ METHODS: dict[str, Method[Any]] = {
         holds_out=lambda recipe: False,
     ),
     # SparseGPT's mask, refined; the exact minimiser on it, as in OBC, aimed at the dense model (`towards_dense.py`).
-    "slimlm": pruning(
+    pruning(
+        "slimlm",
         "second-order masks refined by swaps, kept weights solved jointly towards the dense model: loses least",
         "https://arxiv.org/abs/2301.00774",
         Row("gram", masks.columns, updates.joint, swaps=3),
+        refits=True,
     ),
-    "sparsegpt": pruning(
+    pruning(
+        "sparsegpt",
         "prune by second-order scores from left to right, the columns to come making up for those that went",
         "https://arxiv.org/abs/2301.00774",
         Row("gram", masks.columns, updates.left_to_right),
     ),
-    "obc": pruning(
+    pruning(
+        "obc",
         "prune weight after weight, greedily and with exact second-order updates; slow",
         "https://arxiv.org/abs/2208.11580",
         Row("gram", masks.greedy, updates.joint),
     ),
     # Static M-FAC: every row is a block of the Fisher matrix, and weights of the whole model compete.
-    "mfac": pruning(
+    pruning(
+        "mfac",
         "prune what the Fisher information of token gradients says costs least, over the whole model",
         "https://arxiv.org/abs/2107.03356",
         Row("fisher", masks.obs, updates.summed),
+        allocation="global",
     ),
     # And oBERT (arXiv 2203.07259): as mfac, with 64 neighbouring weights of a row in a block.
-    "woodfisher": pruning(
+    pruning(
+        "woodfisher",
         "as mfac, with Fisher information in blocks of neighbouring weights",
         "https://arxiv.org/abs/2004.14340",
         Row("block-fisher", masks.obs, updates.summed),
+        allocation="global",
     ),
-    "wanda": pruning(
+    pruning(
+        "wanda",
         "set the weights to zero that are smallest times the norm of their input, row by row",
         "https://arxiv.org/abs/2306.11695",
         Row("diagonal", masks.wanda, updates.none),
     ),
-    "taylor": pruning(
+    pruning(
+        "taylor",
         "set the weights to zero that are smallest times their gradient, which the loss feels least at first",
         "https://arxiv.org/abs/1906.10771",
         Row("fisher", masks.taylor, updates.none),
     ),
-    "random": pruning(
+    pruning(
+        "random",
         "set any weights to zero; needs no data: what a method has to beat",
         "https://arxiv.org/abs/2003.03033",
         Row("none", masks.random, updates.none),
     ),
-    "magnitude": pruning(
+    pruning(
+        "magnitude",
         "set the smallest weights of each matrix to zero; needs no data",
         "https://arxiv.org/abs/1506.02626",
         Row("none", masks.magnitude, updates.none),
     ),
-}
+)
+METHODS = {method.name: method for method in TABLE}
 
 
-def method_named(name: str) -> Method[Any]:
-    """Raises UserError naming the known methods."""
-    if name not in METHODS:
-        raise UserError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)})")
-    return METHODS[name]
+def method_of(step: AnyStep) -> Method[Any]:
+    """The method of a recipe's step."""
+    own = step.own_method
+    return own if isinstance(own, Method) else METHODS[step.method]

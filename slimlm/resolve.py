@@ -9,7 +9,7 @@ from slimlm.calibration import SELF
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel
 from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW
-from slimlm.methods import method_named
+from slimlm.methods import method_of
 from slimlm.recipe import AnyStep
 
 NO_DATA = (
@@ -24,7 +24,7 @@ def resolve(step: AnyStep, source: ResolvedModel, config: PretrainedConfig) -> A
     No data where the method does not look at any.
     """
     dataset = step.dataset or (SELF if source.origin == "bundled" else None)
-    if not method_named(step.method).calibrates(step, source.path):
+    if not method_of(step).calibrates(step, source.path):
         dataset = None
     elif dataset is None:
         raise UserError(NO_DATA)

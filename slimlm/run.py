@@ -6,9 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.writer import TensorSpec
 from slimlm.model.block import Block
@@ -18,6 +20,7 @@ from slimlm.model.result import Result
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import Streams, walk
+from slimlm.modeling import own_files
 from slimlm.progress import Progress
 from slimlm.recipe import Step
 
@@ -39,6 +42,24 @@ class Plan:
     remark: str | None = None
     widths: str | None = None
     files: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: StreamedModel,
+        config: PretrainedConfig,
+        carrier: PreTrainedModel,
+        tensors: Mapping[str, Tensor],
+        dtype: str,
+    ) -> "Plan":
+        """For the carrier's tensors, [...] by name in its modules. dtype: to write in. Sets the config's."""
+        specs = {
+            name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, dtype))
+            for name, tensor in checkpoint_tensors(carrier, tensors).items()
+        }
+        config.dtype = next(iter(specs.values())).dtype
+        parameters = sum(torch.Size(spec.shape).numel() for spec in specs.values())
+        return cls(config, specs, parameters, carrier, files=own_files(config))
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,7 @@ class Run(Generic[S]):
 
     @cached_property
     def journal(self) -> Journal:
+        """Of finished steps."""
         return self.result.journal
 
     def walk(
@@ -89,7 +111,7 @@ class Run(Generic[S]):
         return walk(self.model, self.progress, stage, streams, finished, order)
 
     def embed(self, name: str, batches: list[Tensor] | None = None) -> Stream:
-        """A stream for batches, the calibration's by default, that starts over when it is interrupted."""
+        """A stream for batches [batch, time], the calibration's by default, that starts over when it is interrupted."""
         return embed(self.model, self.batches if batches is None else batches, self.scratch.hidden(name))
 
     def streams(self, name: str, models: Mapping[str, StreamedModel], whole: int | None = None) -> Streams:

@@ -6,7 +6,7 @@ What an earlier step gives stands in the place where the output is built until t
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import numpy
 
@@ -18,7 +18,7 @@ from slimlm.checkpoint.journal import Journal, finished_steps
 from slimlm.checkpoint.manifest import Manifest
 from slimlm.checkpoint.output import staged_output
 from slimlm.checkpoint.push import Push
-from slimlm.checkpoint.staging import Staging, check_output, size_of
+from slimlm.checkpoint.staging import Staging, check_output, check_space, size_of
 from slimlm.compression import (
     LOG_NAME,
     OTHER_RUN,
@@ -30,75 +30,58 @@ from slimlm.compression import (
     ready,
 )
 from slimlm.device import check_process
-from slimlm.errors import UserError, nearest, out_of_memory
+from slimlm.errors import UserError, out_of_memory
 from slimlm.manifest import Fingerprint, decisive, fingerprint_of
-from slimlm.methods import method_named
+from slimlm.methods import method_of
 from slimlm.model.skip import skipping
-from slimlm.progress import LogProgress, Progress
+from slimlm.progress import LogProgress
 from slimlm.prune.plan import require_room_later
 from slimlm.recipe import AnyStep, PruneStep, Recipe, SliceStep, dumped
 from slimlm.resolve import NO_DATA, output_of
 from slimlm.run import Plan
+from slimlm.settings import CompressSettings, PushSettings, RunSettings, by_name
 
 CALIBRATION_NAME = "calibration.npy"
 OF_PLACES = ("model", "revision", "output_dir", "num_calibration_samples", "max_seq_length")  # of a step in a run
 
 
-class Options(TypedDict, total=False):
-    """What `compress` takes beside a recipe.
+def how_of(settings: RunSettings) -> How:
+    """How a recipe is run, from what a caller says of it."""
+    place = settings.work_dir
+    return How(
+        progress=settings.progress or LogProgress(),
+        overwrite=settings.overwrite,
+        resume=settings.resume or settings.resume_anyway,
+        anyway=settings.resume_anyway,
+        work_dir=None if place is None else Path(place).expanduser().resolve(),
+        access=Access(settings.token, settings.cache_dir),
+    )
+
+
+def before_work(settings: PushSettings) -> Push | None:
+    """Where the result is uploaded to, if anywhere. Raises UserError where it cannot be, or not from this process."""
+    check_process()
+    if not settings.push_to_hub:
+        return None
+    push = Push(settings.push_to_hub, settings.private, settings.token)
+    push.check()
+    return push
+
+
+@by_name(CompressSettings)
+def compress(settings: CompressSettings) -> CompressResult:
+    """Carry out a recipe; the result is a directory that stock transformers loads.
 
     resume: go on from what an interrupted run with the same recipe, model, versions and kind of machine left, if there
     is any; resume_anyway: with other versions or on another kind of machine, too, which the manifest then says.
     work_dir: a directory for hidden states that wait on disk, instead of `<output>.partial/`.
     token, cache_dir: for a model on the hub, as `from_pretrained` takes them.
     push_to_hub: a repository to upload the result to when it is whole; private: one that is not there yet.
-    """
-
-    overwrite: bool
-    resume: bool
-    resume_anyway: bool
-    progress: Progress | None
-    work_dir: Path | str | None
-    token: str | None
-    cache_dir: Path | str | None
-    push_to_hub: str | None
-    private: bool
-
-
-def how_of(options: Options) -> How:
-    """How a recipe is run, from what a caller says of it. Raises UserError for what nobody reads."""
-    for name in options.keys() - Options.__annotations__.keys():
-        raise UserError(f"compress takes no {name!r}{nearest(name, Options.__annotations__)}")
-    anyway, work_dir = options.get("resume_anyway", False), options.get("work_dir")
-    return How(
-        progress=options.get("progress") or LogProgress(),
-        overwrite=options.get("overwrite", False),
-        resume=options.get("resume", False) or anyway,
-        anyway=anyway,
-        work_dir=None if work_dir is None else Path(work_dir).expanduser().resolve(),
-        access=Access(options.get("token"), options.get("cache_dir")),
-    )
-
-
-def before_work(options: Options) -> Push | None:
-    """Where the result is uploaded to, if anywhere. Raises UserError where it cannot be, or not from this process."""
-    check_process()
-    repo = options.get("push_to_hub")
-    if not repo:
-        return None
-    push = Push(repo, options.get("private", False), options.get("token"))
-    push.check()
-    return push
-
-
-def compress(recipe: Recipe, **options: Unpack[Options]) -> CompressResult:
-    """Carry out a recipe; the result is a directory that stock transformers loads. `Options` says what else there is.
-
     Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
     Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
     """
-    how, push = how_of(options), before_work(options)
-    result = compress_recipe(recipe, how)
+    how, push = how_of(settings), before_work(settings)
+    result = compress_recipe(settings.recipe, how)
     if push is not None:
         how.progress.line(f"uploading to {push.repo}")
         how.progress.line(f"it is at {push.upload(result.output_dir)}")
@@ -133,7 +116,7 @@ def places_of(steps: list[AnyStep], output: Path) -> list[Path]:
 
 def _first(recipe: Recipe, output: Path, how: How) -> Job:
     """The first step, checked, and all that can be told of the others before it runs. Raises UserError."""
-    check_output(output, how.may_replace(output), [], work_dir=how.work_dir)
+    check_output(output, how.may_replace(output), [], how.work_dir)
     place = places_of(recipe.steps, output)[0]
     first = ready(recipe.steps[0].model_copy(update={"output_dir": str(place)}), replace(how, overwrite=True))
     # All results stand until the last is done, none of them larger than the first.
@@ -141,7 +124,8 @@ def _first(recipe: Recipe, output: Path, how: How) -> Job:
     needed = 0 if is_there else len(recipe.steps) * first.result_bytes
     needed -= size_of(Staging(output).stages) if how.resume else 0
     waiting = 0 if is_there else spilled(first.recipe, first.model)
-    check_output(output, how.may_replace(output), first.inputs, needed, how.work_dir, waiting, how.resume)
+    check_output(output, how.may_replace(output), first.inputs, how.work_dir)
+    check_space(output, needed, how.work_dir, waiting, how.resume)
     check_later(first, recipe)
     return first
 
@@ -163,7 +147,7 @@ def plans_of_later(first: Job, steps: list[AnyStep]) -> Iterator[tuple[AnyStep, 
     is_kept = first.keeps_shapes
     for step in steps:
         with skipping(first.model, step.skip):
-            plan = method_named(step.method).plan(first.model, step) if is_kept else None
+            plan = method_of(step).plan(first.model, step) if is_kept else None
             yield step, plan
         is_kept = plan is not None and plan.parameters == first.plan.parameters
 
@@ -175,7 +159,7 @@ def check_later(first: Job, recipe: Recipe) -> None:
         for slicing in slices:
             if isinstance(step, PruneStep):
                 require_room_later(first.model, slicing, step)
-        if step.dataset is None and method_named(step.method).calibrates(step, first.source.path):
+        if step.dataset is None and method_of(step).calibrates(step, first.source.path):
             raise UserError(f"{NO_DATA}, for the {step.method} that comes later, too")
         slices += [step] if isinstance(step, SliceStep) else []
 
@@ -185,7 +169,7 @@ def fingerprint_of_all(first: Job, recipe: Recipe) -> Fingerprint:
     found = fingerprint_of(first)
     for number, step in enumerate(later_steps(first, recipe), start=2):
         found |= {f"recipe {name} of run {number}": value for name, value in decisive(step).items()}
-        if step.dataset in (None, SELF) or not method_named(step.method).calibrates(step, first.source.path):
+        if step.dataset in (None, SELF) or not method_of(step).calibrates(step, first.source.path):
             continue
         assert step.max_seq_length is not None
         del found[f"recipe dataset of run {number}"]

@@ -9,7 +9,7 @@ from slimlm.device import placement
 from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows, load_test_windows
 from slimlm.linalg.ridge import HELD_EVERY
-from slimlm.methods import method_named
+from slimlm.methods import method_of
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
 from slimlm.recipe import AnyStep
@@ -43,7 +43,7 @@ def evaluation_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase) -> Tes
 def require_held_out(step: AnyStep, windows: Windows | None) -> None:
     """Raises UserError where there are too few windows to hold some out, and the method does."""
     count = len(windows.tokens) if windows else step.num_calibration_samples
-    if method_named(step.method).holds_out(step) and count < HELD_EVERY:
+    if method_of(step).holds_out(step) and count < HELD_EVERY:
         raise UserError(
             f"the refit holds out every {HELD_EVERY}th calibration window and there are {count}: "
             "raise --num-calibration-samples, give more text, or add --no-refit"

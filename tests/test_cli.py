@@ -6,14 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import psutil
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from slimlm.cli import _chosen_recipe
+from slimlm.cli import app
+from slimlm.cli.assign import with_assigned
+from slimlm.cli.compress import COMPRESS_FLAGS, CompressOptions, chosen_recipe
 from slimlm.errors import UserError
-from slimlm.recipe import recipe_of_flags
+from slimlm.methods import METHODS
+from slimlm.recipe import FIELDS, FLAGS, recipe_of_flags
+from slimlm.report.methods import method_rows, methods_table
 
 # A command whose work is replaced by what stands before it.
 WORK = """
@@ -101,7 +108,9 @@ def test_an_evaluation_that_fails_leaves_the_file_of_an_earlier_one(tmp_path: Pa
     assert (tmp_path / "old.json").read_text() == "earlier"
 
 
-@pytest.mark.parametrize("arguments", [["models"], ["models", "--markdown"], ["--help"], ["compress", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["models"], ["models", "--markdown"], ["methods"], ["--help"], ["compress", "--help"]]
+)
 def test_a_reader_that_leaves_early_is_no_error(arguments: list[str]):
     reading, writing = os.pipe()
     os.close(reading)
@@ -177,10 +186,126 @@ def test_a_dry_run_that_ends_takes_its_probe_along(tmp_path: Path, stop: signal.
 
 def test_mistakes_at_the_command_line_are_met_with_what_was_meant():
     with pytest.raises(UserError, match=r"^sparsity is the share .* not 25: did you mean 0\.25\?$"):
-        _chosen_recipe(None, {"model": "llama", "sparsity": 25.0})
+        chosen_recipe(None, {"model": "llama", "sparsity": 25.0})
     with pytest.raises(UserError, match="has a command of its own: try `slimlm rotate"):
-        _chosen_recipe(None, {"model": "llama", "method": "rotate"})
-    with pytest.raises(UserError, match="^--round-to: "):
-        _chosen_recipe(None, {"model": "llama", "sparsity": 0.25, "round_to": 0})
+        chosen_recipe(None, {"model": "llama", "method": "rotate"})
+    with pytest.raises(UserError, match="^--set round_to: "):
+        chosen_recipe(None, {"model": "llama", "sparsity": 0.25, "round_to": 0})
     with pytest.raises(UserError, match="^recipe here: unknown key 'sparsty'"):
         recipe_of_flags({"model": "llama", "sparsity": 0.25, "sparsty": 1}, "recipe here")
+
+
+EXTRAS = {"recipe", "set", "overwrite", "resume", "resume-anyway", "work-dir", "dry-run", "push-to-hub", "private"}
+EXTRAS |= {"token", "cache-dir", "verbose", "help"}
+
+
+def flags_of(name: str) -> dict[str, str]:
+    """The long flags of a command, and the help of each."""
+    found = typer.main.get_command(app).commands[name].params
+    return {option.opts[0].removeprefix("--"): option.help for option in found if option.opts[0].startswith("--")}
+
+
+def test_every_flag_is_a_setting_or_one_of_few_others():
+    found = flags_of("compress")
+    assert len(found) == len(set(found))
+    assert (
+        found.keys() - EXTRAS
+        == {name.replace("_", "-") for name in FLAGS}
+        == {name.replace("_", "-") for name in COMPRESS_FLAGS}
+    )
+    assert found.keys() >= EXTRAS - {"help"}
+    for name in FLAGS:
+        assert (FIELDS[name].description or "?")[1:] in found[name.replace("_", "-")]
+    others = {field.name for field in fields(CompressOptions)} - {"settings", "assignments"}
+    assert {name.replace("_", "-") for name in others} == EXTRAS - {"set", "help"}
+
+
+@pytest.mark.parametrize("name", ["rotate", "eval", "inspect"])
+def test_what_commands_share_is_one_thing(name: str):
+    ours, theirs = flags_of("compress"), flags_of(name)
+    for flag in ("token", "cache-dir", "trust-remote-code", "device", "revision"):
+        assert theirs[flag] == ours[flag]
+
+
+def test_what_has_no_flag_is_set_by_name():
+    found = with_assigned({"seed": 3}, ["round-to=64", "weighting=none", "pattern=2:4", "fisher_damping=1e-3"])
+    assert found == {"seed": 3, "round_to": 64, "weighting": "none", "pattern": "2:4", "fisher_damping": "1e-3"}
+    assert with_assigned({}, ["skip=[lm_head, '*.o_proj']", "refit=false", "widths="]) == {
+        "skip": ["lm_head", "*.o_proj"], "refit": False, "widths": None,
+    }  # fmt: skip
+    of_flags = chosen_recipe(None, with_assigned({"model": "llama", "sparsity": 0.5}, ["method=mfac", "shots=2"]))
+    assert [step.sparsity for step in of_flags.steps] == [0.4375, 0.5]
+    shipped = chosen_recipe("llama-slice-25", with_assigned({}, ["round_to=8"]))
+    assert shipped.steps[0].round_to == 8
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("round_two=64", "^--set round_two=64: there is no setting 'round_two'; did you mean 'round_to'"),
+        ("x=1", "^--set x=1: there is no setting 'x' .*without a flag of their own are basis, budget"),
+        ("round_to", "^--set round_to: give NAME=VALUE"),
+        ("round_to={", "^--set round_to={: while parsing"),
+        ("sparsity=0.3", "^--sparsity is given twice"),
+        ("fisher_samples=9", "^slice does not read --set fisher_samples"),
+        ("basis=own", "^--set basis: Input should be 'shared' or 'per-block'"),
+        ("schedule=linear", "^a schedule is of several shots"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_as_in_a_recipe(assignment: str, message: str):
+    with pytest.raises(UserError, match=message):
+        chosen_recipe(None, with_assigned({"model": "llama", "sparsity": 0.25}, [assignment]))
+
+
+def test_set_reaches_the_run(tmp_path: Path):
+    script = (
+        WORK
+        + """
+def shown(recipe, *_, **__):
+    print([(step.method, step.weighting, step.seed) for step in recipe.steps])
+    raise KeyboardInterrupt
+slimlm.stages.compress = shown
+run("compress", "-m", "llama", "-s", "0.2", "--set", "weighting=none", "--seed", "4", "--set=round_to=8")
+run("rotate", "-m", "llama", "--set", "weighting=none")
+run("rotate", "-m", "llama", "--set", "method=slice")
+"""
+    )
+    done = python(script, tmp_path)
+    assert done.stdout.splitlines() == ["[('slice', 'none', 4)]", "[('rotate', 'none', 0)]"]
+    assert done.stderr.splitlines()[-1] == "slimlm: --method is given twice"
+
+
+def test_options_of_eval_are_arguments_of_evaluate(tmp_path: Path):
+    script = (
+        WORK
+        + """
+def shown(**settings):
+    print({name: value for name, value in sorted(settings.items()) if name != "progress"})
+    raise KeyboardInterrupt
+slimlm.evaluation.evaluate.evaluate = slimlm.inspection.inspect_model = shown
+run("eval", "llama", "--tasks", "a, b", "--num-windows", "0", "--trust-remote-code", "--limit", "0.5")
+run("eval", "llama", "--tasks", "none", "--against", "other")
+run("inspect", "llama", "--windows", "3", "--cache-dir", "here")
+"""
+    )
+    lines = python(script, tmp_path).stdout.splitlines()
+    assert "'tasks': ('a', 'b')" in lines[0]
+    assert "'num_windows': None" in lines[0]
+    assert "'trust_remote_code': True" in lines[0]
+    assert "'limit': 0.5" in lines[0]
+    assert "'tasks': ()" in lines[1]
+    assert "'against': 'other'" in lines[1]
+    assert "'num_windows': 128" in lines[1]
+    assert "'windows': 3" in lines[2]
+    assert "'cache_dir': PosixPath('here')" in lines[2]
+
+
+def test_methods_are_listed_and_the_page_has_them():
+    shown = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "240"}).output
+    rows = method_rows()
+    assert [row[0] for row in rows] == [f"`{name}`" for name in METHODS]
+    for name, method in METHODS.items():
+        assert f"{name}: " in shown
+        assert method.paper.rpartition("/")[2] in shown
+    page = (Path(__file__).parents[1] / "docs" / "pruning.md").read_text()
+    assert methods_table() in page, "run `slimlm methods --markdown` and put its table into docs/pruning.md"

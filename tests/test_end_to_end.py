@@ -170,7 +170,7 @@ BAD_INPUT = {
     "sparsity 1.5": (["-m", "llama", "-s", "1.5"], "above 0 and below 1"),
     "sparsity -0.1": (["-m", "llama", "-s", "-0.1"], "above 0 and below 1"),
     "unreachable sparsity": (["-m", "llama", "-s", "0.0001"], "cannot be reached"),
-    "unreachable rounding": (["-m", "llama", "-s", "0.2", "--round-to", "64"], "cannot be reached"),
+    "unreachable rounding": (["-m", "llama", "-s", "0.2", "--set", "round_to=64"], "cannot be reached"),
     "no model": (["-s", "0.25"], "--model is missing"),
     "no sparsity": (["-m", "llama"], "--sparsity is missing"),
     "unknown model": (["-m", "lama", "-s", "0.25"], "did you mean 'llama'"),
@@ -354,7 +354,7 @@ def test_the_seed_decides_what_is_sampled(tmp_path: Path):
 
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path):
-    plain = ["--no-refit", "--weighting", "none", "--no-measure", "--dry-run"]
+    plain = ["--no-refit", "--set", "weighting=none", "--no-measure", "--dry-run"]
     done = slimlm("compress", "-m", "llama", *QUICK, "--widths", "hidden=192", *plain, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "model.layers.*.mlp.down_proj.weight: [256, 704] -> [192, 704] bfloat16  x 6" in done.stdout

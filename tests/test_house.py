@@ -11,26 +11,26 @@ from tests.house_functions import functions_of
 from tests.house_loops import block_loops
 
 ROOT = Path(__file__).parents[1]
-BIGGEST_ROOM = 27.3  # percent of all lines
+BIGGEST_ROOM = 19.8  # percent of all lines
 CEILINGS = {
-    "loops over blocks": 42,
-    "of them statements": 21,
-    "of them loading weights": 15,
-    "long files": 9,
-    "long functions": 12,
-    "crowded functions": 18,
-    "Any arguments": 70,
+    "loops over blocks": 14,
+    "of them statements": 5,
+    "of them loading weights": 0,
+    "long files": 6,
+    "long functions": 8,
+    "crowded functions": 13,
+    "Any arguments": 69,
     "object arguments": 4,
     "casts": 1,
-    "type: ignore": 8,
-    "without shapes": 50,
-    "without errors": 16,
-    "without docstring": 47,
-    "files that know Conv1D": 6,
-    "rooms that know Conv1D": 6,
-    "functions sparsity passes": 30,
+    "type: ignore": 7,
+    "without shapes": 47,
+    "without errors": 9,
+    "without docstring": 62,
+    "files that know Conv1D": 5,
+    "rooms that know Conv1D": 2,
+    "functions sparsity passes": 36,
     "files sparsity passes": 18,
-    "syntax tokens": 109404,
+    "syntax tokens": 110795,
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import slimlm
+from tests.house_functions import mentioned, named
 
 ROOT = Path(slimlm.__file__).parent
 ORDER = [
@@ -14,11 +15,14 @@ ORDER = [
     {"linalg", "families", "device", "modeling"},
     {"progress"},
     {"recipe", "checkpoint", "calibration"},
+    {"settings"},
     {"model"},
-    {"statistics", "fit", "run", "evaluation"},
-    {"prune", "slice"},
+    {"statistics"},
+    {"fit"},
+    {"run"},
+    {"slice", "prune"},
     {"method"},
-    {"methods"},
+    {"methods", "evaluation"},
     {"resolve", "windows"},
     {"check"},
     {"manifest", "inspection"},
@@ -64,6 +68,41 @@ def test_no_room_imports_a_room_above_it(path: Path):
     assert above == set()
 
 
+def test_neither_wing_knows_the_other_and_what_they_share_knows_neither():
+    for below, others in (("slice", {"prune"}), ("prune", {"slice"}), ("fit", {"slice", "prune"})):
+        files = [path for path in FILES if room(path) == below]
+        assert files
+        assert not [path for path in files if imports(path) & others]
+
+
+def handles_a_run(tree: ast.AST) -> bool:
+    """Whether a function in it has an argument of the type Run, or anything makes one."""
+    arguments = [node.annotation for node in ast.walk(tree) if isinstance(node, ast.arg) and node.annotation]
+    made = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return any("Run" in mentioned(node) for node in arguments) or any("Run" in named(node) for node in made)
+
+
+def test_only_what_carries_out_a_method_takes_a_run():
+    found = {str(path.relative_to(ROOT)) for path in FILES if handles_a_run(ast.parse(path.read_text()))}
+    assert {"slice/run.py", "prune/run.py", "compression.py"} <= found
+    assert found <= {"slice/run.py", "prune/run.py", "method.py", "methods.py", "compression.py", "api.py"}
+
+
+@pytest.mark.parametrize(
+    ("line", "handles"),
+    [
+        ("def plan(model: Model, run: Run): pass", True),
+        ("def plan(run: 'Run | None' = None): pass", True),
+        ("def plan(*, runs: list[run.Run]): pass", True),
+        ("outcome = carry_out(Run(recipe))", True),
+        ("def plan() -> Run: pass", False),
+        ("def plan(failure: RunFailure): pass", False),
+    ],
+)
+def test_a_run_is_found(line: str, handles: bool):
+    assert handles_a_run(ast.parse(line)) == handles
+
+
 def test_linalg_imports_torch_only():
     for path in (ROOT / "linalg").glob("*.py"):
         outside = {name.split(".")[0] for name in modules(path)} - sys.stdlib_module_names - {"slimlm"}
@@ -76,7 +115,7 @@ def test_only_the_command_line_prints_and_only_reports_know_a_console():
         calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         called = {call.id for call in calls if isinstance(call, ast.Name)}
         called |= {f".{call.attr}" for call in calls if isinstance(call, ast.Attribute)}
-        assert path.name == "cli.py" or "print" not in called, path
+        assert room(path) == "cli" or "print" not in called, path
         assert room(path) in ("cli", "report") or not called & {"Console", ".Console", ".print", ".print_json"}, path
 
 

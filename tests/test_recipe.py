@@ -162,7 +162,7 @@ def test_what_is_wrong_in_a_file_is_named(values: dict[str, Any], message: str):
 
 
 def test_flags_name_themselves():
-    with pytest.raises(UserError, match="^slice does not read --fisher-samples"):
+    with pytest.raises(UserError, match="^slice does not read --set fisher_samples"):
         recipe_of_flags({"model": "x", "sparsity": 0.2, "fisher_samples": 9})
 
 

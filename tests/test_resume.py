@@ -302,7 +302,7 @@ def test_running_out_of_memory_is_one_clear_line(recipe: Recipe, monkeypatch):
     def exhausted(*args):
         raise torch.OutOfMemoryError("CUDA out of memory\nlots of detail")
 
-    monkeypatch.setattr("slimlm.walk.StreamedModel.advance", exhausted)
+    monkeypatch.setattr("slimlm.model.block.Block.advance", exhausted)
     with pytest.raises(RunFailure, match=r"^out of memory: lower --batch-size"):
         compress(recipe)
 

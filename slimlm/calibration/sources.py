@@ -20,6 +20,7 @@ SELF = "self"
 
 
 def documents_of(dataset: str, path: Path, text_column: str, seed: int) -> Iterator[str | list[int]]:
+    """Documents of a source, a local file's shuffled by the seed. Raises UserError for one that cannot be read."""
     if path.is_file():
         documents = [document for document in _local_documents(path, text_column) if document]
         if not documents:

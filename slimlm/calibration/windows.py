@@ -39,6 +39,7 @@ class Windows:
         return digest.hexdigest()
 
     def batches(self, size: int) -> list[Tensor]:
+        """So many windows at a time: [batch, time] each."""
         return list(self.tokens.split(size))
 
 

@@ -74,20 +74,10 @@ class Staging:
         return noted if noted.is_absolute() and noted.name == self._own_name and not noted.is_symlink() else None
 
 
-def check_output(
-    output: Path,
-    overwrite: bool,
-    inputs: Iterable[Path],
-    needed_bytes: int = 0,
-    work_dir: Path | None = None,
-    scratch_bytes: int = 0,
-    resume: bool = False,
-) -> None:
-    """Raises UserError when a checkpoint cannot be put at `output`: taken, not writable, not on a large enough disk.
+def check_output(output: Path, overwrite: bool, inputs: Iterable[Path], work_dir: Path | None = None) -> None:
+    """Raises UserError when a checkpoint cannot be put at `output`, or what waits into `work_dir`: taken, not writable.
 
-    `inputs` are never overwritten, nor is a directory that slimlm did not write. needed_bytes: of the result;
-    scratch_bytes: of what waits in files meanwhile, beside it or in `work_dir`. resume: whether what earlier runs of
-    several gave stays.
+    `inputs` are never overwritten, nor is a directory that slimlm did not write.
     """
     staging = Staging(output, work_dir)
     if output.exists() and not output.is_dir():
@@ -101,18 +91,34 @@ def check_output(
                 f"output directory {output} is not empty: choose another, or pass --overwrite to replace it"
             )
         require_ours(output)
-    home = next(parent for parent in output.absolute().parents if parent.exists())
-    owner = _try_writing(home, f"output directory {output}")
+    owner = _try_writing(_home(output), f"output directory {output}")
     _require_renamable(staging)
     require_our_staging(staging.root, owner)
     if work_dir is not None:
         if not work_dir.is_dir():
             raise UserError(f"--work-dir {work_dir} {'is not a directory' if work_dir.exists() else 'does not exist'}")
         _require_real(staging.scratch, _try_writing(work_dir, "--work-dir: files"))
+
+
+def check_space(
+    output: Path, needed_bytes: int, work_dir: Path | None = None, scratch_bytes: int = 0, resume: bool = False
+) -> None:
+    """Raises UserError when the disk is too small for a checkpoint at `output`.
+
+    needed_bytes: of the result; scratch_bytes: of what waits in files meanwhile, beside it or in `work_dir`. resume:
+    whether what earlier runs of several gave stays.
+    """
+    staging = Staging(output, work_dir)
+    home = _home(output)
     # What an earlier run left there is either taken over or cleared.
     left = {staging.model, staging.replaced, *([] if resume else [staging.work, staging.stages])} - {staging.scratch}
     needs = [(home, needed_bytes - sum(map(size_of, left)))]
     _require_space(output, [*needs, (work_dir or home, scratch_bytes - size_of(staging.scratch))])
+
+
+def _home(output: Path) -> Path:
+    """What is there already of the way to it."""
+    return next(parent for parent in output.absolute().parents if parent.exists())
 
 
 def _try_writing(home: Path, what: str) -> int | None:

@@ -3,8 +3,7 @@
 import gc
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.tasks import DEFAULT_TASKS, TASKS_PATH
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
 from slimlm.progress import LogProgress, Progress
+from slimlm.settings import EvalSettings, by_name
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -43,87 +43,71 @@ class Evaluation:
         return models
 
 
-@dataclass(frozen=True)
-class _Settings:
-    tasks: tuple[str, ...]
-    batch_size: int
-    dtype: str
-    device: torch.device
-    device_map: str | None
-    limit: float | None
-    num_fewshot: int | None
-    trust_remote_code: bool
-
-
+@by_name(EvalSettings)
 @out_of_memory("lower --batch-size or --window, or spread the model with --device-map auto")
-def evaluate(
-    model: str,
-    against: str | None = None,
-    tasks: Sequence[str] = DEFAULT_TASKS,
-    text: str | None = None,
-    num_windows: int | None = 128,
-    window: int | None = None,
-    batch_size: int = 8,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: str | None = None,
-    limit: float | None = None,
-    num_fewshot: int | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    against_revision: str | None = None,
-    progress: Progress | None = None,
-    token: str | None = None,
-    cache_dir: Path | str | None = None,
-) -> Evaluation:
+def evaluate(settings: EvalSettings) -> Evaluation:
     """Measure `model`, and `against` on the very same windows and questions.
 
     text: a .txt file, or None for the Python language reference. num_windows None takes all of it. window None takes
-    the length the model was compressed with, else its context up to 2048. device_map: "auto" spreads a model over
-    several GPUs. token, cache_dir: for models on the hub, as `from_pretrained` takes them. Raises UserError for models,
-    texts or tasks that cannot be used, before any work.
+    the length the model was compressed with, else its context up to 2048. tasks: () for none. device_map: "auto"
+    spreads a model over several GPUs. token, cache_dir: for models on the hub, as `from_pretrained` takes them. Raises
+    UserError for models, texts or tasks that cannot be used, before any work.
     """
-    progress = progress or LogProgress()
+    progress = settings.progress or LogProgress()
     check_process()
-    require_at_least(1, num_windows=num_windows, batch_size=batch_size)
-    require_at_least(2, window=window)
-    require_at_least(0, num_fewshot=num_fewshot)
-    settings = _Settings(
-        tuple(tasks), batch_size, dtype, pick_device(device), device_map, limit, num_fewshot, trust_remote_code
-    )
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    wanted = [(model, revision), (against, against_revision)]
-    access = Access(token, cache_dir)
-
-    def accept(path: Path) -> None:
-        load_config(path, trust_remote_code)
-
-    resolved = [
-        resolve_model(name, version, accept, trust_remote_code, access) for name, version in wanted if name is not None
-    ]
-    configs = [load_config(entry.path, trust_remote_code) for entry in resolved]
-    length = window or default_window(resolved[0], configs[0])
-    context = min(getattr(config, "max_position_embeddings", length) for config in configs)
-    if length > context:
-        raise UserError(f"--window {length} is beyond the models' context of {context} tokens")
-    if limit is not None and limit <= 0:
-        raise UserError(f"--limit {limit:g}: give a number of questions, or a share of them, above 0")
-    for entry in resolved:
-        Checkpoint(entry.path)
-    windows = _shared_windows(resolved, text, num_windows, length, trust_remote_code)
-    manager = load_task_manager(settings.tasks) if settings.tasks else None
+    settings = _checked(settings)
+    resolved = _resolved(settings)
+    windows = _shared_windows(resolved, settings, _window_length(resolved, settings))
+    tasks = settings.tasks or ()
+    manager = load_task_manager(tasks) if tasks else None
     entries = [_measure(entry, windows, manager, settings, progress) for entry in resolved]
     return Evaluation(
         {
             "models": entries,
             "windows": windows.describe(),
-            "tasks": {"names": list(settings.tasks), "limit": limit, "num_fewshot": num_fewshot},
-            "batch_size": batch_size,
-            "machine": machine(settings.device),
+            "tasks": {"names": list(tasks), "limit": settings.limit, "num_fewshot": settings.num_fewshot},
+            "batch_size": settings.batch_size,
+            "machine": machine(torch.device(settings.device)),
             "versions": versions(),
         }
     )
+
+
+def _checked(settings: EvalSettings) -> EvalSettings:
+    """The settings with tasks and a device by name. Raises UserError for what cannot be."""
+    require_at_least(1, num_windows=settings.num_windows, batch_size=settings.batch_size)
+    require_at_least(2, window=settings.window)
+    require_at_least(0, num_fewshot=settings.num_fewshot)
+    if settings.dtype not in DTYPES:
+        raise UserError(f"--dtype {settings.dtype!r} is none of {', '.join(DTYPES)}")
+    if settings.limit is not None and settings.limit <= 0:
+        raise UserError(f"--limit {settings.limit:g}: give a number of questions, or a share of them, above 0")
+    tasks = DEFAULT_TASKS if settings.tasks is None else tuple(settings.tasks)
+    return replace(settings, tasks=tasks, device=str(pick_device(settings.device)))
+
+
+def _resolved(settings: EvalSettings) -> list[ResolvedModel]:
+    """The model, and the one to compare with. Raises UserError for what is no whole checkpoint."""
+    wanted = [(settings.model, settings.revision), (settings.against, settings.against_revision)]
+    access, trust = Access(settings.token, settings.cache_dir), settings.trust_remote_code
+
+    def accept(path: Path) -> None:
+        load_config(path, trust)
+
+    resolved = [resolve_model(name, version, accept, trust, access) for name, version in wanted if name is not None]
+    for entry in resolved:
+        Checkpoint(entry.path)
+    return resolved
+
+
+def _window_length(resolved: list[ResolvedModel], settings: EvalSettings) -> int:
+    """Raises UserError for windows beyond what the models take."""
+    configs = [load_config(entry.path, settings.trust_remote_code) for entry in resolved]
+    length = settings.window or default_window(resolved[0], configs[0])
+    context = min(getattr(config, "max_position_embeddings", length) for config in configs)
+    if length > context:
+        raise UserError(f"--window {length} is beyond the models' context of {context} tokens")
+    return length
 
 
 def default_window(resolved: ResolvedModel, config: PretrainedConfig) -> int:
@@ -138,11 +122,10 @@ def default_window(resolved: ResolvedModel, config: PretrainedConfig) -> int:
     return min(DEFAULT_WINDOW, getattr(config, "max_position_embeddings", DEFAULT_WINDOW))
 
 
-def _shared_windows(
-    models: list[ResolvedModel], text: str | None, count: int | None, length: int, trust_remote_code: bool
-) -> TestWindows:
+def _shared_windows(models: list[ResolvedModel], settings: EvalSettings, length: int) -> TestWindows:
     """The same windows for all models. Raises UserError when their tokenizers disagree."""
-    found = [load_test_windows(text, load_tokenizer(model.path, trust_remote_code), count, length) for model in models]
+    tokenizers = [load_tokenizer(model.path, settings.trust_remote_code) for model in models]
+    found = [load_test_windows(settings.text, tokenizer, settings.num_windows, length) for tokenizer in tokenizers]
     for model, windows in zip(models[1:], found[1:], strict=True):
         if not torch.equal(windows.tokens, found[0].tokens):
             raise UserError(
@@ -156,7 +139,7 @@ def _measure(
     resolved: ResolvedModel,
     windows: TestWindows,
     manager: "TaskManager | None",
-    settings: _Settings,
+    settings: EvalSettings,
     progress: Progress,
 ) -> dict[str, Any]:
     start = time.perf_counter()
@@ -178,9 +161,7 @@ def _measure(
     if manager is not None:
         progress.stage(f"tasks of {resolved.name}", 1)
         tokenizer = load_tokenizer(resolved.path, settings.trust_remote_code)
-        found = run_tasks(
-            model, tokenizer, settings.tasks, manager, settings.batch_size, settings.limit, settings.num_fewshot
-        )
+        found = run_tasks(model, tokenizer, manager, settings)
         entry["tasks"] = task_scores(found["results"])
         entry["task_versions"] = found["versions"]
         entry["task_samples"] = {task: counts["effective"] for task, counts in found.get("n-samples", {}).items()}
@@ -190,7 +171,7 @@ def _measure(
     return entry
 
 
-def load_model(path: Path, settings: _Settings) -> PreTrainedModel:
+def load_model(path: Path, settings: EvalSettings) -> PreTrainedModel:
     """The whole model through stock transformers. Raises UserError unless every weight is found in the checkpoint."""
     try:
         with BUILDING:
@@ -199,7 +180,7 @@ def load_model(path: Path, settings: _Settings) -> PreTrainedModel:
                 dtype=settings.dtype,
                 trust_remote_code=settings.trust_remote_code,
                 output_loading_info=True,
-                device_map=settings.device_map or placement(settings.device),
+                device_map=settings.device_map or placement(torch.device(settings.device)),
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded by transformers: {one_line(error)}") from error
@@ -211,14 +192,14 @@ def load_model(path: Path, settings: _Settings) -> PreTrainedModel:
     return model.eval()
 
 
-def lm_eval_command(resolved: ResolvedModel, settings: _Settings) -> str:
+def lm_eval_command(resolved: ResolvedModel, settings: EvalSettings) -> str:
     """The lm-eval call that gives the same task scores, ready for a shell."""
     arguments = [f"pretrained={resolved.path}", f"dtype={settings.dtype}"]
     arguments += ["parallelize=True"] if settings.device_map else []
     arguments += ["trust_remote_code=True"] if settings.trust_remote_code else []
-    words = ["lm_eval", "--model", "hf", "--model_args", ",".join(arguments), "--tasks", ",".join(settings.tasks)]
+    words = ["lm_eval", "--model", "hf", "--model_args", ",".join(arguments), "--tasks", ",".join(settings.tasks or ())]
     words += ["--include_path", str(TASKS_PATH), "--batch_size", str(settings.batch_size)]
-    words += [] if settings.device_map else ["--device", str(settings.device)]
+    words += [] if settings.device_map else ["--device", settings.device]
     words += [] if settings.limit is None else ["--limit", repr(settings.limit)]
     words += [] if settings.num_fewshot is None else ["--num_fewshot", str(settings.num_fewshot)]
     return shlex.join(words)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.evaluation.quiet import quiet as _quiet
 from slimlm.evaluation.tasks import TASKS_PATH
+from slimlm.settings import EvalSettings
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -77,24 +78,21 @@ def _load(manager: "TaskManager", task: str) -> None:
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
     manager: "TaskManager",
-    batch_size: int,
-    limit: float | None,
-    num_fewshot: int | None,
+    settings: EvalSettings,
 ) -> dict[str, Any]:
     """lm-eval on a model in memory; what `lm_eval.simple_evaluate` returns."""
     with _quiet():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
         found: dict[str, Any] = simple_evaluate(
             model=wrapped,
-            tasks=list(tasks),
+            tasks=list(settings.tasks or ()),
             task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
             log_samples=False,
         )
     return found

@@ -222,7 +222,9 @@ class BlockPair:
         return fit
 
     def store(self, name: str, tensor: Tensor) -> None:
-        """Set a parameter, in the dtype it is written in: what follows makes up for rounding."""
+        """Set a parameter, linears' as [out, in], in the dtype it is written in: what follows makes up for rounding.
+
+        Raises RunFailure for one that is not finite in it."""
         full = f"{self.small.path}.{name}"
         stored = tensor.to(self.pair.small.stored_dtype(full, self.pair.dtype))
         if not torch.isfinite(stored).all():

@@ -15,12 +15,27 @@ from slimlm.errors import RunFailure
 from slimlm.fit.beside_dense import Pair
 from slimlm.linalg.ridge import Regression, ridge
 from slimlm.linalg.softmax import RATE, MapFit
-from slimlm.model.rotation import head_map, sliced_final_norm
+from slimlm.model.result import Result
+from slimlm.model.rotation import head_map, sliced_final_norm, write_head
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
 
+STEP = "head fitted"
 EPOCHS = 3
 STEP_TOKENS = 2048
+
+
+def write_fitted_head(
+    pair: Pair, result: Result, seed: int, progress: Progress, rate: float = RATE
+) -> dict[str, float]:
+    """Write final norm and head, fitted, unless an earlier process did; divergences on held-out windows."""
+    head = pair.dense.family.head
+    if not result.written(head):
+        seen, divergences = fit_head(pair, seed, progress, rate)
+        result.journal.commit(STEP, notes=divergences)
+        result.write(pair.dense, head, write_head(pair.dense, seen, pair.basis))
+    record = result.journal.last(STEP)
+    return record["notes"] if record else {}
 
 
 @torch.no_grad()

@@ -103,8 +103,9 @@ def cheapest_split(curves: Sequence[LossCurve], sizes: Sequence[int], percent: f
     """Of each part, how many hundredths go, so that `percent` of all goes (to half a hundredth of an average part) and
     the losses add up to the least.
 
-    Dynamic programming over parts: the least loss of the parts so far for every amount removed in all. sizes: of the
-    parts. most: hundredths of a part that may go. Raises ValueError where that is too little.
+    Dynamic programming over parts, as in SPDY (Frantar & Alistarh, arXiv 2201.13096): the least loss of the parts so
+    far for every amount removed in all. sizes: of the parts. most: hundredths of a part that may go. Raises ValueError
+    where that is too little.
     """
     unit = sum(sizes) / len(sizes)
     budget = round(percent * len(sizes))

@@ -1,6 +1,7 @@
 """Damped Gram matrices as curvature: Cholesky factors, and the inverse's.
 
-H = gram + damping * mean(diag(gram)) * I. Everything is computed in the precision of the gram.
+H = gram + damping * mean(diag(gram)) * I, as in GPTQ (Frantar et al., arXiv 2210.17323). Everything is computed in the
+precision of the gram.
 """
 
 from dataclasses import dataclass, replace

@@ -48,9 +48,9 @@ def spread(total: int, rows: int) -> Annotated[Tensor, "{rows}", int]:
 
 
 def smallest_per_group(scores: Annotated[Tensor, "rows n"], keep: int, group: int) -> Annotated[Tensor, "rows n", bool]:
-    """Mask of all but the `keep` largest in every group of `group` consecutive columns (N:M).
+    """Mask of all but the `keep` largest in every group of `group` consecutive columns.
 
-    Raises ValueError when the groups do not tile the columns.
+    As 2:4 kernels take it (Mishra et al., arXiv 2104.08378). Raises ValueError when the groups do not tile the columns.
     """
     if scores.shape[1] % group:
         raise ValueError(f"{scores.shape[1]} columns are not whole groups of {group}")

@@ -109,10 +109,10 @@ def joint(
 ) -> Annotated[Tensor, "out in"]:
     """The minimiser on a mask: V_K = H_KK^-1 (H W)_K for each row's kept weights K. start: near it.
 
-    Conjugate gradients for all rows at once, preconditioned by (H^-1)_KK, which is (H_KK)^-1 but for what pruned and
-    kept inputs have to do with one another: ten iterations of two GEMMs do what a Cholesky factorisation for every row
-    does. They end when the error, in the norm of H, is `tolerance` of the first one; rows that do not get there in
-    ITERATIONS are said in the log, with how far they came. A dead input's weight is zero.
+    Conjugate gradients (Hestenes & Stiefel 1952) for all rows at once, preconditioned by (H^-1)_KK, which is (H_KK)^-1
+    but for what pruned and kept inputs have to do with one another: ten iterations of two GEMMs do what a Cholesky
+    factorisation for every row does. They end when the error, in the norm of H, is `tolerance` of the first one; rows
+    that do not get there in ITERATIONS are said in the log, with how far they came. A dead input's weight is zero.
     """
     tiny = torch.finfo(weight.dtype).tiny
     kept = (~(pruned | hessian.dead)).to(weight.dtype)

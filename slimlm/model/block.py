@@ -52,6 +52,7 @@ class Block:
         return tuple(Group(self, names) for names in self.family.inputs)
 
     def group(self, *names: str) -> Group:
+        """Linears of one input, by name."""
         return Group(self, names)
 
     @contextmanager
@@ -76,7 +77,8 @@ class Block:
         return matrix(self.module, name)
 
     def placed(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[nn.Module]:
-        """Inside, the block has these parameters, by name within it, whatever their shapes; then what it had before."""
+        """Inside, the block has these parameters, by name within it, linears' as [out, in] of whatever sizes; then what
+        it had before."""
         return self.model.placed(self.path, tensors)
 
     @contextmanager
@@ -177,6 +179,7 @@ class Group:
 
     @property
     def full_names(self) -> tuple[str, ...]:
+        """Names in the whole model."""
         return tuple(f"{self.block.path}.{name}" for name in self.names)
 
     @property
@@ -186,6 +189,7 @@ class Group:
 
     @property
     def is_expert(self) -> bool:
+        """Whether it is of a mixture's expert."""
         experts = self.block.family.experts
         return experts is not None and self.first.startswith(f"{experts.module}.")
 
@@ -201,10 +205,12 @@ class Group:
 
     @property
     def inputs(self) -> int:
+        """Inputs of all of them."""
         return int(self.block.matrix(self.first).shape[1])
 
     @property
     def elements(self) -> int:
+        """Weights in all."""
         return sum(weight.numel() for weight in self.matrices)
 
     def tall(self, dtype: torch.dtype) -> Tensor:
@@ -217,6 +223,7 @@ class Group:
             weight.copy_(found)
 
     def apart(self) -> list[Group]:
+        """Each linear alone."""
         return [Group(self.block, (name,)) for name in self.names]
 
 

@@ -25,10 +25,10 @@ class HiddenStates(Protocol):
     def __iter__(self) -> Iterator[Tensor]: ...
 
     def append(self, tensor: Tensor) -> None:
-        """Add a batch while the stream is being started."""
+        """Add a batch [batch, time, hidden] while the stream is being started."""
 
     def replace(self, index: int, tensor: Tensor) -> None:
-        """Put a block's output in its input's place; every batch once, in order, then `turn`."""
+        """Put a block's output [batch, time, hidden] in its input's place; every batch once, in order, then `turn`."""
 
     def turn(self) -> None:
         """All batches are replaced: the next block reads them."""
@@ -38,10 +38,11 @@ class InMemory(list[Tensor]):
     """Hidden states on the device."""
 
     def replace(self, index: int, tensor: Tensor) -> None:
+        """Put a block's output [batch, time, hidden] in its input's place."""
         self[index] = tensor
 
     def turn(self) -> None:
-        pass
+        """Nothing is to be done."""
 
 
 class Spilled:
@@ -83,6 +84,7 @@ class Spilled:
         return tensor.to(self.device, non_blocking=True)
 
     def append(self, tensor: Tensor) -> None:
+        """Add a batch [batch, time, hidden]. Raises ValueError for one of another size than those before the last."""
         self.dtype = tensor.dtype
         if len(self.shapes) > 1 and self.shapes[-1] != self.shapes[0]:
             raise ValueError(
@@ -93,6 +95,7 @@ class Spilled:
         self.digest = self._hash.hexdigest()
 
     def replace(self, index: int, tensor: Tensor) -> None:
+        """Put a block's output [batch, time, hidden] in its input's place, in the other file."""
         if index == 0:
             self._hash = hashlib.sha256()
             self._next = []
@@ -111,6 +114,7 @@ class Spilled:
             file.write(data)
 
     def turn(self) -> None:
+        """Read from now on what was written last."""
         self.side = 1 - self.side
         self.shapes = self._next
         self.dtype = self._next_dtype
@@ -141,13 +145,14 @@ class Forgotten:
         return iter(())
 
     def append(self, tensor: Tensor) -> None:
-        pass
+        """Let go of a batch [batch, time, hidden]."""
 
     def replace(self, index: int, tensor: Tensor) -> None:
+        """Raises IndexError: there is no [batch, time, hidden] here."""
         raise IndexError(index)
 
     def turn(self) -> None:
-        pass
+        """Nothing is to be done."""
 
 
 class Scratch:
@@ -158,6 +163,7 @@ class Scratch:
         self.device = torch.device(device)
 
     def hidden(self, name: str) -> Spilled:
+        """Hidden states that `clear` lets go of."""
         return Spilled(self.directory / f"scratch-{name}", self.device, hashed=False)
 
     def resumable(self, name: str) -> Spilled:

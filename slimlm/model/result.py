@@ -51,6 +51,7 @@ class Result:
 
     @property
     def writer(self) -> CheckpointWriter:
+        """The shards. Raises ValueError before anything was laid out."""
         if self._writer is None:
             raise ValueError("nothing was laid out to be written")
         return self._writer
@@ -70,10 +71,11 @@ class Result:
         return len(list(takewhile(self.written, every(model, lambda block: block.path))))
 
     def write(self, model: StreamedModel, part: str, tensors: Iterable[tuple[str, Tensor | Rows]]) -> None:
-        """Write all tensors of a part, (module name, tensor or its rows in runs) each, and record that it is finished.
+        """Write all tensors of a part, (module name, tensor or its rows in runs) each, linears' as [out, in], and
+        record that it is finished.
 
-        Each goes to disk as it comes, except in models whose file layout fuses several into one. Nothing is done, nor
-        a generator begun, where an earlier process wrote the part.
+        Each goes to disk as it comes, except in models whose file layout fuses several into one. Nothing is done, nor a
+        generator begun, where an earlier process wrote the part.
         """
         if self.written(part):
             return
@@ -89,7 +91,7 @@ class Result:
         self.journal.commit(f"written {part}", sha256=hashes)
 
     def write_block(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
-        """Write a block's parameters, by name within it."""
+        """Write a block's parameters, by name within it; linears' as [out, in]."""
         self.write(block.model, block.path, ((f"{block.path}.{name}", tensor) for name, tensor in tensors.items()))
 
     def pass_on(
@@ -99,7 +101,7 @@ class Result:
         still be made up for.
 
         dtype: to store them in, where it is not the one that the block's model has them in. tensors: to take instead of
-        the block's own, by name within it; they may be finer. Its own are rounded in place.
+        the block's own, by name within it, linears' as [out, in]; they may be finer. Its own are rounded in place.
         """
         weights = block.weights() if tensors is None else tensors
         stored = {

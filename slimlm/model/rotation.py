@@ -22,13 +22,13 @@ CONSTANT = 0.25  # small beside what the norm gives, so that bf16 rounds that no
 
 
 def is_own(basis: Tensor) -> bool:
-    """Whether the stream stays in the basis it is in, and norms therefore as they are."""
+    """Whether the stream stays in the basis [hidden, width] it is in, and norms therefore as they are."""
     hidden, width = basis.shape
     return hidden == width and int(basis.count_nonzero()) == hidden and bool((basis.diagonal() == 1).all())
 
 
 def norm_of(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The parameters of a block's norm, by name within it."""
+    """The parameters [hidden] of a block's norm, by name within it."""
     return {kind: weights[f"{name}.{kind}"] for kind in ("weight", "bias") if f"{name}.{kind}" in weights}
 
 
@@ -49,7 +49,8 @@ def seen_through(norm: Mapping[str, Tensor], family: Family, basis: Tensor) -> T
 
 
 def sliced_norm(norm: Mapping[str, Tensor], family: Family, basis: Tensor) -> dict[str, Tensor]:
-    """The parameters of a norm whose gain and bias went into its readers; as they were where the stream stays."""
+    """The parameters [width] of a norm whose gain and bias [hidden] went into its readers; as they were where the
+    stream stays."""
     if is_own(basis):
         return dict(norm)
     evenly = {"weight": 1 - family.offset, "bias": CONSTANT}
@@ -104,7 +105,9 @@ def _tied_map(model: StreamedModel, basis: Tensor) -> Tensor:
 
 
 def slice_embedding(model: StreamedModel, name: str, basis: Tensor, tied: bool = False) -> Iterator[tuple[str, Rows]]:
-    """tied: whether the table of tokens is to be the head's as well, with the final norm's gain and bias in it."""
+    """An embedding's table in the basis: [hidden, width], in runs of rows [tokens, width].
+
+    tied: whether the table of tokens is to be the head's as well, with the final norm's gain and bias in it."""
     hidden, width = basis.shape
     weight = f"{name}.weight"
     if is_own(basis):
@@ -132,7 +135,7 @@ def head_map(model: StreamedModel, basis: Tensor) -> Tensor:
 
 
 def final_norm(model: StreamedModel, device: torch.device) -> dict[str, Tensor]:
-    """The final norm's parameters, by name within it, fp32."""
+    """The final norm's parameters [hidden], by name within it, fp32."""
     return _outer_norm(model, model.family.final_norm, device)
 
 
@@ -144,7 +147,7 @@ def _outer_norm(model: StreamedModel, norm: str, device: torch.device) -> dict[s
 
 
 def sliced_final_norm(model: StreamedModel, basis: Tensor) -> dict[str, Tensor]:
-    """The final norm's parameters, by name within it, for a head that `head_map` went into."""
+    """The final norm's parameters [width], by name within it, for a head that `head_map` went into."""
     return sliced_norm(final_norm(model, basis.device), model.family, basis)
 
 
@@ -164,7 +167,7 @@ def write_head(model: StreamedModel, seen: Tensor, basis: Tensor) -> Iterator[tu
 
 
 def write_tied_norm(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The final norm for a head that stays tied to the embedding: an even gain; a bias is in the table, too."""
+    """The final norm, [width], for a head that stays tied to the embedding: an even gain; the table has the bias."""
     hidden, width = basis.shape
     family, norm = model.family, final_norm(model, basis.device)
     yield from _head_bias(model)

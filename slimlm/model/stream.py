@@ -43,11 +43,12 @@ def owner_of(module: nn.Module, name: str) -> nn.Module:
 
 
 def put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make `tensor` the module's parameter of that name."""
+    """Make `tensor`, of any shape [...], the module's parameter of that name."""
     set_parameter(owner_of(module, name), name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
 
 
 def set_parameter(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
+    """The same of a module's own parameter."""
     owner._parameters[leaf] = parameter
     if isinstance(owner, Conv1D):  # it computes the shape of its output from what it was built with
         owner.nf = owner.weight.shape[1]

@@ -121,11 +121,11 @@ class StreamedModel:
             )
 
     def checkpoint_tensor(self, name: str) -> Tensor:
-        """A parameter by its module name, as stored. For those the file holds under one name of their own."""
+        """A parameter by its module name, [...] as stored. For those the file holds under one name of their own."""
         return self.checkpoint.read(self.key_of[name])
 
     def chunks(self, name: str) -> Iterator[Tensor]:
-        """A parameter by its module name, as stored, in runs of rows. For those the file holds as they are."""
+        """A parameter by its module name, as stored, in runs [rows, ...]. For those the file holds as they are."""
         return self.checkpoint.tensors[self.key_of[name]].chunks()
 
     def stored_dtype(self, key: str, requested: str = "auto") -> torch.dtype:
@@ -138,6 +138,7 @@ class StreamedModel:
 
     @property
     def head_is_tied(self) -> bool:
+        """Whether the head is the embedding."""
         return f"{self.family.head}.weight" in self.model.all_tied_weights_keys
 
     @property

@@ -44,6 +44,7 @@ class Matrices:
 
     @classmethod
     def of(cls, model: StreamedModel, sparsity: float) -> "Matrices":
+        """All that methods prune of a model."""
         blocks = {name: group.block.index for group in model.groups for name in group.full_names}
         return cls(sparsity, {name: shape.numel() for name, shape in model.matrices.items()}, blocks)
 
@@ -53,6 +54,7 @@ class Matrices:
         return sum(self.uniform().values())
 
     def uniform(self) -> Counts:
+        """The same share of every matrix."""
         return {name: round(self.sparsity * size) for name, size in self.sizes.items()}
 
     def check(self, allocation: str, most: float = 1.0) -> None:

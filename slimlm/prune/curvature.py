@@ -44,6 +44,7 @@ class Flat:
     dtype: torch.dtype = torch.float32
 
     def rows(self, rows: slice) -> "Flat":
+        """The same."""
         return self
 
 
@@ -55,12 +56,15 @@ class Norms:
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the norms."""
         return torch.float32
 
     def rows(self, rows: slice) -> "Norms":
+        """The same."""
         return self
 
     def norms(self) -> Tensor:
+        """[in]."""
         return self.of_inputs
 
 
@@ -102,9 +106,11 @@ class RowFisher:
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the gradients."""
         return self.gradients.x.dtype
 
     def rows(self, rows: slice) -> "RowFisher":
+        """Of some rows only."""
         return replace(self, gradients=replace(self.gradients, delta=self.gradients.delta[:, rows]))
 
     def squares(self) -> Tensor:

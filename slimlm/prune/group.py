@@ -20,6 +20,7 @@ from slimlm.prune.curvature import Curvature, Flat, Norms, able, damped
 from slimlm.prune.masks import Chosen, Mask
 from slimlm.prune.quota import Quota, Quotas
 from slimlm.prune.updates import Update
+from slimlm.recipe import CurvatureName
 from slimlm.statistics.grams import FEW, firsts, in_turn, input_sums
 from slimlm.statistics.token_gradients import TokenGradients
 
@@ -31,7 +32,7 @@ class Row:
     """What a method prunes by: the name of a curvature, a mask and an update, and how often swaps refine the mask
     before a joint update."""
 
-    curvature: str
+    curvature: CurvatureName
     mask: Mask
     update: Update
     swaps: int = 0
@@ -51,6 +52,7 @@ class Row:
 
     @property
     def sees_gram(self) -> bool:
+        """Whether the inputs' Gram is looked at."""
         return self.curvature in ("gram", "gram+fisher")
 
     @property

@@ -41,12 +41,13 @@ class HasSquares(Protocol):
 
 
 def magnitude(weight: Tensor, curvature: Curvature, quota: Quota) -> Chosen:
-    """The smallest |w| of each matrix (Han et al., arXiv 1506.02626)."""
+    """The smallest |w| of each matrix of weight: [out, in] (Han et al., arXiv 1506.02626)."""
     return weight, quota.smallest(weight.abs())
 
 
 def wanda(weight: Tensor, curvature: HasNorms, quota: Quota) -> Chosen:
-    """The smallest |w_ij| ||x_j|| of each row (Sun et al., arXiv 2306.11695, eq. 1), of each matrix where tiles go."""
+    """The smallest |w_ij| ||x_j|| of each row of weight: [out, in] (Sun et al., arXiv 2306.11695, eq. 1), of each
+    matrix where tiles go."""
     scores = weight.abs() * curvature.norms()
     if quota.tile != ALONE or quota.group:
         return weight, quota.smallest(scores)
@@ -55,13 +56,14 @@ def wanda(weight: Tensor, curvature: HasNorms, quota: Quota) -> Chosen:
 
 
 def obs(weight: Tensor, curvature: HasDiagonal, quota: Quota) -> Chosen:
-    """The smallest w^2 / [H^-1] of each matrix (Hassibi & Stork 1992)."""
+    """The smallest w^2 / [H^-1] of each matrix of weight: [out, in] (Hassibi & Stork 1992)."""
     return weight, quota.smallest(weight.square() / curvature.diagonal())
 
 
 def columns(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
-    """The same in blocks of columns, on the way from left to right (SparseGPT, arXiv 2301.00774, algorithm 1), those to
-    come making up for what went; each matrix its share of what it loses in all, to whole weights in the end."""
+    """The same of weight: [out, in], in blocks of columns, on the way from left to right (SparseGPT, arXiv 2301.00774,
+    algorithm 1), those to come making up for what went; each matrix its share of what it loses in all, to whole weights
+    in the end."""
     inputs, area = weight.shape[1], math.prod(quota.tile)
 
     def choose(scores: Tensor, start: int) -> Tensor:
@@ -78,7 +80,7 @@ def columns(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
 
 
 def greedy(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
-    """Weight after weight with exact downdates, then the cheapest over all rows (OBC, arXiv 2208.11580)."""
+    """Weight after weight of [out, in] with exact downdates, then the cheapest of all rows (OBC, arXiv 2208.11580)."""
     inputs = weight.shape[1]
     if quota.group:
         most = quota.group - quota.keep
@@ -90,12 +92,12 @@ def greedy(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
 
 
 def taylor(weight: Tensor, curvature: HasSquares, quota: Quota) -> Chosen:
-    """The smallest mean over gradients g of (w g)^2 (Molchanov et al., arXiv 1906.10771, section 3.1)."""
+    """The smallest mean over gradients g of (w g)^2: [out, in] (Molchanov et al., arXiv 1906.10771, section 3.1)."""
     return weight, quota.smallest(weight.square() * curvature.squares())
 
 
 def random(weight: Tensor, curvature: Curvature, quota: Quota) -> Chosen:
-    """Any weights of each matrix: what a method has to beat."""
+    """Any weights of each matrix [out, in]: what a method has to beat."""
     generator = torch.Generator().manual_seed(quota.seed)
     return weight, quota.smallest(torch.rand(weight.shape, generator=generator).to(weight.device))
 

@@ -5,13 +5,10 @@ import math
 
 import torch
 
-from slimlm.checkpoint.hf_internals import checkpoint_tensors
-from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import UserError
 from slimlm.fit.lm_head import fits_head
 from slimlm.model.streamed import StreamedModel
-from slimlm.modeling import own_files
-from slimlm.prune.group import Row
+from slimlm.prune.group import Row, name_of
 from slimlm.prune.masks import MASKS
 from slimlm.prune.updates import UPDATES
 from slimlm.recipe import PruneStep, SliceStep
@@ -27,17 +24,10 @@ def plan_prune(model: StreamedModel, recipe: PruneStep) -> Plan:
     if recipe.tile and recipe.sparsity * sum(map(math.prod, model.matrices.values())) < math.prod(recipe.tile):
         raise UserError(f"sparsity {recipe.sparsity:g} is less than one tile of {recipe.pattern}")
     if recipe.needs_gradients and recipe.fisher_unit == "sequence" and model.family.experts:
-        raise UserError("--fisher-unit sequence: an expert sees single tokens, not sequences")
+        raise UserError("fisher_unit sequence: an expert sees single tokens, not sequences")
     tied = model.model.all_tied_weights_keys
     named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in tied}
-    tensors = {
-        name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, recipe.dtype))
-        for name, tensor in checkpoint_tensors(model.model, named).items()
-    }
-    config = copy.deepcopy(model.config)
-    config.dtype = next(iter(tensors.values())).dtype
-    parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
-    return Plan(config, tensors, parameters, model.model, files=own_files(config))  # of a checkpoint slicing made
+    return Plan.of(model, copy.deepcopy(model.config), model.model, named, recipe.dtype)
 
 
 def require_room(name: str, shape: torch.Size, recipe: PruneStep) -> None:
@@ -63,8 +53,12 @@ def require_room_later(model: StreamedModel, slicing: SliceStep, later: PruneSte
 
 
 def row_of(recipe: PruneStep) -> Row:
-    """What a resolved recipe prunes by."""
-    return Row(recipe.curvature, MASKS[recipe.mask], UPDATES[recipe.update], recipe.swaps)
+    """What a resolved recipe prunes by; its method's own mask and update first, where that is not in the table."""
+    own: Row | None = getattr(recipe.own_method, "row", None)
+    mask_of, update_of = dict(MASKS), dict(UPDATES)
+    if own is not None:
+        mask_of[name_of(own.mask)], update_of[name_of(own.update)] = own.mask, own.update
+    return Row(recipe.curvature, mask_of[recipe.mask], update_of[recipe.update], recipe.swaps)
 
 
 def refits_head(model: StreamedModel) -> bool:

@@ -38,7 +38,7 @@ class Quota:
         return torch.cat([self.smallest_tiles(part, count) for part, count in parts])
 
     def smallest_tiles(self, scores: Tensor, count: int) -> Tensor:
-        """Mask of `count` weights, or as many as whole tiles come to."""
+        """Mask [out, in] bool of `count` weights of the smallest scores [out, in], or as many as are whole tiles."""
         return spread_out(smallest(pooled(scores, self.tile), count // math.prod(self.tile)), self.tile)
 
     def apart(self) -> Iterator[tuple[slice, "Quota"]]:

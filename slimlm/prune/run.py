@@ -18,11 +18,11 @@ from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.errors import RunFailure
 from slimlm.fit.beside_dense import BlockPair, Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
-from slimlm.fit.lm_head import fit_head
+from slimlm.fit.lm_head import write_fitted_head
 from slimlm.linalg.gram import Squares
 from slimlm.linalg.ridge import learn_and_test
 from slimlm.model.block import Block, Group
-from slimlm.model.rotation import unchanged, write_head
+from slimlm.model.rotation import unchanged
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import backwards, to_the_end
@@ -38,8 +38,6 @@ from slimlm.run import Outcome, Run
 from slimlm.statistics.grams import firsts, input_sums
 from slimlm.statistics.sweep import Losses, Walks, windows_to_sweep
 from slimlm.statistics.token_gradients import Sample, gather_gradients, gradients_of
-
-HEAD_STEP = "head fitted"
 
 
 @torch.no_grad()
@@ -217,11 +215,7 @@ def _prune_beside_dense(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[s
         del tensors, beside  # before there is the next block
     notes: dict[str, Any] = by_kind(streams.figures)
     if refits_head(model):
-        if not run.result.written(model.family.head):
-            seen, divergences = fit_head(pair, run.recipe.seed, run.progress, HEAD_RATE)
-            run.journal.commit(HEAD_STEP, notes=divergences)
-            run.result.write(model, model.family.head, write_head(model, seen, eye))
-        notes["head"] = (run.journal.last(HEAD_STEP) or {"notes": {}})["notes"]
+        notes["head"] = write_fitted_head(pair, run.result, run.recipe.seed, run.progress, HEAD_RATE)
     return notes
 
 

@@ -19,13 +19,13 @@ CHUNK_ELEMENTS = 1 << 24  # of a weight whose rows are solved for at once
 
 
 def none(weight: Tensor, curvature: Curvature, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
-    """Nothing."""
+    """Nothing but zeros in weight: [out, in]."""
     return weight.masked_fill(chosen[1], 0), chosen[1]
 
 
 def left_to_right(weight: Tensor, curvature: Hessian, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
-    """Columns to the right make up for those that went (SparseGPT, arXiv 2301.00774, algorithm 1); done already where
-    the mask was chosen on the way."""
+    """Columns of weight: [out, in], to the right make up for those that went (SparseGPT, arXiv 2301.00774, algorithm
+    1); done already where the mask was chosen on the way."""
     found, pruned = chosen
     if found is weight:
         found, _ = obs.left_to_right(weight, curvature, lambda scores, at: pruned[:, at : at + scores.shape[1]])
@@ -33,12 +33,13 @@ def left_to_right(weight: Tensor, curvature: Hessian, quota: Quota, chosen: Chos
 
 
 def summed(weight: Tensor, curvature: obs.Inverse, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
-    """The sum of the steps each pruned weight alone would have them take (M-FAC, arXiv 2107.03356, section 3)."""
+    """The sum of the steps, [out, in], that each pruned weight alone would have them take (M-FAC, arXiv 2107.03356,
+    section 3)."""
     return obs.summed(weight, curvature, chosen[1]), chosen[1]
 
 
 def joint(weight: Tensor, curvature: Hessian, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
-    """The exact minimiser on the mask, which is refined by so many swaps before; some rows at a time."""
+    """The exact minimiser [out, in] on the mask, which is refined by so many swaps before; some rows at a time."""
     step = max(1, CHUNK_ELEMENTS // (weight.shape[1] * quota.tile[0])) * quota.tile[0]
     solved = []
     for start in range(0, len(weight), step):

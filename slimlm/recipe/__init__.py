@@ -7,34 +7,42 @@ from slimlm.recipe.pruning import (
     ROWS,
     Allocation,
     CurvatureName,
-    MaskName,
     PruneStep,
     Row,
-    UpdateName,
 )
-from slimlm.recipe.recipe import AnyStep, Recipe, dumped, field_of, make_recipe, one_step, recipe_of_flags
+from slimlm.recipe.recipe import (
+    FIELDS,
+    FLAGS,
+    AnyStep,
+    Recipe,
+    dumped,
+    flag_of,
+    make_recipe,
+    one_step,
+    recipe_of_flags,
+)
 from slimlm.recipe.slicing import RotateStep, SliceStep
 from slimlm.recipe.step import Step
 
 __all__ = [
+    "FIELDS",
     "FISHERS",
+    "FLAGS",
     "GRAMS",
     "RAN_REMOTE_CODE",
     "ROWS",
     "Allocation",
     "AnyStep",
     "CurvatureName",
-    "MaskName",
     "PruneStep",
     "Recipe",
     "RotateStep",
     "Row",
     "SliceStep",
     "Step",
-    "UpdateName",
     "as_file",
     "dumped",
-    "field_of",
+    "flag_of",
     "load_recipe",
     "make_recipe",
     "one_step",

@@ -1,20 +1,20 @@
 """Recipes in YAML files, one's own and those that ship with slimlm."""
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from slimlm.errors import UserError, nearest
-from slimlm.recipe.recipe import SHARED, Recipe, make_recipe
+from slimlm.recipe.recipe import SHARED, Recipe, flag_of, make_recipe, steps_in
+from slimlm.recipe.step import Setting, Settings
 
 ROOT = Path(__file__).parent.parent
 RECIPE_DIRECTORIES = (ROOT / "recipes", ROOT.parent / "recipes")
 RAN_REMOTE_CODE = "ran_remote_code"  # in place of a permission, in recipes that slimlm writes
 
 
-def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(name: str, overrides: Settings | None = None) -> Recipe:
     """The recipe in a YAML file, or one shipped with slimlm by its name; `overrides`, settings by name, win.
 
     Raises UserError when there is no such recipe or it is not valid.
@@ -44,25 +44,18 @@ def as_file(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "steps": steps}
 
 
-def _overridden(values: dict[str, Any], flags: dict[str, Any], source: str) -> dict[str, Any]:
+def _overridden(values: Settings, flags: Settings, source: str) -> Settings:
     """A file's values with settings from elsewhere: for all steps, or for the only one there is."""
-    values = deepcopy(values)
-    steps = values.get("steps")
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        return values
-    for name, value in flags.items():
-        if name in SHARED:
-            values[name] = value
-            for step in steps:
-                step.pop(name, None)
-        elif len(steps) == 1:
-            steps[0][name] = value
-        else:
-            raise UserError(f"--{name.replace('_', '-')}: {source} has {len(steps)} steps; set it in that of the file")
-    return values
+    steps = steps_in(values)
+    shared = {name: value for name, value in flags.items() if name in SHARED}
+    own = {name: value for name, value in flags.items() if name not in SHARED}
+    if len(steps) > 1 and own:
+        raise UserError(f"{flag_of(next(iter(own)))}: {source} has {len(steps)} steps; set it in that of the file")
+    kept = [{name: value for name, value in step.items() if name not in shared} for step in steps]
+    return {**values, **shared, "steps": [{**step, **own} for step in kept]}
 
 
-def _refuse_trust(values: dict[str, Any], flags: dict[str, Any], source: str) -> None:
+def _refuse_trust(values: dict[str, Setting], flags: Settings, source: str) -> None:
     """Whether code that comes with a model may run is for who runs it to say: recipes are handed on.
 
     Takes the note out that a recipe was run that way. Raises UserError for one that wants it without the flag.

@@ -5,12 +5,13 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from slimlm.recipe.step import REFIT, SPARSITY, Step, require_share
+from slimlm.recipe.step import REFIT, SPARSITY, Settings, Step, require_share
 
 CurvatureName = Literal["none", "diagonal", "gram", "gram+fisher", "fisher", "block-fisher"]
-MaskName = Literal["magnitude", "wanda", "obs", "columns", "greedy", "taylor", "random"]
-UpdateName = Literal["none", "left-to-right", "summed", "joint"]
+MASKS = ("magnitude", "wanda", "obs", "columns", "greedy", "taylor", "random")
+UPDATES = ("none", "left-to-right", "summed", "joint")
 Allocation = Literal["uniform", "global", "owl", "alphapruning", "pq", "solved"]
+UNSAID: Any = None  # until the method's row has filled it in
 PATTERN = r"[1-9]\d*:([1-9]\d*)"
 TILE = r"([1-9]\d*)x([1-9]\d*)"
 
@@ -22,8 +23,8 @@ class Row(NamedTuple):
     """
 
     curvature: CurvatureName
-    mask: MaskName
-    update: UpdateName
+    mask: str
+    update: str
     swaps: int = 0
     allocation: Allocation = "uniform"
     refits: bool = False
@@ -45,7 +46,12 @@ FISHERS = ("fisher", "block-fisher")
 
 
 class PruneStep(Step):
-    """Single weights set to zero. What the step does not say, its method's row has filled in."""
+    """Single weights set to zero. What the step does not say, its method's row has filled in.
+
+    rows: by method; a method that is not in the table has a class of steps of its own, and its row is there.
+    """
+
+    rows: ClassVar[dict[str, Row]] = ROWS
 
     unread_because: ClassVar[dict[str, str]] = {
         "refit": "only slimlm with its joint update aims at the dense model",
@@ -65,21 +71,16 @@ class PruneStep(Step):
         "inputs that go or stay as a whole, as in 16x16",
     )
     allocation: Allocation = Field(
-        default_factory=lambda step: "uniform" if step.get("pattern") else ROWS[step["method"]].allocation,
+        UNSAID,
+        validate_default=False,
         description="pruning: how much each matrix takes: uniform, global, owl, alphapruning, pq or solved",
     )
-    curvature: CurvatureName = Field(
-        default_factory=lambda step: ROWS[step["method"]].curvature, description="pruning: what is known of the loss"
-    )
-    mask: MaskName = Field(
-        default_factory=lambda step: ROWS[step["method"]].mask, description="pruning: how weights are chosen"
-    )
-    update: UpdateName = Field(
-        default_factory=lambda step: ROWS[step["method"]].update,
-        description="pruning: what the weights that stay do about it",
-    )
+    curvature: CurvatureName = Field(UNSAID, validate_default=False, description="pruning: what is known of the loss")
+    mask: str = Field(UNSAID, validate_default=False, description="pruning: how weights are chosen")
+    update: str = Field(UNSAID, validate_default=False, description="pruning: what the weights that stay do about it")
     swaps: int = Field(
-        default_factory=lambda step: ROWS[step["method"]].swaps if step.get("update") == "joint" else 0,
+        UNSAID,
+        validate_default=False,
         ge=0,
         description="pruning: times that a mask with a joint update is refined by swaps",
     )
@@ -114,7 +115,7 @@ class PruneStep(Step):
         needless = {
             "allocation": self.pattern is not None,
             "swaps": self.update != "joint",
-            "refit": not (ROWS[self.method].refits and self.update == "joint"),
+            "refit": not (self.rows[self.method].refits and self.update == "joint"),
             "reorder": self.tile is None or "fisher" in self.curvature,
             "fisher_damping": self.curvature not in FISHERS or self.mask == "taylor",
             **dict.fromkeys(("fisher_samples", "fisher_unit", "fisher_labels"), not self.needs_gradients),
@@ -147,15 +148,15 @@ class PruneStep(Step):
     @field_validator("method")
     @classmethod
     def _is_a_row(cls, value: str) -> str:
-        if value not in ROWS:
-            raise ValueError(f"{value!r} sets no weights to zero, as {', '.join(ROWS)} do")
+        if value not in cls.rows:
+            raise ValueError(f"{value!r} sets no weights to zero, as {', '.join(cls.rows)} do")
         return value
 
     @model_validator(mode="before")
     @classmethod
-    def _sparsity_of_pattern(cls, values: Any) -> Any:
+    def _sparsity_of_pattern(cls, values: Settings) -> Settings:
         """A pattern says how sparse; a sparsity given beside it must be the same."""
-        pattern = values.get("pattern") if isinstance(values, dict) else None
+        pattern = values.get("pattern")
         if pattern is None or (isinstance(pattern, str) and re.fullmatch(TILE, pattern)):
             return values
         if not isinstance(pattern, str) or not re.fullmatch(PATTERN, pattern):
@@ -167,6 +168,17 @@ class PruneStep(Step):
         if isinstance(sparsity, (int, float)) and abs(sparsity - (1 - keep / group)) > 1e-9:
             raise ValueError(f"pattern {pattern} is a sparsity of {1 - keep / group:g}, not {sparsity:g}")
         return {**values, "sparsity": sparsity}
+
+    def fill(self) -> None:
+        row = self.rows[self.method]
+        own = {**row._asdict(), "allocation": "uniform" if self.pattern else row.allocation}
+        own["swaps"] = row.swaps if (self.update or row.update) == "joint" else 0
+        for name in ("allocation", "curvature", "mask", "update", "swaps"):
+            if getattr(self, name) is None:
+                vars(self)[name] = own[name]  # what was not given is not among the fields that were
+        for kind, value, known in (("mask", self.mask, MASKS), ("update", self.update, UPDATES)):
+            if value not in (*known, own[kind]):
+                raise ValueError(f"{kind} {value!r} is none of {', '.join(known)}")
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

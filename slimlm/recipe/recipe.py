@@ -1,17 +1,15 @@
 """A list of steps, each on what the one before gave, and the two forms it is written in: a file's, and flags."""
 
 import math
-import re
-from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
 from pydantic.fields import FieldInfo
 
 from slimlm.errors import UserError, nearest
-from slimlm.recipe.pruning import PATTERN, ROWS, TILE, PruneStep
+from slimlm.recipe.pruning import ROWS, PruneStep
 from slimlm.recipe.slicing import RotateStep, SliceStep
-from slimlm.recipe.step import Step
+from slimlm.recipe.step import Setting, Settings, Step
 
 AnyStep = SliceStep | PruneStep | RotateStep
 METHODS: dict[str, type[AnyStep]] = {
@@ -31,7 +29,7 @@ class Recipe(BaseModel):
     steps: SkipValidation[list[AnyStep]]  # valid ones, in which a run may have filled in what no file may say
     expected: dict[str, float] = Field({}, description="figures this recipe gave when it was written")
 
-    def updated(self, **settings: Any) -> Self:
+    def updated(self, **settings: Setting) -> Self:
         """The recipe with these settings in every step."""
         return self.model_copy(update={"steps": [step.model_copy(update=settings) for step in self.steps]})
 
@@ -56,22 +54,29 @@ class Shots(BaseModel):
         return [1 - (1 - shot / self.shots) ** power for shot in range(1, self.shots + 1)]
 
 
-def field_of(name: str) -> FieldInfo:
-    """What a setting is, of whichever steps have it."""
-    kinds: tuple[type[BaseModel], ...] = (Step, SliceStep, PruneStep, Shots)
-    return next(kind.model_fields[name] for kind in kinds if name in kind.model_fields)
+FIELDS: dict[str, FieldInfo] = {  # what a setting is, of whichever steps have it
+    **Shots.model_fields,
+    **PruneStep.model_fields,
+    **SliceStep.model_fields,
+    **Step.model_fields,
+}
+FLAGS = {*Step.model_fields, "sparsity", "pattern", "widths", "refit", "allocation"}
 
 
-def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+def flag_of(name: str) -> str:
+    """How a setting is given at the command line: most by a flag of their own, those of experts by `--set`."""
+    return f"--{name.replace('_', '-')}" if name in FLAGS else f"--set {name}"
+
+
+def make_recipe(values: Settings, source: str = "recipe") -> Recipe:
     """The recipe in a file's form: `steps`, and beside them what holds for all steps that do not say it themselves.
 
     source: where the values stand. Raises UserError naming the step, the key, the nearest known one, and the reason.
     """
     shared = {name: value for name, value in values.items() if name not in ("steps", "expected")}
-    steps = values.get("steps")
-    if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
+    steps, found = steps_in(values), list[AnyStep]()
+    if not steps:
         raise UserError(f"{source}: 'steps' is not given: list them, as in steps: [{{method: wanda, sparsity: 0.5}}]")
-    found: list[AnyStep] = []
     for number, own in enumerate(steps, start=1):
         where = f"{source}: step {number}" if len(steps) > 1 else source
         for name in OF_THE_WHOLE:
@@ -83,7 +88,14 @@ def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     return _recipe(found, source, values.get("expected", {}))
 
 
-def recipe_of_flags(settings: Mapping[str, Any], source: str = "") -> Recipe:
+def steps_in(values: Settings) -> list[dict[str, Setting]]:
+    """The steps as a file has them; none where these are no list of mappings."""
+    listed = values.get("steps")
+    steps = [step for step in listed if isinstance(step, dict)] if isinstance(listed, list) else []
+    return steps if steps == listed else []
+
+
+def recipe_of_flags(settings: Settings, source: str = "") -> Recipe:
     """The recipe of one step, or of one in several shots, from all its settings.
 
     source: where they stand; none for flags, which name themselves. Raises UserError as `make_recipe`.
@@ -91,7 +103,7 @@ def recipe_of_flags(settings: Mapping[str, Any], source: str = "") -> Recipe:
     return _recipe(_shots_of(dict(settings), source), source, {})
 
 
-def one_step(**settings: Any) -> Recipe:
+def one_step(**settings: Setting) -> Recipe:
     """The recipe of one step. Raises UserError as `make_recipe`."""
     return recipe_of_flags(settings, "recipe")
 
@@ -104,10 +116,10 @@ def dumped(recipe: Recipe) -> dict[str, Any]:
     return {**{name: steps[0][name] for name in same}, "steps": own}
 
 
-def _recipe(steps: list[AnyStep], source: str, expected: Any) -> Recipe:
+def _recipe(steps: list[AnyStep], source: str, expected: Setting) -> Recipe:
     for place, step in enumerate(steps):
         if isinstance(step, SliceStep) and not step.widths and step.round_to is None:
-            granule = _granule([later.pattern or "" for later in steps[place:] if isinstance(later, PruneStep)])
+            granule = _granule([later for later in steps[place:] if isinstance(later, PruneStep)])
             if granule is not None:
                 steps[place] = step.model_copy(update={"round_to": granule})
     try:
@@ -116,16 +128,15 @@ def _recipe(steps: list[AnyStep], source: str, expected: Any) -> Recipe:
         raise _refusal(error, source, Recipe) from error
 
 
-def _granule(patterns: list[str]) -> int | None:
-    """What widths are to be multiples of, so that such patterns find whole groups; None where they are anyway."""
-    sizes = [re.fullmatch(PATTERN, pattern) or re.fullmatch(TILE, pattern) for pattern in patterns]
-    group = math.lcm(*(int(size) for found in sizes if found for size in found.groups()))
+def _granule(later: list[PruneStep]) -> int | None:
+    """What widths are to be multiples of, so that patterns to come find whole groups; None where they are anyway."""
+    group = math.lcm(*(size for step in later for size in (step.tile or step.pattern_sizes[1:]) if size))
     if 8 % group == 0:  # of what divides 8 the widths taken by default are multiples
         return None
     return 32 if 32 % group == 0 else group
 
 
-def _shots_of(values: dict[str, Any], source: str) -> list[AnyStep]:
+def _shots_of(values: dict[str, Setting], source: str) -> list[AnyStep]:
     """The step, or as many as it has shots."""
     given = {name: values.pop(name) for name in Shots.model_fields if name in values}
     try:
@@ -144,16 +155,18 @@ def _shots_of(values: dict[str, Any], source: str) -> list[AnyStep]:
     return [step.model_copy(update={"sparsity": step.sparsity * share}) for share in shots.grown]
 
 
-def _step(values: dict[str, Any], source: str) -> AnyStep:
+def _step(values: Settings, source: str) -> AnyStep:
     method = values.get("method", "slice")
-    if not isinstance(method, str) or method not in METHODS:
+    name = str(getattr(method, "name", method))
+    # A method that is not in the table brings its steps.
+    kind: type[AnyStep] | None = METHODS.get(method) if isinstance(method, str) else getattr(method, "steps", None)
+    if kind is None:
         near = nearest(str(method), METHODS)
         raise _error(f"unknown method {method!r}{near} (known: {', '.join(METHODS)})", source)
-    kind = METHODS[method]
     try:
-        return kind(**values)
+        return kind(**{**values, "method": name})
     except ValidationError as error:
-        raise _refusal(error, source, kind, method) from error
+        raise _refusal(error, source, kind, name) from error
 
 
 def _read_by(method: str) -> str:
@@ -171,7 +184,7 @@ def _refusal(error: ValidationError, source: str, kind: type[BaseModel], method:
     first = error.errors()[0]
     context = first.get("ctx", {})
     key = str(context.get("key") or ".".join(str(part) for part in first["loc"]))
-    named = key if source or not key else f"--{key.replace('_', '-')}"
+    named = key if source or not key else flag_of(key)
     own = _read_by(method)
     if first["type"] == "unread":
         return _error(f"{method} does not read {named} here: {context['why']}", source)

@@ -1,7 +1,8 @@
 """What every run of a recipe has. Which settings it has beside that, its method says."""
 
 import re
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,12 +23,28 @@ def require_share(sparsity: float) -> None:
         raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {sparsity:g}{meant}")
 
 
+class HasSteps(Protocol):
+    """A method that is not in the table, as recipes know it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def steps(self) -> "type[Step]": ...
+
+
+Setting = str | int | float | bool | None | Sequence["Setting"] | Mapping[str, "Setting"] | HasSteps
+Settings = Mapping[str, Setting]
+
+
 class Step(BaseModel):
-    """What every run has: a model, data, a place for the result. Field names are the command line's flags."""
+    """What every run has: a model, data, a place for the result. Each field is a flag of the command line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, str_min_length=1)
     # Why a setting that the method has may not be read.
     unread_because: ClassVar[dict[str, str]] = {}
+    # The method that such steps are of, where it is not in the table.
+    own_method: ClassVar[HasSteps | None] = None
 
     model: str = Field(description="hub id, directory, or `llama`, the small model that ships with slimlm")
     revision: str | None = Field(None, description="hub revision of the model")
@@ -56,7 +73,9 @@ class Step(BaseModel):
         "auto", description="dtype of the weights written, `auto` keeps the checkpoint's; float32, bfloat16, float16"
     )
     device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:1")
-    trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the checkpoint; a recipe file cannot say so"
+    )
 
     measure: bool = Field(True, description="measure perplexity before and after, block by block")
     eval_text: str | None = Field(None, description="text file to measure on")
@@ -105,13 +124,17 @@ class Step(BaseModel):
 
     @field_validator("skip", mode="before")
     @classmethod
-    def _names(cls, value: Any) -> Any:
+    def _names(cls, value: Setting) -> Setting:
         """A list, or names with commas between them."""
         names = value.split(",") if isinstance(value, str) else value
         return [str(name).strip() for name in names] if isinstance(names, list) else names
 
+    def fill(self) -> None:
+        """Take from the method what was not given. Raises ValueError for what it has not."""
+
     @model_validator(mode="after")
     def _reads_what_is_given(self) -> Self:
+        self.fill()
         for name in sorted(self.model_fields_set & self.unread):
             raise PydanticCustomError("unread", "not read", {"key": name, "why": self.unread_because.get(name, "")})
         return self

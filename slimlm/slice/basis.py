@@ -51,10 +51,12 @@ class StreamStatistics:
         self._normalise = partial(rms_normalise, eps=model.norm_eps, centred=model.family.centred)
 
     def state(self) -> dict[str, Tensor]:
+        """All of it, for `load`: Grams [hidden, hidden], counts [2], turned [blocks]."""
         counts = torch.tensor([self.gram.tokens, self.massive.tokens])
         return {"gram": self.gram.matrix, "massive": self.massive.matrix, "counts": counts, "turned": self.turned}
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave: Grams [hidden, hidden], counts [2], turned [blocks]."""
         self.gram.matrix, self.massive.matrix = (
             state[name].to(self.gram.matrix.device) for name in ("gram", "massive")
         )
@@ -119,7 +121,7 @@ def basis_from(model: StreamedModel, found: StreamStatistics, gradients: Tensor 
 
 
 def own_basis(model: StreamedModel, influence: Tensor, said: str, centred: bool = False) -> Basis:
-    """For a stream that stays in its own basis: how much each block changes it is all there is to know."""
+    """For a stream that stays in its own basis: how much each block changes it, [blocks], is all there is to know."""
     hidden = model.config.hidden_size
     eye = torch.eye(hidden, dtype=torch.float64, device=model.device)
     return Basis(without_mean(hidden, model.device) if centred else eye, influence, {"basis": said}, centred)

@@ -96,7 +96,7 @@ def uneven_line(layout: Layout, splits: list[Widths]) -> str | None:
 def candidates(shapes: Shapes, recipe: SliceStep) -> list[Widths]:
     """All splits that remove the requested share of the parameters, to TOLERANCE; blocks counted from the front.
 
-    Widths are multiples of `--round-to`, by default of 32, or the largest smaller power of two that gets there. With
+    Widths are multiples of `round_to`, by default of 32, or the largest smaller power of two that gets there. With
     `budget: hidden`, and without the refit that would make up for deleted neurons, the one nearest hidden_size.
     """
     for granule in (recipe.round_to,) if recipe.round_to else GRANULES:
@@ -168,6 +168,7 @@ def _with_mlp(shapes: Shapes, widths: Widths, target: float, granule: int) -> li
 
 
 def axes_of(layout: Layout, splits: list[Widths]) -> str:
+    """The axes in which splits differ, for a message."""
     varied = [
         name for name in ("hidden", "mlp", "groups", "blocks", "tied") if len({split.of(name) for split in splits}) > 1
     ]

@@ -12,13 +12,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slimlm.checkpoint.code import is_own_class
-from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.skeleton import build_skeleton
-from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import UserError, one_line
 from slimlm.families import FAMILIES, Carrier
 from slimlm.model.walk import every
-from slimlm.modeling import OWN_CLASSES, own_files
+from slimlm.modeling import OWN_CLASSES
 from slimlm.run import Plan
 from slimlm.slice.shapes import Shapes, Sizes
 from slimlm.slice.widths import Layout, Widths
@@ -90,14 +88,8 @@ def plan_widths(shapes: Shapes, widths: Widths, dtype: str) -> Plan:
     found = shapes.of(widths)
     carrier = _check_carrier(config, found, model.trust_remote_code)
     empty = {name: torch.empty(shape, device="meta") for name, shape in found.items()}
-    tensors = {
-        name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, dtype))
-        for name, tensor in checkpoint_tensors(carrier, empty).items()
-    }
-    config.dtype = next(iter(tensors.values())).dtype
-    parameters = sum(torch.Size(spec.shape).numel() for spec in tensors.values())
-    changes, files = _changes(layout, config), own_files(config)
-    return Plan(config, tensors, parameters, carrier, changes, widths=widths.inside, files=files)
+    plan = Plan.of(model, config, carrier, empty, dtype)
+    return replace(plan, changes=_changes(layout, config), widths=widths.inside)
 
 
 def _changes(layout: Layout, config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:

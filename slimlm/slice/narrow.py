@@ -42,7 +42,8 @@ def narrow_rows(layout: Layout, axis: Axis, kept: Tensor, tensors: dict[str, Ten
 def narrow_experts(
     block: Block, stream: Stream, experts: Experts, width: int, tensors: dict[str, Tensor]
 ) -> dict[str, int]:
-    """Delete each expert's own neurons but `width`, on the tokens that a block of these parameters routes to it.
+    """Delete each expert's own neurons but `width`, on the tokens that a block of these parameters, experts' packed as
+    [experts, out, in], routes to it.
 
     One that saw too few loses those that weigh least: how many it saw, by name.
     """

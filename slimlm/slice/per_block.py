@@ -9,15 +9,13 @@ block keeps its full width.
 import bisect
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.skeleton import build_skeleton, parameter_count
-from slimlm.checkpoint.writer import TensorSpec
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family, Norm
 from slimlm.linalg.budget import is_near
@@ -30,7 +28,7 @@ from slimlm.model.result import Rows
 from slimlm.model.rotation import final_norm
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
-from slimlm.modeling import OWN_CLASSES, own_files
+from slimlm.modeling import OWN_CLASSES
 from slimlm.modeling.modeling_sliced import SlicedLlamaConfig, SlicedOPTConfig, SlicedPhiConfig
 from slimlm.recipe import SliceStep
 from slimlm.run import Plan
@@ -119,26 +117,22 @@ def _parameters(config: PretrainedConfig) -> int:
 def _plan(model: StreamedModel, width: int, recipe: SliceStep) -> Plan:
     config = _config(model, width)
     carrier = build_skeleton(copy.deepcopy(config))
-    tensors = {
-        name: TensorSpec(tuple(tensor.shape), model.stored_dtype(name, recipe.dtype))
-        for name, tensor in checkpoint_tensors(carrier, carrier.state_dict()).items()
-    }
-    config.dtype = next(iter(tensors.values())).dtype
     changes = {
         "model_type": (model.config.model_type, config.model_type),
         "stream width": (model.config.hidden_size, width),
     }
-    files = own_files(config)
-    return Plan(config, tensors, parameter_count(carrier), carrier, changes, files=files, widths=f"hidden={width}")
+    plan = Plan.of(model, config, carrier, carrier.state_dict(), recipe.dtype)
+    return replace(plan, changes=changes, widths=f"hidden={width}")
 
 
 def embedding_rows(model: StreamedModel, name: str, basis: Tensor) -> Rows:
+    """An embedding's table in the basis: [hidden, width], in runs of rows [tokens, width]."""
     for rows in model.chunks(f"{name}.weight"):
         yield rotate_embedding(_centred(rows.to(model.device).float(), -1, model.family), basis)
 
 
 def head_of(model: StreamedModel, basis: Tensor) -> Iterator[tuple[str, Tensor | Rows]]:
-    """The head, with the final norm's gain and bias in it."""
+    """The head in the basis: [hidden, width], with the final norm's gain and bias in it."""
     norm, name = final_norm(model, basis.device), model.family.head
     gain, weight = norm["weight"], f"{name}.weight"
     yield weight, ((rows.to(gain) * gain) @ basis.float() for rows in model.chunks(weight))

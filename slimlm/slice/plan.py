@@ -21,9 +21,7 @@ def plan_slice(model: StreamedModel, recipe: SliceStep) -> Plan:
     Raises UserError when none does, or the widths given by hand cannot be had.
     """
     if recipe.skip and (recipe.basis == "per-block" or recipe.budget == "hidden" or not recipe.refit):
-        raise UserError(
-            "--skip: a rotation of the stream changes every module; leave out --basis, --budget and --no-refit"
-        )
+        raise UserError("--skip: a rotation of the stream changes every module; leave out basis, budget and --no-refit")
     if recipe.basis == "per-block":
         return plan_per_block(model, recipe)
     shapes = Shapes(Layout(model))

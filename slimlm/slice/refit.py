@@ -26,8 +26,8 @@ class Refit:
     pair: Pair
 
     def block(self, dense: Block, small: Block) -> dict[str, Tensor]:
-        """The compressed block's parameters as they are stored, by name within it; the dense one's weights are loaded
-        and let go of, and its stream goes past it."""
+        """The compressed block's parameters as they are stored, by name within it, linears' as [out, in]; the dense
+        one's weights are loaded and let go of, and its stream goes past it."""
         block = self._begun(dense, small)
         for step in block.in_order():
             match step:

@@ -18,7 +18,7 @@ from slimlm.errors import RunFailure
 from slimlm.families import family_of
 from slimlm.fit.beside_dense import Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
-from slimlm.fit.lm_head import fit_head, fits_head
+from slimlm.fit.lm_head import fits_head, write_fitted_head
 from slimlm.linalg.ridge import learn_and_test
 from slimlm.model.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
 from slimlm.model.walk import backwards
@@ -35,7 +35,6 @@ from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import Layout, Widths
 from slimlm.statistics.sweep import Losses, Walks, gradient_covariance, windows_to_sweep
 
-HEAD_STEP = "head fitted"
 Slicing = Run[SliceStep] | Run[RotateStep]
 
 
@@ -161,11 +160,7 @@ def _refit(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Plan, basi
     elif not fits_head(model):
         result.write(model, head, write_head(model, head_map(model, basis), basis))
     else:
-        if not result.written(head):
-            seen, divergences = fit_head(pair, run.recipe.seed, run.progress)
-            run.journal.commit(HEAD_STEP, notes=divergences)
-            result.write(model, head, write_head(model, seen, basis))
-        notes["head"] = (run.journal.last(HEAD_STEP) or {"notes": {}})["notes"]
+        notes["head"] = write_fitted_head(pair, result, run.recipe.seed, run.progress)
     notes |= by_kind(pair.streams.figures)
     warn_of_starved(notes)
     return notes

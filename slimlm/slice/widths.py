@@ -30,6 +30,7 @@ class Widths:
     tied: bool = False
 
     def of(self, axis: str) -> int:
+        """The width of an axis, by name."""
         width: int = getattr(self, axis)
         return width
 
@@ -99,11 +100,13 @@ class Layout:
 
     @property
     def axes(self) -> dict[str, Axis]:
+        """What can be deleted inside a block, by name."""
         family = self.model.family
         return {name: axis for name, axis in (("mlp", family.mlp), ("groups", family.groups)) if axis is not None}
 
     @cached_property
     def dense(self) -> Widths:
+        """The model's own."""
         config = self.model.config
         widths = {
             name: getattr(config, axis.config[0], None) or self._inputs_of(axis) for name, axis in self.axes.items()
@@ -117,7 +120,7 @@ class Layout:
         return int(self.model.blocks[0].matrix(axis.columns[0]).shape[1])
 
     def stacks(self, axis: Axis, linear: str, weight: Tensor) -> list[int]:
-        """Rows of the linears that are stacked in one; those of one alone."""
+        """Rows of the linears that are stacked in one weight: [out, in]; those of one alone."""
         rows, names = weight.shape[0], dict(axis.stacks).get(linear, ())
         counts = [getattr(self.model.config, name) for name in names] or [1]
         return [rows * count // sum(counts) for count in counts]

@@ -30,7 +30,7 @@ class TokenGradients:
     window: int = 1
 
     def mean_square(self) -> Tensor:
-        """Mean over gradients of their squares, and over all weights: the Fisher matrix's mean diagonal."""
+        """Mean over gradients and weights of the squares, a scalar []: the Fisher matrix's mean diagonal."""
         if self.window == 1:
             return (self.x.square().mean(1) * self.delta.square().mean(1)).mean()
         x, delta = self._by_window(self.x), self._by_window(self.delta)
@@ -80,7 +80,7 @@ def gather_gradients(
     model: StreamedModel, losses: Losses, walks: Walks, sample: Sample
 ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
     """Every block, from the last to the first, and the gradients of its linears as `gradients_of` takes them: bf16,
-    inputs once for all linears that share them.
+    inputs [tokens, in] once for all linears that share them, and at outputs [tokens, out].
 
     Raises RunFailure naming the block where they are not finite.
     """
@@ -112,7 +112,8 @@ def _evenly(count: int, share: float, device: torch.device) -> Tensor:
 
 
 def gradients_of(block: Block, saved: Mapping[str, Tensor]) -> dict[str, TokenGradients]:
-    """What `gather_gradients` found of a block, by linear; experts that no token reached are not there."""
+    """What `gather_gradients` found of a block ([tokens, in] and [tokens, out]), by linear; experts that no token
+    reached are not there."""
     tensors = {name: tensor.to(block.model.device).double() for name, tensor in saved.items()}
     window = int(tensors.pop("window"))
     return {

@@ -448,7 +448,7 @@ def own(llama: Path, tmp_path: Path) -> Path:
 
 
 QUICK = ("--num-calibration-samples", "10", "--max-seq-length", "16", "--eval-windows", "2")
-SLICED = ("--widths", "hidden=24", "--budget", "hidden", "--weighting", "none", "--no-refit")
+SLICED = ("--widths", "hidden=24", "--set", "budget=hidden", "--set", "weighting=none", "--no-refit")
 METHODS = {
     "pruned": ("--method", "magnitude", "-s", "0.5"),
     "sliced": SLICED,

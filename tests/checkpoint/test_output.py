@@ -16,7 +16,7 @@ from slimlm.checkpoint import lock as lock_module
 from slimlm.checkpoint.journal import COMPLETE, JOURNAL_NAME, Journal
 from slimlm.checkpoint.lock import LOCK_NAME, OWNER_NAME
 from slimlm.checkpoint.output import clear_leftovers, held, staged_output
-from slimlm.checkpoint.staging import Staging, check_output
+from slimlm.checkpoint.staging import Staging, check_output, check_space
 from slimlm.errors import UserError
 
 
@@ -163,7 +163,7 @@ def test_outputs_that_cannot_be_are_refused_beforehand(tmp_path: Path):
     (full / "slimlm.json").write_text("{}")
     check_output(full, overwrite=True, inputs=[source])
     with pytest.raises(UserError, match=r"needs 1000000000\.00 GB in "):
-        check_output(tmp_path / "new", overwrite=False, inputs=[source], needed_bytes=10**18)
+        check_space(tmp_path / "new", 10**18)
 
 
 def test_space_is_counted_disk_by_disk(tmp_path: Path, monkeypatch):
@@ -171,19 +171,19 @@ def test_space_is_counted_disk_by_disk(tmp_path: Path, monkeypatch):
     (tmp_path / "fast").mkdir()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("slimlm.checkpoint.staging.shutil.disk_usage", lambda path: usage._replace(free=1000))
-    check_output(tmp_path / "out", False, [], 600, tmp_path / "fast", 400)
+    check_space(tmp_path / "out", 600, tmp_path / "fast", 400)
     with pytest.raises(UserError, match="needs"):
-        check_output(tmp_path / "out", False, [], 600, tmp_path / "fast", 401)
+        check_space(tmp_path / "out", 600, tmp_path / "fast", 401)
     left = Staging(tmp_path / "out", tmp_path / "fast").scratch
     left.mkdir()
     (left / "states.0").write_bytes(b"x" * 100)
-    check_output(tmp_path / "out", False, [], 600, tmp_path / "fast", 500)
+    check_space(tmp_path / "out", 600, tmp_path / "fast", 500)
     own = Staging(tmp_path / "out").work
     own.mkdir(parents=True)
     (own / "states.0").write_bytes(b"x" * 100)
-    check_output(tmp_path / "out", False, [], 600, None, 500)
+    check_space(tmp_path / "out", 600, None, 500)
     with pytest.raises(UserError, match="needs"):
-        check_output(tmp_path / "out", False, [], 600, None, 501)
+        check_space(tmp_path / "out", 600, None, 501)
 
 
 @pytest.fixture
@@ -449,6 +449,6 @@ def test_runs_that_are_cleared_first_count_as_free(tmp_path: Path, monkeypatch):
     (stages / "weights").write_bytes(b"x" * 500)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("slimlm.checkpoint.staging.shutil.disk_usage", lambda path: usage._replace(free=1000))
-    check_output(tmp_path / "out", False, [], 1500)
+    check_space(tmp_path / "out", 1500)
     with pytest.raises(UserError, match="needs"):
-        check_output(tmp_path / "out", False, [], 1500, resume=True)
+        check_space(tmp_path / "out", 1500, resume=True)

@@ -10,23 +10,25 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from slimlm.matrices import canonical, matrix
-from slimlm.methods.budget import candidates
-from slimlm.methods.slice import plan_rotate, plan_slice, run_rotate, run_slice
-from slimlm.methods.widths import Layout
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimlm.checkpoint.companions import copy_companions
 from slimlm.errors import UserError
 from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.pca import without_mean
+from slimlm.model.linears import canonical, matrix
 from slimlm.recipe import Recipe, RotateStep, SliceStep, one_step
 from slimlm.report.models import models_table
+from slimlm.slice.candidates import candidates
+from slimlm.slice.config import config_of
+from slimlm.slice.plan import plan_rotate, plan_slice
+from slimlm.slice.shapes import Shapes
+from slimlm.slice.widths import Layout
 from slimlm.stages import compress
 from tests.conftest import build_tiny, in_steps, logits_of, random_tokens, stream
 from tests.families.configs import SETTINGS, family_config
+from tests.methods.helpers import carried_out, run_at
 from tests.methods.test_prune import die_after_record
-from tests.methods.test_slice import work_at
 from tests.test_walk import walked_logits
 
 FOLDER = "families"
@@ -48,12 +50,10 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(model, plan_method, run_method, recipe: Recipe, batches: list[torch.Tensor], out: Path, source: Path) -> Path:
+def run(model, recipe: Recipe, batches: list[torch.Tensor], out: Path, source: Path) -> Path:
     """A method's result as a checkpoint."""
-    work, plan = work_at(out), plan_method(model, recipe)
-    outcome = run_method(model, plan, batches, work)
-    work.writer.finish()
-    outcome.plan.config.save_pretrained(out / "model")
+    settings = recipe.model_dump(exclude_unset=True, exclude={"model"})
+    outcome = carried_out(run_at(model, batches, out, **settings))
     for file in outcome.plan.files:
         (out / "model" / file.name).write_bytes(file.read_bytes())
     copy_companions(source, out / "model")
@@ -80,11 +80,12 @@ def test_a_walk_that_changes_nothing_gives_the_models_own_logits_exactly(tinies:
 def test_all_that_is_declared_is_there_and_all_that_is_there_is_declared(tinies: Path, name: str):
     model = stream(tinies / name)
     assert all(model.family.role(parameter) for parameter in model.model.state_dict())
-    declared = {linear for anatomy in model.anatomy for linear in (*anatomy.readers, *anatomy.writers)}
+    declared = {linear for block in model.blocks for linear in (*block.family.readers, *block.family.writers)}
     assert declared == {*model.family.readers, *model.family.writers} or model.family.experts
-    in_blocks = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() > 1)
-    routers = sum(matrix(model.blocks[0], router).numel() for router in model.family.unpruned)
-    pruned = sum(matrix(model.blocks[0], linear).numel() for linear in model.anatomy[0].linears)
+    block = model.blocks[0]
+    in_blocks = sum(p.numel() for p in block.module.parameters() if p.dim() > 1)
+    routers = sum(block.matrix(router).numel() for router in model.family.unpruned)
+    pruned = sum(block.matrix(linear).numel() for linear in block.family.linears)
     assert pruned + routers == in_blocks
 
 
@@ -109,7 +110,7 @@ def test_readers_writers_and_embeddings_are_those_of_transformers_plan_for_tenso
 @pytest.mark.parametrize("name", ROTATING)
 def test_a_rotation_keeps_the_logits(tinies: Path, tmp_path: Path, name: str):
     tokens, recipe = random_tokens(3, 24), RotateStep(model="x", weighting="none")
-    path = run(stream(tinies / name), plan_rotate, run_rotate, recipe, [tokens], tmp_path, tinies / name)
+    path = run(stream(tinies / name), recipe, [tokens], tmp_path, tinies / name)
     assert (logits_of(path, tokens) - logits_of(tinies / name, tokens)).abs().max() < 1e-4
 
 
@@ -131,8 +132,8 @@ def confined(source: Path, path: Path) -> Path:
             norm = model.get_submodule(family.embedding_norm)
             norm.weight.fill_(0.7)
             norm.bias.copy_(project @ norm.bias)
-        for block, anatomy in zip(model.get_submodule(family.blocks), stream(source).anatomy, strict=True):
-            for name in set(anatomy.writing) & {name for name, _ in block.named_parameters()}:
+        for block, known in zip(model.get_submodule(family.blocks), stream(source).blocks, strict=True):
+            for name in set(known.family.writing) & {name for name, _ in block.named_parameters()}:
                 canonical(block, name).copy_(project @ canonical(block, name))
     model.save_pretrained(path)
     copy_companions(source, path)
@@ -147,7 +148,7 @@ def sliced(tinies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = SliceStep(model="x", widths=f"hidden={WIDTH}", refit=False, weighting="none")
     for name in ROTATING:
         path = confined(tinies / name, folder / name / "dense")
-        run(stream(path), plan_slice, run_slice, recipe, [tokens], folder / name, path)
+        run(stream(path), recipe, [tokens], folder / name, path)
         save_file({"logits": logits_of(path, tokens[:2]), "tokens": tokens[:2]}, folder / name / "before.safetensors")
     return folder
 
@@ -173,7 +174,7 @@ def test_a_class_of_slimlms_own_is_a_family_like_any_other(sliced: Path, tmp_pat
     before = logits_of(path, tokens)
     assert torch.equal(next(iter(walked_logits(stream(path), [tokens]))), before)
     recipe = RotateStep(model="x", weighting="none")
-    again = run(stream(path), plan_rotate, run_rotate, recipe, [tokens], tmp_path, path)
+    again = run(stream(path), recipe, [tokens], tmp_path, path)
     assert (logits_of(again, tokens) - before).abs().max() < 1e-4
 
 
@@ -253,9 +254,10 @@ def test_narrowing_is_exact_where_the_units_that_go_do_nothing(tinies: Path, tmp
     widths = {"mlp": 16 if "moe" in name else 40, **({"groups": 1} if groups else {})}
     path = narrowed(tinies / name, tmp_path / "dense", widths)
     tokens = random_tokens(12, 24)
-    by_hand = ",".join(f"{axis}={width}" for axis, width in widths.items())
-    recipe = SliceStep(model="x", widths=by_hand, weighting="none")
-    out = run(stream(path), plan_slice, run_slice, recipe, list(tokens.split(4)), tmp_path, path)
+    recipe = SliceStep(
+        model="x", widths=",".join(f"{axis}={width}" for axis, width in widths.items()), weighting="none"
+    )
+    out = run(stream(path), recipe, list(tokens.split(4)), tmp_path, path)
     before = logits_of(path, tokens[:2])
     assert (logits_of(out, tokens[:2]) - before).abs().max() < 2e-3 * before.abs().max()
 
@@ -274,13 +276,12 @@ def test_every_matrix_is_pruned_by_the_exact_count_and_nothing_else_is_touched(t
     manifest = pruned(tinies, name, tmp_path / "out", method=method, sparsity=0.5)
     assert manifest["sparsity"]["achieved"] == 0.5
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (tinies / name, tmp_path / "out"))
-    known = stream(tinies / name)
-    for index, anatomy in enumerate(known.anatomy):
-        block = after.get_submodule(known.family.block(index))
-        for linear in anatomy.linears:
+    for known in stream(tinies / name).blocks:
+        block = after.get_submodule(known.path)
+        for linear in known.family.linears:
             assert 2 * int((matrix(block, linear) == 0).sum()) == matrix(block, linear).numel()
             matrix(block, linear).zero_()
-            matrix(before.get_submodule(known.family.block(index)), linear).zero_()
+            matrix(before.get_submodule(known.path), linear).zero_()
     state = after.state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in before.state_dict().items())
 
@@ -305,7 +306,7 @@ def test_a_block_that_does_nothing_can_go(tinies: Path, tmp_path: Path, name: st
     with torch.no_grad():
         block = model.get_submodule(known.family.block(0))
         parameters = dict(block.named_parameters())
-        for parameter in set(known.anatomy[0].writing) & parameters.keys():
+        for parameter in set(known.blocks[0].family.writing) & parameters.keys():
             parameters[parameter].zero_()
         for norm in known.family.norms:
             if norm.after:
@@ -315,7 +316,7 @@ def test_a_block_that_does_nothing_can_go(tinies: Path, tmp_path: Path, name: st
     tokens = random_tokens(12, 24)
     recipe = SliceStep(model="x", widths="blocks=2", weighting="none")
     path = tmp_path / "dense"
-    out = run(stream(path), plan_slice, run_slice, recipe, list(tokens.split(4)), tmp_path / "run", path)
+    out = run(stream(path), recipe, list(tokens.split(4)), tmp_path / "run", path)
     before = logits_of(path, tokens[:2])
     assert (logits_of(out, tokens[:2]) - before).abs().max() < 2e-3 * before.abs().max()
 
@@ -377,14 +378,14 @@ def test_a_width_that_the_configs_class_refuses_is_not_tried(tinies: Path, tmp_p
     model = stream(build_tiny(config, tmp_path / "long"))
     with pytest.raises(UserError, match="Phi3Config has no model of hidden=24"):
         plan_slice(model, SliceStep(model="x", widths="hidden=24"))
-    assert {split.hidden for split in candidates(Layout(model), SliceStep(model="x", sparsity=0.02))} == {32}
+    assert {split.hidden for split in candidates(Shapes(Layout(model)), SliceStep(model="x", sparsity=0.02))} == {32}
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox sequential", "qwen2"])
 def test_heads_cut_in_proportion_to_the_stream_need_no_other_class(tinies: Path, tmp_path: Path, name: str):
     layout = Layout(stream(tinies / name))
     widths = f"hidden=16,groups={layout.dense.groups // 2}"
-    path = run(layout.model, plan_slice, run_slice, SliceStep(model="x", widths=widths), [random_tokens(10, 24)],
+    path = run(layout.model, SliceStep(model="x", widths=widths), [random_tokens(10, 24)],
                tmp_path, tinies / name)  # fmt: skip
     config = json.loads((path / "config.json").read_text())
     assert config["model_type"] == name.partition(" ")[0]
@@ -393,23 +394,23 @@ def test_heads_cut_in_proportion_to_the_stream_need_no_other_class(tinies: Path,
     assert torch.equal(walked_logits(stream(path), [tokens])[0], logits_of(path, tokens))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Layout, "carrier", lambda self, widths: self.model.family.carrier)
-        other = run(layout.model, plan_slice, run_slice, SliceStep(model="x", widths=widths), [random_tokens(10, 24)],
+        other = run(layout.model, SliceStep(model="x", widths=widths), [random_tokens(10, 24)],
                     tmp_path / "other", tinies / name)  # fmt: skip
     assert (logits_of(path, tokens) - logits_of(other, tokens)).abs().max() < 1e-5
-    other = layout.config(replace(layout.dense, hidden=16))
+    other = config_of(layout, replace(layout.dense, hidden=16))
     assert other.model_type == {"gpt_neox": "narrow_gpt_neox", "qwen2": "llama"}[name.partition(" ")[0]]
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gpt2", "opt tied", "granite", "falcon", "bloom"])
 def test_parameters_are_counted_as_they_will_be(tinies: Path, name: str):
-    layout = Layout(stream(tinies / name))
-    dense, tied = layout.dense, layout.model.head_is_tied
+    shapes = Shapes(Layout(stream(tinies / name)))
+    dense, tied = shapes.dense, shapes.model.head_is_tied
     some = [replace(dense, hidden=24, tied=tied), replace(dense, hidden=16, blocks=(0, 2)), replace(dense, blocks=(1,))]
     some += [replace(dense, mlp=40)] if dense.mlp else []
     some += [replace(dense, groups=1, hidden=8)] if dense.groups else []
     for widths in some:
-        shapes = layout.shapes(widths).values()
-        assert layout.parameters(widths) == sum(torch.Size(shape).numel() for shape in shapes), widths
+        counted = sum(torch.Size(shape).numel() for shape in shapes.of(widths).values())
+        assert shapes.parameters(widths) == counted, widths
 
 
 def test_what_a_sliced_model_needs_goes_with_it_when_it_is_pruned(tinies: Path, tmp_path: Path):
@@ -437,12 +438,12 @@ def test_the_norm_behind_an_embedding_stays_as_long_as_the_stream_and_then_goes_
     assert model.head_is_tied
     assert model.family.embedding_norm in model.outside
     recipe = RotateStep(model="x", weighting="none")
-    rotated = run(model, plan_rotate, run_rotate, recipe, [tokens], tmp_path / "rotated", path)
+    rotated = run(model, recipe, [tokens], tmp_path / "rotated", path)
     assert (logits_of(rotated, tokens) - before).abs().max() < 1e-4
     assert not stream(rotated).head_is_tied
     assert model.family.embedding_norm not in stream(rotated).outside
     layout = Layout(stream(tinies / "bloom"))
-    assert not any(split.tied for split in candidates(layout, SliceStep(model="x", sparsity=0.1)))
+    assert not any(split.tied for split in candidates(Shapes(layout), SliceStep(model="x", sparsity=0.1)))
     with pytest.raises(UserError, match="tied=1: the norm behind the embedding"):
         plan_slice(layout.model, SliceStep(model="x", widths="hidden=24,tied=1"))
 

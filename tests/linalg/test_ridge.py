@@ -105,7 +105,7 @@ def test_wide_inputs_are_fitted_as_well_from_a_sample_of_the_held_out_tokens(win
     prior = truth + 0.3 * randn(4, 6, seed=9)
     metric = torch.diag(torch.tensor([1.0, 2, 3, 4]))
     narrow = ridge(regression(x, y), prior, metric)
-    monkeypatch.setattr("slimlm.linalg.ridge.WIDE", 2)
+    monkeypatch.setattr("slimlm.linalg.gram.WIDE", 2)
     monkeypatch.setattr("slimlm.linalg.ridge.WIDEST", 2)
     monkeypatch.setattr("slimlm.linalg.ridge.HELD_ELEMENTS", 6 * 400)
     sampled = regression(x, y)

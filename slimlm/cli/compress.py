@@ -1,0 +1,150 @@
+"""`slimlm compress` and `slimlm rotate`: what runs a recipe."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
+
+from slimlm.cli.assign import with_assigned
+from slimlm.cli.options import ORDER, Value, command
+from slimlm.cli.running import running
+from slimlm.errors import UserError
+from slimlm.recipe import FLAGS, Recipe, Step, load_recipe, recipe_of_flags
+from slimlm.settings import PushSettings, RunSettings, described
+
+if TYPE_CHECKING:
+    from slimlm.compression import CompressResult
+
+COMPRESS_FLAGS = [name for name in ORDER if name in FLAGS]
+ROTATE_FLAGS = [
+    name
+    for name in COMPRESS_FLAGS
+    if name in Step.model_fields.keys() - {"method", "skip", "measure", "eval_text", "eval_windows", "max_shard_size"}
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotateOptions(RunSettings):
+    """How a recipe is run. settings: of flags, by name."""
+
+    settings: dict[str, Value] = field(default_factory=dict)
+    assignments: Sequence[str] = described(
+        (), "any other setting, by its name in a recipe; may be given several times", flag="--set"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(RotateOptions, PushSettings):
+    """How a recipe is run, which one, and where else its result goes."""
+
+    recipe: str | None = described(None, "YAML file, or name of a shipped recipe; other flags override it")
+    dry_run: bool = described(False, "say what would happen and what it would take, from a probe")
+    verbose: bool = described(False, "log what happens inside")
+
+
+@command(CompressOptions, COMPRESS_FLAGS)
+def compress_command(options: CompressOptions) -> None:
+    """Make a model smaller.
+
+    **slice** rotates the residual stream onto its principal directions and deletes the weakest, deletes neurons of the
+    MLPs, key/value groups or blocks where that costs less, and refits what is left: fewer parameters, fewer bytes, less
+    computation. **slimlm**, **sparsegpt**, **obc**, **mfac**, **woodfisher**, **wanda** and **magnitude** set single
+    weights to zero, which neither shrinks nor speeds up a stock checkpoint; slimlm loses least (`slimlm methods` has
+    them all). The result is a directory with weights, config, tokenizer, a model card and `slimlm.json`, which says
+    what was done and what was lost.
+
+    Examples:
+
+        slimlm compress --model llama --sparsity 0.25
+
+        slimlm compress -m meta-llama/Llama-3.2-3B -s 0.2 --dataset wikitext2 -o smaller
+
+        slimlm compress -m llama --method slimlm --pattern 2:4
+
+        slimlm compress -m llama -s 0.2 --set round_to=16 --set budget=hidden
+
+        slimlm compress --recipe llama-slice-25
+    """
+    recipe = chosen_recipe(options.recipe, with_assigned(options.settings, options.assignments))
+    if options.private and not options.push_to_hub:
+        raise UserError("--private is for --push-to-hub REPO")
+    if options.dry_run:
+        _dry_run(recipe, options)
+    else:
+        _run(recipe, options, PushSettings, options.verbose)
+
+
+@command(RotateOptions, ROTATE_FLAGS)
+def rotate_command(options: RotateOptions) -> None:
+    """Sort a model's residual stream by importance, once for every width.
+
+    The result computes what the model computed, and stock transformers loads it. Its directions are in order, so that
+    slicing it later just cuts: `slimlm compress --model ROTATED --sparsity 0.2 --no-refit` needs no data and takes
+    seconds; with the refit it needs data, but not the calibration that finds the basis.
+
+    Examples:
+
+        slimlm rotate --model llama --output-dir rotated
+
+        slimlm compress --model rotated --sparsity 0.25 --no-refit
+    """
+    settings = with_assigned({**options.settings, "method": "rotate"}, options.assignments)
+    if "model" not in settings:
+        raise UserError("--model is missing: try `slimlm rotate --model llama`")
+    _run(recipe_of_flags(settings), options)
+
+
+def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
+    """The recipe of a name with settings that override it, or that of the settings alone. Raises UserError."""
+    if name is not None:
+        return load_recipe(name, settings)
+    if settings.get("method") == "rotate":
+        raise UserError("rotating has a command of its own: try `slimlm rotate --model llama`")
+    for needed in ("model", "sparsity"):
+        if needed not in settings and not (needed == "sparsity" and {"pattern", "widths"} & settings.keys()):
+            raise UserError(
+                f"--{needed} is missing (or give --recipe): try `slimlm compress --model llama --sparsity 0.25`"
+            )
+    return recipe_of_flags(settings)
+
+
+def _run(recipe: Recipe, options: RunSettings, kind: type[RunSettings] = RunSettings, verbose: bool = False) -> None:
+    """kind: the settings among the options that say how the recipe is run."""
+    with running("interrupted; run the same command with --resume to go on", verbose) as progress:
+        from slimlm.stages import compress
+
+        how = {field.name: getattr(options, field.name) for field in fields(kind)}
+        result = compress(recipe=recipe, **{**how, "progress": progress})
+    _print_result(result, recipe.expected)
+
+
+def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
+    with running(verbose=options.verbose) as progress:
+        from slimlm.check import check
+        from slimlm.forecast import forecast, require_room
+        from slimlm.report.summary import forecast_summary
+        from slimlm.resolve import output_of
+        from slimlm.stages import before_work, check_later, how_of, later_steps
+
+        before_work(options)
+        how = how_of(replace(options, progress=progress))
+        job = check(recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))}), how)
+        check_later(job, recipe)
+        later = later_steps(job, recipe)
+        found = forecast(job, later, how)
+    print(forecast_summary(job, found, later, how.work_dir))
+    require_room(job, found, how.work_dir)
+
+
+def _print_result(result: "CompressResult", expected: dict[str, float]) -> None:
+    from slimlm.report.summary import compress_summary, expectation_lines
+    from slimlm.report.table import comparison_table, sides_of
+    from slimlm.report.terminal import console
+
+    manifest = result.manifest
+    console().print(comparison_table(sides_of(manifest)))
+    print(compress_summary(manifest))
+    for line in expectation_lines(manifest, expected):
+        print(line)
+    print(f"written to {result.output_dir}")
+    trust = ", trust_remote_code=True" if result.manifest["needs_remote_code"] else ""
+    print(f'load it with AutoModelForCausalLM.from_pretrained("{result.output_dir}"{trust})')

@@ -1,0 +1,47 @@
+"""`slimlm inspect`."""
+
+from dataclasses import KW_ONLY, dataclass, fields
+from pathlib import Path
+
+from slimlm.cli.options import command
+from slimlm.cli.running import kept, running
+from slimlm.settings import InspectSettings, described
+
+
+@dataclass(frozen=True)
+class InspectOptions(InspectSettings):
+    """What is looked at, and where the figures go."""
+
+    _: KW_ONLY
+    json_path: Path | None = described(None, "also write the figures to this file", flag="--json")
+
+
+@command(InspectOptions)
+def inspect_command(options: InspectOptions) -> None:
+    """Show what each matrix of a model looks like to a pruner.
+
+    **pq** and **prunable**: PQ Index of the weights that are not zero, and the share of all that it says can go (of a
+    pruned model also the index **with zeros**). **alpha**: how heavy the spectrum's tail
+    is; well-trained matrices are below 4. **rank**: stable rank. With `--dataset`, **outliers**: share of |w| ||x||
+    above 5 times their mean; **25%, 50%, 75%**: predicted share of the output lost at that sparsity.
+
+    Examples:
+
+        slimlm inspect llama
+
+        slimlm inspect meta-llama/Llama-3.2-1B --dataset wikitext2 --json figures.json
+    """
+    from slimlm.report.results import check_results
+    from slimlm.report.table import inspection_table
+    from slimlm.report.terminal import console
+
+    if options.json_path is not None:
+        check_results(options.json_path)
+    settings = {field.name: getattr(options, field.name) for field in fields(InspectSettings)}
+    with running() as progress:
+        from slimlm.inspection import SPARSITIES, inspect_model
+
+        found = inspect_model(**{**settings, "progress": progress})
+    rows = [figures.describe() for figures in found]
+    with kept(rows, options.json_path):
+        console().print(inspection_table(rows, SPARSITIES))

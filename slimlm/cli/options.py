@@ -1,0 +1,152 @@
+"""Commands' options, made from what they set: a recipe's fields, and fields of dataclasses of settings."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from functools import wraps
+from inspect import Parameter, Signature
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, get_args
+
+import typer
+
+from slimlm.recipe import FIELDS
+from slimlm.settings import HubSettings
+
+Options = TypeVar("Options", bound=HubSettings)
+Value = str | int | float | bool | list[str] | None
+
+PANELS = {  # of the commands that run a recipe, in the order of their help; other commands have the order only
+    "What to do": (
+        "model", "sparsity", "method", "pattern", "recipe", "revision", "widths", "skip", "refit", "allocation",
+        "assignments",
+    ),
+    "Calibration data": ("dataset", "text_column", "num_calibration_samples", "max_seq_length", "seed"),
+    "How to run": (
+        "batch_size", "device", "work_dir", "trust_remote_code", "token", "cache_dir", "measure", "eval_text",
+        "eval_windows",
+    ),
+    "Output": (
+        "output_dir", "overwrite", "resume", "resume_anyway", "dry_run", "dtype", "max_shard_size", "push_to_hub",
+        "private", "json_path", "verbose",
+    ),
+}  # fmt: skip
+ORDER = [name for names in PANELS.values() for name in names]
+SHORT = {"model": "-m", "sparsity": "-s", "output_dir": "-o", "verbose": "-v"}
+METAVARS = {"push_to_hub": "REPO", "assignments": "NAME=VALUE"}
+SHOWN = {  # defaults that a field's own does not say
+    "sparsity": "none; needed unless a pattern, widths or a recipe say it",
+    "method": "slice",
+    "allocation": "as in the method's paper",
+    "dataset": "self for the bundled model, else required",
+    "max_seq_length": "the model's context, up to 2048",
+    "eval_text": "the Python language reference",
+    "output_dir": "MODEL-METHOD-PERCENT, or MODEL-rotate",
+}
+
+
+class _Told(NamedTuple):
+    """What a field says of itself."""
+
+    annotation: Any
+    default: Value = None
+    description: str = ""
+    shown: str = ""
+    least: int | None = None
+    flag: str = ""
+
+
+def command(
+    kind: type[Options], settings: Sequence[str] = ()
+) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Makes a function of options a command that typer reads: each described field of `kind` is one.
+
+    settings: of a recipe; those given are a dictionary in the field `settings`. What is not given has its default.
+    """
+    told, arguments = _told(kind), {field.name for field in fields(kind) if field.default is MISSING}
+    told |= {name: _of_recipe(name) for name in settings}
+    options = [
+        _argument(name, told[name]) if name in arguments else _option(name, told[name], bool(settings))
+        for name in sorted(told, key=lambda name: ORDER.index(name) if name in ORDER else -1)
+        if told[name].description
+    ]
+    listed = {name for name, one in told.items() if Sequence[str] in _kinds(one.annotation)}
+
+    def decorated(work: Callable[[Options], None]) -> Callable[..., None]:
+        @wraps(work)
+        def call(**given: Any) -> None:
+            values = {name: value for name, value in given.items() if value is not None and value != []}
+            for name in listed & values.keys():
+                values[name] = _names(values[name])
+            own = {name: value for name, value in values.items() if name not in settings}
+            if settings:
+                own["settings"] = {name: value for name, value in values.items() if name in settings}
+            work(kind(**own))
+
+        vars(call)["__signature__"] = Signature(sorted(options, key=lambda option: option.default is not option.empty))
+        return call
+
+    return decorated
+
+
+def _told(kind: type[HubSettings]) -> dict[str, _Told]:
+    return {
+        field.name: _Told(field.type, None if field.default is MISSING else field.default, **field.metadata)
+        for field in fields(kind)
+        if field.metadata
+    }
+
+
+def _of_recipe(name: str) -> _Told:
+    info = FIELDS[name]
+    default = None if info.is_required() or info.default_factory else info.default
+    return _Told(info.annotation, default, info.description or "", SHOWN.get(name, ""))
+
+
+def _argument(name: str, told: _Told) -> Parameter:
+    argument = typer.Argument(..., help=_sentence(told.description), show_default=False)
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=argument, annotation=_kind(told.annotation))
+
+
+def _option(name: str, told: _Told, has_panels: bool) -> Parameter:
+    """Not given, it is None."""
+    flag = name.replace("_", "-")
+    declared = told.flag or (f"--{flag}/--no-{flag}" if told.default is True else f"--{flag}")
+    shown = told.shown or _shown(flag, told.default)
+    option = typer.Option(
+        None,
+        declared,
+        *([SHORT[name]] if name in SHORT else []),
+        help=_sentence(told.description) + (f"  [default: {shown}]" if shown else ""),
+        show_default=False,
+        min=told.least,
+        metavar=METAVARS.get(name),
+        rich_help_panel=next((panel for panel, names in PANELS.items() if has_panels and name in names), None),
+    )
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=_kind(told.annotation))
+
+
+def _sentence(description: str) -> str:
+    return f"{description[:1].upper()}{description[1:]}."
+
+
+def _shown(flag: str, default: Value) -> str:
+    if default is True:
+        return flag
+    return "" if default is None or default is False or default in ([], ()) else str(default)
+
+
+def _kinds(annotation: type | UnionType | str | None) -> tuple[Any, ...]:
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
+def _kind(annotation: type | UnionType | str | None) -> type:
+    """What typer makes of the words given: a flag may be repeated for a sequence that is always there."""
+    if annotation == Sequence[str]:
+        return list[str]
+    return next((kind for kind in (bool, int, float, Path) if kind in _kinds(annotation)), str)
+
+
+def _names(given: str | list[str]) -> tuple[str, ...]:
+    """Of one word names with commas between them."""
+    return tuple(name.strip() for name in given.split(",") if name.strip()) if isinstance(given, str) else tuple(given)

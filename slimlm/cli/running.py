@@ -1,0 +1,60 @@
+"""What commands that take long share: bars, signals, the log, and files of figures."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimlm.errors import Interrupted, RunFailure
+
+if TYPE_CHECKING:
+    from slimlm.checkpoint.reader import Json
+    from slimlm.progress import Progress
+
+
+class Stopped(BaseException):
+    """A polite kill, or a terminal that was closed: ends a run like Ctrl-C. Holds the signal's number."""
+
+
+@contextmanager
+def running(when_interrupted: str = "interrupted", verbose: bool = False) -> "Iterator[Progress]":
+    """Bars while it runs; Ctrl-C and signals as an error of our own, whose exit code the shell understands."""
+    from slimlm.report.progress import progress_bars
+
+    with progress_bars() as progress:
+        try:
+            progress.stage("starting", 1)  # importing PyTorch takes seconds
+            _set_verbosity(verbose)
+            yield progress
+        except KeyboardInterrupt as error:
+            raise Interrupted(when_interrupted) from error
+        except Stopped as error:
+            raise Interrupted(when_interrupted, 128 + error.args[0]) from error
+
+
+def _set_verbosity(verbose: bool) -> None:
+    if verbose:
+        logging.getLogger("slimlm").setLevel(logging.INFO)
+    else:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last failure is ours to tell
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def kept(data: "Json", json_path: Path | None) -> Iterator[None]:
+    """Figures are in their file before any are shown, and are shown even where that file cannot be had."""
+    from slimlm.report.results import write_results
+
+    try:
+        if json_path is not None:
+            write_results(json_path, data)
+    except RunFailure:
+        yield
+        raise
+    yield
+    if json_path is not None:
+        print(f"written to {json_path}")

@@ -1,0 +1,135 @@
+"""What the verbs beside `compress` take: each setting once, for functions by its name and for commands as a flag."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from slimlm.recipe import FIELDS, Recipe
+
+if TYPE_CHECKING:
+    from slimlm.progress import Progress
+
+Given = ParamSpec("Given")
+Settings = TypeVar("Settings")
+Found = TypeVar("Found")
+Default = TypeVar("Default")
+
+
+def described(default: Default, description: str, shown: str = "", least: int | None = None, flag: str = "") -> Default:
+    """A dataclass's field that is a flag, too.
+
+    shown: the default in words, where the value does not say it. least: what the flag takes at least. flag: where it
+    has another name than the field.
+    """
+    return field(default=default, metadata={"description": description, "shown": shown, "least": least, "flag": flag})
+
+
+def _of_recipe(name: str) -> Any:
+    info = FIELDS[name]
+    return described(info.default, info.description or "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSettings:
+    """token, cache_dir: for models on the hub, as `from_pretrained` takes them."""
+
+    token: str | None = described(None, "for models on the hub", "of `hf auth login`")
+    cache_dir: Path | str | None = described(None, "where models from the hub are kept", "the hub's own cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(HubSettings):
+    """How a recipe is run. progress: who is told how far the work is."""
+
+    overwrite: bool = described(False, "replace what an earlier run wrote there")
+    resume: bool = described(False, "go on from what an interrupted run of the same command has finished")
+    resume_anyway: bool = described(
+        False, "resume with other versions or on another kind of machine, which rounds otherwise; slimlm.json says so"
+    )
+    work_dir: Path | str | None = described(
+        None,
+        "existing directory where hidden states wait while it runs, best on a fast local disk",
+        "beside the output",
+    )
+    progress: "Progress | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushSettings(RunSettings):
+    """And where else its result goes."""
+
+    push_to_hub: str | None = described(
+        None, "upload the result there when it is whole; that it can be is checked first"
+    )
+    private: bool = described(False, "make that repository a private one")
+
+
+@dataclass(frozen=True)
+class CompressSettings(PushSettings):
+    """What `compress` carries out, and how."""
+
+    recipe: Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(HubSettings):
+    """How a model is found and loaded. progress: who is told how far the work is."""
+
+    revision: str | None = _of_recipe("revision")
+    device: str = _of_recipe("device")
+    trust_remote_code: bool = _of_recipe("trust_remote_code")
+    progress: "Progress | None" = None
+
+
+@dataclass(frozen=True)
+class EvalSettings(ModelSettings):
+    """What `evaluate` measures, and how; num_windows None takes the whole text, tasks None slimlm's own."""
+
+    model: str = field(metadata={"description": "directory, hub id, or `llama`"})
+    against: str | None = described(None, "dense model to compare with, on identical windows and questions")
+    _: KW_ONLY
+    against_revision: str | None = described(None, "hub revision of the model to compare with")
+    tasks: Sequence[str] | None = described(
+        None,
+        "tasks of lm-eval by name or YAML path, comma-separated; `none` for perplexity only",
+        "python_reference_continuation, which needs no network",
+    )
+    text: str | None = described(None, "text file for perplexity", "the Python language reference")
+    num_windows: int | None = described(128, "perplexity windows, evenly spaced over the text; 0 takes all", least=0)
+    window: int | None = described(
+        None, "tokens in a window", "as compressed with, else the model's context up to 2048", least=2
+    )
+    batch_size: int = described(8, "windows or questions at a time", least=1)
+    limit: float | None = described(None, "questions per task: a number, or a share below 1")
+    num_fewshot: int | None = described(None, "examples shown before each question", least=0)
+    dtype: str = described("auto", "dtype to compute in: auto (as stored), float32, bfloat16 or float16")
+    device_map: str | None = described(None, "how to place the model: `auto` spreads it over several GPUs")
+
+
+@dataclass(frozen=True)
+class InspectSettings(ModelSettings):
+    """What `inspect_model` looks at."""
+
+    model: str = field(metadata={"description": "directory, hub id, or `llama`"})
+    dataset: str | None = described(None, "text to run through the model, for outliers and predicted losses")
+    _: KW_ONLY
+    windows: int = described(16, "windows of the text", least=1)
+    window: int = described(256, "tokens in a window", least=2)
+    seed: int = described(0, "picks the windows", least=0)
+
+
+def by_name(settings: Callable[Given, Settings]) -> Callable[[Callable[[Settings], Found]], Callable[Given, Found]]:
+    """Makes a function of settings one that takes each of them by its name."""
+
+    def decorated(work: Callable[[Settings], Found]) -> Callable[Given, Found]:
+        @wraps(work)
+        def call(*given: Given.args, **named: Given.kwargs) -> Found:
+            return work(settings(*given, **named))
+
+        vars(call)["__signature__"] = signature(settings).replace(return_annotation=signature(work).return_annotation)
+        return call
+
+    return decorated
