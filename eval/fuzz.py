@@ -28,11 +28,11 @@ from transformers.utils import logging as transformers_logging
 
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_tokenizer
-from slimlm.compression import compress
 from slimlm.errors import SlimlmError
 from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.text import load_test_windows
 from slimlm.recipe import one_step
+from slimlm.stages import compress
 
 SECONDS = 60
 SHARD = "model-00001-of-00002.safetensors"

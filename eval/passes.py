@@ -30,12 +30,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slimlm.calibration import load_windows
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.writer import CheckpointWriter
-from slimlm.compression import compress
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.ridge import Moments
 from slimlm.linalg.softmax import MapFit
 from slimlm.progress import LogProgress
 from slimlm.recipe import one_step
+from slimlm.stages import compress
 
 FORWARD = "passes through blocks"
 SPENT: dict[str, float] = defaultdict(float)

@@ -9,9 +9,9 @@ import argparse
 import json
 import tempfile
 
-import slimlm.prepare
-from slimlm.compression import compress
+import slimlm.check
 from slimlm.recipe import one_step
+from slimlm.stages import compress
 
 ARMS = (
     {"sparsity": 0.25},
@@ -22,7 +22,7 @@ ARMS = (
     {"method": "mfac", "sparsity": 0.5},
     {"basis": "per-block", "sparsity": 0.25},
 )
-open_model = slimlm.prepare.open_model
+open_model = slimlm.check.open_model
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def perplexities(arguments: argparse.Namespace, arm: dict[str, object], precision: str) -> tuple[float, float]:
-    slimlm.prepare.open_model = lambda path, device, _, *more: open_model(path, device, precision, *more)
+    slimlm.check.open_model = lambda path, device, _, *more: open_model(path, device, precision, *more)
     with tempfile.TemporaryDirectory() as folder:
         recipe = one_step(
             model=arguments.model, dataset=arguments.calibration, num_calibration_samples=arguments.windows,

@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from slimlm.calibration import load_windows
+from slimlm.check import open_model
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.linalg.hessian import hessian
-from slimlm.prepare import open_model
 from slimlm.progress import Progress
 from slimlm.recipe import PruneStep
 

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimlm  # registers the per-block classes
 from slimlm.calibration import load_windows
-from slimlm.compression import compress
 from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.text import load_test_windows
 from slimlm.recipe import one_step
+from slimlm.stages import compress
 
 ARMS = {
     "shared": {"refit": False, "weighting": "none"},

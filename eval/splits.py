@@ -16,7 +16,7 @@ from slicing import measured, measured_dense, parser_of
 from slimlm.methods.budget import candidates
 from slimlm.methods.widths import Layout
 
-from slimlm.prepare import open_model
+from slimlm.check import open_model
 from slimlm.recipe import SliceStep
 
 

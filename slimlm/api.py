@@ -3,7 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import numpy
 import torch
@@ -11,20 +11,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slimlm.compression import CompressResult
-from slimlm.compression import compress as compress_recipe
 from slimlm.errors import UserError
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe, one_step
+from slimlm.stages import Options
+from slimlm.stages import compress as compress_recipe
 
 Data = str | Path | list[str] | tuple[str, ...] | Tensor
 
 
 @overload
-def compress(recipe: Recipe, *how: Any, **named: Any) -> CompressResult: ...
+def compress(recipe: Recipe, **options: Unpack[Options]) -> CompressResult: ...
 @overload
 def compress(recipe: PreTrainedModel, *tokenizer: Any, **settings: Any) -> PreTrainedModel: ...
 def compress(recipe: Recipe | PreTrainedModel, *others: Any, **settings: Any) -> Any:
-    """Carry out a recipe (`slimlm.compression.compress` says how), or make a model that is in memory smaller.
+    """Carry out a recipe (`slimlm.stages.Options` says how), or make a model that is in memory smaller.
 
     compress(model, tokenizer, sparsity=0.25, dataset=texts) returns a model of a stock class, in eval mode, with the
     dtype and on the device of the one given, which stays as it is. Settings are a recipe's; dataset may also be a list
@@ -36,7 +37,9 @@ def compress(recipe: Recipe | PreTrainedModel, *others: Any, **settings: Any) ->
     while. Raises UserError and RunFailure like the command.
     """
     if isinstance(recipe, Recipe):
-        return compress_recipe(recipe, *others, **settings)
+        if others:
+            raise UserError("compress(recipe, ...) takes what else there is by name")
+        return compress_recipe(recipe, **settings)
     if not isinstance(recipe, PreTrainedModel):
         raise UserError(f"compress takes a Recipe or a transformers model, not a {type(recipe).__name__}")
     tokenizer = settings.pop("tokenizer", None) if not others else others[0]

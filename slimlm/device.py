@@ -94,9 +94,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def rounding(device: torch.device) -> dict[str, object]:
+def rounding(device: torch.device) -> dict[str, str | int]:
     """What of this machine decides how sums round."""
-    found: dict[str, object] = {"device": device_name(device), "precision": torch.get_float32_matmul_precision()}
+    found: dict[str, str | int] = {"device": device_name(device), "precision": torch.get_float32_matmul_precision()}
     if device.type != "cuda":
         found |= {
             "processor": _processor(),

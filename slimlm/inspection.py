@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from slimlm.calibration import load_windows
+from slimlm.check import open_model, resolve_known
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.reader import Json
 from slimlm.checkpoint.skeleton import load_tokenizer
@@ -16,7 +17,6 @@ from slimlm.linalg.gram import Gram
 from slimlm.linalg.hessian import SingularCurvature, hessian
 from slimlm.model.ends import embed
 from slimlm.model.walk import walk
-from slimlm.prepare import open_model, resolve_known
 from slimlm.progress import Progress
 from slimlm.settings import InspectSettings, by_name
 from slimlm.statistics.grams import firsts, input_sums

@@ -1,20 +1,131 @@
-"""`python -m slimlm.probe [--trust-remote-code] RECIPE [WORK_DIR]`: what `--dry-run` runs on a model's first blocks.
+"""A real run on the first blocks of a model, in a process of its own: what `--dry-run` goes by.
 
-The recipe lies in a directory of the probe's own, and so is the one where hidden states wait.
-
-Standard input is a pipe that the dry run holds open; when it dies, even by `kill -9`, that ends, and so does the probe.
+`python -m slimlm.probe [--trust-remote-code] RECIPE [WORK_DIR]` is that process. The recipe lies in a directory of the
+probe's own, and so is the one where hidden states wait. Its standard input is a pipe that the dry run holds open; when
+that dies, even by `kill -9`, the pipe ends, and so does the probe.
 """
 
 import _thread
+import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import TypedDict
 
-from slimlm.compression import compress
-from slimlm.errors import SlimlmError
-from slimlm.recipe import load_recipe
+import numpy
+import yaml
+
+from slimlm.check import How, Job
+from slimlm.checkpoint.code import code_files
+from slimlm.checkpoint.companions import companions
+from slimlm.checkpoint.kinds import INDEX_NAME
+from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest
+from slimlm.compression import LOG_NAME
+from slimlm.errors import RunFailure, SlimlmError
+from slimlm.recipe import AnyStep, Recipe, SliceStep, as_file, dumped, load_recipe
+from slimlm.run import Plan
+from slimlm.slice.config import BY_BLOCK
+from slimlm.slice.plan import rotated_influence
+from slimlm.stages import compress_recipe, plans_of_later
+
+OF_WINDOWS = ("dataset", "text_column", "num_calibration_samples", "max_seq_length", "seed")
+
+
+class Event(TypedDict):
+    """A line of a run's log, as far as it counts here."""
+
+    part: str
+    seconds: float
+
+
+def probe(
+    job: Job, later: list[AnyStep], shown: int, place: Path, work_dir: Path | None
+) -> tuple[Manifest, list[Event]]:
+    """The manifest and the log of a run, and of steps later than its own, on the first `shown` blocks.
+
+    place, work_dir: empty directories for all of it, and for hidden states. Raises RunFailure.
+    """
+    _show_first_blocks(job, shown, place / "model")
+    recipe = Recipe(steps=_shown_steps(job, later, shown, place / "tokens.npy")).updated(
+        model=str(place / "model"), output_dir=str(place / "out"), revision=None, trust_remote_code=False
+    )
+    (place / "recipe.yaml").write_text(yaml.safe_dump(as_file(dumped(recipe))))
+    trust = ["--trust-remote-code"] if job.recipe.trust_remote_code else []
+    arguments = [*trust, str(place / "recipe.yaml"), *([str(work_dir)] if work_dir else [])]
+    ours, held = os.pipe()  # nobody writes: that it closes when this process ends, however it does, ends the probe
+    try:
+        command = [sys.executable, "-m", "slimlm.probe", *arguments]
+        done = subprocess.run(command, stdin=ours, capture_output=True, text=True, check=False)
+    finally:
+        os.close(ours)
+        os.close(held)
+    if done.returncode < 0:
+        raise RunFailure(
+            f"the probe of the first blocks was killed by signal {-done.returncode}, probably for want of memory: "
+            "lower --batch-size or --max-seq-length"
+        )
+    if done.returncode != 0:
+        raise RunFailure(f"the probe of the first blocks failed: {done.stderr.strip().splitlines()[-1]}")
+    manifest: Manifest = json.loads((place / "out" / MANIFEST_NAME).read_text())
+    log = (place / "out" / LOG_NAME).read_text()
+    return manifest, [json.loads(line) for line in log.splitlines()]
+
+
+def _shown_steps(job: Job, later: list[AnyStep], shown: int, tokens: Path) -> list[AnyStep]:
+    """All steps as they are on the first blocks. tokens: a file for the first one's, and of all that share them."""
+    steps = [_shown_step(job, job.recipe, shown, job.plan)]
+    steps += [_shown_step(job, step, shown, plan) for step, plan in plans_of_later(job, later)]
+    if job.windows is None:
+        return steps
+    numpy.save(tokens, job.windows.tokens.numpy())
+    own = [getattr(job.recipe, name) for name in OF_WINDOWS]
+    shared = [[getattr(step, name) for name in OF_WINDOWS] == own for step in steps]
+    return [
+        step.model_copy(update={"dataset": str(tokens)}) if is_shared else step
+        for step, is_shared in zip(steps, shared, strict=True)
+    ]
+
+
+def _shown_step(job: Job, step: AnyStep, shown: int, plan: Plan | None) -> AnyStep:
+    """A step on the first blocks, with what does not come out of them alone: the widths to choose from."""
+    inside = {f"{block.path}.{name}" for block in job.model.blocks[:shown] for name in block.family.skipped}
+    step = step.model_copy(update={"skip": [n for n in job.model.skipped if n in inside | {job.model.family.head}]})
+    by_hand = plan.widths if plan is not None and isinstance(step, SliceStep) else None
+    return step.model_copy(update={"widths": by_hand}) if by_hand else step
+
+
+def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:
+    """A model directory of links to the real one, whose config and index speak of the first blocks alone."""
+    directory.mkdir()
+    source, model = job.source.path, job.model
+    for file in (*companions(source), *code_files(source)):
+        (directory / file.name).symlink_to(file.resolve())
+    config = json.loads((source / "config.json").read_text())
+    config.pop("transformers_weights", None)  # the index below says it
+    config[model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = shown
+    for name in BY_BLOCK:
+        if isinstance(config.get(name), list):
+            config[name] = config[name][:shown]
+    (directory / "config.json").write_text(json.dumps(config))
+    influence = rotated_influence(source)
+    if influence is not None:  # slicing it goes another way
+        (directory / MANIFEST_NAME).write_text(json.dumps({"method": {"influence": influence[:shown]}}))
+    tensors = model.checkpoint.tensors
+    weight_map = {key: tensors[key].path.relative_to(source).as_posix() for key in shown_keys(job, shown)}
+    for name in set(weight_map.values()):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).symlink_to((source / name).resolve())
+    (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def shown_keys(job: Job, shown: int) -> list[str]:
+    """The tensors, by name, of the first blocks and of all that is in none."""
+    parts = [*job.model.outside, *map(job.model.family.block, range(shown))]
+    return [key for part in parts for key in job.model.keys_of.get(part, [])]
+
 
 ended = threading.Event()  # whether the dry run is over before the probe is
 
@@ -27,15 +138,23 @@ def end_with_parent() -> None:
     _thread.interrupt_main()
 
 
+def run_probe(recipe: Path, work_dir: Path | None, trusted: bool) -> None:
+    """Carry out a recipe. The model is a part of the one that is meant, and may grow by what makes the whole smaller.
+
+    Raises UserError and RunFailure.
+    """
+    chosen = load_recipe(str(recipe), {"trust_remote_code": True} if trusted else None)
+    compress_recipe(chosen, How(checks=(), work_dir=work_dir))
+
+
 if __name__ == "__main__":
-    trust = sys.argv[1] == "--trust-remote-code"
-    recipe, *work_dir = map(Path, sys.argv[1 + trust :])
+    trusted = sys.argv[1] == "--trust-remote-code"
+    recipe, *places = map(Path, sys.argv[1 + trusted :])
     try:
         threading.Thread(target=end_with_parent, daemon=True).start()
-        chosen = load_recipe(str(recipe), {"trust_remote_code": True} if trust else None)
-        compress(chosen, is_probe=True, work_dir=work_dir[0] if work_dir else None)
+        run_probe(recipe, places[0] if places else None, trusted)
     except SlimlmError as error:
         sys.exit(str(error))
     finally:
-        for place in (recipe.parent, *work_dir) if ended.is_set() else ():
+        for place in (recipe.parent, *places) if ended.is_set() else ():
             shutil.rmtree(place, ignore_errors=True)

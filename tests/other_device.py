@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from slimlm.compression import compress
 from slimlm.recipe import one_step
+from slimlm.stages import compress
 
 NAME = "other"
 aten = torch.ops.aten

@@ -25,7 +25,7 @@ from slimlm.report.methods import method_rows, methods_table
 # A command whose work is replaced by what stands before it.
 WORK = """
 import os, signal, sys
-import slimlm.evaluation.evaluate, slimlm.compression, slimlm.inspection
+import slimlm.evaluation.evaluate, slimlm.stages, slimlm.inspection
 from slimlm.cli import main
 
 def run(*arguments):
@@ -150,7 +150,7 @@ def stopped(number):
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    slimlm.compression.compress = slimlm.evaluation.evaluate.evaluate = stopped(number)
+    slimlm.stages.compress = slimlm.evaluation.evaluate.evaluate = stopped(number)
     slimlm.inspection.inspect_model = stopped(number)
     for arguments in (["compress", "-m", "llama", "-s", "0.5"], ["eval", "llama"], ["inspect", "llama"]):
         assert run(*arguments) == 128 + number, (arguments, number)
@@ -264,7 +264,7 @@ def test_set_reaches_the_run(tmp_path: Path):
 def shown(recipe, *_, **__):
     print([(step.method, step.weighting, step.seed) for step in recipe.steps])
     raise KeyboardInterrupt
-slimlm.compression.compress = shown
+slimlm.stages.compress = shown
 run("compress", "-m", "llama", "-s", "0.2", "--set", "weighting=none", "--seed", "4", "--set=round_to=8")
 run("rotate", "-m", "llama", "--set", "weighting=none")
 run("rotate", "-m", "llama", "--set", "method=slice")

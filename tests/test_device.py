@@ -69,7 +69,7 @@ def test_so_do_the_other_verbs(monkeypatch, tiny_llama: Path, tmp_path: Path):
     monkeypatch.setattr("slimlm.checkpoint.pack._nonzero", more_than_there_is)
     with pytest.raises(RunFailure, match="^out of memory: every tensor"):
         pack(tiny_llama, tmp_path / "packed")
-    monkeypatch.setattr("slimlm.compression._measure", more_than_there_is)
+    monkeypatch.setattr("slimlm.compression.compare", more_than_there_is)
     recipe = slimlm.one_step(model=str(tiny_llama), method="magnitude", sparsity=0.5, output_dir=str(tmp_path / "out"))
     with pytest.raises(RunFailure, match="^out of memory: lower --batch-size or --max-seq-length"):
         slimlm.compress(recipe)

@@ -7,17 +7,19 @@ import pytest
 from transformers import LlamaConfig
 
 import slimlm.forecast as forecast_module
+import slimlm.probe as probe_module
+from slimlm.check import How, Job, check, spilled
 from slimlm.checkpoint.skeleton import parameter_count
-from slimlm.compression import compress
 from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
 from slimlm.forecast import Forecast, forecast, require_room
-from slimlm.methods import method_of
-from slimlm.prepare import Job, later_runs_of, prepare, spilled
-from slimlm.progress import Progress
-from slimlm.recipe import Recipe, load_recipe, make_recipe, one_step
+from slimlm.probe import run_probe
+from slimlm.recipe import Recipe, make_recipe, one_step
+from slimlm.stages import compress, later_steps
 from tests.conftest import CONFIGS, SIZES, build_tiny, in_steps, random_tokens
 from tests.families.configs import family_config
+
+HOW = How()
 
 
 @pytest.fixture
@@ -36,32 +38,32 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(command: list[str], **_) -> subprocess.CompletedProcess:
         assert command[1:3] == ["-m", "slimlm.probe"]
-        compress(load_recipe(command[3]), is_probe=True)
+        run_probe(Path(command[3]), None, False)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(forecast_module.subprocess, "run", run)
+    monkeypatch.setattr(probe_module.subprocess, "run", run)
 
 
 @pytest.fixture
 def probed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict, list[dict]]]:
     """The manifest and the events of each probe of a test."""
-    seen, actual = [], forecast_module._probe
+    seen, actual = [], forecast_module.probe
 
     def spy(*arguments):
         seen.append(actual(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(forecast_module, "_probe", spy)
+    monkeypatch.setattr(forecast_module, "probe", spy)
     return seen
 
 
 def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(
     recipe: Recipe, tmp_path: Path, in_process
 ):
-    job = prepare(recipe.updated(widths="hidden=24/mlp=40").steps[0], False, False, Progress())
+    job = check(recipe.updated(widths="hidden=24/mlp=40").steps[0], HOW)
     place = tmp_path / "probe"
     place.mkdir()
-    manifest, events = forecast_module._probe(job, Recipe(steps=[job.recipe]), 1, place)
+    manifest, events = probe_module.probe(job, [], 1, place, None)
     config = json.loads((place / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert manifest["parameters"]["dense"] < sum(p.numel() for p in job.model.model.parameters())
@@ -79,9 +81,9 @@ def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, 
     path = build_tiny(config, tmp_path / "deep")
     numpy.save(tmp_path / "tokens.npy", random_tokens(8, 32).numpy() % 512)
     update = {"model": str(path), "widths": "hidden=24", "dataset": str(tmp_path / "tokens.npy"), "measure": False}
-    job = prepare(recipe.updated(**update).steps[0], False, False, Progress())
+    job = check(recipe.updated(**update).steps[0], HOW)
     assert job.plan.parameters < parameter_count(job.model.model)
-    found = forecast(job, Progress())
+    found = forecast(job, [], HOW)
     ((manifest, _),) = probed
     assert manifest["parameters"]["compressed"] > manifest["parameters"]["dense"]
     assert found.disk >= 4 * job.plan.parameters
@@ -111,8 +113,8 @@ def test_every_run_of_several_is_probed(recipe: Recipe, tmp_path: Path, in_proce
     shared = step.model_dump(include=step.model_fields_set - {"sparsity"})
     whole = make_recipe({**shared, **settings})
     assert len(whole.steps) == 2 + ("dataset" in settings)
-    job = prepare(whole.steps[0], False, False, Progress())
-    found = forecast(job, Progress(), whole)
+    job = check(whole.steps[0], HOW)
+    found = forecast(job, later_steps(job, whole), HOW)
     ((manifest, events),) = probed
     runs = [stage["run"] for stage in (*manifest["stages"], manifest)]
     assert len(runs) == len(whole.steps)
@@ -137,8 +139,8 @@ def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(
     config = family_config("qwen3_moe")
     config.mlp_only_layers = [0]
     path = build_tiny(config, tmp_path / "moe")
-    job = prepare(recipe.updated(model=str(path)).steps[0], False, False, Progress())
-    found = forecast(job, Progress())
+    job = check(recipe.updated(model=str(path)).steps[0], HOW)
+    found = forecast(job, [], HOW)
     ((manifest, events),) = probed
     parts = {event["part"] for event in events}
     assert parts == {"model.layers.0", "model.layers.1"}
@@ -156,7 +158,7 @@ def not_shown(job: Job, shown: int) -> float:
 
 
 def test_a_forecast_writes_nothing_and_says_what_the_run_then_takes(recipe: Recipe, tmp_path: Path, probed):
-    found = forecast(prepare(recipe.steps[0], False, False, Progress()), Progress())
+    found = forecast(check(recipe.steps[0], HOW), [], HOW)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
     run = compress(recipe).manifest
     assert found.disk >= run["run"]["work_bytes"] + 4 * run["parameters"]["compressed"]
@@ -179,12 +181,12 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     }
     took = {"model.layers.0": 7.0, "model.layers.1": 2.0, "lm_head": 50.0}
     events = [{"part": part, "seconds": seconds} for part, seconds in took.items()] * 2
-    monkeypatch.setattr(forecast_module, "_probe", lambda job, whole, shown, scratch, work_dir: (manifest, events))
-    job = prepare(recipe.steps[0], False, False, Progress())
-    found = forecast(job, Progress())
+    monkeypatch.setattr(forecast_module, "probe", lambda *_: (manifest, events))
+    job = check(recipe.steps[0], HOW)
+    found = forecast(job, [], HOW)
     assert found.seconds == pytest.approx(20 + (2 + 2) + not_shown(job, 2) * 1)
     assert found.memory == {"host": 500}
-    waiting = spilled(job.recipe, job.method, job.model)
+    waiting = spilled(job.recipe, job.model)
     assert found.scratch == waiting
     assert found.result == 4 + sum(spec.nbytes for spec in job.plan.tensors.values())
     earlier = {"bytes": {"compressed": 800}, "run": {**manifest["run"], "peak_memory_bytes": {"host": 900}}}
@@ -192,26 +194,26 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     (step,) = recipe.steps
     then = {"method": "slimlm", "sparsity": 0.5, "curvature": "gram+fisher", "num_calibration_samples": 50}
     whole = in_steps(step.model_dump(include=step.model_fields_set), then)
-    (last,) = later_runs_of(job, whole)
-    more = spilled(last, method_of(last), job.model)
+    (last,) = later_steps(job, whole)
+    more = spilled(last, job.model)
     assert more > waiting
-    found = forecast(job, Progress(), whole)
+    found = forecast(job, later_steps(job, whole), HOW)
     assert found.seconds == pytest.approx(2 * (20 + not_shown(job, 2) * 1) + (2 + 2))
     assert found.memory == {"host": 900}
     assert found.scratch == more
     assert found.result == 4 + sum(spec.nbytes for spec in job.plan.tensors.values()) * 1400 // 800
     del manifest["stages"]
     manifest["run"]["seconds"]["sampling"] = 4.0
-    assert forecast(job, Progress()).seconds == pytest.approx(20 + (2 + 2 + 4 / 2) + not_shown(job, 2) * 1)
+    assert forecast(job, [], HOW).seconds == pytest.approx(20 + (2 + 2 + 4 / 2) + not_shown(job, 2) * 1)
     others = sum(parameter.numel() for parameter in job.model.model.parameters()) - 10
     config = job.model.config
     cached = 2 * config.num_key_value_heads * config.head_dim * 6 * 32  # keys and values of 6 windows of 32, per block
-    assert forecast(job, Progress()).memory == {"host": 500 + 4 * (others + cached)}
+    assert forecast(job, [], HOW).memory == {"host": 500 + 4 * (others + cached)}
 
 
 def test_too_little_memory_or_disk_is_an_error_that_says_what_to_change(recipe: Recipe, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(forecast_module, "available_memory", lambda device: {"host": 10**6})
-    job = prepare(recipe.steps[0], False, False, Progress())
+    job = check(recipe.steps[0], HOW)
     with pytest.raises(UserError, match=r"needs 2\.00 GB of host memory and 0\.00 GB are free: lower --batch-size"):
         require_room(job, Forecast({"host": 2 * 10**9}, 0, 0, 0.0))
     require_room(job, Forecast({"host": 10**5}, 0, 0, 0.0))
@@ -224,16 +226,16 @@ def test_too_little_memory_or_disk_is_an_error_that_says_what_to_change(recipe: 
 
 def test_a_probe_that_is_killed_says_so(recipe: Recipe, monkeypatch):
     killed = subprocess.CompletedProcess([], -9, "", "")
-    monkeypatch.setattr(forecast_module.subprocess, "run", lambda *args, **kwargs: killed)
+    monkeypatch.setattr(probe_module.subprocess, "run", lambda *args, **kwargs: killed)
     with pytest.raises(RunFailure, match="killed by signal 9, probably for want of memory"):
-        forecast(prepare(recipe.steps[0], False, False, Progress()), Progress())
+        forecast(check(recipe.steps[0], HOW), [], HOW)
 
 
 def test_a_probe_that_fails_says_why(recipe: Recipe, tmp_path: Path):
-    job = prepare(recipe.steps[0], False, False, Progress())
+    job = check(recipe.steps[0], HOW)
     (tmp_path / "model" / "tokenizer.json").unlink()
     with pytest.raises(RunFailure, match="probe of the first blocks failed: .*tokenizer"):
-        forecast(job, Progress())
+        forecast(job, [], HOW)
 
 
 @pytest.mark.parametrize("prefix", ["memory.{}", "memory/memory.{}"])

@@ -7,9 +7,9 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from slimlm.compression import compress
 from slimlm.modeling import OWN_CLASSES, modeling_narrow, modeling_sliced
 from slimlm.recipe import one_step
+from slimlm.stages import compress
 from tests.conftest import build_tiny, logits_of, random_tokens
 from tests.families.configs import family_config
 

@@ -14,11 +14,11 @@ from slimlm.checkpoint.journal import JOURNAL_NAME, Journal
 from slimlm.checkpoint.manifest import read_manifest, versions
 from slimlm.checkpoint.staging import Staging
 from slimlm.checkpoint.writer import CheckpointWriter
-from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
 from slimlm.model.hidden import Spilled
 from slimlm.model.streamed import StreamedModel
 from slimlm.recipe import Recipe, one_step
+from slimlm.stages import compress
 from tests.conftest import CONFIGS, build_tiny, in_steps
 
 
@@ -251,7 +251,7 @@ def test_another_recipe_is_refused_with_the_difference_named(recipe: Recipe, mon
 def test_another_model_or_version_is_refused_with_the_difference_named(recipe: Recipe, monkeypatch, tmp_path: Path):
     killed_halfway(recipe, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr("slimlm.record.versions", lambda: {**versions(), "torch": "0.1"})
+        patch.setattr("slimlm.manifest.versions", lambda: {**versions(), "torch": "0.1"})
         with pytest.raises(UserError, match=r"version torch was '.*', is now '0\.1'; .*--resume-anyway"):
             compress(recipe, resume=True)
     weights = tmp_path / "model" / "model.safetensors"
@@ -294,7 +294,7 @@ def test_what_a_killed_run_holds_of_the_disk_counts_as_free(recipe: Recipe, undi
     held = sum(file.stat().st_size for file in staging.root.rglob("*") if file.is_file())
     usage = staging_module.shutil.disk_usage(staging.root.parent)
     monkeypatch.setattr(staging_module.shutil, "disk_usage", lambda path: usage._replace(free=held // 2))
-    monkeypatch.setattr("slimlm.prepare.spilled", lambda recipe, method, model: 0)
+    monkeypatch.setattr("slimlm.check.spilled", lambda step, model: 0)
     assert result(compress(recipe, resume=True).output_dir) == undisturbed
 
 
@@ -340,7 +340,7 @@ def test_sampled_calibration_text_is_not_sampled_twice(recipe: Recipe, monkeypat
     recipe = recipe.updated(dataset="self")
     whole = result(compress(recipe.updated(output_dir=str(recipe.steps[0].output_dir) + "2")).output_dir)
     killed_halfway(recipe, monkeypatch, 4)
-    monkeypatch.setattr("slimlm.compression.sample_windows", lambda *args: pytest.fail("sampled again"))
+    monkeypatch.setattr("slimlm.windows.sample_windows", lambda *args: pytest.fail("sampled again"))
     assert result(compress(recipe, resume=True).output_dir) == whole
 
 
@@ -424,7 +424,7 @@ def test_hidden_states_wait_where_they_are_told_to(recipe: Recipe, undisturbed, 
             super().__init__(stem, *args, **kwargs)
 
     monkeypatch.setattr("slimlm.model.hidden.Spilled", Watched)
-    monkeypatch.setattr("slimlm.compression.Spilled", Watched)
+    monkeypatch.setattr("slimlm.measure.Spilled", Watched)
     with monkeypatch.context() as patch:
         die_at(patch, Journal, "commit", 12, after=True)
         with pytest.raises(Killed):

@@ -7,14 +7,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from slimlm import compression
+from slimlm import compression, stages
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.manifest import took, versions
 from slimlm.checkpoint.pack import pack
-from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.recipe import Recipe, make_recipe, one_step
 from slimlm.report.summary import compress_summary
+from slimlm.stages import compress
 from tests.conftest import CONFIGS, build_tiny, in_steps, random_tokens
 from tests.methods.test_prune import LINEAR
 from tests.test_resume import Killed, die_at
@@ -73,7 +73,7 @@ def test_shots_grow_to_the_sparsity_and_a_dead_run_goes_on_where_it_was(
     sizes = [tensor.numel() for name, tensor in found.items() if name.split(".")[-2] in LINEAR]
     assert zeros == [round(0.6 * size) for size in sizes]
 
-    ran, real = [], compression._carry_out
+    ran, real = [], stages.carry_out
 
     def dying(job, *args):
         ran.append(job.recipe.sparsity)
@@ -82,14 +82,12 @@ def test_shots_grow_to_the_sparsity_and_a_dead_run_goes_on_where_it_was(
         return real(job, *args)
 
     again = recipe.updated(output_dir=str(tmp_path / "again"))
-    monkeypatch.setattr(compression, "_carry_out", dying)
+    monkeypatch.setattr(stages, "carry_out", dying)
     with pytest.raises(KeyboardInterrupt):
         compress(again)
     assert sorted(path.name for path in tmp_path.glob("again*")) == ["again.partial"]
     ran.clear()
-    monkeypatch.setattr(
-        compression, "_carry_out", lambda job, *args: ran.append(job.recipe.sparsity) or real(job, *args)
-    )
+    monkeypatch.setattr(stages, "carry_out", lambda job, *args: ran.append(job.recipe.sparsity) or real(job, *args))
     compress(again, resume=True)
     assert ran == pytest.approx([0.6])  # the first two were done
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
@@ -97,15 +95,15 @@ def test_shots_grow_to_the_sparsity_and_a_dead_run_goes_on_where_it_was(
 
 
 def interrupted_in_the_second_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = compression._carry_out
+    real = stages.carry_out
 
-    def dying(job, fingerprint, staging, how, several):
-        if several.recipe:
+    def dying(job, fingerprint, staging, how):
+        if staging.output == Path(recipe.steps[0].output_dir):
             raise KeyboardInterrupt
-        return real(job, fingerprint, staging, how, several)
+        return real(job, fingerprint, staging, how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compression, "_carry_out", dying)
+        patch.setattr(stages, "carry_out", dying)
         with pytest.raises(KeyboardInterrupt):
             compress(recipe)
 
@@ -154,7 +152,7 @@ def other_seed_later(settings: dict, then: dict, patch: pytest.MonkeyPatch) -> N
 
 
 def other_version(settings: dict, then: dict, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("slimlm.record.versions", lambda: {**versions(), "torch": "0.1"})
+    patch.setattr("slimlm.manifest.versions", lambda: {**versions(), "torch": "0.1"})
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["interrupted", "finished"])
@@ -279,7 +277,7 @@ def test_text_the_model_writes_is_the_same_for_every_stage(tmp_path: Path):
     )  # fmt: skip
     manifest = compress(recipe).manifest
     assert manifest["calibration"]["source"] == "self"
-    assert not (tmp_path / "out" / compression.CALIBRATION_NAME).exists()
+    assert not (tmp_path / "out" / stages.CALIBRATION_NAME).exists()
 
 
 def test_a_first_run_from_another_machine_is_recorded_where_it_is_accepted(settings: dict, monkeypatch):
@@ -321,7 +319,8 @@ def test_one_run_is_no_part_of_several_nor_the_other_way_round(settings: dict, m
         die_at(patch, Journal, "commit", 4, after=True)
         with pytest.raises(Killed):
             compress(recipes[several_first])
-    monkeypatch.setattr(compression, "_carry_out", lambda *args: pytest.fail("work was done"))
+    for module in (stages, compression):
+        monkeypatch.setattr(module, "carry_out", lambda *args: pytest.fail("work was done"))
     with pytest.raises(UserError, match="cannot resume: .* holds a (single run|recipe of several runs)"):
         compress(recipes[not several_first], resume=True)
 

@@ -8,7 +8,7 @@ import yaml
 
 from slimlm.checkpoint.clients import programs_line
 from slimlm.checkpoint.disk import write_whole
-from slimlm.checkpoint.manifest import Manifest, stages_of, took
+from slimlm.checkpoint.manifest import Manifest, Measured, Sizes, stages_of, took
 
 logger = logging.getLogger(__name__)
 CARD_NAME = "README.md"
@@ -118,13 +118,17 @@ def _summary(manifest: Manifest) -> str:
 def _sizes(manifest: Manifest) -> str:
     return (
         "| | dense | compressed | change |\n| --- | ---: | ---: | ---: |\n"
-        + _row("parameters", manifest["parameters"], "{:,}")
-        + _row("bytes of weights", manifest["bytes"], "{:,}")
+        + _row("parameters", _pair(manifest["parameters"]), "{:,}")
+        + _row("bytes of weights", _pair(manifest["bytes"]), "{:,}")
     )
 
 
-def _row(label: str, pair: dict[str, float], form: str) -> str:
-    dense, compressed = pair["dense"], pair["compressed"]
+def _pair(sizes: Sizes) -> tuple[int, int]:
+    return sizes["dense"], sizes["compressed"]
+
+
+def _row(label: str, pair: tuple[float, float], form: str) -> str:
+    dense, compressed = pair
     change = f"{100 * (compressed / dense - 1):+.1f}%"
     return f"| {label} | {form.format(dense)} | {form.format(compressed)} | {change} |\n"
 
@@ -134,20 +138,19 @@ def _loss(manifest: Manifest) -> str:
     if measured is None:
         return "## What was lost\n\nNot measured: run `slimlm eval` on this directory.\n"
     dense, compressed = measured["dense"], measured["compressed"]
-    pair = {"dense": dense["perplexity"], "compressed": compressed["perplexity"]}
     error = ""
     if manifest["blocks"]:
         last = manifest["blocks"][-1]["relative_error"]
         error = f" Mean relative error of the residual stream after the last block: {last:.3f}."
     return (
         "## What was lost\n\n| | dense | compressed | change |\n| --- | ---: | ---: | ---: |\n"
-        + _row("perplexity", pair, "{:.2f}")
+        + _row("perplexity", (dense["perplexity"], compressed["perplexity"]), "{:.2f}")
         + f"\nOn {measured['text']}: {measured['windows']} windows of {measured['window']} tokens, stride "
         f"{measured['stride']}, BOS {measured['bos']}, computed in {dtypes_of(measured)}.{error}\n"
     )
 
 
-def dtypes_of(measured: dict[str, Any]) -> str:
+def dtypes_of(measured: Measured) -> str:
     """What both sides were computed in; named for each where they differ."""
     dense, compressed = measured["dense"]["dtype"], measured["compressed"]["dtype"]
     return str(dense) if dense == compressed else f"{dense} (dense) and {compressed} (compressed)"

@@ -35,16 +35,17 @@ class Journal:
 
     def __init__(self, directory: Path, fingerprint: Mapping[str, Any], anyway: bool = False) -> None:
         self.directory = directory
+        self.fingerprint = dict(fingerprint)
         self.path = directory / JOURNAL_NAME
         self.records = _read(self.path)
         if not self.records:
-            self.commit(START, fingerprint=dict(fingerprint))
+            self.commit(START, fingerprint=self.fingerprint)
             sync(directory)
             return
         before = next(record["fingerprint"] for record in reversed(self.records) if "fingerprint" in record)
         differences = compare_fingerprints(before, fingerprint, anyway)
         if differences:
-            self.commit(ANYWAY, fingerprint=dict(fingerprint), differences=differences)
+            self.commit(ANYWAY, fingerprint=self.fingerprint, differences=differences)
 
     @property
     def steps(self) -> int:

@@ -4,7 +4,7 @@ import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from slimlm.checkpoint.disk import write_whole
 from slimlm.errors import UserError
@@ -12,7 +12,113 @@ from slimlm.errors import UserError
 MANIFEST_NAME = "slimlm.json"
 VERSIONED = ("slimlm", "torch", "transformers", "safetensors", "tokenizers", "datasets", "lm_eval")
 
-Manifest = dict[str, Any]
+
+class Origin(TypedDict):
+    """The dense model. card: what of its own card holds for the result; sha256: of its files, by name."""
+
+    name: str
+    origin: Literal["bundled", "directory", "hub"]
+    path: str | None
+    revision: str | None
+    model_type: str
+    card: dict[str, str | list[str]]
+    sha256: dict[str, str]
+
+
+class Sparsity(TypedDict):
+    """Shares, `requested` and `achieved` of what `of` says."""
+
+    requested: float
+    of: str
+    achieved: float
+    parameters_removed: float
+    zeros_in_pruned_matrices: float | None
+
+
+class Sizes(TypedDict):
+    dense: int
+    compressed: int
+
+
+class Skipped(TypedDict):
+    modules: int
+    weights: int
+
+
+class Calibration(TypedDict):
+    source: str
+    windows: int
+    window: int
+    bos: int | None
+    seed: int
+    sha256: str
+
+
+class Side(TypedDict):
+    """One model on the test windows."""
+
+    perplexity: float
+    log_perplexity: float
+    log_perplexity_stderr: float
+    dtype: str
+
+
+class Measured(TypedDict):
+    text: str
+    windows: int
+    window: int
+    stride: int
+    bos: int | None
+    predicted_tokens: int
+    dense: Side
+    compressed: Side
+
+
+class BlockError(TypedDict):
+    block: str
+    relative_error: float
+
+
+class RunFigures(TypedDict):
+    """Of the process that finished the run. resumed_anyway: for each process that went on nevertheless, what differed,
+    as it was and is."""
+
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    memory_before_bytes: int
+    resumed: bool
+    resumed_anyway: list[dict[str, list[Any]]]
+    work_bytes: int
+    scratch_bytes: int
+    machine: str
+    compute_dtype: str
+
+
+class Stage(TypedDict):
+    """What there is to say of each of several runs. recipe: in a file's form. method: figures of the method's own."""
+
+    recipe: dict[str, Any]
+    sparsity: Sparsity
+    bytes: Sizes
+    changes: dict[str, list[Any]]
+    method: dict[str, Any]
+    measured: Measured | None
+    run: RunFigures
+
+
+class Manifest(Stage):
+    """What there is to say of a result. stages: the runs before the last, where there are several."""
+
+    model: Origin
+    paper: str
+    needs_remote_code: bool
+    parameters: Sizes
+    skipped: Skipped
+    calibration: Calibration | None
+    blocks: list[BlockError]
+    versions: dict[str, str]
+    fingerprint: dict[str, Any]
+    stages: NotRequired[list[Stage]]
 
 
 def versions() -> dict[str, str]:
@@ -26,7 +132,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def stages_of(manifest: Manifest) -> list[Manifest]:
+def stages_of(manifest: Manifest) -> list[Stage]:
     """What there is to say of each of a recipe's runs, the last being the manifest itself."""
     return [*manifest.get("stages", []), manifest]
 

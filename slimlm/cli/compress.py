@@ -14,6 +14,7 @@ from slimlm.settings import HubSettings, described
 
 if TYPE_CHECKING:
     from slimlm.compression import CompressResult
+    from slimlm.stages import Options as HowOptions
 
 COMPRESS_FLAGS = [name for name in ORDER if name in FLAGS]
 ROTATE_FLAGS = [
@@ -82,10 +83,8 @@ def compress_command(options: CompressOptions) -> None:
     recipe = chosen_recipe(options.recipe, with_assigned(options.settings, options.assignments))
     if options.private and not options.push_to_hub:
         raise UserError("--private is for --push-to-hub REPO")
-    if options.dry_run:
-        _dry_run(recipe, options)
-    else:
-        _run(recipe, options, options.push_to_hub, options.private, options.verbose)
+    said = _said(options) | {"push_to_hub": options.push_to_hub, "private": options.private}
+    (_dry_run if options.dry_run else _run)(recipe, said, options.verbose)
 
 
 @command(RotateOptions, ROTATE_FLAGS)
@@ -105,7 +104,7 @@ def rotate_command(options: RotateOptions) -> None:
     settings = with_assigned({**options.settings, "method": "rotate"}, options.assignments)
     if "model" not in settings:
         raise UserError("--model is missing: try `slimlm rotate --model llama`")
-    _run(recipe_of_flags(settings), options)
+    _run(recipe_of_flags(settings), _said(options))
 
 
 def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
@@ -122,65 +121,53 @@ def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
     return recipe_of_flags(settings)
 
 
-def _run(
-    recipe: Recipe, options: RotateOptions, push_to_hub: str | None = None, private: bool = False, verbose: bool = False
-) -> None:
-    with running("interrupted; run the same command with --resume to go on", verbose) as progress:
-        from slimlm.compression import compress
+def _said(options: RotateOptions) -> "HowOptions":
+    """As `compress` takes it."""
+    return {
+        "overwrite": options.overwrite,
+        "resume": options.resume,
+        "resume_anyway": options.resume_anyway,
+        "work_dir": options.work_dir,
+        "token": options.token,
+        "cache_dir": options.cache_dir,
+    }
 
-        result = compress(
-            recipe,
-            options.overwrite,
-            options.resume,
-            progress,
-            resume_anyway=options.resume_anyway,
-            work_dir=options.work_dir,
-            token=options.token,
-            cache_dir=options.cache_dir,
-            push_to_hub=push_to_hub,
-            private=private,
-        )
+
+def _run(recipe: Recipe, options: "HowOptions", verbose: bool = False) -> None:
+    with running("interrupted; run the same command with --resume to go on", verbose) as progress:
+        from slimlm.stages import compress
+
+        options["progress"] = progress
+        result = compress(recipe, **options)
     _print_result(result, recipe.expected)
 
 
-def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
-    work_dir = None if options.work_dir is None else options.work_dir.expanduser().resolve()
-    with running(verbose=options.verbose) as progress:
-        from slimlm.checkpoint.hub import Access
-        from slimlm.checkpoint.push import Push
-        from slimlm.device import check_process
+def _dry_run(recipe: Recipe, options: "HowOptions", verbose: bool) -> None:
+    with running(verbose=verbose) as progress:
+        from slimlm.check import check
         from slimlm.forecast import forecast, require_room
-        from slimlm.prepare import check_later, output_of, prepare
         from slimlm.report.summary import forecast_summary
+        from slimlm.resolve import output_of
+        from slimlm.stages import before_work, check_later, how_of, later_steps
 
-        check_process()
-        if options.push_to_hub:
-            Push(options.push_to_hub, options.private, options.token).check()
-        first = recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))})
-        access, resume = Access(options.token, options.cache_dir), options.resume or options.resume_anyway
-        job = prepare(first, options.overwrite, resume, progress, work_dir=work_dir, access=access)
+        options["progress"] = progress
+        before_work(options)
+        how = how_of(options)
+        job = check(recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))}), how)
         check_later(job, recipe)
-        found = forecast(job, progress, recipe, work_dir)
-    print(forecast_summary(job, found, recipe.steps[1:], work_dir))
-    require_room(job, found, work_dir)
+        later = later_steps(job, recipe)
+        found = forecast(job, later, how)
+    print(forecast_summary(job, found, later, how.work_dir))
+    require_room(job, found, how.work_dir)
 
 
 def _print_result(result: "CompressResult", expected: dict[str, float]) -> None:
     from slimlm.report.summary import compress_summary, expectation_lines
-    from slimlm.report.table import comparison_table
+    from slimlm.report.table import comparison_table, sides_of
     from slimlm.report.terminal import console
 
     manifest = result.manifest
-    sides = [
-        {
-            "name": side,
-            "parameters": manifest["parameters"][side],
-            "bytes": manifest["bytes"][side],
-            **(manifest["measured"] or {}).get(side, {}),
-        }
-        for side in ("compressed", "dense")
-    ]
-    console().print(comparison_table(sides))
+    console().print(comparison_table(sides_of(manifest)))
     print(compress_summary(manifest))
     for line in expectation_lines(manifest, expected):
         print(line)

@@ -112,8 +112,8 @@ def _window_length(resolved: list[ResolvedModel], settings: EvalSettings) -> int
 
 def default_window(resolved: ResolvedModel, config: PretrainedConfig) -> int:
     """Tokens per window when none are asked for."""
-    manifest = read_manifest(resolved.path) or {}
-    recipe = manifest.get("recipe") or {}
+    manifest = read_manifest(resolved.path)
+    recipe = (manifest.get("recipe") if manifest else None) or {}
     length = {**recipe, **(recipe.get("steps") or [{}])[-1]}.get("max_seq_length")
     if isinstance(length, int):
         return length

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimlm.checkpoint.manifest import Side
 from slimlm.errors import RunFailure
 from slimlm.linalg.likelihood import window_nll
 
@@ -58,7 +58,7 @@ class LogLikelihood:
             float(torch.tensor(self.window_means, dtype=torch.float64).std()) / math.sqrt(count) if count > 1 else 0.0
         )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Side:
         """What a manifest says of it."""
         return {
             "perplexity": self.perplexity,

@@ -16,6 +16,7 @@ REFIT = "slice, slimlm: aim the weights that are left, and the head, at what the
 
 
 def require_share(sparsity: float) -> None:
+    """Raises ValueError for what is no share to remove."""
     if not 0 < sparsity < 1:
         meant = f": did you mean {sparsity / 100:g}?" if 2 <= sparsity < 100 else ""
         raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {sparsity:g}{meant}")
@@ -100,10 +101,12 @@ class Step(BaseModel):
 
     @property
     def described(self) -> str:
+        """The step in a line."""
         return self.method
 
     @property
     def max_shard_bytes(self) -> int:
+        """What `max_shard_size` says."""
         number, unit = re.fullmatch(SIZE, self.max_shard_size).groups()  # type: ignore[union-attr]  # validated
         return int(float(number) * UNITS[unit.upper()])
 

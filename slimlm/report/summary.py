@@ -2,11 +2,15 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from slimlm.check import Job
 from slimlm.checkpoint.card import dtypes_of
 from slimlm.checkpoint.manifest import Manifest, took
 from slimlm.evaluation.text import WindowFigures
+from slimlm.forecast import Forecast
+from slimlm.recipe import AnyStep
 
 
 def compress_summary(manifest: Manifest) -> str:
@@ -26,10 +30,10 @@ def compress_summary(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def forecast_summary(job: Any, found: Any, later: Sequence[Any] = (), work_dir: Any = None) -> str:
-    """Every shape before and after, and what the run will take (a `Job` and its `Forecast`).
+def forecast_summary(job: Job, found: Forecast, later: Sequence[AnyStep] = (), work_dir: Path | None = None) -> str:
+    """Every shape before and after, and what the run will take.
 
-    later: recipes of the runs that follow it, which the forecast includes. work_dir: where hidden states are to wait.
+    later: the steps that follow it, which the forecast includes. work_dir: where hidden states are to wait.
     """
     recipe = job.recipe
     data = f"{recipe.num_calibration_samples} windows of {recipe.max_seq_length} tokens from {recipe.dataset}"
@@ -47,7 +51,7 @@ def forecast_summary(job: Any, found: Any, later: Sequence[Any] = (), work_dir: 
     )
 
 
-def _disk_lines(job: Any, found: Any, work_dir: Any) -> list[str]:
+def _disk_lines(job: Job, found: Forecast, work_dir: Path | None) -> list[str]:
     """What each place needs."""
     if work_dir is None:
         return [f"disk: {found.disk / 1e9:.2f} GB while it runs, in and beside {job.output}"]
@@ -61,7 +65,7 @@ def _gigabytes(memory: dict[str, int]) -> str:
     return ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in memory.items())
 
 
-def _shape_lines(job: Any) -> list[str]:
+def _shape_lines(job: Job) -> list[str]:
     """One line per kind of tensor; the number of the block is written as *."""
     lines = {"shapes, in the largest of the splits:": 1} if job.plan.remark else {}
     for name, spec in job.plan.tensors.items():

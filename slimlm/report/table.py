@@ -1,9 +1,10 @@
 """Tables for the terminal."""
 
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
+from slimlm.checkpoint.manifest import Manifest
 from slimlm.evaluation.harness import Score
 
 
@@ -22,6 +23,20 @@ def comparison_table(models: list[dict[str, Any]], title: str | None = None) -> 
     for label, cells, change in _rows(columns):
         table.add_row(label, *cells, *([change] if len(columns) == 2 else []))
     return table
+
+
+def sides_of(manifest: Manifest) -> list[dict[str, Any]]:
+    """Both models of a manifest, compressed and dense, as `comparison_table` takes them."""
+    sides: tuple[Literal["compressed"], Literal["dense"]] = ("compressed", "dense")
+    return [
+        {
+            "name": side,
+            "parameters": manifest["parameters"][side],
+            "bytes": manifest["bytes"][side],
+            **(manifest["measured"][side] if manifest["measured"] else {}),
+        }
+        for side in sides
+    ]
 
 
 def inspection_table(rows: list[dict[str, Any]], sparsities: tuple[float, ...]) -> Table:

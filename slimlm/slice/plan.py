@@ -48,5 +48,6 @@ def plan_rotate(model: StreamedModel, recipe: RotateStep) -> Plan:
 def rotated_influence(path: Path) -> list[float] | None:
     """How much each block changes the stream, of a checkpoint that `slimlm rotate` wrote: the directions of its stream
     are in order of importance already."""
-    found: list[float] | None = (read_manifest(path) or {}).get("method", {}).get("influence")
+    manifest = read_manifest(path)
+    found: list[float] | None = manifest.get("method", {}).get("influence") if manifest else None
     return found

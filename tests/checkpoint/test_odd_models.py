@@ -518,9 +518,15 @@ def test_code_that_is_not_trusted_is_refused_by_every_command(command, llama: Pa
     assert "--trust-remote-code" in lines[0]
 
 
-@pytest.mark.parametrize("text", ["trust_remote_code: true", "then: {method: wanda, trust_remote_code: true}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trust_remote_code: true\nsteps: [{method: wanda, sparsity: 0.5}]",
+        "steps: [{method: wanda, sparsity: 0.5, trust_remote_code: true}]",
+    ],
+)
 def test_no_recipe_can_say_that_code_is_trusted(text: str, slimlm):
-    Path("recipe.yaml").write_text(f"model: llama\nsparsity: 0.5\n{text}\n")
+    Path("recipe.yaml").write_text(f"model: llama\n{text}\n")
     code, lines = slimlm("compress", "--recipe", "recipe.yaml", "--trust-remote-code")
     assert (code, len(lines)) == (2, 1)
     assert "trust_remote_code" in lines[0]

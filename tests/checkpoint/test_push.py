@@ -10,9 +10,9 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from slimlm.checkpoint.manifest import MANIFEST_NAME
 from slimlm.checkpoint.push import Push
 from slimlm.cli import main
-from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
 from slimlm.recipe import Recipe, one_step
+from slimlm.stages import compress
 
 ME = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimlm.checkpoint.companions import copy_companions
-from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.pca import without_mean
@@ -25,6 +24,7 @@ from slimlm.slice.config import config_of
 from slimlm.slice.plan import plan_rotate, plan_slice
 from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import Layout
+from slimlm.stages import compress
 from tests.conftest import build_tiny, in_steps, logits_of, random_tokens, stream
 from tests.families.configs import SETTINGS, family_config
 from tests.methods.helpers import carried_out, run_at

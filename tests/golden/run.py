@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import slimlm
-from slimlm.compression import compress
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe, make_recipe
+from slimlm.stages import compress
 from tests.golden.cases import CASES, Case, Settings, flat, stepwise
 from tests.golden.models import build, write_data
 

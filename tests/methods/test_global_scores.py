@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slimlm.compression import compress
 from slimlm.linalg.hessian import DAMPING
 from slimlm.prune import masks, updates
 from slimlm.prune.allocation import global_scores
 from slimlm.prune.group import Row
 from slimlm.recipe import one_step
+from slimlm.stages import compress
 from slimlm.statistics.token_gradients import TokenGradients
 from tests.conftest import build_tiny
 from tests.families.configs import family_config

@@ -12,15 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slimlm.calibration import load_windows
+from slimlm.check import open_model
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import load_tokenizer
-from slimlm.compression import compress
 from slimlm.errors import RunFailure, UserError
 from slimlm.linalg.hessian import SingularCurvature, hessian, with_gradients
 from slimlm.linalg.masks import pooled
 from slimlm.model.ends import embed
-from slimlm.prepare import open_model
 from slimlm.prune import masks, updates
 from slimlm.prune import run as pruning
 from slimlm.prune.curvature import row_fisher
@@ -28,6 +27,7 @@ from slimlm.prune.group import Row, prune
 from slimlm.prune.quota import Quota
 from slimlm.prune.tiles import gathered
 from slimlm.recipe import Recipe, one_step
+from slimlm.stages import compress
 from slimlm.statistics.token_gradients import TokenGradients
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.families.configs import family_config
@@ -502,7 +502,7 @@ def test_what_is_fitted_is_written_finer_than_the_device_computes(
     """As on a GPU, which computes in the checkpoint's dtype."""
     path = build_tiny(CONFIGS["llama"], tmp_path / "model", torch.bfloat16)
     monkeypatch.setattr(
-        "slimlm.prepare.open_model", lambda path, device, _, trust: open_model(path, device, "stock", trust)
+        "slimlm.check.open_model", lambda path, device, _, trust: open_model(path, device, "stock", trust)
     )
     compress(recipe_for(path, text, tmp_path / "out", dtype="float32", **settings))
     weights = load_file(tmp_path / "out" / "model.safetensors")

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from slimlm.check import journalled, spilled
 from slimlm.checkpoint.journal import Journal
-from slimlm.methods import METHODS
 from slimlm.model.hidden import Spilled
-from slimlm.prepare import journalled, spilled
 from slimlm.recipe import one_step
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.methods.helpers import run
@@ -66,9 +65,8 @@ def test_no_more_waits_on_disk_than_was_asked_for(
     settings |= {"num_calibration_samples": len(tokens), "max_seq_length": tokens.shape[1], "dataset": "x.txt"}
     model = stream(build_tiny(CONFIGS["llama"], tmp_path / "model"))
     recipe = one_step(model="x", measure=False, **settings).steps[0]
-    method = METHODS[recipe.method]
     run(model, tokens, tmp_path / "run", **settings)
-    wanted = sum(asked(recipe, method, model) for asked in (spilled, journalled))
+    wanted = sum(asked(recipe, model) for asked in (spilled, journalled))
     assert 0 < max(peak) <= wanted
     if "widths" not in settings:  # cuts are asked for as if all were made
         assert wanted < 6 * max(peak)

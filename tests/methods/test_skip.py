@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from slimlm import compress
+from slimlm.check import How, check
 from slimlm.checkpoint.manifest import read_manifest
 from slimlm.errors import UserError
 from slimlm.forecast import forecast
 from slimlm.model.skip import skip_modules
-from slimlm.prepare import check_later, prepare
-from slimlm.progress import Progress
 from slimlm.recipe import SliceStep, make_recipe, one_step
+from slimlm.stages import check_later, later_steps
 from tests.conftest import CONFIGS, SIZES, build_tiny, in_steps, stream
 from tests.families.configs import family_config
 
@@ -150,9 +150,10 @@ def test_a_dry_run_probes_the_blocks_that_it_shows(steps: list[dict[str, Any]], 
     data = {"dataset": str(tmp_path / "text.txt"), "num_calibration_samples": 6, "max_seq_length": 16}
     shared = {"model": str(path), "output_dir": str(tmp_path / "out"), "measure": False, **data}
     recipe = make_recipe({**shared, "steps": steps})
-    job = prepare(recipe.steps[0], False, False, Progress())
+    how = How()
+    job = check(recipe.steps[0], how)
     check_later(job, recipe)
-    assert forecast(job, Progress(), recipe).result > 0
+    assert forecast(job, later_steps(job, recipe), how).result > 0
 
 
 def test_a_later_runs_names_are_checked_before_the_first(tmp_path: Path):

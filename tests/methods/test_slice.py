@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimlm.checkpoint.skeleton import build_skeleton, parameter_count
-from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.linalg.budget import LossCurve
 from slimlm.linalg.pca import leading, without_mean
@@ -24,6 +23,7 @@ from slimlm.slice.curves import choose
 from slimlm.slice.plan import plan_slice
 from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import Layout, Widths
+from slimlm.stages import compress
 from tests.conftest import CONFIGS, SIZES, build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import family_config
 from tests.methods.helpers import carried_out, run_at

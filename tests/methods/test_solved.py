@@ -9,7 +9,6 @@ from transformers import LlamaConfig
 from slimlm.calibration import load_windows
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_tokenizer
-from slimlm.compression import compress
 from slimlm.errors import UserError
 from slimlm.evaluation.text import python_reference
 from slimlm.linalg.budget import LossCurve, cheapest_split
@@ -18,6 +17,7 @@ from slimlm.prune import run as pruning
 from slimlm.prune import solved
 from slimlm.prune.solved import MOST, POINTS, SCRATCH, TOGETHER
 from slimlm.recipe import one_step
+from slimlm.stages import compress
 from tests.conftest import CONFIGS, SIZES, build_tiny, stream
 from tests.methods.helpers import run_at
 

@@ -1,0 +1,248 @@
+"""Everything that can be checked before a run, checked before the run."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from slimlm.calibration import Windows
+from slimlm.checkpoint.code import is_own_class
+from slimlm.checkpoint.hub import Access
+from slimlm.checkpoint.manifest import MANIFEST_NAME
+from slimlm.checkpoint.reader import Checkpoint, read_config
+from slimlm.checkpoint.resolve import ResolvedModel, resolve_model
+from slimlm.checkpoint.skeleton import auto_dtype, load_config, load_tokenizer, parameter_count
+from slimlm.checkpoint.staging import check_output
+from slimlm.checkpoint.task import refuse_other_task
+from slimlm.checkpoint.tokenizer import check_tokenizer
+from slimlm.device import pick_device, resident_memory, return_memory_at_once
+from slimlm.errors import UserError
+from slimlm.evaluation.text import TestWindows
+from slimlm.families import FAMILIES, family_of
+from slimlm.method import Method
+from slimlm.methods import method_of
+from slimlm.model.skip import skip_modules
+from slimlm.model.streamed import StreamedModel
+from slimlm.progress import LogProgress, Progress
+from slimlm.recipe import AnyStep, SliceStep
+from slimlm.resolve import output_of, resolve
+from slimlm.run import Plan
+from slimlm.windows import calibration_windows, evaluation_windows, require_held_out
+
+GRADIENT_BYTES = 2  # they are kept in bf16
+LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than page faults
+
+
+def require_less(step: AnyStep, model: StreamedModel, plan: Plan) -> None:
+    """Raises UserError for widths by hand that remove nothing."""
+    if isinstance(step, SliceStep) and step.widths and plan.parameters >= parameter_count(model.model):
+        raise UserError(f"--widths {step.widths} removes nothing: {plan.parameters:,} parameters would be left")
+
+
+@dataclass(frozen=True)
+class How:
+    """How a recipe is run, which is none of its business: not a bit of the result depends on it.
+
+    resume: what an earlier run wrote may stand at the output, and is gone on from; anyway: where it is of another
+    machine or version, too. work_dir: where hidden states are to wait, if not beside the output. access: to the hub.
+    checks: what a plan has to pass before any work.
+    """
+
+    progress: Progress = field(default_factory=LogProgress)
+    overwrite: bool = False
+    resume: bool = False
+    anyway: bool = False
+    work_dir: Path | None = None
+    access: Access = field(default_factory=Access)
+    checks: tuple[Callable[[AnyStep, StreamedModel, Plan], None], ...] = (require_less,)
+
+    def is_there(self, output: Path) -> bool:
+        """Whether there may be a result that stays; whether it is this run's is not decided here."""
+        return self.resume and (output / MANIFEST_NAME).is_file()
+
+    def may_replace(self, output: Path) -> bool:
+        """Whether what stands there may go, if it is ours."""
+        return self.overwrite or self.is_there(output)
+
+
+@dataclass
+class Job:
+    """Everything a run needs, checked. windows: None if there are none, or they are still to be sampled.
+
+    recipe: the step, resolved. started, memory_before: the clock's seconds and the process's resident bytes when all
+    this began. seconds: what each stage took so far.
+    """
+
+    recipe: AnyStep
+    source: ResolvedModel
+    output: Path
+    model: StreamedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    test: TestWindows | None
+    windows: Windows | None
+    started: float
+    memory_before: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    resumed: bool = False
+
+    @property
+    def method(self) -> Method[Any]:
+        """The step's row in the table."""
+        return method_of(self.recipe)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files and directories that are read."""
+        return inputs_of(self.recipe, self.source)
+
+    @property
+    def result_bytes(self) -> int:
+        """Of the weights that are planned."""
+        return sum(spec.nbytes for spec in self.plan.tensors.values())
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether nothing is going to be smaller, so that what comes later can be planned on the model itself."""
+        return self.plan.parameters == parameter_count(self.model.model)
+
+
+def check(step: AnyStep, how: How) -> Job:
+    """Resolve a step, and find every fault that can be found without computing. Raises UserError; writes nothing."""
+    started, memory_before = time.perf_counter(), resident_memory()
+    output = output_of([step])
+    source = resolve_known(step.model, step.revision, step.trust_remote_code, how.access)
+    if sum(file.stat().st_size for file in source.path.glob("*.safetensors") if file.is_file()) > LARGE:
+        return_memory_at_once()  # first of all: what is allocated before stays as it was
+    check_output(output, how.may_replace(output), inputs_of(step, source), work_dir=how.work_dir)
+    model = open_model(source.path, pick_device(step.device), "fast", step.trust_remote_code)
+    skip_modules(model, step.skip)
+    step, plan = planned(resolve(step, source, model.config), model)
+    _refuse_other_class(model, plan)
+    how.progress.line(f"model: {source}")
+    for require in how.checks:
+        require(step, model, plan)
+    for line in describe(step, model, plan):
+        how.progress.line(line)
+    tokenizer = load_tokenizer(source.path, step.trust_remote_code)
+    _check_tokenizer(step, tokenizer, model, plan)
+    windows = calibration_windows(step, tokenizer, model.config.vocab_size)
+    test = evaluation_windows(step, tokenizer)
+    require_held_out(step, windows)
+    job = Job(step, source, output, model, tokenizer, plan, test, windows, started, memory_before)
+    _check_room(job, how)
+    how.progress.stage("checking weights", parameter_count(model.model))
+    start = time.perf_counter()
+    model.checkpoint.check_finite(how.progress.step)
+    job.seconds["checking"] = time.perf_counter() - start  # the one part of this that grows with the model
+    return job
+
+
+def planned(step: AnyStep, model: StreamedModel) -> tuple[AnyStep, Plan]:
+    """A resolved step, with the sparsity that widths by hand come to, and its plan. Raises UserError."""
+    plan = method_of(step).plan(model, step)
+    if isinstance(step, SliceStep) and step.widths:
+        step = step.model_copy(update={"sparsity": 1 - plan.parameters / parameter_count(model.model)})
+    return step, plan
+
+
+def inputs_of(step: AnyStep, source: ResolvedModel) -> list[Path]:
+    """Files and directories that a run reads."""
+    return [source.path, *(Path(name) for name in (step.dataset, step.eval_text) if name and Path(name).exists())]
+
+
+def resolve_known(
+    model: str, revision: str | None, trust_remote_code: bool, access: Access | None = None
+) -> ResolvedModel:
+    """A model's directory, nothing large fetched for a family that is not known. Raises UserError."""
+
+    def accept(path: Path) -> None:
+        values = read_config(path)
+        refuse_other_task(path, values)
+        if values.get("auto_map") and values["model_type"] not in FAMILIES:
+            raise UserError(
+                f"{path} is {values['model_type']!r}, which comes with Python code of its own: slimlm knows no such "
+                "architecture, with --trust-remote-code or without (`slimlm models` lists those it knows)"
+            )
+        family_of(load_config(path, trust_remote_code))
+
+    return resolve_model(model, revision, accept, trust_remote_code, access)
+
+
+def _refuse_other_class(model: StreamedModel, plan: Plan) -> None:
+    """Raises UserError where a checkpoint's own class would be left for one that need not compute the same."""
+    own, other = type(model.model).__name__, type(plan.carrier).__name__
+    if is_own_class(model.config) and type(plan.carrier) is not type(model.model):
+        raise UserError(
+            f"{own} comes with the checkpoint, and the result would be a {other}: prune it, or leave out "
+            "--trust-remote-code if both compute the same"
+        )
+
+
+def _check_tokenizer(step: AnyStep, tokenizer: PreTrainedTokenizerBase, model: StreamedModel, plan: Plan) -> None:
+    """Raises UserError where the result's class would make another tokenizer of the same files."""
+    changes_widths = method_of(step).sparsity_of == "parameters"
+    carrier = model.family.carrier if changes_widths else None
+    others = {plan.config.model_type, *([carrier.model_type] if carrier else [])} - {model.config.model_type}
+    for model_type in sorted(others):
+        check_tokenizer(model.checkpoint.path, tokenizer, model_type, step.trust_remote_code)
+
+
+def _check_room(job: Job, how: How) -> None:
+    """Raises UserError where the disk has too little; a result that is there already needs none."""
+    if how.is_there(job.output):
+        return
+    written = job.result_bytes + journalled(job.recipe, job.model)
+    waiting = spilled(job.recipe, job.model)
+    check_output(job.output, how.may_replace(job.output), job.inputs, written, how.work_dir, waiting, how.resume)
+
+
+def describe(step: AnyStep, model: StreamedModel, plan: Plan) -> list[str]:
+    """What is going to happen, before it does."""
+    dense, size = parameter_count(model.model), sum(spec.nbytes for spec in plan.tensors.values())
+    skipped = [f"{len(model.skipped)} modules of {sum(model.skipped.values()):,} weights stay as they are"]
+    if method_of(step).sparsity_of != "parameters":
+        line = f"parameters: {dense:,}, of which some will be zero; weights: {size / 1e6:,.1f} MB, as before"
+        return [line, *(skipped if model.skipped else [])]
+    return [
+        f"parameters: {dense:,} -> {plan.parameters:,} ({plan.parameters / dense - 1:+.1%}); "
+        f"weights: {model.checkpoint.bytes_on_disk() / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
+        *(f"{name}: {before} -> {after}" for name, (before, after) in plan.changes.items()),
+        *([plan.remark] if plan.remark else []),
+        *(skipped if model.skipped else []),
+    ]
+
+
+def journalled(step: AnyStep, model: StreamedModel) -> int:
+    """Bytes of gradients that lie beside the result while it is made."""
+    return GRADIENT_BYTES * method_of(step).gradients(step, model) if step.dataset else 0
+
+
+def spilled(step: AnyStep, model: StreamedModel) -> int:
+    """Bytes of hidden states that wait in pairs of files: to calibrate, then two streams to measure."""
+    assert step.max_seq_length is not None
+    per_window: int = step.max_seq_length * model.config.hidden_size * model.dtype.itemsize * 2
+    scratch = method_of(step).scratch(step, model)
+    calibrating = step.num_calibration_samples + scratch if step.dataset else 0
+    measuring = 2 * step.eval_windows if step.measure else 0
+    return per_window * (calibrating + measuring)
+
+
+def open_model(
+    path: Path, device: torch.device, precision: Literal["fast", "stock"], trust_remote_code: bool = False
+) -> StreamedModel:
+    """A checkpoint directory, ready to stream.
+
+    precision: what it computes in. "stock" is what `from_pretrained(dtype="auto")` would take; "fast" is that too on a
+    GPU, but float32 for float16, in which small gradients are zero; and float32 on a CPU, where it costs nothing.
+    """
+    checkpoint = Checkpoint(path)
+    config = load_config(path, trust_remote_code)
+    dtype = auto_dtype(config, checkpoint)
+    if precision == "fast" and (device.type == "cpu" or dtype == torch.float16):
+        dtype = torch.float32
+    return StreamedModel(checkpoint, config, family_of(config), device, dtype, trust_remote_code)

@@ -1,0 +1,188 @@
+"""What a run says of itself: the fingerprint that resuming it compares, the manifest, and the recipe as it ran."""
+
+from pathlib import Path
+
+import yaml
+
+from slimlm.calibration import Windows
+from slimlm.check import Job
+from slimlm.checkpoint.card import inherited, write_card
+from slimlm.checkpoint.code import code_files, is_own_class
+from slimlm.checkpoint.companions import companions
+from slimlm.checkpoint.disk import write_whole
+from slimlm.checkpoint.journal import Journal
+from slimlm.checkpoint.manifest import (
+    BlockError,
+    Calibration,
+    Manifest,
+    Measured,
+    Origin,
+    RunFigures,
+    Sparsity,
+    versions,
+    write_manifest,
+)
+from slimlm.checkpoint.reader import Checkpoint, file_hash
+from slimlm.checkpoint.skeleton import parameter_count
+from slimlm.checkpoint.staging import Staging
+from slimlm.device import machine, peak_memory, rounding
+from slimlm.evaluation.streamed import Comparison
+from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped
+from slimlm.run import Outcome
+
+# What a step says of how and where it is run, and of what is done with the result: none of it decides a bit.
+UNDECISIVE = {"model", "revision", "output_dir", "measure", "eval_text", "eval_windows", "device"}
+Fingerprint = dict[str, str | int | float | list[str] | None]
+
+
+def fingerprint_of(job: Job) -> Fingerprint:
+    """Everything that decides the weights to the last bit: what was read by its hash, not by its name."""
+    settings = decisive(job.recipe)
+    if job.windows:
+        del settings["dataset"]
+    found, trusted = versions(), code_files(job.source.path) if job.recipe.trust_remote_code else []
+    return {
+        **{f"model {name}": digest for name, digest in job.model.checkpoint.hashes.items()},
+        **{f"code {file.name}": file_hash(file) for file in trusted},
+        **{f"file {file.name}": file_hash(file) for file in companions(job.source.path)},
+        **{f"recipe {name}": value for name, value in settings.items()},
+        **{f"version {name}": found.get(name) for name in ("python", "slimlm", "torch", "transformers")},
+        **{f"machine {name}": value for name, value in rounding(job.model.device).items()},
+        "calibration sha256": job.windows.sha256 if job.windows else None,
+    }
+
+
+def decisive(step: AnyStep) -> Fingerprint:
+    """The settings that decide bits."""
+    return {name: value for name, value in step.settings.items() if name not in UNDECISIVE}
+
+
+def manifest_of(
+    job: Job,
+    staging: Staging,
+    journal: Journal,
+    windows: Windows | None,
+    outcome: Outcome,
+    comparison: Comparison | None,
+) -> Manifest:
+    """Everything there is to say of a run whose tensors are all written."""
+    dense, plan = parameter_count(job.model.model), outcome.plan
+    return {
+        "model": _origin(job),
+        "recipe": dumped(Recipe(steps=[job.recipe])),
+        "paper": job.method.paper,
+        "needs_remote_code": bool(plan.files) or is_own_class(plan.config),
+        "sparsity": _sparsity(job, outcome),
+        "parameters": {"dense": dense, "compressed": plan.parameters},
+        "bytes": {
+            "dense": job.model.checkpoint.bytes_on_disk(),
+            "compressed": Checkpoint(staging.model).bytes_on_disk(),
+        },
+        "skipped": {"modules": len(job.model.skipped), "weights": sum(job.model.skipped.values())},
+        "changes": {name: list(pair) for name, pair in plan.changes.items()},
+        "method": outcome.notes,
+        "calibration": _calibration(windows, job.recipe.seed),
+        "measured": measured(job, comparison),
+        "blocks": block_errors(job, comparison),
+        "run": _run_figures(job, staging, journal),
+        "versions": versions(),
+        "fingerprint": journal.fingerprint,
+    }
+
+
+def _origin(job: Job) -> Origin:
+    return {
+        "name": job.source.name,
+        "origin": job.source.origin,
+        "path": str(job.source.path),
+        "revision": job.source.revision,
+        "model_type": job.model.config.model_type,
+        "card": inherited(job.source.path),
+        "sha256": job.model.checkpoint.hashes,
+    }
+
+
+def _sparsity(job: Job, outcome: Outcome) -> Sparsity:
+    removed = 1 - outcome.plan.parameters / parameter_count(job.model.model)
+    return {
+        "requested": removed if job.recipe.share is None else job.recipe.share,
+        "of": job.method.sparsity_of,
+        "achieved": removed if outcome.zeros is None else outcome.zeros,
+        "parameters_removed": removed,
+        "zeros_in_pruned_matrices": outcome.zeros,
+    }
+
+
+def _calibration(windows: Windows | None, seed: int) -> Calibration | None:
+    if windows is None:
+        return None
+    count, length = windows.tokens.shape
+    return {
+        "source": windows.source,
+        "windows": count,
+        "window": length,
+        "bos": windows.bos,
+        "seed": seed,
+        "sha256": windows.sha256,
+    }
+
+
+def measured(job: Job, comparison: Comparison | None) -> Measured | None:
+    """What measuring gave, if anything."""
+    if comparison is None or job.test is None:
+        return None
+    return {
+        **job.test.describe(),
+        "dense": comparison.dense.describe(),
+        "compressed": comparison.compressed.describe(),
+    }
+
+
+def block_errors(job: Job, comparison: Comparison | None) -> list[BlockError]:
+    """How far the stream was from the dense one's after each block, as far as that was measured."""
+    errors = comparison.block_errors if comparison else []
+    return [{"block": job.model.blocks[index].path, "relative_error": error} for index, error in enumerate(errors)]
+
+
+def _run_figures(job: Job, staging: Staging, journal: Journal) -> RunFigures:
+    """Bytes of work files are of all, and of the hidden states among them, which `--work-dir` puts elsewhere."""
+    files = {path: path.stat().st_size for place in {staging.work, staging.scratch} for path in place.iterdir()}
+    kept = sum(size for path, size in files.items() if path.suffix in (".safetensors", ".jsonl"))
+    return {
+        "seconds": {name: round(value, 3) for name, value in job.seconds.items()},
+        "peak_memory_bytes": peak_memory(job.model.device),
+        "memory_before_bytes": job.memory_before,
+        "resumed": job.resumed,
+        "resumed_anyway": journal.differences,
+        "work_bytes": sum(files.values()),
+        "scratch_bytes": sum(files.values()) - kept,
+        "machine": machine(job.model.device),
+        "compute_dtype": str(job.model.dtype).removeprefix("torch."),
+    }
+
+
+def write_account(directory: Path, manifest: Manifest) -> None:
+    """Card, recipe, and last the manifest: what it says is there. Raises RunFailure on a full disk."""
+    write_card(directory, manifest)
+    write_recipe(directory, manifest)
+    write_manifest(directory, manifest)
+
+
+def write_recipe(directory: Path, manifest: Manifest) -> None:
+    """The recipe as it was run, able to run again anywhere on this machine: whole paths, the revision, no output.
+
+    Raises RunFailure on a full disk.
+    """
+    settings, model = as_file(manifest["recipe"]), manifest["model"]
+    settings.pop("output_dir", None)
+    if settings.pop("trust_remote_code", False):
+        settings[RAN_REMOTE_CODE] = True
+    if model["origin"] == "directory":
+        settings["model"] = model["path"]
+    if model["revision"] is not None:
+        settings["revision"] = model["revision"]
+    for own in (settings, *settings["steps"]):
+        for name in ("dataset", "eval_text"):
+            if name in own and Path(own[name]).expanduser().exists():
+                own[name] = str(Path(own[name]).expanduser().resolve())
+    write_whole(directory / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,69 @@
+"""What a run did to its model, on test windows: both models in the dtype they are stored in, so that `eval` agrees."""
+
+import time
+from pathlib import Path
+
+from slimlm.check import How, Job, open_model
+from slimlm.checkpoint.manifest import Manifest
+from slimlm.checkpoint.output import held
+from slimlm.checkpoint.staging import Staging
+from slimlm.errors import RunFailure, out_of_memory
+from slimlm.evaluation.streamed import Comparison, compare_streamed
+from slimlm.manifest import block_errors, measured, write_account
+from slimlm.model.hidden import Spilled
+from slimlm.progress import Progress
+from slimlm.run import Outcome
+
+MEASURING = {"measure", "eval_text", "eval_windows"}
+
+
+def compare(
+    job: Job,
+    staging: Staging,
+    compressed: Path,
+    progress: Progress,
+    outcome: Outcome | None,
+    compares_blocks: bool = True,
+) -> Comparison | None:
+    """The dense model and the one in a directory, side by side; None where the run is not to be measured.
+
+    outcome: of the run, or None for one that is long over. compares_blocks: as in `compare_streamed`; what was cut or
+    rotated in a run that is over cannot be. Raises RunFailure.
+    """
+    if job.test is None:
+        return None
+    device, trusted = job.model.device, job.recipe.trust_remote_code
+    dense, smaller = (open_model(path, device, "stock", trusted) for path in (job.source.path, compressed))
+    blocks, basis = (outcome.blocks, outcome.basis) if outcome else (tuple(range(len(smaller.blocks))), None)
+    batches = list(job.test.tokens.split(job.recipe.batch_size))
+    hidden = [Spilled(staging.scratch / name, device, hashed=False) for name in ("dense", "compressed")]
+    try:
+        with out_of_memory("there is not enough for both models' largest parts"):
+            return compare_streamed(dense, smaller, batches, basis, progress, hidden, blocks, compares_blocks)
+    except RunFailure as error:
+        raise RunFailure(
+            f"measuring failed: {error}; the compression itself is done: "
+            "add --resume --no-measure to keep it unmeasured"
+        ) from error
+
+
+def measured_later(job: Job, output: Path, manifest: Manifest, how: How) -> Manifest:
+    """A finished result's manifest; one that was not measured is, if that is wanted now. job: its first run's.
+
+    Raises RunFailure.
+    """
+    if job.test is None or manifest["measured"] is not None:
+        return manifest
+    steps = manifest["recipe"]["steps"]
+    with held(output, how.work_dir) as staging:
+        start = time.perf_counter()
+        kept = not {step["method"] for step in steps} & {"slice", "rotate"}
+        comparison = compare(job, staging, output, how.progress, None, kept)
+        manifest["measured"], manifest["blocks"] = measured(job, comparison), block_errors(job, comparison)
+        manifest["run"]["seconds"]["measuring"] = round(time.perf_counter() - start, 3)
+        for step in steps:
+            for name in MEASURING & step.keys():
+                del step[name]
+        manifest["recipe"] |= job.recipe.model_dump(include=MEASURING)
+        write_account(output, manifest)
+    return manifest

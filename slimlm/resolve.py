@@ -1,0 +1,49 @@
+"""A step with every default that depends on its model filled in: Step -> Step, once, before anything uses it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from slimlm.calibration import SELF
+from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel
+from slimlm.errors import UserError
+from slimlm.evaluation.text import DEFAULT_WINDOW
+from slimlm.methods import method_of
+from slimlm.recipe import AnyStep
+
+NO_DATA = (
+    "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
+    "fineweb-edu, or --dataset self to let the model write its own (needs the whole model in memory)"
+)
+
+
+def resolve(step: AnyStep, source: ResolvedModel, config: PretrainedConfig) -> AnyStep:
+    """The step with its data, the length of its windows and its output. Raises UserError where there are none.
+
+    No data where the method does not look at any.
+    """
+    dataset = step.dataset or (SELF if source.origin == "bundled" else None)
+    if not method_of(step).calibrates(step, source.path):
+        dataset = None
+    elif dataset is None:
+        raise UserError(NO_DATA)
+    context: int = getattr(config, "max_position_embeddings", DEFAULT_WINDOW)
+    default = BUNDLED_CONTEXT if source.origin == "bundled" else min(DEFAULT_WINDOW, context)
+    length = step.max_seq_length or default
+    if length > context:
+        raise UserError(f"--max-seq-length {length} is beyond the model's context of {context} tokens")
+    return step.model_copy(update={"dataset": dataset, "max_seq_length": length, "output_dir": str(output_of([step]))})
+
+
+def output_of(steps: Sequence[AnyStep]) -> Path:
+    """Where the result goes; by default `llama-slice-25` (25% sliced off the model llama) in the working directory.
+
+    Of several steps of one method, which are its shots, the last gives the name.
+    """
+    model = Path(steps[0].model).expanduser()
+    parts = [model.resolve().name if model.is_dir() else model.name]
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        if following is None or following.method != step.method:
+            parts += [step.method, *([step.extent] if step.extent else [])]
+    return Path(steps[0].output_dir or "-".join(parts)).expanduser().resolve()

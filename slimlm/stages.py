@@ -1,0 +1,298 @@
+"""A recipe carried out: its only step, or several, each on what the one before gave.
+
+What an earlier step gives stands in the place where the output is built until the last one is done.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import numpy
+
+from slimlm.calibration import SELF, load_windows
+from slimlm.check import How, Job, spilled
+from slimlm.checkpoint.disk import disk_errors
+from slimlm.checkpoint.hub import Access
+from slimlm.checkpoint.journal import Journal, finished_steps
+from slimlm.checkpoint.manifest import Manifest
+from slimlm.checkpoint.output import staged_output
+from slimlm.checkpoint.push import Push
+from slimlm.checkpoint.staging import Staging, check_output, size_of
+from slimlm.compression import (
+    LOG_NAME,
+    OTHER_RUN,
+    CompressResult,
+    carry_out,
+    compress_step,
+    finished,
+    publish,
+    ready,
+)
+from slimlm.device import check_process
+from slimlm.errors import UserError, nearest, out_of_memory
+from slimlm.manifest import Fingerprint, decisive, fingerprint_of
+from slimlm.methods import method_of
+from slimlm.model.skip import skipping
+from slimlm.progress import LogProgress, Progress
+from slimlm.prune.plan import require_room_later
+from slimlm.recipe import AnyStep, PruneStep, Recipe, SliceStep, dumped
+from slimlm.resolve import NO_DATA, output_of
+from slimlm.run import Plan
+
+CALIBRATION_NAME = "calibration.npy"
+OF_PLACES = ("model", "revision", "output_dir", "num_calibration_samples", "max_seq_length")  # of a step in a run
+
+
+class Options(TypedDict, total=False):
+    """What `compress` takes beside a recipe.
+
+    resume: go on from what an interrupted run with the same recipe, model, versions and kind of machine left, if there
+    is any; resume_anyway: with other versions or on another kind of machine, too, which the manifest then says.
+    work_dir: a directory for hidden states that wait on disk, instead of `<output>.partial/`.
+    token, cache_dir: for a model on the hub, as `from_pretrained` takes them.
+    push_to_hub: a repository to upload the result to when it is whole; private: one that is not there yet.
+    """
+
+    overwrite: bool
+    resume: bool
+    resume_anyway: bool
+    progress: Progress | None
+    work_dir: Path | str | None
+    token: str | None
+    cache_dir: Path | str | None
+    push_to_hub: str | None
+    private: bool
+
+
+def how_of(options: Options) -> How:
+    """How a recipe is run, from what a caller says of it. Raises UserError for what nobody reads."""
+    for name in options.keys() - Options.__annotations__.keys():
+        raise UserError(f"compress takes no {name!r}{nearest(name, Options.__annotations__)}")
+    anyway, work_dir = options.get("resume_anyway", False), options.get("work_dir")
+    return How(
+        progress=options.get("progress") or LogProgress(),
+        overwrite=options.get("overwrite", False),
+        resume=options.get("resume", False) or anyway,
+        anyway=anyway,
+        work_dir=None if work_dir is None else Path(work_dir).expanduser().resolve(),
+        access=Access(options.get("token"), options.get("cache_dir")),
+    )
+
+
+def before_work(options: Options) -> Push | None:
+    """Where the result is uploaded to, if anywhere. Raises UserError where it cannot be, or not from this process."""
+    check_process()
+    repo = options.get("push_to_hub")
+    if not repo:
+        return None
+    push = Push(repo, options.get("private", False), options.get("token"))
+    push.check()
+    return push
+
+
+def compress(recipe: Recipe, **options: Unpack[Options]) -> CompressResult:
+    """Carry out a recipe; the result is a directory that stock transformers loads. `Options` says what else there is.
+
+    Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
+    Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
+    """
+    how, push = how_of(options), before_work(options)
+    result = compress_recipe(recipe, how)
+    if push is not None:
+        how.progress.line(f"uploading to {push.repo}")
+        how.progress.line(f"it is at {push.upload(result.output_dir)}")
+    return result
+
+
+@out_of_memory("lower --batch-size or --max-seq-length; --dry-run says what a run needs")
+def compress_recipe(recipe: Recipe, how: How) -> CompressResult:
+    """The same where the process is one that slimlm works in. Raises UserError and RunFailure."""
+    if len(recipe.steps) == 1:
+        return compress_step(recipe.steps[0], how)
+    output = output_of(recipe.steps)
+    recipe = recipe.updated(output_dir=str(output))
+    first = _first(recipe, output, how)
+    fingerprint = fingerprint_of_all(first, recipe)
+    manifest = finished(first, output, fingerprint, how)
+    if manifest is None:
+        with staged_output(output, how.overwrite, how.resume, how.work_dir) as staging:
+            if not staging.stages.exists() and finished_steps(staging.work):
+                raise UserError(f"cannot resume: {staging.root} holds a single run; {OTHER_RUN}")
+            staging.stages.mkdir(exist_ok=True)
+            Journal(staging.stages, fingerprint, how.anyway)  # what all of them are, compared before any of them runs
+            steps = [first.recipe.model_copy(update={"output_dir": str(output)}), *later_steps(first, recipe)]
+            manifest = _Several(first, steps, staging, how).carry_out(fingerprint)
+    return CompressResult(output, manifest)
+
+
+def places_of(steps: list[AnyStep], output: Path) -> list[Path]:
+    """Where the results of all steps but the last are until that is done."""
+    return [Staging(output).stages / str(number) for number in range(1, len(steps))]
+
+
+def _first(recipe: Recipe, output: Path, how: How) -> Job:
+    """The first step, checked, and all that can be told of the others before it runs. Raises UserError."""
+    check_output(output, how.may_replace(output), [], work_dir=how.work_dir)
+    place = places_of(recipe.steps, output)[0]
+    first = ready(recipe.steps[0].model_copy(update={"output_dir": str(place)}), replace(how, overwrite=True))
+    # All results stand until the last is done, none of them larger than the first.
+    is_there = how.is_there(output)
+    needed = 0 if is_there else len(recipe.steps) * first.result_bytes
+    needed -= size_of(Staging(output).stages) if how.resume else 0
+    waiting = 0 if is_there else spilled(first.recipe, first.model)
+    check_output(output, how.may_replace(output), first.inputs, needed, how.work_dir, waiting, how.resume)
+    check_later(first, recipe)
+    return first
+
+
+def later_steps(first: Job, recipe: Recipe) -> list[AnyStep]:
+    """The steps after the first, the checked one, with what they take over from that: the length of its windows, and
+    that the bundled model can do without data."""
+    own = {"dataset": SELF} if first.source.origin == "bundled" else {}
+    window = first.recipe.max_seq_length
+    return [
+        step.model_copy(update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)})
+        for step in recipe.steps[1:]
+    ]
+
+
+def plans_of_later(first: Job, steps: list[AnyStep]) -> Iterator[tuple[AnyStep, Plan | None]]:
+    """Each step after the first, the checked one, and its plan where the shapes it will find are known; the model
+    leaves out meanwhile what the step skips. Raises UserError for one that cannot be."""
+    is_kept = first.keeps_shapes
+    for step in steps:
+        with skipping(first.model, step.skip):
+            plan = method_of(step).plan(first.model, step) if is_kept else None
+            yield step, plan
+        is_kept = plan is not None and plan.parameters == first.plan.parameters
+
+
+def check_later(first: Job, recipe: Recipe) -> None:
+    """Raises UserError for steps that cannot follow the first, the checked one."""
+    slices = [step for step in [first.recipe] if isinstance(step, SliceStep)]
+    for step, _ in plans_of_later(first, later_steps(first, recipe)):
+        for slicing in slices:
+            if isinstance(step, PruneStep):
+                require_room_later(first.model, slicing, step)
+        if step.dataset is None and method_of(step).calibrates(step, first.source.path):
+            raise UserError(f"{NO_DATA}, for the {step.method} that comes later, too")
+        slices += [step] if isinstance(step, SliceStep) else []
+
+
+def fingerprint_of_all(first: Job, recipe: Recipe) -> Fingerprint:
+    """What decides the weights of several steps to the last bit: every one's settings, and the data of each."""
+    found = fingerprint_of(first)
+    for number, step in enumerate(later_steps(first, recipe), start=2):
+        found |= {f"recipe {name} of run {number}": value for name, value in decisive(step).items()}
+        if step.dataset in (None, SELF) or not method_of(step).calibrates(step, first.source.path):
+            continue
+        assert step.max_seq_length is not None
+        del found[f"recipe dataset of run {number}"]
+        count, length = step.num_calibration_samples, step.max_seq_length
+        windows = load_windows(step.dataset, first.tokenizer, count, length, step.seed, step.text_column)
+        found[f"calibration sha256 of run {number}"] = windows.sha256
+    return found
+
+
+@dataclass(frozen=True)
+class _Several:
+    """Steps in the place where their output is built. first: the first of them, checked. steps: all, as they are to be
+    run but for the model each gets."""
+
+    first: Job
+    steps: list[AnyStep]
+    staging: Staging
+    how: How
+
+    @property
+    def places(self) -> list[Path]:
+        """Where the step's results are, the last of which is the output."""
+        return [*places_of(self.steps, self.staging.output), self.staging.output]
+
+    def carry_out(self, fingerprint: Fingerprint) -> Manifest:
+        """The manifest of all of them. fingerprint: of all."""
+        stages: list[Manifest] = []
+        ran = []
+        for number, place in enumerate(self.places):
+            job = self._ready(number) if number else self.first
+            self.how.progress.line(f"stage {number + 1} of {len(self.steps)}: {job.recipe.described}")
+            ran.append(job.recipe)
+            if place != self.staging.output:
+                stages.append(self._stage(job, place, number))
+        made = carry_out(job, fingerprint_of(job), self.staging, self.how)
+        made.manifest["fingerprint"] = fingerprint
+        account_for(stages, Recipe(steps=list(map(as_asked, self.steps, ran))), made.manifest)
+        publish(made, self.staging, self.how, job.source.path / LOG_NAME)
+        return made.manifest
+
+    def _ready(self, number: int) -> Job:
+        """A step after the first, number 0, on what the one before it gave."""
+        before, place, step = self.places[:number], self.places[number], self.steps[number]
+        settings = {"output_dir": str(place), "model": str(before[-1]), "revision": None}
+        sampled = [where / CALIBRATION_NAME for where in before if (where / CALIBRATION_NAME).exists()]
+        if step.dataset == SELF and sampled:
+            count, length = numpy.load(sampled[0], mmap_mode="r").shape
+            settings |= {"dataset": str(sampled[0]), "num_calibration_samples": count, "max_seq_length": length}
+        overwrite = self.how.overwrite or place != self.staging.output
+        return ready(step.model_copy(update=settings), replace(self.how, overwrite=overwrite))
+
+    def _stage(self, job: Job, place: Path, number: int) -> Manifest:
+        """What there is to say of an earlier step, whose result is at `place` then."""
+        fingerprint, how = fingerprint_of(job), self.how
+        manifest = finished(job, place, fingerprint, how)
+        if manifest is not None:
+            return manifest
+        with staged_output(place, True, how.resume, how.work_dir) as staging:
+            made = carry_out(job, fingerprint, staging, how)
+            if made.windows is not None and job.recipe.dataset == SELF:
+                with disk_errors(staging.model):
+                    numpy.save(staging.model / CALIBRATION_NAME, made.windows.tokens.numpy())
+            publish(made, staging, how, job.source.path / LOG_NAME if number else None)
+        return made.manifest
+
+
+def as_asked(asked: AnyStep, ran: AnyStep) -> AnyStep:
+    """A step that was run, with the model and the data that it was asked for with."""
+    update = {name: getattr(asked, name) for name in OF_PLACES}
+    return ran.model_copy(update=update | ({} if ran.dataset is None else {"dataset": asked.dataset}))
+
+
+def account_for(stages: list[Manifest], recipe: Recipe, manifest: Manifest) -> None:
+    """Make the manifest of the last of several steps that of all of them. stages: those of the steps before it.
+
+    recipe: of all, as it was run.
+    """
+    first = stages[0]
+    manifest["recipe"] = dumped(recipe)
+    manifest["model"] = first["model"]
+    manifest["parameters"]["dense"] = first["parameters"]["dense"]
+    manifest["bytes"]["dense"] = first["bytes"]["dense"]
+    manifest["sparsity"]["parameters_removed"] = 1 - manifest["parameters"]["compressed"] / first["parameters"]["dense"]
+    manifest["changes"] = _changes([*stages, manifest])
+    for stage in reversed(stages):  # where tokens came from that a later step got by a file
+        own, last = stage["calibration"], manifest["calibration"]
+        manifest["calibration"] = own if own and last and own["sha256"] == last["sha256"] else last
+    if manifest["measured"] and first["measured"]:
+        manifest["measured"]["dense"] = first["measured"]["dense"]
+    manifest["stages"] = [
+        {
+            "recipe": stage["recipe"],
+            "sparsity": stage["sparsity"],
+            "bytes": stage["bytes"],
+            "changes": stage["changes"],
+            "method": stage["method"],
+            "measured": stage["measured"],
+            "run": stage["run"],
+        }
+        for stage in stages
+    ]
+
+
+def _changes(stages: list[Manifest]) -> dict[str, list[Any]]:
+    """What the first has and the last, of what any of them changed."""
+    found: dict[str, list[Any]] = {}
+    for stage in stages:
+        for name, (before, after) in stage["changes"].items():
+            found[name] = [found.get(name, [before])[0], after]
+    return found

@@ -1,0 +1,75 @@
+"""The tokens a run sees: calibration windows, loaded or written by the model itself, and those it is measured on."""
+
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from slimlm.calibration import SELF, Windows, load_windows, sample_windows, start_token
+from slimlm.checkpoint.journal import Journal
+from slimlm.checkpoint.skeleton import BUILDING
+from slimlm.device import placement
+from slimlm.errors import UserError
+from slimlm.evaluation.text import TestWindows, load_test_windows
+from slimlm.linalg.ridge import HELD_EVERY
+from slimlm.methods import method_of
+from slimlm.model.streamed import StreamedModel
+from slimlm.progress import Progress
+from slimlm.recipe import AnyStep
+
+
+def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Windows | None:
+    """The windows of a resolved step: [n, time]; None where it has none, or they are still to be sampled.
+
+    Raises UserError for tokens that the model does not have.
+    """
+    if step.dataset is None or step.dataset == SELF:
+        return None
+    assert step.max_seq_length is not None
+    windows = load_windows(
+        step.dataset, tokenizer, step.num_calibration_samples, step.max_seq_length, step.seed, step.text_column
+    )
+    low, high = int(windows.tokens.min()), int(windows.tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise UserError(f"calibration data {step.dataset!r} holds tokens {low} to {high}; the model has {vocabulary}")
+    return windows
+
+
+def evaluation_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase) -> TestWindows | None:
+    """What a resolved step is measured on: [n, time]; None where it is not to be."""
+    assert step.max_seq_length is not None
+    return (
+        load_test_windows(step.eval_text, tokenizer, step.eval_windows, step.max_seq_length) if step.measure else None
+    )
+
+
+def require_held_out(step: AnyStep, windows: Windows | None) -> None:
+    """Raises UserError where there are too few windows to hold some out, and the method does."""
+    count = len(windows.tokens) if windows else step.num_calibration_samples
+    if method_of(step).holds_out(step) and count < HELD_EVERY:
+        raise UserError(
+            f"the refit holds out every {HELD_EVERY}th calibration window and there are {count}: "
+            "raise --num-calibration-samples, give more text, or add --no-refit"
+        )
+
+
+def sampled_windows(
+    step: AnyStep, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, journal: Journal, progress: Progress
+) -> Windows:
+    """Self-calibration: the one source that needs the whole model in memory at once. [n, time].
+
+    What an earlier process sampled is in the journal.
+    """
+    assert step.max_seq_length is not None
+    sampled = journal.recall("sampled")
+    if sampled:
+        return Windows(sampled[1]["tokens"], SELF, start_token(tokenizer))
+    progress.stage("sampling calibration text", step.num_calibration_samples)
+    with BUILDING:
+        whole = AutoModelForCausalLM.from_pretrained(
+            model.checkpoint.path,
+            dtype="auto",
+            trust_remote_code=step.trust_remote_code,
+            device_map=placement(model.device),
+        )
+    count, length = step.num_calibration_samples, step.max_seq_length
+    windows = sample_windows(whole.eval(), tokenizer, count, length, step.seed, progress.step)
+    journal.keep("sampled", {"tokens": windows.tokens})
+    return windows
