@@ -27,9 +27,9 @@ from slimlm.slice.widths import Layout
 from slimlm.stages import compress
 from tests.conftest import build_tiny, in_steps, logits_of, random_tokens, stream
 from tests.families.configs import SETTINGS, family_config
-from tests.methods.helpers import carried_out, run_at
-from tests.methods.test_prune import die_after_record
-from tests.test_walk import walked_logits
+from tests.helpers import carried_out, run_at
+from tests.model.test_walk import walked_logits
+from tests.prune.test_run import die_after_record
 
 FOLDER = "families"
 ROTATING = [name for name in SETTINGS if family_of(family_config(name)).rotates]
