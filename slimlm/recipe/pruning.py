@@ -1,10 +1,12 @@
 """The steps that set single weights to zero: the table of methods, and what of a row a step sets otherwise."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from slimlm.plain import Json
 from slimlm.recipe.step import REFIT, SPARSITY, Step, require_share
 
 CurvatureName = Literal["none", "diagonal", "gram", "gram+fisher", "fisher", "block-fisher"]
@@ -154,10 +156,14 @@ class PruneStep(Step):
 
     @model_validator(mode="before")
     @classmethod
-    def _sparsity_of_pattern(cls, values: Any) -> Any:
+    def _sparsity_of_pattern(cls, values: Json) -> Json:
         """A pattern says how sparse; a sparsity given beside it must be the same."""
-        pattern = values.get("pattern") if isinstance(values, dict) else None
-        if pattern is None or (isinstance(pattern, str) and re.fullmatch(TILE, pattern)):
+        pattern = values.get("pattern") if isinstance(values, Mapping) else None
+        if (
+            pattern is None
+            or not isinstance(values, Mapping)
+            or (isinstance(pattern, str) and re.fullmatch(TILE, pattern))
+        ):
             return values
         if not isinstance(pattern, str) or not re.fullmatch(PATTERN, pattern):
             raise ValueError(f"pattern {pattern!r} is neither N:M, as in 2:4, nor tiles of RxC, as in 16x16")

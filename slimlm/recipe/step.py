@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from slimlm.plain import Json
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 SIZE = r"(?i)(?=[0.]*[1-9])(\d+(?:\.\d+)?)\s*([KMGT]i?B)"
 UNITS = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
@@ -119,7 +121,7 @@ class Step(BaseModel):
 
     @field_validator("skip", mode="before")
     @classmethod
-    def _names(cls, value: Any) -> Any:
+    def _names(cls, value: Json) -> Json:
         """A list, or names with commas between them."""
         names = value.split(",") if isinstance(value, str) else value
         return [str(name).strip() for name in names] if isinstance(names, list) else names
