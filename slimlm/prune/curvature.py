@@ -148,7 +148,7 @@ CURVATURES: dict[str, type[Curvature]] = {
 
 
 def able(needing: Callable[..., tuple[Tensor, Tensor]]) -> list[str]:
-    """The curvatures that have what a mask or an update is annotated to need of its own."""
+    """The curvatures that have what a mask or an update, [out, in] each, is annotated to need of its own."""
     needed = get_type_hints(needing)["curvature"]
     return [name for name, kind in CURVATURES.items() if needed is Curvature or issubclass(kind, needed)]
 

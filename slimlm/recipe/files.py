@@ -79,7 +79,7 @@ def _refuse_trust(values: dict[str, Json], flags: Mapping[str, Json], source: st
 
 
 def find_recipe(name: str) -> Path:
-    """Path of a recipe given as a path or as the name of one that ships with slimlm."""
+    """Path of a recipe given as a path or as the name of one that ships with slimlm. Raises UserError for neither."""
     if Path(name).is_file():
         return Path(name)
     shipped = shipped_recipes()

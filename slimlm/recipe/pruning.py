@@ -176,6 +176,7 @@ class PruneStep(Step):
         return {**values, "sparsity": sparsity}
 
     def fill(self) -> None:
+        """Take from the method's row what was not given. Raises ValueError for a mask or an update there is not."""
         row = self.rows[self.method]
         own = {**row._asdict(), "allocation": "uniform" if self.pattern else row.allocation}
         own["swaps"] = row.swaps if (self.update or row.update) == "joint" else 0

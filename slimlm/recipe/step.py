@@ -47,7 +47,7 @@ class Step(BaseModel):
     revision: str | None = Field(None, description="hub revision of the model")
     method: str = Field(
         description="how: `slice` gives smaller widths; `slimlm` (loses least), `sparsegpt`, `obc`, `mfac`, "
-        "`woodfisher`, `wanda` and `magnitude` set weights to zero",
+        "`woodfisher`, `wanda`, `taylor`, `magnitude` and `random` set weights to zero",
     )
     skip: list[str] = Field(
         [],
