@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,11 @@ def _load_hub(dataset: str, seed: int) -> Any:
         raise _unreachable(dataset, error) from error
 
 
-def _dataset_rows(dataset: str, rows: Any, text_column: str) -> Iterator[str | list[int]]:
+def _dataset_rows(
+    dataset: str, rows: Iterable[Json] | Mapping[str, Iterable[Json]], text_column: str
+) -> Iterator[str | list[int]]:
     """Rows of a datasets.Dataset, or of the one or train split of a DatasetDict."""
-    if hasattr(rows, "keys"):
+    if isinstance(rows, Mapping):
         rows = rows["train"] if "train" in rows else next(iter(rows.values()))
     try:
         for row in rows:
