@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 from slicing import mean, measured, measured_dense, parser_of, perplexities
-from slimlm.methods.per_block import CONFIGS
 from transformers import AutoConfig
 
 from slimlm.errors import UserError
+from slimlm.slice.per_block import CONFIGS
 
 ARMS: dict[str, dict] = {
     "slice 10%, SliceGPT": {"sparsity": 0.1, "basis": "per-block", "round_to": 1},

@@ -14,27 +14,24 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import slimlm.methods.basis
-import slimlm.methods.budget
-import slimlm.methods.head
-import slimlm.methods.prune_block
-import slimlm.methods.refit
-import slimlm.methods.repair
-import slimlm.methods.slice
-import slimlm.walk
 import torch
-from slimlm.activations import Spilled
-from slimlm.walk import StreamedModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimlm.calibration import load_windows
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.writer import CheckpointWriter
+from slimlm.fit import beside_dense, lm_head
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.ridge import Moments
 from slimlm.linalg.softmax import MapFit
+from slimlm.model import streamed
+from slimlm.model.block import Block
+from slimlm.model.hidden import Spilled
 from slimlm.progress import LogProgress
+from slimlm.prune import group, towards_dense
 from slimlm.recipe import one_step
+from slimlm.slice import basis, curves, refit
+from slimlm.slice import run as slicing_run
 from slimlm.stages import compress
 
 FORWARD = "passes through blocks"
@@ -46,9 +43,9 @@ class Stages(LogProgress):
 
     now = ""
 
-    def stage(self, name: str, steps: int) -> None:
+    def stage(self, name: str, total: int) -> None:
         Stages.now = name
-        super().stage(name, steps)
+        super().stage(name, total)
 
 
 def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,10 +80,10 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     arguments = parser.parse_args()
     for name in ("run", "inputs", "before"):
-        setattr(StreamedModel, name, timed(FORWARD, getattr(StreamedModel, name)))
+        setattr(Block, name, timed(FORWARD, getattr(Block, name)))
     for kind, owner, name in (
         ("reading", Prefetch, "take"),
-        ("reading", slimlm.walk, "load_tensors"),
+        ("reading", streamed, "load_tensors"),
         ("writing", CheckpointWriter, "write"),
         ("hidden states from and to files", Spilled, "__getitem__"),
         ("hidden states from and to files", Spilled, "append"),
@@ -95,17 +92,17 @@ def main() -> None:
         ("sums over tokens", Moments, "add"),
         ("fit of the head", MapFit, "step"),
         ("fit of the head", MapFit, "divergence"),
-        ("factorisations", slimlm.methods.refit, "ridge"),
-        ("factorisations", slimlm.methods.head, "ridge"),
-        ("factorisations", slimlm.methods.refit, "without_units"),
-        ("factorisations", slimlm.methods.basis, "with_kept"),
-        ("factorisations", slimlm.methods.repair, "ridge"),
-        ("factorisations", slimlm.methods.repair, "curvature_of"),
-        ("factorisations", slimlm.methods.prune_block, "curvature_of"),
-        ("masks and updates", slimlm.methods.prune_block, "prune_tall"),
-        ("masks and updates", slimlm.methods.repair, "prune_tall"),
-        ("gradients for the basis", slimlm.methods.basis, "gradient_covariance"),
-        ("choice of widths", slimlm.methods.slice, "choose"),
+        ("factorisations", beside_dense, "ridge"),
+        ("factorisations", lm_head, "ridge"),
+        ("factorisations", refit, "without_units"),
+        ("factorisations", basis, "with_kept"),
+        ("factorisations", group, "damped"),
+        ("factorisations", towards_dense, "damped"),
+        ("masks and updates", group, "prune"),
+        ("masks and updates", towards_dense, "prune"),
+        ("gradients for the basis", slicing_run, "gradient_covariance"),
+        ("choice of widths", curves.CutStreams, "curves"),
+        ("choice of widths", curves, "choose"),
     ):
         setattr(owner, name, timed(kind, getattr(owner, name)))
     with tempfile.TemporaryDirectory() as folder:

@@ -13,21 +13,24 @@ import tempfile
 from pathlib import Path
 
 import torch
-from slimlm.methods.fisher import TokenGradients, gather_gradients, gradients_of
-from slimlm.methods.matrix import Choice, Pattern, prune_tall
-from slimlm.work import Work
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from slimlm.calibration import load_windows
 from slimlm.check import open_model
-from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.linalg.hessian import hessian
+from slimlm.model.hidden import Scratch
+from slimlm.model.streamed import StreamedModel
+from slimlm.model.walk import backwards, walk
 from slimlm.progress import Progress
-from slimlm.recipe import PruneStep
+from slimlm.prune import masks, updates
+from slimlm.prune.group import Row, prune
+from slimlm.prune.quota import Quota
+from slimlm.statistics.sweep import Losses, Walks, windows_to_sweep
+from slimlm.statistics.token_gradients import Sample, TokenGradients, gather_gradients, gradients_of
 
-CHOICE = Choice(curvature="gram", mask="columns", update="joint")
+ROW = Row("gram", masks.columns, updates.joint)
 
 
 def main() -> None:
@@ -44,20 +47,12 @@ def main() -> None:
     ).tokens
     learn, test = windows[: arguments.windows], windows[arguments.windows :]
     model = open_model(Path(arguments.model), torch.device("cpu"), "fast")
-    recipe = PruneStep(
-        model=arguments.model, method="mfac", sparsity=arguments.sparsity, fisher_samples=arguments.samples
-    )
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        Work(Path(directory), Journal(Path(directory), {}), Progress()) as work,
-    ):
-        gather_gradients(model, recipe, list(learn.split(8)), work)
-        gradients = [gradients_of(model, work, index) for index in range(len(model.blocks))]
+    gradients = token_gradients(model, learn, arguments.samples)
     dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     base = loss(dense, test)
     rows = []
     print("| matrix | error of the outputs | predicted rise | measured rise |\n| --- | --- | --- | --- |")
-    for index, found in enumerate(gradients):
+    for index, found in sorted(gradients.items()):
         for name, tokens in found.items():
             path = f"{model.family.block(index)}.{name}"
             rows.append(one(dense, path, tokens, test, base, arguments.sparsity))
@@ -70,6 +65,17 @@ def main() -> None:
 
 
 @torch.no_grad()
+def token_gradients(model: StreamedModel, learn: torch.Tensor, samples: int) -> dict[int, dict[str, TokenGradients]]:
+    """Of the dense model's linears, by name within their block and that block's number. learn: [windows, time]."""
+    losses, progress = Losses(windows_to_sweep(list(learn.split(8))), seed=0), Progress()
+    with tempfile.TemporaryDirectory() as directory:
+        back = walk(model, progress, "gradients back", order=backwards(model))
+        walks = Walks(walk(model, progress, "gradients"), back, Scratch(Path(directory)))
+        found = gather_gradients(model, losses, walks, Sample(samples, by_sequence=False, seed=0))
+        return {block.index: gradients_of(block, tensors) for block, tensors in found}
+
+
+@torch.no_grad()
 def one(
     dense: torch.nn.Module, path: str, tokens: TokenGradients, test: torch.Tensor, base: float, sparsity: float
 ) -> tuple[float, float, float]:
@@ -77,8 +83,8 @@ def one(
     parameter = dense.get_parameter(f"{path}.weight")
     weight = parameter.double()
     gram = tokens.x.T @ tokens.x
-    pattern = Pattern((round(sparsity * weight.numel()),))
-    pruned, _ = prune_tall(weight, [len(weight)], pattern, CHOICE, hessian(gram.clone()))
+    quota = Quota((len(weight),), (round(sparsity * weight.numel()),))
+    pruned, _ = prune(weight, hessian(gram.clone()), quota, ROW)
     change = pruned - weight
     error = float(((change @ gram) * change).sum() / ((weight @ gram) * weight).sum())
     predicted = float(((tokens.x @ change.T) * tokens.delta).sum(1).square().mean() / 2)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from slicing import measured, measured_dense, parser_of
-from slimlm.methods.budget import candidates
-from slimlm.methods.widths import Layout
 
 from slimlm.check import open_model
 from slimlm.recipe import SliceStep
+from slimlm.slice.candidates import candidates
+from slimlm.slice.shapes import Shapes
+from slimlm.slice.widths import Layout
 
 
 def main() -> None:
@@ -26,8 +27,8 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=2)
     arguments = parser.parse_args()
     texts, dense = measured_dense(arguments)
-    layout = Layout(open_model(Path(arguments.model), torch.device("cpu"), "fast"))
-    splits = candidates(layout, SliceStep(model=arguments.model, sparsity=arguments.sparsity))
+    shapes = Shapes(Layout(open_model(Path(arguments.model), torch.device("cpu"), "fast")))
+    splits = candidates(shapes, SliceStep(model=arguments.model, sparsity=arguments.sparsity))
     seed = arguments.seeds[0]
     manifest, row = measured(arguments, arguments.work, {"sparsity": arguments.sparsity}, seed, texts, dense)
     chosen = manifest["method"]["widths"]

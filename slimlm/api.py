@@ -8,22 +8,23 @@ from typing import Any, overload
 import numpy
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.compression import CompressResult
 from slimlm.errors import UserError
 from slimlm.progress import LogProgress, Progress
-from slimlm.recipe import Recipe, one_step
+from slimlm.recipe import Recipe, Setting, one_step
 from slimlm.stages import compress as compress_recipe
 
 Data = str | Path | list[str] | tuple[str, ...] | Tensor
+How = str | Path | bool | Progress | None
 
 
 @overload
-def compress(recipe: Recipe, **how: Any) -> CompressResult: ...
+def compress(recipe: Recipe, **how: How) -> CompressResult: ...
 @overload
-def compress(recipe: PreTrainedModel, *tokenizer: Any, **settings: Any) -> PreTrainedModel: ...
-def compress(recipe: Recipe | PreTrainedModel, *others: Any, **settings: Any) -> Any:
+def compress(recipe: PreTrainedModel, *tokenizer: PreTrainedTokenizerBase, **settings: Any) -> PreTrainedModel: ...
+def compress(recipe: Recipe | PreTrainedModel, *others: PreTrainedTokenizerBase, **settings: Any) -> Any:
     """Carry out a recipe (`slimlm.stages.compress` says how), or make a model that is in memory smaller.
 
     compress(model, tokenizer, sparsity=0.25, dataset=texts) returns a model of a stock class, in eval mode, with the
@@ -47,11 +48,11 @@ def compress(recipe: Recipe | PreTrainedModel, *others: Any, **settings: Any) ->
 
 def _in_memory(
     model: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     dataset: Data | None = None,
     progress: Progress | None = None,
     work_dir: Path | str | None = None,
-    **settings: Any,
+    **settings: Setting,
 ) -> PreTrainedModel:
     if unknown := {"model", "output_dir", "revision"} & settings.keys():
         raise UserError(f"{unknown.pop()} is of no use for a model in memory")
@@ -64,7 +65,7 @@ def _in_memory(
         progress.line(f"saving the model ({size / 1e6:,.1f} MB) to {source}; it stays in memory as well")
         model.save_pretrained(source)
         tokenizer.save_pretrained(source)
-        given: dict[str, Any] = {} if dataset is None else {"dataset": _data_at(dataset, Path(place))}
+        given: dict[str, Setting] = {} if dataset is None else {"dataset": _data_at(dataset, Path(place))}
         if isinstance(dataset, Tensor):
             given |= {"num_calibration_samples": dataset.shape[0], "max_seq_length": dataset.shape[1]}
         recipe = one_step(**given, **settings, model=str(source), output_dir=str(Path(place) / "out"))

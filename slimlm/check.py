@@ -19,7 +19,7 @@ from slimlm.checkpoint.skeleton import auto_dtype, load_config, load_tokenizer, 
 from slimlm.checkpoint.staging import check_output, check_space
 from slimlm.checkpoint.task import refuse_other_task
 from slimlm.checkpoint.tokenizer import check_tokenizer
-from slimlm.device import pick_device, resident_memory, return_memory_at_once
+from slimlm.device import forget_peak, pick_device, resident_memory, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows
 from slimlm.families import FAMILIES, family_of
@@ -139,6 +139,7 @@ def check(step: AnyStep, how: How) -> Job:
     start = time.perf_counter()
     model.checkpoint.check_finite(how.progress.step)
     job.seconds["checking"] = time.perf_counter() - start  # the one part of this that grows with the model
+    forget_peak(model.device)  # that of the run is from here on
     return job
 
 

@@ -18,7 +18,6 @@ from slimlm.checkpoint.manifest import Manifest, read_manifest
 from slimlm.checkpoint.output import clear_leftovers, staged_output
 from slimlm.checkpoint.staging import Staging
 from slimlm.checkpoint.tokenizer import keep_tokenizer
-from slimlm.device import forget_peak
 from slimlm.errors import UserError
 from slimlm.manifest import Fingerprint, fingerprint_of, manifest_of, write_account
 from slimlm.measure import compare, measured_later
@@ -51,7 +50,7 @@ class Made:
 
 def compress_step(step: AnyStep, how: How) -> CompressResult:
     """A run by itself. Raises UserError before any work, and RunFailure."""
-    job = ready(step, how)
+    job = check(step, how)
     fingerprint = fingerprint_of(job)
     manifest = finished(job, job.output, fingerprint, how)
     if manifest is None:
@@ -62,13 +61,6 @@ def compress_step(step: AnyStep, how: How) -> CompressResult:
             publish(made, staging, how)
         manifest = made.manifest
     return CompressResult(job.output, manifest)
-
-
-def ready(step: AnyStep, how: How) -> Job:
-    """A checked run, whose peak of memory is from here on. Raises UserError."""
-    job = check(step, how)
-    forget_peak(job.model.device)
-    return job
 
 
 def finished(job: Job, output: Path, fingerprint: Fingerprint, how: How) -> Manifest | None:

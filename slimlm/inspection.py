@@ -8,7 +8,6 @@ from torch import Tensor
 from slimlm.calibration import load_windows
 from slimlm.check import open_model, resolve_known
 from slimlm.checkpoint.hub import Access
-from slimlm.checkpoint.reader import Json
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.device import check_process, pick_device
 from slimlm.errors import RunFailure, out_of_memory, require_at_least
@@ -17,6 +16,7 @@ from slimlm.linalg.gram import Gram
 from slimlm.linalg.hessian import SingularCurvature, hessian
 from slimlm.model.ends import embed
 from slimlm.model.walk import walk
+from slimlm.plain import Json
 from slimlm.progress import Progress
 from slimlm.settings import InspectSettings, by_name
 from slimlm.statistics.grams import firsts, input_sums

@@ -27,7 +27,7 @@ from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.staging import Staging
 from slimlm.device import machine, peak_memory, rounding
 from slimlm.evaluation.streamed import Comparison
-from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped
+from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped, steps_of
 from slimlm.run import Outcome
 
 # What a step says of how and where it is run, and of what is done with the result: none of it decides a bit.
@@ -181,8 +181,10 @@ def write_recipe(directory: Path, manifest: Manifest) -> None:
         settings["model"] = model["path"]
     if model["revision"] is not None:
         settings["revision"] = model["revision"]
-    for own in (settings, *settings["steps"]):
+    steps = [dict(step) for step in steps_of(settings)]
+    settings["steps"] = steps
+    for own in (settings, *steps):
         for name in ("dataset", "eval_text"):
-            if name in own and Path(own[name]).expanduser().exists():
-                own[name] = str(Path(own[name]).expanduser().resolve())
+            if name in own and Path(str(own[name])).expanduser().exists():
+                own[name] = str(Path(str(own[name])).expanduser().resolve())
     write_whole(directory / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

@@ -8,7 +8,7 @@ from slimlm.checkpoint.manifest import Manifest, stages_of
 from slimlm.checkpoint.output import held
 from slimlm.checkpoint.staging import Staging
 from slimlm.errors import RunFailure, out_of_memory
-from slimlm.evaluation.streamed import Comparison, compare_streamed
+from slimlm.evaluation.streamed import Comparison, Kinship, compare_streamed
 from slimlm.manifest import block_errors, measured, write_account
 from slimlm.model.hidden import Spilled
 from slimlm.progress import Progress
@@ -27,19 +27,20 @@ def compare(
 ) -> Comparison | None:
     """The dense model and the one in a directory, side by side; None where the run is not to be measured.
 
-    outcome: of the run, or None for one that is long over. compares_blocks: as in `compare_streamed`; what was cut or
-    rotated in a run that is over cannot be. Raises RunFailure.
+    outcome: of the run, or None for one that is long over. compares_blocks: as a `Kinship` is known; what was
+    cut or rotated in a run that is over is not. Raises RunFailure.
     """
     if job.test is None:
         return None
     device, trusted = job.model.device, job.recipe.trust_remote_code
     dense, smaller = (open_model(path, device, "stock", trusted) for path in (job.source.path, compressed))
     blocks, basis = (outcome.blocks, outcome.basis) if outcome else (tuple(range(len(smaller.blocks))), None)
+    kinship = Kinship(basis, blocks, compares_blocks)
     batches = list(job.test.tokens.split(job.recipe.batch_size))
     hidden = [Spilled(staging.scratch / name, device, hashed=False) for name in ("dense", "compressed")]
     try:
         with out_of_memory("there is not enough for both models' largest parts"):
-            return compare_streamed(dense, smaller, batches, basis, progress, hidden, blocks, compares_blocks)
+            return compare_streamed(dense, smaller, batches, progress, kinship, hidden)
     except RunFailure as error:
         raise RunFailure(
             f"measuring failed: {error}; the compression itself is done: "

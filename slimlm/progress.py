@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from slimlm.device import resident_memory
 
@@ -31,7 +30,7 @@ class Progress:
     def line(self, text: str) -> None:
         """Something worth a line."""
 
-    def done(self, what: str, part: str, seconds: float, **facts: Any) -> None:
+    def done(self, what: str, part: str, seconds: float, **facts: float) -> None:
         """A part of the model went through a stage."""
         memory = resident_memory()
         more = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in facts.items())

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy
 
-from slimlm.calibration import SELF, load_windows
-from slimlm.check import How, Job, spilled
+from slimlm.calibration import SELF
+from slimlm.check import How, Job, check, spilled
 from slimlm.checkpoint.disk import disk_errors
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.journal import Journal, finished_steps
@@ -27,7 +27,6 @@ from slimlm.compression import (
     compress_step,
     finished,
     publish,
-    ready,
 )
 from slimlm.device import check_process
 from slimlm.errors import UserError, out_of_memory
@@ -40,6 +39,7 @@ from slimlm.recipe import AnyStep, PruneStep, Recipe, SliceStep, dumped
 from slimlm.resolve import NO_DATA, output_of
 from slimlm.run import Plan
 from slimlm.settings import CompressSettings, PushSettings, RunSettings, by_name
+from slimlm.windows import calibration_windows
 
 CALIBRATION_NAME = "calibration.npy"
 OF_PLACES = ("model", "revision", "output_dir", "num_calibration_samples", "max_seq_length")  # of a step in a run
@@ -109,23 +109,16 @@ def compress_recipe(recipe: Recipe, how: How) -> CompressResult:
     return CompressResult(output, manifest)
 
 
-def places_of(steps: list[AnyStep], output: Path) -> list[Path]:
-    """Where the results of all steps but the last are until that is done."""
-    return [Staging(output).stages / str(number) for number in range(1, len(steps))]
-
-
 def _first(recipe: Recipe, output: Path, how: How) -> Job:
     """The first step, checked, and all that can be told of the others before it runs. Raises UserError."""
     check_output(output, how.may_replace(output), [], how.work_dir)
-    place = places_of(recipe.steps, output)[0]
-    first = ready(recipe.steps[0].model_copy(update={"output_dir": str(place)}), replace(how, overwrite=True))
-    # All results stand until the last is done, none of them larger than the first.
-    is_there = how.is_there(output)
-    needed = 0 if is_there else len(recipe.steps) * first.result_bytes
-    needed -= size_of(Staging(output).stages) if how.resume else 0
-    waiting = 0 if is_there else spilled(first.recipe, first.model)
+    place = Staging(output).stages
+    step = recipe.steps[0].model_copy(update={"output_dir": str(place / "1")})
+    first = check(step, replace(how, overwrite=True))
     check_output(output, how.may_replace(output), first.inputs, how.work_dir)
-    check_space(output, needed, how.work_dir, waiting, how.resume)
+    if not how.is_there(output):  # all results stand until the last is done, none of them larger than the first
+        needed = len(recipe.steps) * first.result_bytes - (size_of(place) if how.resume else 0)
+        check_space(output, needed, how.work_dir, spilled(first.recipe, first.model), how.resume)
     check_later(first, recipe)
     return first
 
@@ -165,17 +158,19 @@ def check_later(first: Job, recipe: Recipe) -> None:
 
 
 def fingerprint_of_all(first: Job, recipe: Recipe) -> Fingerprint:
-    """What decides the weights of several steps to the last bit: every one's settings, and the data of each."""
+    """What decides the weights of several steps to the last bit: every one's settings, and the data of each.
+
+    Raises UserError for data that is none.
+    """
     found = fingerprint_of(first)
     for number, step in enumerate(later_steps(first, recipe), start=2):
         found |= {f"recipe {name} of run {number}": value for name, value in decisive(step).items()}
-        if step.dataset in (None, SELF) or not method_of(step).calibrates(step, first.source.path):
+        if not method_of(step).calibrates(step, first.source.path):
             continue
-        assert step.max_seq_length is not None
-        del found[f"recipe dataset of run {number}"]
-        count, length = step.num_calibration_samples, step.max_seq_length
-        windows = load_windows(step.dataset, first.tokenizer, count, length, step.seed, step.text_column)
-        found[f"calibration sha256 of run {number}"] = windows.sha256
+        windows = calibration_windows(step, first.tokenizer, first.model.config.vocab_size)
+        if windows is not None:
+            del found[f"recipe dataset of run {number}"]
+            found[f"calibration sha256 of run {number}"] = windows.sha256
     return found
 
 
@@ -191,8 +186,8 @@ class _Several:
 
     @property
     def places(self) -> list[Path]:
-        """Where the step's results are, the last of which is the output."""
-        return [*places_of(self.steps, self.staging.output), self.staging.output]
+        """Where the steps' results are, the last of which is the output."""
+        return [*(self.staging.stages / str(number) for number in range(1, len(self.steps))), self.staging.output]
 
     def carry_out(self, fingerprint: Fingerprint) -> Manifest:
         """The manifest of all of them. fingerprint: of all."""
@@ -219,7 +214,7 @@ class _Several:
             count, length = numpy.load(sampled[0], mmap_mode="r").shape
             settings |= {"dataset": str(sampled[0]), "num_calibration_samples": count, "max_seq_length": length}
         overwrite = self.how.overwrite or place != self.staging.output
-        return ready(step.model_copy(update=settings), replace(self.how, overwrite=overwrite))
+        return check(step.model_copy(update=settings), replace(self.how, overwrite=overwrite))
 
     def _stage(self, job: Job, place: Path, number: int) -> Manifest:
         """What there is to say of an earlier step, whose result is at `place` then."""

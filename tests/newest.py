@@ -21,7 +21,7 @@ import pytest
 
 from tests.deprecation import HEARD, KINDS, ROOT
 
-LAWS = ["tests/checkpoint/test_hf_internals.py", "tests/test_walk.py", "tests/test_calibration.py", "tests/families"]
+LAWS = ["tests/checkpoint/test_hf_internals.py", "tests/model/test_walk.py", "tests/calibration", "tests/families"]
 QUICK = ["--num-calibration-samples", "8", "--max-seq-length", "64"]
 COMMANDS = [
     ["compress", "--model", "llama", "--sparsity", "0.25", "--output-dir", "{out}", "--eval-windows", "4", *QUICK],

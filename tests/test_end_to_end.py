@@ -154,7 +154,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "short.txt").write_text("Only a few words.")
     (place / "full").mkdir()
     (place / "full" / "something").write_text("x")
-    (place / "recipe.yaml").write_text("model: llama\nsparsity: 0.25\nsparsty: 0.3\n")
+    (place / "recipe.yaml").write_text("model: llama\nsteps: [{method: slice, sparsity: 0.25, sparsty: 0.3}]\n")
     return place
 
 

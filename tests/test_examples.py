@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import CONFIGS, build_tiny
-from tests.methods.helpers import is_linear
+from tests.helpers import is_linear
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FEW = {"num_calibration_samples": 10, "max_seq_length": 16, "measure": False}

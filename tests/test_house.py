@@ -11,26 +11,26 @@ from tests.house_functions import functions_of
 from tests.house_loops import block_loops
 
 ROOT = Path(__file__).parents[1]
-BIGGEST_ROOM = 19.8  # percent of all lines
+BIGGEST_ROOM = 19.1  # percent of all lines
 CEILINGS = {
-    "loops over blocks": 14,
-    "of them statements": 5,
+    "loops over blocks": 7,
+    "of them statements": 0,
     "of them loading weights": 0,
-    "long files": 6,
-    "long functions": 8,
-    "crowded functions": 13,
-    "Any arguments": 69,
+    "long files": 0,
+    "long functions": 0,
+    "crowded functions": 1,
+    "Any arguments": 14,
     "object arguments": 4,
     "casts": 1,
     "type: ignore": 7,
-    "without shapes": 47,
-    "without errors": 9,
-    "without docstring": 62,
+    "without shapes": 0,
+    "without errors": 4,
+    "without docstring": 31,
     "files that know Conv1D": 5,
     "rooms that know Conv1D": 2,
-    "functions sparsity passes": 36,
-    "files sparsity passes": 18,
-    "syntax tokens": 110795,
+    "functions sparsity passes": 35,
+    "files sparsity passes": 17,
+    "syntax tokens": 116479,
 }
 
 

@@ -15,7 +15,7 @@ from slimlm.errors import RunFailure
 from slimlm.inspection import SPARSITIES, figures_of, inspect_model
 from slimlm.report.table import inspection_table
 from tests.conftest import CONFIGS, build_tiny
-from tests.methods.helpers import damped, inputs_of, stock
+from tests.helpers import damped, inputs_of, stock
 
 
 def test_figures_are_those_of_the_weights(tmp_path: Path):

@@ -11,7 +11,7 @@ from tests.house_functions import mentioned, named
 
 ROOT = Path(slimlm.__file__).parent
 ORDER = [
-    {"errors"},
+    {"errors", "plain"},
     {"linalg", "families", "device", "modeling"},
     {"progress"},
     {"recipe", "checkpoint", "calibration"},
@@ -19,10 +19,10 @@ ORDER = [
     {"model"},
     {"statistics"},
     {"fit"},
-    {"run"},
+    {"run", "evaluation"},
     {"slice", "prune"},
     {"method"},
-    {"methods", "evaluation"},
+    {"methods"},
     {"resolve", "windows"},
     {"check"},
     {"manifest", "inspection"},

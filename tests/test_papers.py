@@ -9,7 +9,7 @@ import slimlm
 PAGE = Path(__file__).parents[1] / "docs" / "papers.md"
 FILES = sorted(Path(slimlm.__file__).parent.rglob("*.py"))
 NUMBER = re.compile(r"\b\d\d(?:0[1-9]|1[0-2])\.\d{4,5}\b")  # of arXiv: year, month, number in it
-PLACE = re.compile(r"`\w+\.(\w+)`")  # `module.function`
+PLACE = re.compile(r"`(\w+\.\w+)`")  # `module.function`
 
 
 def test_every_paper_that_the_code_cites_is_named():
@@ -22,7 +22,7 @@ def test_every_paper_that_the_code_cites_is_named():
 def test_every_function_that_is_named_exists():
     named = set(PLACE.findall(PAGE.read_text(encoding="utf-8")))
     defined = {
-        node.name
+        f"{path.stem}.{node.name}"
         for path in FILES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef | ast.ClassDef)

@@ -16,7 +16,7 @@ from slimlm.recipe import Recipe, make_recipe, one_step
 from slimlm.report.summary import compress_summary
 from slimlm.stages import compress
 from tests.conftest import CONFIGS, build_tiny, in_steps, random_tokens
-from tests.methods.test_prune import LINEAR
+from tests.prune.test_run import LINEAR
 from tests.test_resume import Killed, die_at
 
 

@@ -2,11 +2,12 @@
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from slimlm.errors import UserError, nearest, one_line
+from slimlm.plain import Json
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 HUB_SHORT_NAMES: dict[str, dict[str, Any]] = {
@@ -77,14 +78,14 @@ _FILE_READERS: dict[str, Callable[[Path, str], list[str | list[int]]]] = {
 }
 
 
-def _row_content(row: Any, text_column: str, source: str) -> str | list[int]:
+def _row_content(row: Json, text_column: str, source: str) -> str | list[int]:
     if not isinstance(row, dict) or (text_column not in row and "input_ids" not in row):
         raise _no_column(text_column, row if isinstance(row, dict) else [], source)
     column = text_column if text_column in row else "input_ids"
     return _checked(row[column], column, source)
 
 
-def _checked(content: Any, column: str, source: str) -> str | list[int]:
+def _checked(content: Json, column: str, source: str) -> str | list[int]:
     """A text or a list of tokens; a missing value is an empty text."""
     if content is None:
         return ""
@@ -128,9 +129,11 @@ def _load_hub(dataset: str, seed: int) -> Any:
         raise _unreachable(dataset, error) from error
 
 
-def _dataset_rows(dataset: str, rows: Any, text_column: str) -> Iterator[str | list[int]]:
+def _dataset_rows(
+    dataset: str, rows: Iterable[Json] | Mapping[str, Iterable[Json]], text_column: str
+) -> Iterator[str | list[int]]:
     """Rows of a datasets.Dataset, or of the one or train split of a DatasetDict."""
-    if hasattr(rows, "keys"):
+    if isinstance(rows, Mapping):
         rows = rows["train"] if "train" in rows else next(iter(rows.values()))
     try:
         for row in rows:

@@ -15,9 +15,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import slimlm.modeling  # noqa: F401  # its classes are known to transformers from here on
 from slimlm.checkpoint.kinds import CONFIG_NAME
-from slimlm.checkpoint.reader import Json
 from slimlm.errors import UserError
 from slimlm.modeling import OWN_CLASSES
+from slimlm.plain import Json
 
 MODEL_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 NAMING = (CONFIG_NAME, "tokenizer_config.json", "processor_config.json")  # files with an `auto_map`

@@ -17,6 +17,7 @@ from torch import Tensor
 from slimlm.checkpoint.disk import disk_errors, sync, write_whole
 from slimlm.checkpoint.reader import file_hash
 from slimlm.errors import UserError
+from slimlm.plain import Json
 
 JOURNAL_NAME = "journal.jsonl"
 COMPLETE = "complete"  # the last step of a run
@@ -33,7 +34,7 @@ class Journal:
     differs in nothing but the machine and is to be continued `anyway`; else UserError names what differs.
     """
 
-    def __init__(self, directory: Path, fingerprint: Mapping[str, Any], anyway: bool = False) -> None:
+    def __init__(self, directory: Path, fingerprint: Mapping[str, Json], anyway: bool = False) -> None:
         self.directory = directory
         self.fingerprint = dict(fingerprint)
         self.path = directory / JOURNAL_NAME
@@ -57,7 +58,7 @@ class Journal:
         """What differed, [before, after], each time that the run was resumed all the same."""
         return [record["differences"] for record in self.records if record["step"] == ANYWAY]
 
-    def commit(self, step: str, **facts: Any) -> None:
+    def commit(self, step: str, **facts: Json) -> None:
         """Record that a step is finished. Raises RunFailure on a full disk."""
         record = {"step": step, **facts}
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -70,7 +71,7 @@ class Journal:
         """The newest record of a step."""
         return next((record for record in reversed(self.records) if record["step"] == step), None)
 
-    def keep(self, step: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
+    def keep(self, step: str, tensors: Mapping[str, Tensor], **facts: Json) -> None:
         """Record that a step is finished, and the tensors it gave, of any shape. Raises RunFailure on a full disk."""
         self.commit(step, tensors=self.save(step.replace(" ", "-"), tensors), **facts)
 
@@ -127,7 +128,7 @@ def _whole_records(path: Path) -> tuple[list[Record], int]:
 
 
 def compare_fingerprints(
-    before: Mapping[str, Any], now: Mapping[str, Any], anyway: bool = False
+    before: Mapping[str, Json], now: Mapping[str, Json], anyway: bool = False
 ) -> dict[str, list[Any]]:
     """What differs between the run that was and the one that is, [before, now] by key.
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
@@ -22,8 +22,7 @@ from slimlm.checkpoint.kinds import (
 )
 from slimlm.checkpoint.shard import StoredTensor, read_shard
 from slimlm.errors import UserError, one_line
-
-Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]  # what a JSON file can hold
+from slimlm.plain import Json
 
 
 class Checkpoint:

@@ -7,9 +7,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from slimlm.checkpoint.kinds import CONFIG_NAME
-from slimlm.checkpoint.reader import Json
 from slimlm.errors import UserError
 from slimlm.families import FAMILIES
+from slimlm.plain import Json
 
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 TEXT_PART = (

@@ -47,10 +47,10 @@ def compress_command(options: CompressOptions) -> None:
 
     **slice** rotates the residual stream onto its principal directions and deletes the weakest, deletes neurons of the
     MLPs, key/value groups or blocks where that costs less, and refits what is left: fewer parameters, fewer bytes, less
-    computation. **slimlm**, **sparsegpt**, **obc**, **mfac**, **woodfisher**, **wanda** and **magnitude** set single
-    weights to zero, which neither shrinks nor speeds up a stock checkpoint; slimlm loses least (`slimlm methods` has
-    them all). The result is a directory with weights, config, tokenizer, a model card and `slimlm.json`, which says
-    what was done and what was lost.
+    computation. **slimlm**, **sparsegpt**, **obc**, **mfac**, **woodfisher**, **wanda**, **taylor**, **magnitude** and
+    **random** set single weights to zero, which neither shrinks nor speeds up a stock checkpoint; slimlm loses least
+    (`slimlm methods` says what each does). The result is a directory with weights, config, tokenizer, a model card and
+    `slimlm.json`, which says what was done and what was lost.
 
     Examples:
 

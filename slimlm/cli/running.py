@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from slimlm.errors import Interrupted, RunFailure
 
 if TYPE_CHECKING:
-    from slimlm.checkpoint.reader import Json
+    from slimlm.plain import Json
     from slimlm.progress import Progress
 
 

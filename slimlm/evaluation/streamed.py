@@ -25,34 +25,49 @@ class Comparison:
     block_errors: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Kinship:
+    """What of the dense model a compressed one's stream is.
+
+    basis(block): [hidden, width] says where the stream lives in the dense one's space after a block (None: it is the
+    same space). blocks: the dense model's blocks, by number, that there still are (None: all). is_known: whether basis
+    is known, so that the streams can be compared block by block.
+    """
+
+    basis: Callable[[int], Tensor] | None = None
+    blocks: Sequence[int] | None = None
+    is_known: bool = True
+
+    def error(self, dense: Stream, compressed: Stream, index: int, centred: bool) -> float:
+        """The relative error after a block, by number."""
+        return relative_error(dense, compressed, None if self.basis is None else self.basis(index), centred)
+
+
+SAME = Kinship()
+
+
 @torch.no_grad()
 def compare_streamed(
     dense: StreamedModel,
     compressed: StreamedModel,
     batches: Sequence[Tensor],
-    basis: Callable[[int], Tensor] | None,
     progress: Progress,
+    kinship: Kinship = SAME,
     hidden: Sequence[HiddenStates] | None = None,
-    blocks: Sequence[int] | None = None,
-    compares_blocks: bool = True,
 ) -> Comparison:
     """Run both models over batches of tokens [batch, time].
 
-    basis(block): [hidden, width] says where the compressed stream lives in the dense one's space after a block (None:
-    the same space).
-    hidden: where the two streams wait between blocks; in memory by default.
-    blocks: the dense model's blocks, by number, that the compressed one still has (None: all).
-    compares_blocks: whether it is known where in the dense one's space the compressed stream lives, block by block.
-    Raises UserError where the compressed model does not have that many blocks.
+    hidden: where the two streams wait between blocks; in memory by default. Raises UserError where the compressed model
+    does not have as many blocks as `kinship` says.
     """
-    kept = list(range(len(dense.blocks)) if blocks is None else blocks)
+    kept = list(range(len(dense.blocks)) if kinship.blocks is None else kinship.blocks)
     if len(kept) != len(compressed.blocks):
         raise UserError(
             f"models of {len(dense.blocks)} and {len(compressed.blocks)} blocks cannot be compared by block"
         )
     places = hidden or (InMemory(), InMemory())
     streams = embed(dense, batches, places[0]), embed(compressed, batches, places[1])
-    comparison = Comparison(LogLikelihood(dense.dtype), LogLikelihood(compressed.dtype))
+    errors: list[float] = []
     becomes = dict(zip(kept, compressed.blocks, strict=True))
     for block in walk(dense, progress, "measuring"):
         block.advance(streams[0])
@@ -60,15 +75,16 @@ def compare_streamed(
         if block.index in becomes:
             with becomes[block.index].loaded() as other:
                 other.advance(streams[1])
-        if compares_blocks:
-            error = relative_error(*streams, None if basis is None else basis(block.index), dense.family.centred)
-            comparison.block_errors.append(error)
-            block.facts["relative_error"] = error
-    for model, stream, likelihood in zip(
-        (dense, compressed), streams, (comparison.dense, comparison.compressed), strict=True
-    ):
-        likelihood.count(nll(model, stream), stream.tokens[0].shape[1] - 1)
-    return comparison
+        if kinship.is_known:
+            block.facts["relative_error"] = kinship.error(*streams, block.index, dense.family.centred)
+            errors.append(block.facts["relative_error"])
+    return Comparison(_likelihood(dense, streams[0]), _likelihood(compressed, streams[1]), errors)
+
+
+def _likelihood(model: StreamedModel, stream: Stream) -> LogLikelihood:
+    likelihood = LogLikelihood(model.dtype)
+    likelihood.count(nll(model, stream), stream.tokens[0].shape[1] - 1)
+    return likelihood
 
 
 def relative_error(dense: Stream, compressed: Stream, basis: Tensor | None, centred: bool = False) -> float:

@@ -3,7 +3,8 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+
+from slimlm.plain import Json
 
 logger = logging.getLogger(__name__)
 
@@ -18,9 +19,10 @@ def by_kind(figures: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def warn_of_starved(notes: Mapping[str, Any]) -> None:
+def warn_of_starved(notes: Mapping[str, Json]) -> None:
     """Say that experts were treated by the size of their weights alone, if any were. notes: for the manifest."""
-    if starved := notes.get("starved_experts"):
+    starved = notes.get("starved_experts")
+    if isinstance(starved, Mapping) and starved:
         logger.warning(
             "%d matrices of experts saw too few calibration tokens and were cut by magnitude: they are listed in "
             "slimlm.json under starved_experts; more --num-calibration-samples reach more of them",

@@ -42,14 +42,6 @@ class LowRankInverse:
         through_base = vector @ self.base if isinstance(self.base, Tensor) else vector * self.base
         return through_base - (self.factor.mT @ inner)[..., 0]
 
-    def element(self, row: int, column: int) -> Annotated[Tensor, "..."]:
-        """[F^-1]_ij, in O(m)."""
-        if isinstance(self.base, Tensor):
-            base: Tensor | float = self.base[row, column]
-        else:
-            base = self.base if row == column else 0.0
-        return base - (self.factor[..., row] * self.factor[..., column]).sum(-1)
-
     def matrix(self) -> Annotated[Tensor, "... d d"]:
         """F^-1 written out."""
         product = -(self.factor.mT @ self.factor)
@@ -91,14 +83,6 @@ def token_inverse(
     products = x @ through.T if products is None or isinstance(base, Tensor) else products / base
     root = _inverse_root(scale * products * scale.mT)
     return LowRankInverse(inverse, (root * scale.mT) @ through)
-
-
-def token_diagonal(
-    x: Annotated[Tensor, "m in"], delta: Annotated[Tensor, "m out"], base: float | Annotated[Tensor, "in in"]
-) -> Annotated[Tensor, "out in"]:
-    """Diagonals of `token_inverse` for all rows, some rows at a time. Raises ValueError as that does."""
-    rows = max(1, CHUNK_ELEMENTS // x.numel())
-    return torch.cat([token_inverse(x, part, base).diagonal() for part in delta.split(rows, dim=1)])
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from slimlm.model.stream import BlockCall, Stop, Stream, reuse
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
 
+Returned = Tensor | tuple[Tensor, None]  # by a block
 LARGE_TABLE = 1 << 26  # bytes of an embedding above which only the rows that are needed are read
 LARGE_LOGITS = 1 << 28  # bytes of logits held at once
 
@@ -60,8 +61,8 @@ def _record(model: StreamedModel, tokens: Tensor) -> tuple[Tensor, list[BlockCal
     calls: dict[int, BlockCall] = {}
     first: list[Tensor] = []
 
-    def recorder(block: Block) -> Callable[..., Any]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def recorder(block: Block) -> Callable[..., Returned]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Returned:
             if block.index in calls:
                 raise UserError(f"{model.config.model_type!r} calls block {block.index} more than once: not supported")
             calls[block.index] = BlockCall(args, kwargs)
@@ -81,7 +82,7 @@ def _record(model: StreamedModel, tokens: Tensor) -> tuple[Tensor, list[BlockCal
 
 
 @contextmanager
-def _replaced(model: StreamedModel, forward_of: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
+def _replaced(model: StreamedModel, forward_of: Callable[[Block], Callable[..., Returned]]) -> Iterator[None]:
     every(model, lambda block: setattr(block.module, "forward", forward_of(block)))
     try:
         yield
@@ -89,7 +90,7 @@ def _replaced(model: StreamedModel, forward_of: Callable[[Block], Callable[..., 
         every(model, lambda block: delattr(block.module, "forward"))
 
 
-def _returned(model: StreamedModel, hidden: Tensor) -> Any:
+def _returned(model: StreamedModel, hidden: Tensor) -> Returned:
     """Hidden states as this family's blocks return them."""
     return (hidden, None) if model.family.tuples else hidden
 

@@ -4,10 +4,9 @@ A linear's weight is one; GPT-2's `Conv1D` keeps it transposed; a mixture packs 
 [experts, out, in] and calls `linear` on its slices, which is where their inputs can be seen.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -71,7 +70,13 @@ class _Linears(TorchFunctionMode):
         self.names = names
         self.see = see
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: Sequence[type],
+        args: tuple[Tensor, ...] = (),
+        kwargs: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         output = func(*args, **(kwargs or {}))
         if func is linear and (name := self.names.get(args[1].data_ptr())) is not None:
             self.see(name, args[0], output)

@@ -73,7 +73,7 @@ def reuse(call: BlockCall, index: int, earlier: list[list[BlockCall]]) -> BlockC
     return call
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: object, b: object) -> bool:
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):

@@ -19,6 +19,7 @@ from slimlm.model.block import Block
 from slimlm.model.hidden import Spilled
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
+from slimlm.plain import Json
 from slimlm.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Streams:
 
     def save(self, index: int) -> None:
         """Record that block `index` is done: the hidden states leaving it, and all that goes with them."""
-        saved = {}
+        saved: dict[str, Json] = {}
         self.settle()
         for label, stream in self.streams.items():
             hidden = stream.hidden

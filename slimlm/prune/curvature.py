@@ -6,7 +6,7 @@ A curvature has what it can tell and nothing else; which masks and updates it wi
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol, get_type_hints
+from typing import Protocol, get_type_hints
 
 import torch
 from torch import Tensor
@@ -147,8 +147,8 @@ CURVATURES: dict[str, type[Curvature]] = {
 }
 
 
-def able(needing: Callable[..., Any]) -> list[str]:
-    """The curvatures that have what a mask or an update is annotated to need of its own."""
+def able(needing: Callable[..., tuple[Tensor, Tensor]]) -> list[str]:
+    """The curvatures that have what a mask or an update, [out, in] each, is annotated to need of its own."""
     needed = get_type_hints(needing)["curvature"]
     return [name for name, kind in CURVATURES.items() if needed is Curvature or issubclass(kind, needed)]
 

@@ -79,6 +79,7 @@ def _gather_gradients(run: Run[PruneStep]) -> None:
     walks = Walks(run.walk("gradients"), run.walk("gradients back", order=backwards(model)), run.scratch)
     for block, tensors in gather_gradients(model, losses, walks, sample):
         run.journal.keep(_step(block.index), tensors)
+        tensors.clear()  # before there are the next
 
 
 def _step(index: int) -> str:

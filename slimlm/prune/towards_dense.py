@@ -31,9 +31,13 @@ def prune_block(block: BlockPair, gradients: Gradients, quotas: Quotas, row: Row
             case Norm():
                 _prune_readers(block, step, gradients, quotas, row)
             case Writing():
-                data = block.writer_data(step)
-                fit = block.fit(step.name, data, block.tensors[f"{step.name}.weight"])
-                _prune_together(block, (step.name,), (fit, data), gradients, quotas, row)
+                _prune_writer(block, step, gradients, quotas, row)
+
+
+def _prune_writer(block: BlockPair, writing: Writing, gradients: Gradients, quotas: Quotas, row: Row) -> None:
+    data = block.writer_data(writing)
+    fit = block.fit(writing.name, data, block.tensors[f"{writing.name}.weight"])
+    _prune_together(block, (writing.name,), (fit, data), gradients, quotas, row)
 
 
 def _prune_readers(block: BlockPair, norm: Norm, gradients: Gradients, quotas: Quotas, row: Row) -> None:

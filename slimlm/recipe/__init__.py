@@ -15,11 +15,13 @@ from slimlm.recipe.recipe import (
     FLAGS,
     AnyStep,
     Recipe,
+    Setting,
     dumped,
     flag_of,
     make_recipe,
     one_step,
     recipe_of_flags,
+    steps_of,
 )
 from slimlm.recipe.slicing import RotateStep, SliceStep
 from slimlm.recipe.step import Step
@@ -38,6 +40,7 @@ __all__ = [
     "Recipe",
     "RotateStep",
     "Row",
+    "Setting",
     "SliceStep",
     "Step",
     "as_file",
@@ -48,4 +51,5 @@ __all__ = [
     "one_step",
     "recipe_of_flags",
     "shipped_recipes",
+    "steps_of",
 ]

@@ -1,25 +1,25 @@
 """Recipes in YAML files, one's own and those that ship with slimlm."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from slimlm.errors import UserError, nearest
-from slimlm.recipe.recipe import SHARED, Recipe, flag_of, make_recipe, steps_in
-from slimlm.recipe.step import Setting, Settings
+from slimlm.plain import Json
+from slimlm.recipe.recipe import SHARED, Recipe, flag_of, make_recipe, steps_of
 
 ROOT = Path(__file__).parent.parent
 RECIPE_DIRECTORIES = (ROOT / "recipes", ROOT.parent / "recipes")
 RAN_REMOTE_CODE = "ran_remote_code"  # in place of a permission, in recipes that slimlm writes
 
 
-def load_recipe(name: str, overrides: Settings | None = None) -> Recipe:
+def load_recipe(name: str, overrides: Mapping[str, Json] | None = None) -> Recipe:
     """The recipe in a YAML file, or one shipped with slimlm by its name; `overrides`, settings by name, win.
 
     Raises UserError when there is no such recipe or it is not valid.
     """
-    path, flags = find_recipe(name), overrides or {}
+    path, flags = find_recipe(name), dict(overrides or {})
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -34,19 +34,19 @@ def load_recipe(name: str, overrides: Settings | None = None) -> Recipe:
     return recipe if same else recipe.model_copy(update={"expected": {}})  # another run's figures
 
 
-def as_file(recipe: dict[str, Any]) -> dict[str, Any]:
+def as_file(recipe: Mapping[str, Json]) -> dict[str, Json]:
     """What `dumped` gives without what a file need not say, or may not: nothing, and the sparsity that widths give."""
     settings = {name: value for name, value in recipe.items() if value is not None}
-    steps = [{name: value for name, value in step.items() if value is not None} for step in recipe["steps"]]
+    steps = [{name: value for name, value in step.items() if value is not None} for step in steps_of(recipe)]
     for step in steps:
         if "widths" in step:
             step.pop("sparsity", None)
     return {**settings, "steps": steps}
 
 
-def _overridden(values: Settings, flags: Settings, source: str) -> Settings:
+def _overridden(values: Mapping[str, Json], flags: Mapping[str, Json], source: str) -> dict[str, Json]:
     """A file's values with settings from elsewhere: for all steps, or for the only one there is."""
-    steps = steps_in(values)
+    steps = steps_of(values)
     shared = {name: value for name, value in flags.items() if name in SHARED}
     own = {name: value for name, value in flags.items() if name not in SHARED}
     if len(steps) > 1 and own:
@@ -55,7 +55,7 @@ def _overridden(values: Settings, flags: Settings, source: str) -> Settings:
     return {**values, **shared, "steps": [{**step, **own} for step in kept]}
 
 
-def _refuse_trust(values: dict[str, Setting], flags: Settings, source: str) -> None:
+def _refuse_trust(values: dict[str, Json], flags: Mapping[str, Json], source: str) -> None:
     """Whether code that comes with a model may run is for who runs it to say: recipes are handed on.
 
     Takes the note out that a recipe was run that way. Raises UserError for one that wants it without the flag.
@@ -71,7 +71,7 @@ def _refuse_trust(values: dict[str, Setting], flags: Settings, source: str) -> N
 
 
 def find_recipe(name: str) -> Path:
-    """Path of a recipe given as a path or as the name of one that ships with slimlm."""
+    """Path of a recipe given as a path or as the name of one that ships with slimlm. Raises UserError for neither."""
     if Path(name).is_file():
         return Path(name)
     shipped = shipped_recipes()

@@ -1,11 +1,13 @@
 """The steps that set single weights to zero: the table of methods, and what of a row a step sets otherwise."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from slimlm.recipe.step import REFIT, SPARSITY, Settings, Step, require_share
+from slimlm.plain import Json
+from slimlm.recipe.step import REFIT, SPARSITY, Step, require_share
 
 CurvatureName = Literal["none", "diagonal", "gram", "gram+fisher", "fisher", "block-fisher"]
 MASKS = ("magnitude", "wanda", "obs", "columns", "greedy", "taylor", "random")
@@ -154,10 +156,14 @@ class PruneStep(Step):
 
     @model_validator(mode="before")
     @classmethod
-    def _sparsity_of_pattern(cls, values: Settings) -> Settings:
+    def _sparsity_of_pattern(cls, values: Json) -> Json:
         """A pattern says how sparse; a sparsity given beside it must be the same."""
-        pattern = values.get("pattern")
-        if pattern is None or (isinstance(pattern, str) and re.fullmatch(TILE, pattern)):
+        pattern = values.get("pattern") if isinstance(values, Mapping) else None
+        if (
+            pattern is None
+            or not isinstance(values, Mapping)
+            or (isinstance(pattern, str) and re.fullmatch(TILE, pattern))
+        ):
             return values
         if not isinstance(pattern, str) or not re.fullmatch(PATTERN, pattern):
             raise ValueError(f"pattern {pattern!r} is neither N:M, as in 2:4, nor tiles of RxC, as in 16x16")
@@ -170,6 +176,7 @@ class PruneStep(Step):
         return {**values, "sparsity": sparsity}
 
     def fill(self) -> None:
+        """Take from the method's row what was not given. Raises ValueError for a mask or an update there is not."""
         row = self.rows[self.method]
         own = {**row._asdict(), "allocation": "uniform" if self.pattern else row.allocation}
         own["swaps"] = row.swaps if (self.update or row.update) == "joint" else 0

@@ -1,15 +1,17 @@
 """A list of steps, each on what the one before gave, and the two forms it is written in: a file's, and flags."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
 from pydantic.fields import FieldInfo
 
 from slimlm.errors import UserError, nearest
+from slimlm.plain import Json
 from slimlm.recipe.pruning import ROWS, PruneStep
 from slimlm.recipe.slicing import RotateStep, SliceStep
-from slimlm.recipe.step import Setting, Settings, Step
+from slimlm.recipe.step import HasSteps, Step
 
 AnyStep = SliceStep | PruneStep | RotateStep
 METHODS: dict[str, type[AnyStep]] = {
@@ -17,6 +19,7 @@ METHODS: dict[str, type[AnyStep]] = {
     **dict.fromkeys(ROWS, PruneStep),
     "rotate": RotateStep,
 }
+Setting = Json | HasSteps  # a method may be given itself
 SHARED = [name for name in Step.model_fields if name != "method"]
 OF_THE_WHOLE = ("model", "revision", "trust_remote_code", "output_dir", "expected")
 
@@ -29,7 +32,7 @@ class Recipe(BaseModel):
     steps: SkipValidation[list[AnyStep]]  # valid ones, in which a run may have filled in what no file may say
     expected: dict[str, float] = Field({}, description="figures this recipe gave when it was written")
 
-    def updated(self, **settings: Setting) -> Self:
+    def updated(self, **settings: Json) -> Self:
         """The recipe with these settings in every step."""
         return self.model_copy(update={"steps": [step.model_copy(update=settings) for step in self.steps]})
 
@@ -68,34 +71,35 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}" if name in FLAGS else f"--set {name}"
 
 
-def make_recipe(values: Settings, source: str = "recipe") -> Recipe:
+def make_recipe(values: Mapping[str, Json], source: str = "recipe") -> Recipe:
     """The recipe in a file's form: `steps`, and beside them what holds for all steps that do not say it themselves.
 
     source: where the values stand. Raises UserError naming the step, the key, the nearest known one, and the reason.
     """
     shared = {name: value for name, value in values.items() if name not in ("steps", "expected")}
-    steps, found = steps_in(values), list[AnyStep]()
+    steps = steps_of(values)
     if not steps:
         raise UserError(f"{source}: 'steps' is not given: list them, as in steps: [{{method: wanda, sparsity: 0.5}}]")
+    found: list[AnyStep] = []
     for number, own in enumerate(steps, start=1):
         where = f"{source}: step {number}" if len(steps) > 1 else source
         for name in OF_THE_WHOLE:
             if name in own:
                 raise UserError(f"{where}: {name!r} is of the whole recipe: put it above the steps")
-        if "method" not in shared | own:
+        if "method" not in {**shared, **own}:
             raise UserError(f"{where}: 'method' is not given (known: {', '.join(METHODS)})")
         found += _shots_of({**shared, **own}, where)
     return _recipe(found, source, values.get("expected", {}))
 
 
-def steps_in(values: Settings) -> list[dict[str, Setting]]:
-    """The steps as a file has them; none where these are no list of mappings."""
-    listed = values.get("steps")
-    steps = [step for step in listed if isinstance(step, dict)] if isinstance(listed, list) else []
-    return steps if steps == listed else []
+def steps_of(values: Mapping[str, Json]) -> list[Mapping[str, Json]]:
+    """The steps of a recipe in a file's form; none where they are not a list of mappings."""
+    steps = values.get("steps")
+    found = [step for step in steps if isinstance(step, Mapping)] if isinstance(steps, list) else []
+    return found if isinstance(steps, list) and len(found) == len(steps) else []
 
 
-def recipe_of_flags(settings: Settings, source: str = "") -> Recipe:
+def recipe_of_flags(settings: Mapping[str, Setting], source: str = "") -> Recipe:
     """The recipe of one step, or of one in several shots, from all its settings.
 
     source: where they stand; none for flags, which name themselves. Raises UserError as `make_recipe`.
@@ -116,14 +120,14 @@ def dumped(recipe: Recipe) -> dict[str, Any]:
     return {**{name: steps[0][name] for name in same}, "steps": own}
 
 
-def _recipe(steps: list[AnyStep], source: str, expected: Setting) -> Recipe:
+def _recipe(steps: list[AnyStep], source: str, expected: Json) -> Recipe:
     for place, step in enumerate(steps):
         if isinstance(step, SliceStep) and not step.widths and step.round_to is None:
             granule = _granule([later for later in steps[place:] if isinstance(later, PruneStep)])
             if granule is not None:
                 steps[place] = step.model_copy(update={"round_to": granule})
     try:
-        return Recipe(steps=steps, expected=expected)
+        return Recipe.model_validate({"steps": steps, "expected": expected})
     except ValidationError as error:
         raise _refusal(error, source, Recipe) from error
 
@@ -140,7 +144,7 @@ def _shots_of(values: dict[str, Setting], source: str) -> list[AnyStep]:
     """The step, or as many as it has shots."""
     given = {name: values.pop(name) for name in Shots.model_fields if name in values}
     try:
-        shots = Shots(**given)
+        shots = Shots.model_validate(given)
     except ValidationError as error:
         raise _refusal(error, source, Shots) from error
     step = _step(values, source)
@@ -155,24 +159,23 @@ def _shots_of(values: dict[str, Setting], source: str) -> list[AnyStep]:
     return [step.model_copy(update={"sparsity": step.sparsity * share}) for share in shots.grown]
 
 
-def _step(values: Settings, source: str) -> AnyStep:
+def _step(values: Mapping[str, Setting], source: str) -> AnyStep:
     method = values.get("method", "slice")
-    name = str(getattr(method, "name", method))
-    # A method that is not in the table brings its steps.
-    kind: type[AnyStep] | None = METHODS.get(method) if isinstance(method, str) else getattr(method, "steps", None)
+    # A method that is not in the table brings the class of its steps.
+    kind: type[AnyStep] | None = getattr(method, "steps", None) or METHODS.get(str(method))
     if kind is None:
         near = nearest(str(method), METHODS)
         raise _error(f"unknown method {method!r}{near} (known: {', '.join(METHODS)})", source)
+    name = str(getattr(method, "name", method))
     try:
-        return kind(**{**values, "method": name})
+        return kind.model_validate({**values, "method": name})
     except ValidationError as error:
         raise _refusal(error, source, kind, name) from error
 
 
-def _read_by(method: str) -> str:
+def _read_by(kind: type[BaseModel], method: str) -> str:
     """The settings of a method's own, for a message."""
-    kind = METHODS.get(method, SliceStep)
-    unread = PruneStep(model="any", method=method, sparsity=0.5).unread if kind is PruneStep else set()
+    unread = kind(model="any", method=method, sparsity=0.5).unread if issubclass(kind, PruneStep) else set()
     return ", ".join(name for name in kind.model_fields if name not in {*SHARED, "method", *unread})
 
 
@@ -185,7 +188,7 @@ def _refusal(error: ValidationError, source: str, kind: type[BaseModel], method:
     context = first.get("ctx", {})
     key = str(context.get("key") or ".".join(str(part) for part in first["loc"]))
     named = key if source or not key else flag_of(key)
-    own = _read_by(method)
+    own = _read_by(kind, method)
     if first["type"] == "unread":
         return _error(f"{method} does not read {named} here: {context['why']}", source)
     if first["type"] == "extra_forbidden" and any(key in known.model_fields for known in METHODS.values()):

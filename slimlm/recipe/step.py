@@ -1,11 +1,12 @@
 """What every run of a recipe has. Which settings it has beside that, its method says."""
 
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from slimlm.plain import Json
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 SIZE = r"(?i)(?=[0.]*[1-9])(\d+(?:\.\d+)?)\s*([KMGT]i?B)"
@@ -33,10 +34,6 @@ class HasSteps(Protocol):
     def steps(self) -> "type[Step]": ...
 
 
-Setting = str | int | float | bool | None | Sequence["Setting"] | Mapping[str, "Setting"] | HasSteps
-Settings = Mapping[str, Setting]
-
-
 class Step(BaseModel):
     """What every run has: a model, data, a place for the result. Each field is a flag of the command line."""
 
@@ -50,7 +47,7 @@ class Step(BaseModel):
     revision: str | None = Field(None, description="hub revision of the model")
     method: str = Field(
         description="how: `slice` gives smaller widths; `slimlm` (loses least), `sparsegpt`, `obc`, `mfac`, "
-        "`woodfisher`, `wanda` and `magnitude` set weights to zero",
+        "`woodfisher`, `wanda`, `taylor`, `magnitude` and `random` set weights to zero",
     )
     skip: list[str] = Field(
         [],
@@ -124,7 +121,7 @@ class Step(BaseModel):
 
     @field_validator("skip", mode="before")
     @classmethod
-    def _names(cls, value: Setting) -> Setting:
+    def _names(cls, value: Json) -> Json:
         """A list, or names with commas between them."""
         names = value.split(",") if isinstance(value, str) else value
         return [str(name).strip() for name in names] if isinstance(names, list) else names

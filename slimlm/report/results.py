@@ -6,8 +6,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from slimlm.checkpoint.reader import Json
 from slimlm.errors import RunFailure, UserError
+from slimlm.plain import Json
 
 
 def check_results(path: Path) -> None:

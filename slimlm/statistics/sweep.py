@@ -120,6 +120,7 @@ def _backwards(
             out = block.run(hidden, stream.calls[number][block.index])
         out.backward(gradients[number])
         yield number, seen
+        seen.clear()  # whoever got them has them no longer than the next batch takes to come
         assert hidden.grad is not None
         gradients.replace(number, hidden.grad)
     gradients.turn()

@@ -15,7 +15,7 @@ from torch import Tensor
 from slimlm.errors import RunFailure
 from slimlm.model.block import Block
 from slimlm.model.streamed import StreamedModel
-from slimlm.statistics.sweep import TOKENS, Losses, Walks, sweep
+from slimlm.statistics.sweep import TOKENS, Losses, Seen, Walks, sweep
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,29 @@ def gather_gradients(
     places, share = sample.places(losses.batches)
     found: dict[str, list[Tensor]] = {}
     for block, number, seen in sweep(model, losses, walks, lambda block: block.family.linears, 1):
-        tokens = losses.batches[number].numel()
-        for name, (x, out) in seen.items():
-            assert out.grad is not None
-            x, delta = x.detach().flatten(0, -2), out.grad.flatten(0, -2)
-            # An expert sees some tokens.
-            kept = places[number].to(x.device) if len(x) == tokens else _evenly(len(x), share, x.device)
-            if name == block.family.first_of[name]:
-                found.setdefault(f"{name}.x", []).append(x[kept].bfloat16())
-            found.setdefault(f"{name}.delta", []).append(delta[kept].bfloat16())
+        _keep(found, seen, block.family.first_of, (places[number], losses.batches[number].numel(), share))
         if number == len(losses.batches) - 1:
-            tensors = {key: torch.cat(parts) for key, parts in found.items()}
-            tensors["window"] = torch.tensor(length if sample.by_sequence else 1)
-            if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            if not all(torch.isfinite(part).all() for parts in found.values() for part in parts):
                 raise RunFailure(f"gradients in {block.path} overflow in {model.dtype}")
-            yield block, tensors
-            found.clear()
+            window = torch.tensor(length if sample.by_sequence else 1)
+            joined = {key: torch.cat(found.pop(key)) for key in list(found)}  # not all of it twice
+            yield block, joined | {"window": window}
+            joined.clear()
+
+
+def _keep(
+    found: dict[str, list[Tensor]], seen: Seen, first_of: Mapping[str, str], sample: tuple[Tensor, int, float]
+) -> None:
+    """Add a batch's to what was found. sample: which of its tokens, how many it has, and the share that is kept."""
+    place, tokens, share = sample
+    for name, (x, out) in seen.items():
+        assert out.grad is not None
+        x, delta = x.detach().flatten(0, -2), out.grad.flatten(0, -2)
+        # An expert sees some tokens.
+        kept = place.to(x.device) if len(x) == tokens else _evenly(len(x), share, x.device)
+        if name == first_of[name]:
+            found.setdefault(f"{name}.x", []).append(x[kept].bfloat16())
+        found.setdefault(f"{name}.delta", []).append(delta[kept].bfloat16())
 
 
 def _evenly(count: int, share: float, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from slimlm.errors import UserError
 from slimlm.families import FAMILIES, family_of
 from slimlm.linalg.pca import without_mean
 from slimlm.model.linears import canonical, matrix
-from slimlm.recipe import Recipe, RotateStep, SliceStep, one_step
+from slimlm.recipe import AnyStep, RotateStep, SliceStep, one_step
 from slimlm.report.models import models_table
 from slimlm.slice.candidates import candidates
 from slimlm.slice.config import config_of
@@ -27,9 +27,9 @@ from slimlm.slice.widths import Layout
 from slimlm.stages import compress
 from tests.conftest import build_tiny, in_steps, logits_of, random_tokens, stream
 from tests.families.configs import SETTINGS, family_config
-from tests.methods.helpers import carried_out, run_at
-from tests.methods.test_prune import die_after_record
-from tests.test_walk import walked_logits
+from tests.helpers import carried_out, run_at
+from tests.model.test_walk import walked_logits
+from tests.prune.test_run import die_after_record
 
 FOLDER = "families"
 ROTATING = [name for name in SETTINGS if family_of(family_config(name)).rotates]
@@ -50,9 +50,9 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(model, recipe: Recipe, batches: list[torch.Tensor], out: Path, source: Path) -> Path:
+def run(model, recipe: AnyStep, batches: list[torch.Tensor], out: Path, source: Path) -> Path:
     """A method's result as a checkpoint."""
-    settings = recipe.model_dump(exclude_unset=True, exclude={"model"})
+    settings = {**recipe.model_dump(exclude_unset=True, exclude={"model"}), "method": recipe.method}
     outcome = carried_out(run_at(model, batches, out, **settings))
     for file in outcome.plan.files:
         (out / "model" / file.name).write_bytes(file.read_bytes())

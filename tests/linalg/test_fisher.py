@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimlm.linalg.fisher import LowRankInverse, block_inverse, low_rank_inverse, token_diagonal, token_inverse
+from slimlm.linalg.fisher import LowRankInverse, block_inverse, low_rank_inverse, token_inverse
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,12 +20,9 @@ def positive(size: int, seed: int = 5) -> torch.Tensor:
 def check_queries(found: LowRankInverse, dense: torch.Tensor) -> None:
     inverse = torch.linalg.inv(dense)
     vector = randn(*dense.shape[:-1], seed=7)
-    size = dense.shape[-1]
     assert torch.allclose(found.matrix(), inverse, atol=1e-10)
     assert torch.allclose(found.diagonal(), inverse.diagonal(dim1=-2, dim2=-1), atol=1e-10)
     assert torch.allclose(found.times(vector), (inverse @ vector[..., None])[..., 0], atol=1e-10)
-    for i, j in ((0, 0), (0, size - 1), (size - 1, 1)):
-        assert torch.allclose(found.element(i, j), inverse[..., i, j], atol=1e-10)
 
 
 @settings(deadline=None, max_examples=40)
@@ -48,10 +45,6 @@ def test_per_token_gradients_share_their_inputs(m: int, out: int, d: int, with_b
     gradients = delta.T[..., None] * x
     dense = base + gradients.mT @ gradients / m
     check_queries(token_inverse(x, delta, given_base), dense)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slimlm.linalg.fisher.CHUNK_ELEMENTS", 2 * x.numel())
-        diagonal = token_diagonal(x, delta, given_base)
-    assert torch.allclose(diagonal, torch.linalg.inv(dense).diagonal(dim1=-2, dim2=-1), atol=1e-10)
 
 
 def test_it_is_the_recursion_of_the_paper():

@@ -17,7 +17,7 @@ CHOICES = 4
 MAX_WORD = 24  # table rules are longer
 
 
-def build(**unused: Any) -> dict[str, Any]:
+def build(**unused: str) -> dict[str, Any]:
     """The task's dataset: split `test` with passage, four continuations, and the index of the true one."""
     from datasets import Dataset
 

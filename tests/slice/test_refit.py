@@ -18,7 +18,7 @@ from slimlm.slice.plan import plan_slice
 from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import Layout
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
-from tests.methods.helpers import carried_out, run_at
+from tests.helpers import carried_out, run_at
 
 
 def sliced(model, tokens: torch.Tensor, path: Path, **settings) -> tuple[Path, dict]:

@@ -16,7 +16,7 @@ from slimlm.recipe import SliceStep
 from slimlm.slice.per_block import plan_per_block
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import family_config
-from tests.methods.helpers import carried_out, run_at
+from tests.helpers import carried_out, run_at
 
 
 def sliced(path: Path, tokens: torch.Tensor, out: Path, width: int) -> Path:

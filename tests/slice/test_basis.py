@@ -14,7 +14,7 @@ from slimlm.slice import run as slicing
 from slimlm.slice.basis import MASSIVE
 from slimlm.statistics.sweep import Losses, gradient_covariance
 from tests.conftest import random_tokens, stream
-from tests.methods.helpers import inputs_of, run_at, stock, walks_of
+from tests.helpers import inputs_of, run_at, stock, walks_of
 
 NORMS = [f"model.layers.{block}.{norm}_layernorm" for block in range(3) for norm in ("input", "post_attention")]
 

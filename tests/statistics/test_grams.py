@@ -8,7 +8,7 @@ import torch
 from slimlm.statistics.grams import in_turn
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.families.configs import family_config
-from tests.methods.helpers import run
+from tests.helpers import run
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])

@@ -307,5 +307,5 @@ def test_methods_are_listed_and_the_page_has_them():
     for name, method in METHODS.items():
         assert f"{name}: " in shown
         assert method.paper.rpartition("/")[2] in shown
-    page = (Path(__file__).parents[1] / "docs" / "pruning.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "pruning.md").read_text()
     assert methods_table() in page, "run `slimlm methods --markdown` and put its table into docs/pruning.md"

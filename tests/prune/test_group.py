@@ -12,7 +12,7 @@ from slimlm.prune import masks, updates
 from slimlm.prune.group import Row, prune
 from slimlm.prune.quota import Quota
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
-from tests.methods.helpers import damped, inputs_of, is_linear, run, stock
+from tests.helpers import damped, inputs_of, is_linear, run, stock
 
 
 def problem(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimlm.linalg.allocation import alpha_shares, hill_alpha, outlier_ratio, owl_shares
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
-from tests.methods.helpers import damped, gathered_gradients, inputs_of, is_linear, run, stock
+from tests.helpers import damped, gathered_gradients, inputs_of, is_linear, run, stock
 
 
 def linears_of(model, block: int) -> dict[str, Tensor]:

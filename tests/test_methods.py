@@ -9,7 +9,7 @@ from slimlm.checkpoint.journal import Journal
 from slimlm.model.hidden import Spilled
 from slimlm.recipe import one_step
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
-from tests.methods.helpers import run
+from tests.helpers import run
 
 
 @pytest.fixture

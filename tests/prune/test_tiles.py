@@ -6,7 +6,7 @@ import torch
 from slimlm.model.ends import embed
 from slimlm.prune.tiles import gathered
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
-from tests.methods.helpers import inputs_of, stock, uneven
+from tests.helpers import inputs_of, stock, uneven
 
 
 @pytest.mark.parametrize("block", [0, 1])

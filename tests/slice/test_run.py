@@ -26,7 +26,7 @@ from slimlm.slice.widths import Layout, Widths
 from slimlm.stages import compress
 from tests.conftest import CONFIGS, SIZES, build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import family_config
-from tests.methods.helpers import carried_out, run_at
+from tests.helpers import carried_out, run_at
 
 PLAIN = {"model": "x", "refit": False, "weighting": "none"}
 HOW = {name: PLAIN[name] for name in ("refit", "weighting")}

@@ -19,7 +19,7 @@ from slimlm.prune.solved import MOST, POINTS, SCRATCH, TOGETHER
 from slimlm.recipe import one_step
 from slimlm.stages import compress
 from tests.conftest import CONFIGS, SIZES, build_tiny, stream
-from tests.methods.helpers import run_at
+from tests.helpers import run_at
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from slimlm.linalg.ridge import GUESS
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.families.configs import family_config
-from tests.methods.helpers import READERS, WRITERS, behind, inputs_of, noted, ridge_by_hand, run, stock, uneven
+from tests.helpers import READERS, WRITERS, behind, inputs_of, noted, ridge_by_hand, run, stock, uneven
 
 
 @pytest.mark.parametrize("name", ["llama-biased", "granite"])

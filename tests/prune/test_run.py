@@ -31,7 +31,7 @@ from slimlm.stages import compress
 from slimlm.statistics.token_gradients import TokenGradients
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.families.configs import family_config
-from tests.methods.helpers import gathered_gradients, run_at
+from tests.helpers import gathered_gradients, run_at
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

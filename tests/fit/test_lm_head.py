@@ -11,7 +11,7 @@ from torch import Tensor
 from slimlm.fit.lm_head import EPOCHS
 from slimlm.linalg.softmax import MapFit
 from tests.conftest import CONFIGS, build_tiny, stream
-from tests.methods.helpers import inputs_of, ridge_by_hand, run, stock
+from tests.helpers import inputs_of, ridge_by_hand, run, stock
 
 
 def peaked(path: Path) -> Path:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
-from tests.methods.helpers import best_on, damped, inputs_of, is_linear, run, stock
+from tests.helpers import best_on, damped, inputs_of, is_linear, run, stock
 
 
 def cheapest_by_hand(weight: Tensor, matrix: Tensor, count: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from slimlm.prune.curvature import row_fisher
 from slimlm.statistics.token_gradients import TokenGradients
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
-from tests.methods.helpers import gathered_gradients, run, stock
+from tests.helpers import gathered_gradients, run, stock
 
 
 def inverses(gradients: TokenGradients, damping: float, size: int) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from slimlm.errors import RunFailure
 from slimlm.linalg.ridge import GUESS
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
-from tests.methods.helpers import (
+from tests.helpers import (
     READERS,
     WRITERS,
     behind,
