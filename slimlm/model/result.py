@@ -103,13 +103,13 @@ class Result:
         dtype: to store them in, where it is not the one that the block's model has them in. tensors: to take instead of
         the block's own, by name within it, linears' as [out, in]; they may be finer. Its own are rounded in place.
         """
-        weights = block.weights() if tensors is None else tensors
-        stored = {
-            name: tensor.to(block.model.stored_dtype(f"{block.path}.{name}", dtype)) for name, tensor in weights.items()
-        }
-        if tensors is None:
-            for name, tensor in block.weights().items():
-                tensor.copy_(stored.pop(name))
+        stored: dict[str, Tensor] = {}
+        for name, tensor in (block.weights() if tensors is None else tensors).items():
+            rounded = tensor.to(block.model.stored_dtype(f"{block.path}.{name}", dtype))
+            if tensors is None:
+                tensor.copy_(rounded)
+            else:
+                stored[name] = rounded
         self.write_block(block, stored or block.weights())
         with block.placed(stored):
             block.advance(stream)
