@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import takewhile
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from slimlm.model.block import Block
 from slimlm.model.linears import is_turned
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
-from slimlm.model.walk import every
+from slimlm.model.walk import leading
 
 Rows = Iterator[Tensor]  # a tensor in runs of rows, for one too large to be held whole
 
@@ -68,7 +67,7 @@ class Result:
 
     def leading(self, model: StreamedModel) -> int:
         """How many blocks of the model, from the first on, an earlier process wrote."""
-        return len(list(takewhile(self.written, every(model, lambda block: block.path))))
+        return leading(model, lambda block: self.written(block.path))
 
     def write(self, model: StreamedModel, part: str, tensors: Iterable[tuple[str, Tensor | Rows]]) -> None:
         """Write all tensors of a part, (module name, tensor or its rows in runs) each, linears' as [out, in], and
