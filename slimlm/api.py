@@ -68,7 +68,7 @@ def _in_memory(
         given: dict[str, Setting] = {} if dataset is None else {"dataset": _data_at(dataset, Path(place))}
         if isinstance(dataset, Tensor):
             given |= {"num_calibration_samples": dataset.shape[0], "max_seq_length": dataset.shape[1]}
-        recipe = one_step(**given, **settings, model=str(source), output_dir=str(Path(place) / "out"))
+        recipe = one_step(**{**given, **settings, "model": str(source), "output_dir": str(Path(place) / "out")})
         result = compress_recipe(recipe, progress=progress, work_dir=None if work_dir is None else Path(place))
         found = AutoModelForCausalLM.from_pretrained(
             result.output_dir, dtype="auto", trust_remote_code=result.manifest["needs_remote_code"]

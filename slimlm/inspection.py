@@ -15,7 +15,7 @@ from slimlm.linalg.allocation import outlier_ratio, pq_index, pq_share, spectrum
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.hessian import SingularCurvature, hessian
 from slimlm.model.ends import embed
-from slimlm.model.walk import walk
+from slimlm.model.walk import untold, walk
 from slimlm.plain import Json
 from slimlm.progress import Progress
 from slimlm.settings import InspectSettings, by_name
@@ -72,7 +72,7 @@ def inspect_model(settings: InspectSettings) -> list[MatrixFigures]:
         windows = load_windows(settings.dataset, tokenizer, settings.windows, settings.window, settings.seed)
         stream = embed(model, windows.batches(8))
     found: list[MatrixFigures] = []
-    for block in walk(model, progress, "inspecting"):
+    for block in untold(walk(model, progress, "inspecting")):
         grams = input_sums(block, stream, firsts(block.groups), Gram, onward=True) if stream else {}
         for group in block.groups:
             gram = grams[group.first].matrix if group.first in grams else None

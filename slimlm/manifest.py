@@ -27,6 +27,7 @@ from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.staging import Staging
 from slimlm.device import machine, peak_memory, rounding
 from slimlm.evaluation.streamed import Comparison
+from slimlm.prune.group import code_hash
 from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped, steps_of
 from slimlm.run import Outcome
 
@@ -48,6 +49,7 @@ def fingerprint_of(job: Job) -> Fingerprint:
         **{f"recipe {name}": value for name, value in settings.items()},
         **{f"version {name}": found.get(name) for name in ("python", "slimlm", "torch", "transformers")},
         **{f"machine {name}": value for name, value in rounding(job.model.device).items()},
+        **({"method code": code_hash(job.method.row)} if job.recipe.own_method and job.method.row else {}),
         "calibration sha256": job.windows.sha256 if job.windows else None,
     }
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from itertools import chain
 from pathlib import Path
 from typing import TypedDict
 
@@ -25,6 +26,7 @@ from slimlm.checkpoint.kinds import INDEX_NAME
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest
 from slimlm.compression import LOG_NAME
 from slimlm.errors import RunFailure, SlimlmError
+from slimlm.model.walk import every
 from slimlm.recipe import AnyStep, Recipe, SliceStep, as_file, dumped, load_recipe
 from slimlm.run import Plan
 from slimlm.slice.config import BY_BLOCK
@@ -91,7 +93,8 @@ def _shown_steps(job: Job, later: list[AnyStep], shown: int, tokens: Path) -> li
 
 def _shown_step(job: Job, step: AnyStep, shown: int, plan: Plan | None) -> AnyStep:
     """A step on the first blocks, with what does not come out of them alone: the widths to choose from."""
-    inside = {f"{block.path}.{name}" for block in job.model.blocks[:shown] for name in block.family.skipped}
+    skipped = every(job.model, lambda block: [f"{block.path}.{name}" for name in block.family.skipped])
+    inside = {*chain.from_iterable(skipped[:shown])}
     step = step.model_copy(update={"skip": [n for n in job.model.skipped if n in inside | {job.model.family.head}]})
     by_hand = plan.widths if plan is not None and isinstance(step, SliceStep) else None
     return step.model_copy(update={"widths": by_hand}) if by_hand else step

@@ -13,7 +13,7 @@ from tests.house_loops import block_loops
 ROOT = Path(__file__).parents[1]
 BIGGEST_ROOM = 19.1  # percent of all lines
 CEILINGS = {
-    "loops over blocks": 7,
+    "loops over blocks": 1,
     "of them statements": 0,
     "of them loading weights": 0,
     "long files": 0,
@@ -30,7 +30,7 @@ CEILINGS = {
     "rooms that know Conv1D": 2,
     "functions sparsity passes": 35,
     "files sparsity passes": 17,
-    "syntax tokens": 116479,
+    "syntax tokens": 117077,
 }
 
 

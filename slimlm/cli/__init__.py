@@ -14,6 +14,7 @@ from slimlm.cli.inspect import inspect_command
 from slimlm.cli.others import methods_command, models_command, pack_command, recipes_command, unpack_command
 from slimlm.cli.running import Stopped
 from slimlm.errors import SlimlmError, out_of_memory
+from slimlm.recipe import FIELDS
 from slimlm.report.streams import sturdy_streams, to_nowhere
 
 app = typer.Typer(
@@ -66,7 +67,9 @@ def main() -> None:
         message = getattr(error, "format_message", None)  # what typer says of a flag or value it does not know
         if message is None:
             raise
-        _fail(f"{message()} (see --help)", 2)
+        name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+        instead = f"try --set {name}=VALUE" if name in FIELDS else "see --help"
+        _fail(f"{message()} ({instead})", 2)
     sys.exit(code)
 
 

@@ -76,8 +76,8 @@ def compare_streamed(
             with becomes[block.index].loaded() as other:
                 other.advance(streams[1])
         if kinship.is_known:
-            block.facts["relative_error"] = kinship.error(*streams, block.index, dense.family.centred)
-            errors.append(block.facts["relative_error"])
+            errors.append(kinship.error(*streams, block.index, dense.family.centred))
+            block.facts = {"relative_error": errors[-1]}
     return Comparison(_likelihood(dense, streams[0]), _likelihood(compressed, streams[1]), errors)
 
 

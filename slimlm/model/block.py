@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from slimlm.device import return_freed_memory
 from slimlm.errors import RunFailure
 from slimlm.families import Family
 from slimlm.model.linears import See, canonical, matrix, watched
@@ -30,7 +31,7 @@ Watch = Callable[[Tensor, Tensor], None]  # (what goes into a block, what comes 
 class Block:
     """Block number `index`: its module, without weights but inside `loaded`, and its family as that is in this block.
 
-    facts: figures for the log about the walk that is under way.
+    facts: figures for the log about the walk that is under way; None where nothing is to be said of it.
     """
 
     def __init__(self, model: StreamedModel, index: int, module: nn.Module) -> None:
@@ -39,7 +40,7 @@ class Block:
         self.module = module
         self.path = model.family.block(index)
         self.family: Family = model.family.in_block(_parts_of(module))
-        self.facts: dict[str, float] = {}
+        self.facts: dict[str, float] | None = {}
 
     @property
     def kind(self) -> Kind:
@@ -61,12 +62,12 @@ class Block:
         with self.model.loaded([self.path]):
             self.model.fetch_ahead(self.index + step)
             yield self
-        self.model.return_memory()
+        return_freed_memory()
 
     def unload(self) -> None:
         """Let go of the weights before `loaded` ends."""
         self.model.release([self.path])
-        self.model.return_memory()
+        return_freed_memory()
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters, loaded, by name within it; linears' weights as [out, in]. Views: writing to them writes there."""
@@ -112,7 +113,9 @@ class Block:
 
     def advance(self, stream: Stream, watch: Watch = lambda before, after: None) -> None:
         """Move the stream past the block; `watch` sees what goes in and out."""
-        for number, (before, after) in enumerate(self.outputs(stream)):
+        for number, before in enumerate(stream.hidden):
+            with torch.no_grad():
+                after = self.run(before, stream.calls[number][self.index])
             watch(before, after)
             stream.hidden.replace(number, after)
         stream.hidden.turn()

@@ -132,27 +132,11 @@ class Spilled:
             return hashlib.file_digest(file, "sha256").hexdigest() == digest
 
 
-class Forgotten:
+class Forgotten(InMemory):
     """Hidden states nobody will read: for running the embedding only for the blocks' arguments."""
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, index: int) -> Tensor:
-        raise IndexError(index)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(())
 
     def append(self, tensor: Tensor) -> None:
         """Let go of a batch [batch, time, hidden]."""
-
-    def replace(self, index: int, tensor: Tensor) -> None:
-        """Raises IndexError: there is no [batch, time, hidden] here."""
-        raise IndexError(index)
-
-    def turn(self) -> None:
-        """Nothing is to be done."""
 
 
 class Scratch:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import takewhile
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from slimlm.model.block import Block
 from slimlm.model.linears import is_turned
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
-from slimlm.model.walk import every
+from slimlm.model.walk import leading
 
 Rows = Iterator[Tensor]  # a tensor in runs of rows, for one too large to be held whole
 
@@ -68,7 +67,7 @@ class Result:
 
     def leading(self, model: StreamedModel) -> int:
         """How many blocks of the model, from the first on, an earlier process wrote."""
-        return len(list(takewhile(self.written, every(model, lambda block: block.path))))
+        return leading(model, lambda block: self.written(block.path))
 
     def write(self, model: StreamedModel, part: str, tensors: Iterable[tuple[str, Tensor | Rows]]) -> None:
         """Write all tensors of a part, (module name, tensor or its rows in runs) each, linears' as [out, in], and
@@ -103,13 +102,13 @@ class Result:
         dtype: to store them in, where it is not the one that the block's model has them in. tensors: to take instead of
         the block's own, by name within it, linears' as [out, in]; they may be finer. Its own are rounded in place.
         """
-        weights = block.weights() if tensors is None else tensors
-        stored = {
-            name: tensor.to(block.model.stored_dtype(f"{block.path}.{name}", dtype)) for name, tensor in weights.items()
-        }
-        if tensors is None:
-            for name, tensor in block.weights().items():
-                tensor.copy_(stored.pop(name))
+        stored: dict[str, Tensor] = {}
+        for name, tensor in (block.weights() if tensors is None else tensors).items():
+            rounded = tensor.to(block.model.stored_dtype(f"{block.path}.{name}", dtype))
+            if tensors is None:
+                tensor.copy_(rounded)
+            else:
+                stored[name] = rounded
         self.write_block(block, stored or block.weights())
         with block.placed(stored):
             block.advance(stream)

@@ -19,7 +19,6 @@ from slimlm.checkpoint.hf_internals import load_tensors, module_names, release
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, refuse_absurd_sizes, use_only_known
-from slimlm.device import return_freed_memory
 from slimlm.errors import UserError
 from slimlm.families import Family
 from slimlm.model.block import Block, Group
@@ -170,10 +169,6 @@ class StreamedModel:
         for part in parts:
             release(self.model.get_submodule(part))
         self.model.tie_weights(recompute_mapping=False)
-
-    def return_memory(self) -> None:
-        """What a part took, back to the system: the holes of every block would add up with depth."""
-        return_freed_memory()
 
     def fetch_ahead(self, index: int) -> None:
         """Have the weights of block `index`, if there is one, come while others compute."""

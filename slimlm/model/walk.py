@@ -6,8 +6,9 @@ lets go of it, times it, says so, and records that it is done. Nothing here know
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TypeVar
 
 import torch
@@ -106,13 +107,36 @@ def walk(
                 yield block
             if streams:
                 streams.save(index)
-            progress.done(stage, block.path, time.perf_counter() - start, **block.facts)
+            if block.facts is not None:
+                progress.done(stage, block.path, time.perf_counter() - start, **block.facts)
         progress.step()
+
+
+def untold(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The same walk without a line for every block, where one takes no time worth it."""
+    for block in blocks:
+        block.facts = None
+        yield block
 
 
 def every(model: StreamedModel, tell: Callable[[Block], Told]) -> list[Told]:
     """What each block, without its weights, has to say."""
     return [tell(block) for block in model.blocks]
+
+
+def leading(model: StreamedModel, says: Callable[[Block], bool]) -> int:
+    """How many blocks, from the first on, say yes."""
+    return len(list(takewhile(says, model.blocks)))
+
+
+def picked(values: Sequence[Told], kept: Sequence[int]) -> list[Told]:
+    """Of what is said of every block, what is said of those that are kept, by number."""
+    return [values[index] for index in kept]
+
+
+def places(kept: Sequence[int]) -> dict[int, int]:
+    """The number each kept block has where only these are left."""
+    return {index: place for place, index in enumerate(kept)}
 
 
 def backwards(model: StreamedModel) -> Iterable[int]:

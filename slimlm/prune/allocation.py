@@ -28,6 +28,7 @@ from slimlm.model.block import Block
 from slimlm.model.streamed import StreamedModel
 from slimlm.prune.curvature import damped, row_fisher
 from slimlm.prune.group import Gradients, Row
+from slimlm.prune.masks import taylor
 
 Counts = dict[str, int]  # of weights that go, by a matrix's full name
 Scores = Callable[[Block], Iterable[tuple[str, Tensor]]]  # of a block's linears, by name within it: [out, in] each
@@ -139,8 +140,12 @@ def global_scores(block: Block, gradients: Gradients, row: Row, damping: float) 
             continue
         share, full = len(found.x) / everyone, f"{block.path}.{name}"
         if row.sees_fisher:
+            fisher = row_fisher(found, damping, row.curvature == "block-fisher")
+            if row.mask is taylor:
+                yield name, share * weight.double().square() * fisher.squares()
+                continue
             try:
-                diagonal = row_fisher(found, damping, row.curvature == "block-fisher").diagonal()
+                diagonal = fisher.diagonal()
             except ValueError as error:
                 raise RunFailure(f"{full} cannot be pruned: {error}") from error
             yield name, share * weight.double().square() / diagonal / 2

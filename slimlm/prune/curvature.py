@@ -149,7 +149,7 @@ CURVATURES: dict[str, type[Curvature]] = {
 
 def able(needing: Callable[..., tuple[Tensor, Tensor]]) -> list[str]:
     """The curvatures that have what a mask or an update, [out, in] each, is annotated to need of its own."""
-    needed = get_type_hints(needing)["curvature"]
+    needed = get_type_hints(needing).get("curvature", Curvature)
     return [name for name, kind in CURVATURES.items() if needed is Curvature or issubclass(kind, needed)]
 
 

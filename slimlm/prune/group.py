@@ -4,6 +4,8 @@ They share what is known of that input and everything computed from it, and are 
 not know of each other. How many weights go is settled per matrix.
 """
 
+import hashlib
+import marshal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,7 +71,7 @@ class Row:
         """Raises UserError where mask or update need what the curvature has not."""
         for kind, function in (("mask", self.mask), ("update", self.update)):
             if self.curvature not in able(function):
-                known = " or ".join(able(function))
+                known = " or ".join(able(function)) or "a class of its own: annotate its argument `curvature`"
                 raise UserError(f"{kind} {name_of(function)} needs a curvature of {known}, not {self.curvature}")
 
 
@@ -79,6 +81,12 @@ BY_MAGNITUDE = Row("none", masks.magnitude, updates.none)
 def name_of(function: Mask | Update) -> str:
     """What recipes call a mask or an update."""
     return function.__name__.replace("_", "-")
+
+
+def code_hash(row: Row) -> str:
+    """SHA-256 of what a row's own mask and update are compiled to."""
+    codes = (row.mask.__code__, row.update.__code__)
+    return hashlib.sha256(b"".join(marshal.dumps(code) for code in codes)).hexdigest()
 
 
 def prune(weight: Tensor, curvature: Curvature, quota: Quota, row: Row) -> Chosen:
@@ -124,13 +132,14 @@ def curvatures(
     An expert that saw too few tokens is pruned by magnitude, and recorded in `figures`.
     """
     for few in in_turn(groups):
-        kind: Callable[[int, torch.device], Gram | Squares] = Gram if row.sees_gram else Squares
+        kind: Callable[[int, torch.device], Gram | Squares] = Squares if row.curvature == "diagonal" else Gram
         sums = input_sums(block, stream, firsts(few), kind)
         for group in few:
             found = sums.pop(group.first, None)
             tokens = found.tokens if found else 0
             if group.is_expert and tokens < FEW * group.inputs:
                 figures[f"{group.full_names[0]} starved_experts"] = tokens
+                del found  # its Gram may be large
                 yield group, Flat(), BY_MAGNITUDE
                 continue
             assert found is not None

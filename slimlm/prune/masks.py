@@ -98,8 +98,10 @@ def taylor(weight: Tensor, curvature: HasSquares, quota: Quota) -> Chosen:
 
 def random(weight: Tensor, curvature: Curvature, quota: Quota) -> Chosen:
     """Any weights of each matrix [out, in]: what a method has to beat."""
-    generator = torch.Generator().manual_seed(quota.seed)
-    return weight, quota.smallest(torch.rand(weight.shape, generator=generator).to(weight.device))
+    scores = [
+        torch.rand(weight[rows].shape, generator=torch.Generator().manual_seed(own.seed)) for rows, own in quota.apart()
+    ]
+    return weight, quota.smallest(torch.cat(scores).to(weight.device))
 
 
 Mask = Callable[[Tensor, Any, Quota], Chosen]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,10 @@ from slimlm.run import Plan
 
 def plan_prune(model: StreamedModel, recipe: PruneStep) -> Plan:
     """The same tensors, some of whose numbers will be zero. Raises UserError for a pattern no matrix has room for."""
-    row_of(recipe).check()
+    row = row_of(recipe)
+    row.check()
+    if recipe.allocation == "solved" and row.sees_fisher:
+        replace(row, curvature="gram").check()  # blocks are measured by their inputs alone
     model.require_declared("prune")
     for name, shape in model.matrices.items():
         require_room(name, shape, recipe)

@@ -44,8 +44,9 @@ class Quota:
     def apart(self) -> Iterator[tuple[slice, "Quota"]]:
         """Each matrix alone, and where it is in the tall one."""
         ends = [0, *accumulate(self.rows)]
-        for (start, stop), count in zip(pairwise(ends), self.counts, strict=True):
-            yield slice(start, stop), replace(self, rows=(stop - start,), counts=(count,))
+        for number, (start, stop) in enumerate(pairwise(ends)):
+            own = replace(self, rows=(stop - start,), counts=(self.counts[number],), seed=self.seed + number)
+            yield slice(start, stop), own
 
 
 @dataclass(frozen=True)

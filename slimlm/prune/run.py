@@ -25,7 +25,7 @@ from slimlm.model.block import Block, Group
 from slimlm.model.rotation import unchanged
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
-from slimlm.model.walk import backwards, to_the_end
+from slimlm.model.walk import backwards, to_the_end, untold
 from slimlm.prune import allocation, solved
 from slimlm.prune.curvature import Curvature, Flat, row_fisher
 from slimlm.prune.group import BY_MAGNITUDE, Gradients, Row, curvatures, prune_group
@@ -117,14 +117,14 @@ def _uneven(run: Run[PruneStep], row: Row, matrices: allocation.Matrices) -> dic
                 gradients = {} if row.curvature == "none" else _gradients(run, block)
                 return allocation.global_scores(block, gradients, row, run.recipe.fisher_damping)
 
-            return allocation.by_threshold(run.walk("allocating"), matrices, scores)
+            return allocation.by_threshold(untold(run.walk("allocating")), matrices, scores)
         case "owl":
             dense = run.embed("dense")
-            return allocation.owl(run.walk("allocating"), matrices, partial(_norms, stream=dense))
+            return allocation.owl(untold(run.walk("allocating")), matrices, partial(_norms, stream=dense))
         case "pq":
-            return allocation.pq(run.walk("allocating"), matrices)
+            return allocation.pq(untold(run.walk("allocating")), matrices)
         case _:
-            return allocation.alphapruning(run.walk("allocating"), matrices)
+            return allocation.alphapruning(untold(run.walk("allocating")), matrices)
 
 
 def _norms(block: Block, stream: Stream) -> Mapping[str, Tensor]:
@@ -157,6 +157,7 @@ def _prune_apart(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[str, Any
                 prune_group(group, curvature, quotas, own)
             except ValueError as error:
                 raise RunFailure(f"{group.full_names[0]} cannot be pruned: {error}") from error
+            del curvature  # before there is the next one
         run.result.write_block(block, block.weights())
     return _without_gradients(run, row)
 
@@ -181,8 +182,8 @@ def _without_gradients(run: Run[PruneStep], row: Row) -> dict[str, Any]:
     starved: dict[str, int] = {}
     experts = [group for group in run.model.groups if group.is_expert and row.sees_fisher]
     for block, groups in groupby(experts, key=lambda group: group.block):
-        found = _gradients(run, block)
-        starved |= {group.full_names[0]: 0 for group in groups if group.first not in found}
+        found = (run.journal.recall(_step(block.index)) or ({}, {}))[1]
+        starved |= {group.full_names[0]: 0 for group in groups if f"{group.first}.delta" not in found}
     return {"starved_experts": starved} if starved else {}
 
 
@@ -193,8 +194,10 @@ def _prune_seeing(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[str, An
     for block in run.walk("pruning", streams):
         if reorders(run.recipe, row):
             reorder(block, stream)
-        gradients = _gradients(run, block) if row.sees_both else {}
-        for group, curvature, own in curvatures(block, stream, block.groups, row, gradients, streams.figures):
+        known = curvatures(
+            block, stream, block.groups, row, _gradients(run, block) if row.sees_both else {}, streams.figures
+        )
+        for group, curvature, own in known:
             prune_group(group, curvature, quotas, own)
             del curvature  # before there is the next one
         run.result.pass_on(block, stream, run.recipe.dtype)

@@ -73,8 +73,10 @@ class Measuring:
         for block in walk:
             for stream in cut.values():
                 block.advance(stream)
+            block.facts = None
             if block.index == measured and len(cut) < TOGETHER * len(self.points):
                 cut |= self._behind(block)
+                block.facts = {}
                 measured += 1
             if block.index == len(self.model.blocks) - 1:
                 block.unload()

@@ -167,6 +167,8 @@ def _step(values: Mapping[str, Setting], source: str) -> AnyStep:
         near = nearest(str(method), METHODS)
         raise _error(f"unknown method {method!r}{near} (known: {', '.join(METHODS)})", source)
     name = str(getattr(method, "name", method))
+    if not isinstance(method, str) and name in METHODS:
+        raise _error(f"there is a method {name!r}: a method of one's own needs another name", source)
     try:
         return kind.model_validate({**values, "method": name})
     except ValidationError as error:

@@ -15,7 +15,7 @@ from slimlm.checkpoint.code import is_own_class
 from slimlm.checkpoint.skeleton import build_skeleton
 from slimlm.errors import UserError, one_line
 from slimlm.families import FAMILIES, Carrier
-from slimlm.model.walk import every
+from slimlm.model.walk import every, picked
 from slimlm.modeling import OWN_CLASSES
 from slimlm.run import Plan
 from slimlm.slice.shapes import Shapes, Sizes
@@ -64,10 +64,10 @@ def _leave_out_blocks(layout: Layout, config: PretrainedConfig, blocks: tuple[in
     config.num_hidden_layers = len(blocks)
     for name in BY_BLOCK:
         if isinstance(value := getattr(config, name, None), list):
-            setattr(config, name, list(map(value.__getitem__, blocks)))
+            setattr(config, name, picked(value, blocks))
     if hasattr(config, "mlp_only_layers"):
         plain = every(layout.model, lambda block: not block.family.experts)
-        config.mlp_only_layers = [place for place, is_plain in enumerate(map(plain.__getitem__, blocks)) if is_plain]
+        config.mlp_only_layers = [place for place, is_plain in enumerate(picked(plain, blocks)) if is_plain]
         config.decoder_sparse_step = 1
 
 

@@ -7,7 +7,6 @@ are refitted to what the sliced stream brings them (`refit.py`).
 """
 
 import copy
-from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from slimlm.fit.beside_dense import Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
 from slimlm.fit.lm_head import fits_head, write_fitted_head
 from slimlm.linalg.ridge import learn_and_test
+from slimlm.model.block import Block
 from slimlm.model.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
-from slimlm.model.walk import backwards
+from slimlm.model.walk import backwards, leading, places
 from slimlm.recipe import RotateStep, SliceStep
 from slimlm.run import Outcome, Plan, Run
 from slimlm.slice import curves
@@ -172,13 +172,12 @@ def _refit_blocks(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Pla
     result.settle()  # the compressed model is read from where it is written
     config = copy.deepcopy(plan.config)  # building a model sets its dtype
     small = model.another(Checkpoint(result.output), config, family_of(config))
-    becomes = dict(zip(widths.blocks, small.blocks, strict=True))
+    becomes = {index: small.blocks[place] for index, place in places(widths.blocks).items()}
 
-    def is_whole(block: int) -> bool:
-        return block not in becomes or result.written(becomes[block].path)
+    def is_whole(block: Block) -> bool:
+        return block.index not in becomes or result.written(becomes[block.index].path)
 
-    whole = len(list(takewhile(is_whole, layout.dense.blocks)))
-    streams = run.streams("refit", {"dense": model, "small": small}, whole)
+    streams = run.streams("refit", {"dense": model, "small": small}, leading(model, is_whole))
     refit = Refit(layout, widths, Pair(model, small, basis.to(model.device), streams, run.scratch.hidden("between")))
     for dense in run.walk("refitting", streams):
         if dense.index in becomes:
@@ -194,7 +193,7 @@ def _rotate(run: Slicing, layout: Layout, widths: Widths, basis: Tensor) -> None
     model, result = run.model, run.result
     for name in model.family.embeddings:
         result.write(model, name, slice_embedding(model, name, basis, widths.tied))
-    path = dict(zip(widths.blocks, map(model.family.block, count()), strict=False))
+    path = {index: model.family.block(place) for index, place in places(widths.blocks).items()}
     for block in run.walk("slicing", order=widths.blocks, finished=lambda block: result.written(path[block.index])):
         sliced = slice_block(block.weights(), block.family, basis, layout.zeros(widths))
         result.write(model, path[block.index], ((f"{path[block.index]}.{name}", tensor) for name, tensor in sliced))

@@ -8,7 +8,7 @@ from functools import cached_property
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.model.block import Kind
 from slimlm.model.linears import turned_shape
-from slimlm.model.walk import every
+from slimlm.model.walk import every, picked, places
 from slimlm.slice.widths import Layout, Widths
 
 _RESIDUAL_AXIS = {"embedding": -1, "norm": 0, "reader": -1, "writer": -2, "final_norm": 0, "head": -1}
@@ -42,7 +42,7 @@ class Shapes:
     def of(self, widths: Widths) -> dict[str, Sizes]:
         """Module tensor -> shape in the model of these widths."""
         model, shapes = self.model, dict[str, Sizes]()
-        number = dict(zip(map(str, widths.blocks), map(str, itertools.count()), strict=False))
+        number = {str(index): str(place) for index, place in places(widths.blocks).items()}
         for entry in self._dense_shapes:
             name, _, inside, _ = entry
             if inside == name:
@@ -108,7 +108,7 @@ class Shapes:
     def _polynomial(self, blocks: tuple[int, ...]) -> dict[tuple[int, int, int], int]:
         """Parameters inside some blocks, by powers of hidden, MLP and groups."""
         total: Counter[tuple[int, int, int]] = Counter()
-        for kind, count in Counter(map(self._kinds.__getitem__, blocks)).items():
+        for kind, count in Counter(picked(self._kinds, blocks)).items():
             total.update({powers: count * one for powers, one in self._corners[kind].items()})
         return {powers: count for powers, count in total.items() if count}
 

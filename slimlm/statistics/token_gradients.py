@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slimlm.errors import RunFailure
+from slimlm.linalg.fisher import CHUNK_ELEMENTS
 from slimlm.model.block import Block
 from slimlm.model.streamed import StreamedModel
 from slimlm.statistics.sweep import TOKENS, Losses, Seen, Walks, sweep
@@ -41,8 +42,9 @@ class TokenGradients:
         """Mean over gradients of their squares: [out, in]."""
         if self.window == 1:
             return self.delta.square().T @ self.x.square() / len(self.x)
-        rows = range(self.delta.shape[1])
-        return torch.cat([self.of_rows(slice(row, row + 1)).square().mean(1) for row in rows])
+        step = max(1, CHUNK_ELEMENTS // (self.x.numel() // self.window))
+        starts = range(0, self.delta.shape[1], step)
+        return torch.cat([self.of_rows(slice(start, start + step)).square().mean(1) for start in starts])
 
     def of_rows(self, rows: slice) -> Tensor:
         """The sequences' gradients with respect to some rows of the weight: [rows, sequences, in]."""
@@ -94,7 +96,8 @@ def gather_gradients(
                 raise RunFailure(f"gradients in {block.path} overflow in {model.dtype}")
             window = torch.tensor(length if sample.by_sequence else 1)
             joined = {key: torch.cat(found.pop(key)) for key in list(found)}  # not all of it twice
-            yield block, joined | {"window": window}
+            joined["window"] = window
+            yield block, joined
             joined.clear()
 
 

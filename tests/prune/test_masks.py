@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimlm.methods import METHODS
+from slimlm.errors import UserError
+from slimlm.methods import METHODS, pruning
 from slimlm.prune import masks, updates
 from slimlm.prune.curvature import CURVATURES, Flat, able, row_fisher
-from slimlm.prune.group import name_of, prune
+from slimlm.prune.group import Row, code_hash, name_of, prune
 from slimlm.prune.quota import Quota
-from slimlm.recipe import PruneStep
+from slimlm.recipe import PruneStep, one_step
 from slimlm.statistics.token_gradients import TokenGradients
 
 
@@ -61,3 +62,33 @@ def test_the_table_of_methods_and_what_recipes_say_of_it_agree():
             said = (step.curvature, step.mask, step.update, step.swaps)
             assert said == (row.curvature, name_of(row.mask), name_of(row.update), row.swaps)
             assert method.steps is PruneStep
+
+
+def test_a_random_mask_does_not_depend_on_what_is_pruned_together(monkeypatch: pytest.MonkeyPatch):
+    weight, quota = torch.ones(8, 16), Quota((4, 4), (10, 30), seed=5)
+    together = prune(weight, Flat(), quota, METHODS["random"].row)[1]
+    monkeypatch.setattr(updates, "CHUNK_ELEMENTS", 1)
+    apart = prune(weight, Flat(), quota, METHODS["random"].row)[1]
+    assert torch.equal(together, apart)
+    assert not torch.equal(*prune(weight, Flat(), Quota((4, 4), (20, 20)), METHODS["random"].row)[1].split(4))
+
+
+def test_a_method_of_ones_own_needs_a_name_of_its_own_and_its_code_is_known():
+    def mine(weight: Tensor, curvature: masks.HasNorms, quota: Quota) -> masks.Chosen:
+        return weight, quota.smallest(-weight)
+
+    own = pruning("wanda", "mine", "https://example.org", Row("diagonal", mine, updates.none))
+    with pytest.raises(UserError, match="there is a method 'wanda'"):
+        one_step(model="x", method=own, sparsity=0.5)
+    assert code_hash(own.row) != code_hash(METHODS["wanda"].row)
+
+
+def test_what_a_mask_of_ones_own_needs_is_said_where_no_curvature_has_it():
+    class Nobody:
+        pass
+
+    def mine(weight: Tensor, curvature: Nobody, quota: Quota) -> masks.Chosen:
+        return weight, quota.smallest(weight)
+
+    with pytest.raises(UserError, match="annotate its argument `curvature`"):
+        Row("gram", mine, updates.none).check()

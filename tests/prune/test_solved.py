@@ -18,8 +18,8 @@ from slimlm.prune import solved
 from slimlm.prune.solved import MOST, POINTS, SCRATCH, TOGETHER
 from slimlm.recipe import one_step
 from slimlm.stages import compress
-from tests.conftest import CONFIGS, SIZES, build_tiny, stream
-from tests.helpers import run_at
+from tests.conftest import CONFIGS, SIZES, build_tiny, random_tokens, stream
+from tests.helpers import carried_out, run_at
 
 
 @pytest.fixture
@@ -128,3 +128,20 @@ def test_more_than_can_be_measured_is_refused(tmp_path: Path, text: Path):
     )  # fmt: skip
     with pytest.raises(UserError, match=r"solved measures blocks up to a sparsity of 0\.95"):
         compress(recipe)
+
+
+@pytest.mark.parametrize("method", ["mfac", "woodfisher"])
+def test_blocks_are_measured_by_their_inputs_where_the_method_looks_at_gradients(
+    tiny_llama: Path, tmp_path: Path, method: str
+):
+    run = run_at(
+        stream(tiny_llama),
+        list(random_tokens(12, 24).split(4)),
+        tmp_path / "run",
+        method=method,
+        sparsity=0.5,
+        allocation="solved",
+        max_seq_length=24,
+    )
+    shares = carried_out(run).notes["allocation"]
+    assert sum(shares.values()) / len(shares) == pytest.approx(0.5, abs=0.1)
