@@ -1,0 +1,145 @@
+"""Who has which batches, and sums over them that do not depend on how many ranks there are.
+
+Batches are dealt out in LANES lanes of neighbouring ones. Each lane is summed by itself, and the lanes one after
+another, whoever has them, so that 1, 2 and 4 ranks come to the same bits. Other numbers have one lane a rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from slimlm.ranks import Ranks
+
+LANES = 4
+T = TypeVar("T")
+Like = tuple[Sequence[int], torch.dtype]  # shape and dtype
+
+
+class Summed(Protocol):
+    """Sums over tokens."""
+
+    def tensors(self) -> list[Tensor]:
+        """What they are held in, of whatever shapes."""
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Hold these instead."""
+
+
+S = TypeVar("S", bound=Summed)
+
+
+@dataclass(frozen=True)
+class Deal:
+    """`count` things in order, most often batches, dealt out to ranks in lanes of neighbouring ones."""
+
+    ranks: Ranks
+    count: int
+
+    @cached_property
+    def _lanes(self) -> int:
+        return LANES if LANES % self.ranks.size == 0 else self.ranks.size
+
+    def _start(self, lane: int) -> int:
+        return lane * self.count // self._lanes
+
+    def of(self, rank: int) -> range:
+        """A rank's."""
+        lanes = self._lanes // self.ranks.size
+        return range(self._start(rank * lanes), self._start((rank + 1) * lanes))
+
+    @property
+    def mine(self) -> range:
+        """This rank's."""
+        return self.of(self.ranks.rank)
+
+    def pick(self, values: Sequence[T]) -> list[T]:
+        """Of what there is of all, this rank's."""
+        return [values[index] for index in self.mine]
+
+    def lane(self, number: int) -> int:
+        """That of one of this rank's own, by its number among these."""
+        index = self.mine.start + number
+        return next(lane for lane in range(self._lanes) if index < self._start(lane + 1))
+
+    def owner(self, index: int) -> int:
+        """The rank that has one of all."""
+        return next(rank for rank in range(self.ranks.size) if index in self.of(rank))
+
+
+@dataclass
+class Parts(Generic[S]):
+    """A sum over this rank's batches, as the parts that it consists of: lanes, but for the first rank, whose lanes can
+    be added up at once. whole: where parts are so large that there is only one a rank, at the cost of the fixed order.
+    """
+
+    deal: Deal
+    make: Callable[[], S]
+    whole: bool = False
+    lane: int = -1
+    parts: list[S] = field(default_factory=list)
+
+    def at(self, number: int) -> S:
+        """What to add batch `number` of this rank's to; they come in order."""
+        lane = 0 if self.whole else self.deal.lane(number)
+        if lane != self.lane or not self.parts:
+            self._settle()
+            self.parts.append(self.make())
+            self.lane = lane
+        return self.parts[-1]
+
+    def _settle(self) -> None:
+        """The lane that is done goes to those before it."""
+        if self.deal.ranks.first and len(self.parts) > 1:
+            total, done = self.parts[0], self.parts.pop()
+            total.replace([a.add_(b) for a, b in zip(total.tensors(), done.tensors(), strict=True)])
+
+    def taken(self) -> list[S]:
+        """The parts, which are not kept here."""
+        self._settle()
+        parts, self.parts = self.parts, []
+        return parts
+
+    def total(self, owner: int = 0) -> S | None:
+        """All ranks' parts added up, lane after lane, at the owner; None elsewhere, and where nobody has any."""
+        ranks, mine = self.deal.ranks, self.taken()
+        if ranks.size == 1:
+            return mine[0] if mine else None
+        shapes = ranks.gather([(tuple(t.shape), t.dtype) for t in mine[0].tensors()] if mine else None)
+        holders = [rank for rank, shape in enumerate(shapes) if shape is not None]
+        if not holders:
+            return None
+        own, like = [part.tensors() for part in mine], shapes[holders[0]]
+        assert like is not None
+        sums = [self._sum(holders, [tensors[n] for tensors in own], like[n], owner) for n in range(len(like))]
+        if ranks.rank != owner:
+            return None
+        found = mine[0] if mine else self.make()
+        found.replace(sums)
+        return found
+
+    def _sum(self, holders: Sequence[int], own: list[Tensor], like: Like, owner: int) -> Tensor:
+        """What there is goes from one holder to the next, each of which adds its own parts, and from the last to the
+        owner; of more ranks than lanes in the order that is fastest."""
+        ranks = self.deal.ranks
+        if ranks.size > LANES:
+            mine = own[0] if own else torch.zeros(like[0], dtype=like[1], device=ranks.device)
+            return ranks.added(mine, owner)
+        so_far: Tensor | None = None
+        if ranks.rank in holders:
+            so_far = own[0]
+            for part in own[1:] if ranks.rank == holders[0] else ():
+                so_far += part
+        for before, after in pairwise(holders):
+            if ranks.rank not in (before, after):
+                continue
+            arrived = ranks.sent(so_far, like, before, after)
+            if ranks.rank == after:
+                for part in own:
+                    arrived += part
+                so_far = arrived
+        return ranks.sent(so_far, like, holders[-1], owner)

@@ -1,0 +1,198 @@
+"""One process or several that share a run, and what they tell each other.
+
+torch.distributed carries it, accelerate starts it: NCCL between GPUs, gloo between CPUs and for plain objects. Alone,
+every operation gives back what it got. Nothing here knows a model.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from slimlm.errors import SlimlmError, UserError, one_line
+
+PATIENCE = timedelta(days=7)  # one may solve for hours while the others wait; that one died shows at once
+T = TypeVar("T")
+
+
+class Lost(SlimlmError):
+    """Another rank is gone, and says itself why, unless it was killed."""
+
+    exit_code = 75  # EX_TEMPFAIL: what starts the ranks tells this one from the rank that failed
+
+
+@dataclass
+class Ranks:
+    """Number `rank` of `size` processes; `local` on its machine. device: where it computes. first: whether it alone
+    writes, reports and decides.
+
+    plain: carries objects and tensors on a CPU; None alone. direct: whether the device's tensors travel as they are.
+    waited, moved: seconds and bytes of all that was exchanged. did: what this one did of the work, by name.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    plain: Any = None
+    direct: bool = True
+    waited: float = 0.0
+    moved: int = 0
+    did: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def note(self, what: str, count: int = 1) -> None:
+        """That this rank did some more of something."""
+        self.did[what] = self.did.get(what, 0) + count
+
+    def agreed(self, value: Any, owner: int = 0) -> Any:
+        """What the owner has, for all."""
+        if self.size == 1:
+            return value
+        box = [value if self.rank == owner else None]
+        with self._exchange():
+            dist.broadcast_object_list(box, src=owner, group=self.plain)
+        return box[0]
+
+    def decided(self, decide: Callable[[], Any]) -> Any:
+        """What the first rank finds, for all; the others do not look."""
+        return self.agreed(decide() if self.first else None)
+
+    def gather(self, value: T) -> list[T]:
+        """What each has, in order, for all."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self._exchange():
+            dist.all_gather_object(found, value, group=self.plain)
+        return found
+
+    def meet(self) -> None:
+        """Wait for all."""
+        self.gather(None)
+
+    def share(self, tensors: Sequence[Tensor], owner: int = 0) -> None:
+        """Have the owner's numbers in everybody's tensors, of whatever shapes, in place."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            travelling = self._packed(tensor)
+            with self._exchange(travelling):
+                dist.broadcast(travelling, src=owner, group=self._group)
+            if self.rank != owner:
+                tensor.copy_(travelling)
+
+    def sent(self, tensor: Tensor | None, like: tuple[Sequence[int], torch.dtype], source: int, target: int) -> Tensor:
+        """A tensor of this shape and dtype at `target` that `source` has, the same rank or another; the others get an
+        empty one."""
+        shape, dtype = like
+        if self.rank == source == target:
+            assert tensor is not None
+            return tensor
+        if self.rank == source:
+            assert tensor is not None
+            travelling = self._packed(tensor)
+            with self._exchange(travelling):
+                dist.send(travelling, dst=target, group=self._group)
+        if self.rank != target:
+            return torch.empty(0, dtype=dtype, device=self.device)
+        travelling = torch.empty(tuple(shape), dtype=dtype, device=self.device if self.direct else "cpu")
+        with self._exchange(travelling):
+            dist.recv(travelling, src=source, group=self._group)
+        return travelling.to(self.device)
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """Everybody's rows, [own rows, ...] each, in order of the ranks, for all."""
+        if self.size == 1:
+            return rows
+        parts = []
+        for owner, (shape, dtype) in enumerate(self.gather((tuple(rows.shape), rows.dtype))):
+            if shape[0]:
+                part = rows if owner == self.rank else rows.new_empty(shape, dtype=dtype)
+                self.share([part], owner)
+                parts.append(part)
+        return torch.cat(parts) if parts else rows
+
+    def added(self, tensor: Tensor, owner: int = 0) -> Tensor:
+        """The sum of everybody's tensors, of any shape, at the owner, in whatever order is fastest. Used up."""
+        if self.size == 1:
+            return tensor
+        travelling = self._packed(tensor)
+        with self._exchange(travelling):
+            dist.reduce(travelling, dst=owner, group=self._group)
+        return travelling.to(self.device)
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """Which rank does each of several pieces of work, the dearest dealt out first."""
+        load, owner = [0.0] * self.size, [0] * len(costs)
+        for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+            owner[index] = min(range(self.size), key=lambda rank: load[rank])
+            load[owner[index]] += costs[index]
+        return owner
+
+    @property
+    def _group(self) -> Any:
+        return None if self.direct else self.plain
+
+    def _packed(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().contiguous()
+        return tensor.to(self.device if self.direct else "cpu")
+
+    @contextmanager
+    def _exchange(self, *tensors: Tensor) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed knows no other; its subclasses tell nothing more
+            raise Lost(f"rank {self.rank} lost contact with the others: {one_line(error)}") from error
+        self.waited += time.perf_counter() - start
+        self.moved += sum(tensor.nbytes for tensor in tensors)
+
+    def account(self, **more: object) -> list[dict[str, object]]:
+        """Of every rank: where it ran, what it did, how long it waited for others, what it exchanged."""
+        own = {
+            "rank": self.rank,
+            "host": platform.node(),
+            "device": str(self.device),
+            **self.did,
+            "seconds_exchanging": round(self.waited, 3),
+            "bytes_exchanged": self.moved,
+            **more,
+        }
+        return self.gather(own)
+
+
+ALONE = Ranks()
+
+
+def start_ranks(device: str = "auto") -> Ranks:
+    """This process's place among those that torchrun, accelerate or slimlm itself started; alone where nobody did.
+
+    device: as `--device`. Raises UserError where the others cannot be reached.
+    """
+    size = os.environ.get("WORLD_SIZE", "")
+    if not size.isdigit() or int(size) < 2:
+        return Ranks(device=torch.device("cpu"))
+    from accelerate import PartialState
+
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    own_gpu = on_gpu and int(os.environ.get("LOCAL_WORLD_SIZE", size)) <= torch.cuda.device_count()
+    try:
+        state = PartialState(cpu=not on_gpu, timeout=PATIENCE, **({} if own_gpu else {"backend": "gloo"}))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the {size} processes of this run do not find each other: {one_line(error)}") from error
+    plain = dist.new_group(backend="gloo", timeout=PATIENCE) if own_gpu else dist.group.WORLD
+    return Ranks(
+        dist.get_rank(), dist.get_world_size(), state.local_process_index, state.device, plain, own_gpu or not on_gpu
+    )
