@@ -22,7 +22,7 @@ from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.fit import beside_dense, lm_head
 from slimlm.linalg.gram import Gram
-from slimlm.linalg.ridge import Moments
+from slimlm.linalg.regression import Moments
 from slimlm.linalg.softmax import MapFit
 from slimlm.model import streamed
 from slimlm.model.block import Block

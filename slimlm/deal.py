@@ -73,35 +73,39 @@ class Deal:
 
 @dataclass
 class Parts(Generic[S]):
-    """A sum over this rank's batches, as the parts that it consists of: lanes, but for the first rank, whose lanes can
-    be added up at once. whole: where parts are so large that there is only one a rank, at the cost of the fixed order.
+    """A sum over this rank's batches, as the parts that it consists of: one a lane.
+
+    whole: where parts are so large that there is only one a rank, at the cost of the fixed order. again: whether the
+    batches come more than once; else the first rank adds up lanes as they are done.
     """
 
     deal: Deal
     make: Callable[[], S]
     whole: bool = False
-    lane: int = -1
-    parts: list[S] = field(default_factory=list)
+    again: bool = False
+    parts: dict[int, S] = field(default_factory=dict)
 
     def at(self, number: int) -> S:
         """What to add batch `number` of this rank's to; they come in order."""
         lane = 0 if self.whole else self.deal.lane(number)
-        if lane != self.lane or not self.parts:
-            self._settle()
-            self.parts.append(self.make())
-            self.lane = lane
-        return self.parts[-1]
+        if lane not in self.parts:
+            if not self.again:
+                self._settle()
+            self.parts[lane] = self.make()
+        return self.parts[lane]
 
     def _settle(self) -> None:
-        """The lane that is done goes to those before it."""
-        if self.deal.ranks.first and len(self.parts) > 1:
-            total, done = self.parts[0], self.parts.pop()
+        """Lanes go to those before them, where these are known."""
+        while self.deal.ranks.first and len(self.parts) > 1:
+            first, second, *_ = sorted(self.parts)
+            total, done = self.parts[first], self.parts.pop(second)
             total.replace([a.add_(b) for a, b in zip(total.tensors(), done.tensors(), strict=True)])
 
     def taken(self) -> list[S]:
-        """The parts, which are not kept here."""
+        """The parts, in order, which are not kept here."""
         self._settle()
-        parts, self.parts = self.parts, []
+        parts = [part for _, part in sorted(self.parts.items())]
+        self.parts.clear()
         return parts
 
     def total(self, owner: int = 0) -> S | None:
@@ -143,3 +147,13 @@ class Parts(Generic[S]):
                     arrived += part
                 so_far = arrived
         return ranks.sent(so_far, like, holders[-1], owner)
+
+    def shared(self) -> S | None:
+        """The same for all."""
+        ranks, found = self.deal.ranks, self.total()
+        if ranks.size > 1 and ranks.agreed(found is not None):
+            found = found or self.make()
+            tensors = found.tensors()
+            ranks.share(tensors)
+            found.replace(tensors)
+        return found

@@ -29,7 +29,7 @@ class Lost(SlimlmError):
     exit_code = 75  # EX_TEMPFAIL: what starts the ranks tells this one from the rank that failed
 
 
-@dataclass
+@dataclass(eq=False)
 class Ranks:
     """Number `rank` of `size` processes; `local` on its machine. device: where it computes. first: whether it alone
     writes, reports and decides.
@@ -81,6 +81,16 @@ class Ranks:
     def meet(self) -> None:
         """Wait for all."""
         self.gather(None)
+
+    def once(self, found: Tensor | None, owner: int = 0) -> Tensor:
+        """What the owner found, [...], for all; the others give nothing."""
+        if self.size > 1:
+            shape, dtype = self.agreed(None if found is None else (tuple(found.shape), found.dtype), owner)
+            found = torch.empty(shape, dtype=dtype, device=self.device) if self.rank != owner else found
+            assert found is not None
+            self.share([found], owner)
+        assert found is not None
+        return found
 
     def share(self, tensors: Sequence[Tensor], owner: int = 0) -> None:
         """Have the owner's numbers in everybody's tensors, of whatever shapes, in place."""

@@ -8,7 +8,7 @@ from slimlm.checkpoint.skeleton import BUILDING
 from slimlm.device import placement
 from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows, load_test_windows
-from slimlm.linalg.ridge import HELD_EVERY
+from slimlm.linalg.regression import HELD_EVERY
 from slimlm.methods import method_of
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress

@@ -11,7 +11,7 @@ activations are computed again, not kept. Nothing here knows what is cut from a 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,15 +20,20 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from slimlm.deal import Deal, Parts
 from slimlm.errors import RunFailure
 from slimlm.families import Norm
-from slimlm.linalg.ridge import GUESS, Add, Fit, Regression, held_out, ridge
+from slimlm.linalg.gram import is_wide
+from slimlm.linalg.regression import Add, Regression, Rows, held_out, keeps_rows
+from slimlm.linalg.ridge import GUESS, Fit, chosen_strength, fitted
 from slimlm.model.block import Block
 from slimlm.model.hidden import HiddenStates
 from slimlm.model.rotation import is_own
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import Streams
+from slimlm.ranks import Ranks
 
+AddOf = Callable[[int], Add]  # by the number of a batch
 Target = Callable[[int], Tensor]  # of a batch number: [windows, time, hidden]
 
 
@@ -57,11 +62,37 @@ class Pair:
     between: HiddenStates
     dtype: str = "auto"
 
+    @property
+    def deal(self) -> Deal:
+        """Of the batches."""
+        return self.streams["dense"].deal
+
     @cached_property
     def held(self) -> list[Tensor]:
-        """Per batch, which of its windows are held out: [windows] bool."""
-        counts = [len(batch) for batch in self.streams["dense"].tokens]
-        return list(held_out(sum(counts)).to(self.dense.device).split(counts))
+        """Per batch of this rank, which of its windows are held out: [windows] bool."""
+        own = [len(batch) for batch in self.streams["dense"].tokens]
+        counts = [count for counts in self.deal.ranks.gather(own) for count in counts]
+        return self.deal.pick(held_out(sum(counts)).to(self.dense.device).split(counts))
+
+    def regression(self, inputs: int, outputs: int, show: Callable[[AddOf], None]) -> Regression:
+        """What `show` gives to functions like `Regression.add`, asked for by the number of a batch: of all ranks for
+        the first, and nothing for the others."""
+        ranks = self.deal.ranks
+
+        def again(add: Add, into: Sequence[Tensor]) -> None:
+            show(lambda number: add)
+            for tensor in into:
+                tensor.copy_(ranks.added(tensor))
+
+        empty = partial(Regression.of, inputs, outputs, self.basis.device, ranks.size)
+        parts = Parts(self.deal, empty, whole=is_wide(inputs) or keeps_rows(inputs))
+        show(lambda number: parts.at(number).add)
+        own = [pair for part in parts.parts.values() if isinstance(part.held, Rows) for pair in part.held.parts]
+        data = parts.total() or empty()
+        data.again = again
+        if isinstance(data.held, Rows) and ranks.size > 1:
+            data.held.parts = _joined(own, (inputs, outputs), ranks)
+        return data
 
     @cached_property
     def _stays(self) -> bool:
@@ -164,7 +195,7 @@ class BlockPair:
         seen = f"{norm.name}>" if norm.name else norm.readers[0]
         is_between = norm.name in self.dense.family.between.values()
 
-        def show(add: Add) -> None:
+        def show(add_of: AddOf) -> None:
             with self._running(seen):
                 for number, held in enumerate(self.pair.held):
                     if is_between:
@@ -172,22 +203,16 @@ class BlockPair:
                     else:
                         dense = self.dense.inputs(self.pair.streams["dense"], number, [seen])[seen]
                     small = self.small.inputs(self.pair.streams["small"], number, [seen])
-                    add(small[seen], dense, held, None)
+                    add_of(number)(small[seen], dense, held, None)
 
-        return self._regression(width, hidden, show)
-
-    def _regression(self, inputs: int, outputs: int, show: Callable[[Add], None]) -> Regression:
-        data = Regression.of(inputs, outputs, self.pair.dense.device)
-        data.again = show
-        show(data.add)
-        return data
+        return self.pair.regression(width, hidden, show)
 
     def writer_data(self, writing: Writing) -> Regression:
         """What a writer gets in the compressed block, and what it has to give."""
         small, stream, name = self.pair.small, self.pair.streams["small"], writing.name
         matched, tensors = name in self.dense.family.matched, self.tensors
 
-        def show(add: Add) -> None:
+        def show(add_of: AddOf) -> None:
             with self._running(name):
                 for number, held in enumerate(self.pair.held):
                     before, x = self.small.before(stream, number, [] if matched else self._earlier(name), name)
@@ -200,9 +225,9 @@ class BlockPair:
                         wanted = (wanted - before) / small.residual_scale
                     if f"{name}.bias" in tensors:
                         wanted = wanted - tensors[f"{name}.bias"].to(wanted)
-                    add(x, wanted, held, weight)
+                    add_of(number)(x, wanted, held, weight)
 
-        return self._regression(tensors[f"{name}.weight"].shape[1], self.pair.basis.shape[1], show)
+        return self.pair.regression(tensors[f"{name}.weight"].shape[1], self.pair.basis.shape[1], show)
 
     def _wanted(self, stream: Tensor) -> tuple[Tensor, Tensor]:
         """The dense stream [..., hidden] in the basis, and the square of what its next norm multiplies it by: [...]."""
@@ -217,7 +242,7 @@ class BlockPair:
         """
         figures = self.pair.streams.figures
         before = figures.get(f"{self.small.index - 1}.{name}", math.inf)
-        fit = ridge(data, prior, metric, before if math.isfinite(before) else GUESS)
+        fit = shared_ridge(self.pair.deal.ranks, data, prior, metric, before if math.isfinite(before) else GUESS)
         figures[f"{self.small.index}.{name}"] = fit.strength
         return fit
 
@@ -230,3 +255,27 @@ class BlockPair:
         if not torch.isfinite(stored).all():
             raise RunFailure(f"tensor {full} is not finite in {stored.dtype}: write another --dtype")
         self.tensors[name] = stored
+
+
+def shared_ridge(
+    ranks: Ranks, data: Regression, prior: Tensor, metric: Tensor | None = None, guess: float = GUESS
+) -> Fit:
+    """`ridge`, for all ranks, of data that the first one has. prior: [out, in]; metric: [out, out]."""
+    if ranks.first:
+        data.centre(prior.T)
+    else:
+        data.prior = prior.T
+    strength = ranks.decided(lambda: chosen_strength(data, metric, guess))
+    if math.isfinite(strength) and (ranks.first or isinstance(data.held, Rows)):
+        data.join()  # of wide inputs every rank looks at its tokens again
+    fit = fitted(data, prior, strength) if ranks.first else None
+    return Fit(ranks.once(fit.weight if fit else None), ranks.agreed(fit and fit.strength))
+
+
+def _joined(own: list[tuple[Tensor, Tensor]], widths: tuple[int, int], ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
+    """Tokens x: [tokens, in] and y: [tokens, out] of all ranks. widths: in and out."""
+    x, y = (
+        torch.cat([pair[side] for pair in own]) if own else torch.zeros(0, width, device=ranks.device)
+        for side, width in enumerate(widths)
+    )
+    return [(ranks.joined(x), ranks.joined(y))]

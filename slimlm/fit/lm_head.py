@@ -11,14 +11,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from slimlm.deal import LANES, Deal, Parts
 from slimlm.errors import RunFailure
-from slimlm.fit.beside_dense import Pair
-from slimlm.linalg.ridge import Regression, ridge
+from slimlm.fit.beside_dense import AddOf, Pair, shared_ridge
 from slimlm.linalg.softmax import RATE, MapFit
 from slimlm.model.result import Result
 from slimlm.model.rotation import head_map, sliced_final_norm, write_head
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
+from slimlm.ranks import Ranks
 
 STEP = "head fitted"
 EPOCHS = 3
@@ -43,24 +44,27 @@ def fit_head(pair: Pair, seed: int, progress: Progress, rate: float = RATE) -> t
     """Fit the map for streams that went through all blocks: [hidden, width], what the dense head is to take for its
     input; and divergences on held-out windows. rate: of its steps; less where less was lost. Raises RunFailure on NaN.
     """
-    dense, width = pair.dense, pair.basis.shape[1]
+    dense, width, ranks = pair.dense, pair.basis.shape[1], pair.deal.ranks
     prior = head_map(dense, pair.basis)
     progress.stage("refitting the head", EPOCHS + 3)
     with dense.loaded([dense.family.final_norm, *dense.head_parts]):
         rows, bias = _logit_rows(dense)
-        data = Regression.of(width, pair.basis.shape[0], pair.basis.device)
-        for x, seen, held in _head_inputs(pair, range(len(pair.held))):
-            data.add(seen, x, held)
+
+        def show(add_of: AddOf) -> None:
+            for number, (x, seen, held) in enumerate(_head_inputs(pair, range(len(pair.held)))):
+                add_of(number)(seen, x, held, None)
+
+        data = pair.regression(width, pair.basis.shape[0], show)
         progress.step()
-        gram = data.fit.xx.clone()
-        least_squares = ridge(data, prior, rows.T @ rows).weight
+        gram = ranks.once(data.fit.xx.clone() if ranks.first else None)
+        least_squares = shared_ridge(ranks, data, prior, rows.T @ rows).weight
         fit = MapFit(rows, bias, least_squares, gram, rate)
         before = _divergence(pair, fit)
         progress.step()
         generator = torch.Generator().manual_seed(seed)
         for epoch in range(EPOCHS):
             for x, seen, done in _shuffled(pair, generator):
-                fit.step(x, seen, (epoch + done) / EPOCHS)
+                fit.step(_gradient(ranks, fit, x, seen), len(x), (epoch + done) / EPOCHS)
             progress.step()
         after = _divergence(pair, fit)
         progress.step()
@@ -99,22 +103,58 @@ def _head_inputs(pair: Pair, numbers: Sequence[int]) -> Iterator[tuple[Tensor, T
 
 def _divergence(pair: Pair, fit: MapFit) -> float:
     """Mean KL divergence on the held-out windows."""
-    total, tokens = 0.0, 0
+    own: list[tuple[float, int]] = []
     for x, seen, held in _head_inputs(pair, range(len(pair.held))):
         for part, small in zip(
             x[held].flatten(0, 1).split(STEP_TOKENS), seen[held].flatten(0, 1).split(STEP_TOKENS), strict=True
         ):
-            total += fit.divergence(part, small)
-            tokens += len(part)
-    return total / max(1, tokens)
+            own.append((fit.divergence(part, small), len(part)))
+    found = [part for parts in pair.deal.ranks.gather(own) for part in parts]
+    return sum(total for total, _ in found) / max(1, sum(tokens for _, tokens in found))
 
 
 def _shuffled(pair: Pair, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """All tokens that are not held out, in steps of at most STEP_TOKENS; and the share that is then done."""
-    count = len(pair.held)
-    order = torch.randperm(count, generator=generator).tolist()
-    for position, (x, seen, held) in enumerate(_head_inputs(pair, order)):
-        x, seen = x[~held].flatten(0, 1), seen[~held].flatten(0, 1)
+    """All tokens that are not held out, in steps of at most STEP_TOKENS, on every rank; and the share that is then
+    done."""
+    count = pair.deal.count
+    for position, index in enumerate(torch.randperm(count, generator=generator).tolist()):
+        x, seen = _learned(pair, index)
         mixed = torch.randperm(len(x), generator=generator).to(x.device)
         for chosen in mixed.split(STEP_TOKENS) if len(x) else ():  # a batch may be held out as a whole
             yield x[chosen], seen[chosen], (position + 1) / count
+
+
+def _learned(pair: Pair, index: int) -> tuple[Tensor, Tensor]:
+    """What both heads see of a batch of all, [tokens, hidden] and [tokens, width], but for what is held out."""
+    deal, owner = pair.deal, pair.deal.owner(index)
+    x = seen = None
+    if index in deal.mine:
+        ((dense, small, held),) = _head_inputs(pair, [index - deal.mine.start])
+        x, seen = dense[~held].flatten(0, 1), small[~held].flatten(0, 1)
+    return deal.ranks.once(x, owner), deal.ranks.once(seen, owner)
+
+
+class _Sum:
+    """Of gradients with respect to the map."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.total = torch.zeros_like(like)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.total]
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        (self.total,) = tensors
+
+
+def _gradient(ranks: Ranks, fit: MapFit, x: Tensor, seen: Tensor) -> Tensor:
+    """Of the loss of a step's tokens, [tokens, hidden] and [tokens, width], of which each rank takes its share."""
+    deal = Deal(ranks, LANES)
+    parts = Parts(deal, lambda: _Sum(fit.point))
+    shares = zip(deal.pick(x.tensor_split(LANES)), deal.pick(seen.tensor_split(LANES)), strict=True)
+    for number, (own, its) in enumerate(shares):
+        part = parts.at(number)
+        part.total = fit.add_gradient(part.total, own, its)
+    found = parts.shared()
+    assert found is not None
+    return found.total

@@ -1,5 +1,6 @@
 """Second moments of activations."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -9,9 +10,14 @@ CHUNK_TOKENS = 4096
 WIDE = 2048  # inputs above which second moments are the largest thing there is, and kept in fp32
 
 
+def is_wide(width: int) -> bool:
+    """Whether second moments of so many inputs are too large to be held more than once."""
+    return width > WIDE
+
+
 def gram_dtype(width: int) -> torch.dtype:
     """What second moments of so many inputs are summed in."""
-    return torch.float32 if width > WIDE else torch.float64
+    return torch.float32 if is_wide(width) else torch.float64
 
 
 def gram_bytes(width: int) -> int:
@@ -57,6 +63,14 @@ class Gram:
         """The sums of squares."""
         return self.matrix.diagonal()
 
+    def tensors(self) -> list[Tensor]:
+        """The sum [width, width] and the number of tokens [1]."""
+        return [self.matrix, torch.tensor([self.tokens])]
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Hold these instead: [width, width] and [1]."""
+        self.matrix, self.tokens = tensors[0], int(tensors[1])
+
     def take(self) -> Annotated[Tensor, "width width"]:
         """The sum, to be used up: it is not kept here."""
         matrix, self.matrix = self.matrix, self.matrix.new_empty(0, 0)
@@ -78,6 +92,14 @@ class Squares:
     def diagonal(self) -> Annotated[Tensor, "width"]:
         """The sums."""
         return self.sums
+
+    def tensors(self) -> list[Tensor]:
+        """The sums [width] and the number of tokens [1]."""
+        return [self.sums, torch.tensor([self.tokens])]
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Hold these instead: [width] and [1]."""
+        self.sums, self.tokens = tensors[0], int(tensors[1])
 
     def norms(self) -> Annotated[Tensor, "width"]:
         """Of the activations, fp32."""

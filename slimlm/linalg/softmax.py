@@ -42,18 +42,25 @@ class MapFit:
         mapped: Tensor = self.point @ self.whiten.T
         return mapped
 
-    def step(self, x: Annotated[Tensor, "tokens out"], seen: Annotated[Tensor, "tokens in"], done: float) -> None:
-        """One step for tokens that the dense head sees as x and the other as `seen`.
+    def add_gradient(
+        self,
+        total: Annotated[Tensor, "out in"],
+        x: Annotated[Tensor, "tokens out"],
+        seen: Annotated[Tensor, "tokens in"],
+    ) -> Annotated[Tensor, "out in"]:
+        """The total with the gradient of tokens that the dense head sees as x and the other as `seen`."""
+        for target, source in self._chunks(x, seen @ self.whiten):
+            error = self._probabilities(source @ self.point.T)
+            error -= self._probabilities(target)
+            total += (error @ self.head).T @ source
+        return total
+
+    def step(self, gradient: Annotated[Tensor, "out in"], tokens: int, done: float) -> None:
+        """One step for the gradient of so many tokens' losses, used up.
 
         done: the share of all steps that are then taken.
         """
-        white = seen @ self.whiten
-        gradient = torch.zeros_like(self.point)
-        for target, source in self._chunks(x, white):
-            error = self._probabilities(source @ self.point.T)
-            error -= self._probabilities(target)
-            gradient += (error @ self.head).T @ source
-        gradient /= len(x)
+        gradient /= tokens
         self.steps += 1
         self.first.lerp_(gradient, 1 - MOMENTS[0])
         self.second.lerp_(gradient.square(), 1 - MOMENTS[1])

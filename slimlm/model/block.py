@@ -108,12 +108,12 @@ class Block:
     @torch.no_grad()
     def outputs(self, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         """What goes in and what comes out, [batch, time, hidden] each, batch by batch; the stream stays where it is."""
-        for number, before in enumerate(stream.hidden):
+        for number, before in stream.batches():
             yield before, self.run(before, stream.calls[number][self.index])
 
     def advance(self, stream: Stream, watch: Watch = lambda before, after: None) -> None:
         """Move the stream past the block; `watch` sees what goes in and out."""
-        for number, before in enumerate(stream.hidden):
+        for number, before in stream.batches():
             with torch.no_grad():
                 after = self.run(before, stream.calls[number][self.index])
             watch(before, after)
@@ -224,6 +224,11 @@ class Group:
         """Write tall: [sum of outs, in] to the weights."""
         for weight, found in zip(self.matrices, tall.split(self.rows), strict=True):
             weight.copy_(found)
+
+    @property
+    def cost(self) -> float:
+        """Of solving for them by second-order methods, in whatever unit: a factorisation, and every output's row."""
+        return float(self.inputs) ** 3 + self.elements * self.inputs
 
     def apart(self) -> list[Group]:
         """Each linear alone."""

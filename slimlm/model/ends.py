@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.checkpoint.lookup import looked_up
+from slimlm.deal import Deal
 from slimlm.errors import UserError
 from slimlm.linalg.likelihood import window_nll
 from slimlm.model.block import Block
@@ -20,6 +21,7 @@ from slimlm.model.hidden import HiddenStates, InMemory
 from slimlm.model.stream import BlockCall, Stop, Stream, reuse
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
+from slimlm.ranks import ALONE, Ranks
 
 Returned = Tensor | tuple[Tensor, None]  # by a block
 LARGE_TABLE = 1 << 26  # bytes of an embedding above which only the rows that are needed are read
@@ -27,12 +29,17 @@ LARGE_LOGITS = 1 << 28  # bytes of logits held at once
 
 
 @torch.no_grad()
-def embed(model: StreamedModel, batches: Sequence[Tensor], hidden: HiddenStates | None = None) -> Stream:
-    """Start a stream for batches of tokens [batch, time]: what enters block 0, and every block's arguments.
+def embed(
+    model: StreamedModel, batches: Sequence[Tensor], hidden: HiddenStates | None = None, ranks: Ranks = ALONE
+) -> Stream:
+    """Start a stream for this rank's of all batches of tokens [batch, time]: what enters block 0, and every block's
+    arguments.
 
     hidden: where the hidden states are to wait between blocks; in memory by default.
     """
-    stream = Stream([batch.to(model.device) for batch in batches], InMemory() if hidden is None else hidden)
+    deal = Deal(ranks, len(batches))
+    own = [batch.to(model.device) for batch in deal.pick(batches)]
+    stream = Stream(own, InMemory() if hidden is None else hidden, dealt=deal)
     family = model.family
     large = [name for name in family.embeddings[:1] if _is_large(model, name)]
     others = (family.final_norm, family.head, *large)
@@ -97,15 +104,16 @@ def _returned(model: StreamedModel, hidden: Tensor) -> Returned:
 
 @torch.no_grad()
 def nll(model: StreamedModel, stream: Stream) -> Tensor:
-    """Negative log-likelihood of each window's tokens 1.. under the model, of a stream that went through all blocks:
-    fp64 [windows], on the CPU."""
+    """Negative log-likelihood of each of all ranks' windows' tokens 1.. under the model, of a stream that went through
+    all blocks: fp64 [windows], on the CPU."""
     sums = [torch.zeros(tokens.shape[0], dtype=torch.float64, device=model.device) for tokens in stream.tokens]
     for number, positions, found in logits(model, stream):
         targets = stream.tokens[number][:, 1:][:, positions]
         if targets.shape[1]:
             sums[number] += window_nll(found[:, : targets.shape[1]], targets)
         del found  # before the next are computed
-    return torch.cat(sums).cpu()
+    own = torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=model.device)
+    return stream.deal.ranks.joined(own).cpu()
 
 
 def logits(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, slice, Tensor]]:

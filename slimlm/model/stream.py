@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from slimlm.deal import Deal
 from slimlm.model.hidden import HiddenStates, InMemory
+from slimlm.ranks import ALONE
 
 
 class Stop(Exception):
@@ -29,12 +31,26 @@ class Stream:
     """The residual stream of a set of windows, on its way through the blocks.
 
     tokens: per batch, [batch, time]. hidden: per batch, [batch, time, hidden], entering the next block.
-    calls: per batch, per block; batches whose arguments are equal share one object.
+    calls: per batch, per block; batches whose arguments are equal share one object. dealt: which of all batches these
+    are; None where they are all. number: of the batch that is under way in a block.
     """
 
     tokens: list[Tensor]
     hidden: HiddenStates = field(default_factory=InMemory)
     calls: list[list[BlockCall]] = field(default_factory=list)
+    dealt: Deal | None = None
+    number: int = 0
+
+    @property
+    def deal(self) -> Deal:
+        """Which of all ranks' batches are here."""
+        return self.dealt or Deal(ALONE, len(self.tokens))
+
+    def batches(self) -> Iterator[tuple[int, Tensor]]:
+        """Numbers and hidden states [batch, time, hidden] of this rank's batches, one under way after another."""
+        for number, hidden in enumerate(self.hidden):
+            self.number = number
+            yield number, hidden
 
 
 def owner_of(module: nn.Module, name: str) -> nn.Module:

@@ -22,6 +22,7 @@ from slimlm.prune.curvature import Curvature, Flat, Norms, able, damped
 from slimlm.prune.masks import Chosen, Mask
 from slimlm.prune.quota import Quota, Quotas
 from slimlm.prune.updates import Update
+from slimlm.ranks import Ranks
 from slimlm.recipe import CurvatureName
 from slimlm.statistics.grams import FEW, firsts, in_turn, input_sums
 from slimlm.statistics.token_gradients import TokenGradients
@@ -129,22 +130,52 @@ def curvatures(
     """What a pass of the stream, which stays where it is, says of each group of linears of a block, loaded, as it is
     when the first is asked for; and what to prune it by. To be let go of before the next is asked for.
 
-    An expert that saw too few tokens is pruned by magnitude, and recorded in `figures`.
+    Each rank gets the groups that it is to prune, and all of them what the others made of theirs. An expert that saw
+    too few tokens is pruned by magnitude, and recorded in `figures`.
     """
     for few in in_turn(groups):
-        kind: Callable[[int, torch.device], Gram | Squares] = Squares if row.curvature == "diagonal" else Gram
-        sums = input_sums(block, stream, firsts(few), kind)
-        for group in few:
-            found = sums.pop(group.first, None)
-            tokens = found.tokens if found else 0
-            if group.is_expert and tokens < FEW * group.inputs:
-                figures[f"{group.full_names[0]} starved_experts"] = tokens
-                del found  # its Gram may be large
-                yield group, Flat(), BY_MAGNITUDE
-                continue
-            assert found is not None
-            yield group, _curvature(group, found, row, gradients, figures), row
-            del found
+        yield from known(block, stream, few, (row, gradients), figures)
+        share(stream.deal.ranks, few, figures)
+
+
+def known(
+    block: Block, stream: Stream, few: Sequence[Group], by: tuple[Row, Gradients], figures: dict[str, float]
+) -> Iterator[tuple[Group, Curvature, Row]]:
+    """The same for so few groups that their sums are in memory together, and without sharing what comes of it."""
+    row, ranks = by[0], stream.deal.ranks
+    kind: Callable[[int, torch.device], Gram | Squares] = Squares if row.curvature == "diagonal" else Gram
+    owners = owners_of(ranks, few)
+    sums = input_sums(block, stream, firsts(few), kind, owners=owners)
+    for group in mine(ranks, few):
+        ranks.note("solves")
+        found = sums.pop(group.first, None)
+        tokens = found.tokens if found else 0
+        if group.is_expert and tokens < FEW * group.inputs:
+            figures[f"{group.full_names[0]} starved_experts"] = tokens
+            del found  # its Gram may be large
+            yield group, Flat(), BY_MAGNITUDE
+            continue
+        assert found is not None
+        yield group, _curvature(group, found, *by, figures), row
+        del found
+
+
+def owners_of(ranks: Ranks, groups: Sequence[Group]) -> list[int]:
+    """The rank that prunes each of several groups."""
+    return ranks.owners([group.cost for group in groups])
+
+
+def mine(ranks: Ranks, groups: Sequence[Group]) -> list[Group]:
+    """Those that this one prunes."""
+    return [group for group, owner in zip(groups, owners_of(ranks, groups), strict=True) if owner == ranks.rank]
+
+
+def share(ranks: Ranks, groups: Sequence[Group], figures: dict[str, float]) -> None:
+    """Have everybody's groups as their owners made them, and everybody's figures."""
+    for group, owner in zip(groups, owners_of(ranks, groups), strict=True):
+        ranks.share(group.matrices, owner)
+    for own in ranks.gather(dict(figures)):
+        figures |= own
 
 
 def _curvature(

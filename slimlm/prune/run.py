@@ -20,7 +20,7 @@ from slimlm.fit.beside_dense import BlockPair, Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
 from slimlm.fit.lm_head import write_fitted_head
 from slimlm.linalg.gram import Squares
-from slimlm.linalg.ridge import learn_and_test
+from slimlm.linalg.regression import learn_and_test
 from slimlm.model.block import Block, Group
 from slimlm.model.rotation import unchanged
 from slimlm.model.stream import Stream
@@ -136,7 +136,7 @@ def _norms(block: Block, stream: Stream) -> Mapping[str, Tensor]:
 def _solved_shares(run: Run[PruneStep], row: Row) -> dict[int, float]:
     learn, test = learn_and_test(run.batches, solved.WINDOWS)
     streams = run.embed("learning", learn), run.embed("dense-test", test)
-    measuring = solved.Measuring(run.model, row, run.recipe.sparsity, *streams, run.scratch)
+    measuring = solved.Measuring(run.model, row, run.recipe.sparsity, *streams, run.scratch, test[0].shape[1])
     blocks = run.walk("measuring blocks", order=to_the_end(run.model, solved.TOGETHER))
     return solved.solved_shares(run.model, run.recipe.sparsity, measuring.curves(blocks))
 

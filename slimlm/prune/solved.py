@@ -21,7 +21,7 @@ from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
 from slimlm.prune import masks, updates
 from slimlm.prune.curvature import Curvature, Flat
-from slimlm.prune.group import Row, curvatures, prune_group
+from slimlm.prune.group import Row, curvatures, known, mine, prune_group, share
 from slimlm.prune.quota import Quotas
 
 WINDOWS = 24  # held out, to measure a curve on, and as many to prune by
@@ -45,7 +45,7 @@ class Measuring:
     """Losses of the model with one block pruned to so many percent.
 
     row: to prune by, in a quick way where there is one. learning, dense: streams of the dense model, to prune by and to
-    measure on; they go past each block once. losses: [windows] each, by block and percent.
+    measure on; they go past each block once. length: tokens of a window. losses: [windows] each, by block and percent.
     """
 
     model: StreamedModel
@@ -54,6 +54,7 @@ class Measuring:
     learning: Stream
     dense: Stream
     scratch: Scratch
+    length: int
     losses: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,36 +95,39 @@ class Measuring:
 
     def _loss(self, stream: Stream) -> Tensor:
         """Of each window, [windows], mean over tokens."""
-        return nll(self.model, stream) / (stream.tokens[0].shape[1] - 1)
+        return nll(self.model, stream) / (self.length - 1)
 
     def _behind(self, block: Block) -> dict[tuple[int, int], Stream]:
         """The dense stream behind a block, its weights loaded, pruned to every point; those of the dense model move on,
         too."""
-        known = self._known(block)
-        found = {(block.index, percent): self._behind_pruned(block, percent, known) for percent in self.points}
-        del known
+        found = self._known(block)
+        behind = {(block.index, percent): self._behind_pruned(block, percent, found) for percent in self.points}
+        del found
         block.advance(self.learning)
         block.advance(self.dense)
-        return found
+        return behind
 
     def _known(self, block: Block) -> Known | None:
         """Curvatures of a block's inputs, which serve every point; None for experts, whose are too many at once."""
         if self.row.curvature == "none":
-            return [(group, Flat(), self.row) for group in block.groups]
+            return [(group, Flat(), self.row) for group in mine(self.dense.deal.ranks, block.groups)]
         if block.family.experts:
             return None
-        return list(curvatures(block, self.learning, block.groups, self.row, {}, {}))
+        return list(known(block, self.learning, block.groups, (self.row, {}), {}))
 
-    def _behind_pruned(self, block: Block, percent: int, known: Known | None) -> Stream:
+    def _behind_pruned(self, block: Block, percent: int, found: Known | None) -> Stream:
         """The dense stream behind a block pruned to so many percent; the block stays as it is."""
         sizes = {name: shape.numel() for name, shape in self.model.matrices.items()}
         quotas = Quotas({name: round(percent / 100 * size) for name, size in sizes.items()})
         copies = {name: tensor.clone() for name, tensor in block.weights().items()}
-        behind = Stream(self.dense.tokens, self.scratch.hidden(f"cut-{block.path}-{percent}"), self.dense.calls)
+        place = self.scratch.hidden(f"cut-{block.path}-{percent}")
+        behind = Stream(self.dense.tokens, place, self.dense.calls, self.dense.deal)
         with block.placed(copies):
-            for group, curvature, row in known or curvatures(block, self.learning, block.groups, self.row, {}, {}):
+            for group, curvature, row in found or curvatures(block, self.learning, block.groups, self.row, {}, {}):
                 prune_group(group, curvature, quotas, row)
                 del curvature
+            if found is not None:
+                share(self.dense.deal.ranks, block.groups, {})
             for _, after in block.outputs(self.dense):
                 behind.hidden.append(after)
         return behind

@@ -10,13 +10,16 @@ its diagonal, and the mask is chosen and refined for that problem.
 import math
 
 import torch
+from torch import Tensor
 
 from slimlm.errors import RunFailure
 from slimlm.families import Norm
 from slimlm.fit.beside_dense import BlockPair, Writing
 from slimlm.linalg.hessian import DAMPING, quadratic_loss
-from slimlm.linalg.ridge import Fit, Regression
+from slimlm.linalg.regression import Regression, Rows
+from slimlm.linalg.ridge import Fit
 from slimlm.linalg.softmax import RATE
+from slimlm.model.block import Group
 from slimlm.prune.curvature import damped
 from slimlm.prune.group import Gradients, Row, curvatures, prune, prune_group
 from slimlm.prune.quota import Quotas
@@ -78,18 +81,31 @@ def _prune_together(
     row: Row,
 ) -> None:
     """Prune linears that read the same input. aim: what their kept weights [out, in] are to come near, and the data."""
-    (target, data), group = aim, block.dense.group(*names)
-    gram, full = data.join().xx, group.full_names[0]
+    (target, data), ranks = aim, block.pair.deal.ranks
+    group = block.dense.group(*names)
+    if ranks.first or isinstance(data.held, Rows):
+        data.join()
+    own = _pruned(block, group, (target, data.fit.xx), gradients, quotas, row) if ranks.first else None
+    found = ranks.once(own)
+    for name, rows in zip(names, found.split(quotas[group].rows), strict=True):
+        block.store(f"{name}.weight", rows)
+
+
+def _pruned(
+    block: BlockPair, group: Group, aim: tuple[Fit, Tensor], gradients: Gradients, quotas: Quotas, row: Row
+) -> Tensor:
+    """What becomes of a group's stacked weights: [sum of outs, in]. aim: what they are to come near, and the inputs'
+    Gram [in, in], used up."""
+    (target, gram), full = aim, group.full_names[0]
     if not torch.isfinite(gram.diagonal()).all():
         raise RunFailure(f"inputs of {full} hold NaN or Inf")
+    block.pair.deal.ranks.note("solves")
     strength = max(DAMPING, target.strength) if math.isfinite(target.strength) else DAMPING
-    curvature = damped(gram, full, strength, [gradients[name] for name in names if name in gradients])
+    curvature = damped(gram, full, strength, [gradients[name] for name in group.names if name in gradients])
     wanted = target.weight.to(gram.dtype)
-    quota = quotas[group]
-    found, _ = prune(wanted, curvature, quota, row)
+    found, _ = prune(wanted, curvature, quotas[group], row)
     figures, label = block.pair.streams.figures, f"{block.small.index}.{group.first}"
     figures[f"{label} damping"] = curvature.damping
     lost = quadratic_loss(found - wanted, curvature).sum() / quadratic_loss(wanted, curvature).sum()
     figures[f"{label} predicted_error"] = float(lost)
-    for name, own in zip(names, found.split(quota.rows), strict=True):
-        block.store(f"{name}.weight", own)
+    return found

@@ -1,6 +1,6 @@
 """The basis of the residual stream: an orthonormal [hidden, hidden], most important directions first."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.linalg.gram import Gram, rms_normalise
+from slimlm.deal import Parts
+from slimlm.linalg.gram import Gram, is_wide, rms_normalise
 from slimlm.linalg.pca import felt, leading, principal_basis, with_kept, without_mean
 from slimlm.model.block import Block
 from slimlm.model.stream import hooked
@@ -38,7 +39,7 @@ class Basis:
 
 
 class StreamStatistics:
-    """What one pass over the model finds out about its residual stream.
+    """Sums that say what there is to know of a model's residual stream.
 
     gram: of the RMS-normalised stream over all norms, [hidden, hidden] fp64. massive: the same of massive activations
     only. turned: [blocks], summed 1 - cosine between a block's input and output.
@@ -50,41 +51,24 @@ class StreamStatistics:
         self.turned = torch.zeros(len(model.blocks), dtype=torch.float64)
         self._normalise = partial(rms_normalise, eps=model.norm_eps, centred=model.family.centred)
 
-    def state(self) -> dict[str, Tensor]:
-        """All of it, for `load`: Grams [hidden, hidden], counts [2], turned [blocks]."""
-        counts = torch.tensor([self.gram.tokens, self.massive.tokens])
-        return {"gram": self.gram.matrix, "massive": self.massive.matrix, "counts": counts, "turned": self.turned}
+    def tensors(self) -> list[Tensor]:
+        """Grams [hidden, hidden] and their tokens [1], turned [blocks]."""
+        return [*self.gram.tensors(), *self.massive.tensors(), self.turned]
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave: Grams [hidden, hidden], counts [2], turned [blocks]."""
-        self.gram.matrix, self.massive.matrix = (
-            state[name].to(self.gram.matrix.device) for name in ("gram", "massive")
-        )
-        self.gram.tokens, self.massive.tokens = state["counts"].tolist()
-        self.turned = state["turned"]
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Hold these instead: Grams [hidden, hidden] and their tokens [1], turned [blocks]."""
+        device = self.gram.matrix.device
+        gram, tokens, massive, of_massive, turned = tensors
+        self.gram.replace([gram.to(device), tokens])
+        self.massive.replace([massive.to(device), of_massive])
+        self.turned = turned.cpu()
 
-    def collect(self, walk: Iterable[Block], streams: Streams, norms: bool = True) -> None:
-        """Move the stream "dense" through the blocks of a walk, its `state` being kept up.
-
-        norms: whether what enters the blocks' norms is looked at, or only what leaves the last block.
-        """
-        if streams.state:
-            self.load(streams.state)
-        for block in walk:
-            names = [norm.name for norm in block.family.norms if norms]
-            with hooked((block.module.get_submodule(name), self._observe) for name in names):
-                block.advance(streams["dense"], partial(self._turn, block.index))
-            streams.state = self.state()
-        for hidden in streams["dense"].hidden:
-            self._add(hidden)
-
-    def _observe(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._add(args[0])
-
-    def _turn(self, index: int, before: Tensor, after: Tensor) -> None:
+    def turn(self, index: int, before: Tensor, after: Tensor) -> None:
+        """Add what block `index` does to a batch [batch, time, hidden]."""
         self.turned[index] += float((1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)).sum())
 
-    def _add(self, x: Tensor) -> None:
+    def add(self, x: Tensor) -> None:
+        """Add what a norm reads: [batch, time, hidden]."""
         x = x.flatten(0, -2)
         normalised = self._normalise(x)
         self.gram.add(normalised)
@@ -92,6 +76,36 @@ class StreamStatistics:
         massive = size > MASSIVE * size.median()
         if massive.any():
             self.massive.add(normalised[massive])
+
+
+def collected(model: StreamedModel, walk: Iterable[Block], streams: Streams, norms: bool = True) -> StreamStatistics:
+    """Of the stream "dense", which moves through the blocks of a walk, its `state` being kept up. For all ranks.
+
+    norms: whether what enters the blocks' norms is looked at, or only what leaves the last block.
+    """
+    stream, wide = streams["dense"], is_wide(model.config.hidden_size)
+    parts = Parts(stream.deal, partial(StreamStatistics, model), whole=wide, again=True)
+    for key in sorted(streams.state):
+        lane, _, place = key.partition(".")
+        found = parts.parts.setdefault(int(lane), parts.make())
+        found.replace([*found.tensors()[: int(place)], streams.state[key], *found.tensors()[int(place) + 1 :]])
+
+    def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        parts.at(stream.number).add(args[0])
+
+    for block in walk:
+
+        def turn(before: Tensor, after: Tensor, index: int = block.index) -> None:
+            parts.at(stream.number).turn(index, before, after)
+
+        names = [norm.name for norm in block.family.norms if norms]
+        with hooked((block.module.get_submodule(name), observe) for name in names):
+            block.advance(stream, turn)
+        lanes = {lane: part.tensors() for lane, part in parts.parts.items()}
+        streams.state = {f"{lane}.{place}": t for lane, tensors in lanes.items() for place, t in enumerate(tensors)}
+    for number, hidden in stream.batches():
+        parts.at(number).add(hidden)
+    return parts.shared() or parts.make()
 
 
 def basis_from(model: StreamedModel, found: StreamStatistics, gradients: Tensor | None) -> Basis:

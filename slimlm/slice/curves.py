@@ -103,12 +103,13 @@ def _kept(influence: Tensor, depth: int) -> tuple[int, ...]:
 @dataclass
 class CutStreams:
     """The streams that curves are measured on. learning: of the dense model, to find what to delete from. cut: each of
-    the dense model with one width cut, and of the dense model itself (None)."""
+    the dense model with one width cut, and of the dense model itself (None). length: tokens of a window."""
 
     layout: Layout
     found: Basis
     learning: Stream
     cut: dict[Cut | None, Stream]
+    length: int
 
     def curves(self, walk: Iterable[Block]) -> dict[str, LossCurve]:
         """For each axis that is cut, the measured rise of the held-out loss at a few sizes. walk: over all."""
@@ -117,8 +118,7 @@ class CutStreams:
                 self._at_start(cut, stream)
         for block in walk:
             self._through(block)
-        predicted = self.learning.tokens[0].shape[1] - 1
-        losses = {cut: nll(self.layout.model, stream) / predicted for cut, stream in self.cut.items()}
+        losses = {cut: nll(self.layout.model, stream) / (self.length - 1) for cut, stream in self.cut.items()}
         points = {axis: [(cut.removed, losses[cut]) for cut in self.cut if cut and cut.axis == axis] for axis in POINTS}
         return {axis: LossCurve.measured(measured, losses[None]) for axis, measured in points.items()}
 
@@ -144,10 +144,13 @@ class CutStreams:
             if any(cut and cut.axis == name for cut in self.cut) and block.family.has(axis)
         }
         names = [name for order in orders.values() for name in order.matrices]
-        grams = input_sums(block, self.learning, names, Gram, onward=True)
+        ranks = self.learning.deal.ranks
+        grams = input_sums(block, self.learning, names, Gram, onward=True, owners=[0] * len(names))
         for axis, order in orders.items():
             counts = sorted(cut.removed for cut in self.cut if cut and cut.axis == axis)
-            for count, weight in order.weights(grams, counts):
+            found = order.weights(grams, counts) if ranks.first else iter(())
+            for count in counts:
+                weight = ranks.once(next(found)[1] if ranks.first else None)
                 with block.placed({order.parameter: weight}):
                     block.advance(self.cut[Cut(axis, count)])
         for cut, stream in self.cut.items():

@@ -7,7 +7,7 @@ from slimlm.errors import RunFailure
 from slimlm.families import Axis, Experts
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.units import removals
-from slimlm.model.block import Block
+from slimlm.model.block import Block, Group
 from slimlm.model.stream import Stream
 from slimlm.slice.widths import Layout
 from slimlm.statistics.grams import FEW, firsts, in_turn, input_sums
@@ -47,26 +47,35 @@ def narrow_experts(
 
     One that saw too few loses those that weigh least: how many it saw, by name.
     """
-    reads, writes = experts.parameters
-    full, starved = tensors[writes].shape[2], dict[str, int]()
+    (reads, writes), ranks = experts.parameters, stream.deal.ranks
+    starved, first = dict[str, int](), 0
     reading, writing = list[Tensor](), list[Tensor]()
     with block.placed(tensors):
         for few in in_turn([block.group(name) for name in experts.writing]):
-            grams = input_sums(block, stream, firsts(few), Gram)
-            for group in few:
-                expert, gram = len(writing), grams.pop(group.first, None)
-                tokens = gram.tokens if gram else 0
-                if gram is None or tokens < FEW * full:
-                    starved[group.first] = tokens
-                    gram = None
-                kept, weight = without_units(
-                    gram.take() if gram else torch.eye(full, dtype=torch.float32, device=block.model.device),
-                    tensors[writes][expert],
-                    1,
-                    full - width,
-                    group.full_names[0],
-                )
-                reading.append(tensors[reads][expert].unflatten(0, (-1, full))[:, kept].flatten(0, 1))
-                writing.append(weight.to(tensors[writes].dtype))
+            owners = ranks.owners([group.cost for group in few])
+            grams = input_sums(block, stream, firsts(few), Gram, owners=owners)
+            own = {
+                expert: _narrowed(group, grams.pop(group.first, None), tensors[writes][expert], width, starved)
+                for expert, group in enumerate(few, first)
+                if owners[expert - first] == ranks.rank
+            }
+            for expert, owner in enumerate(owners, first):
+                kept, weight = (ranks.once(own[expert][side] if expert in own else None, owner) for side in range(2))
+                reading.append(tensors[reads][expert].unflatten(0, (-1, len(kept)))[:, kept].flatten(0, 1))
+                writing.append(weight)
+            first += len(few)
     tensors[reads], tensors[writes] = torch.stack(reading), torch.stack(writing)
-    return starved
+    return {name: tokens for found in ranks.gather(starved) for name, tokens in found.items()}
+
+
+def _narrowed(
+    group: Group, gram: Gram | None, weight: Tensor, width: int, starved: dict[str, int]
+) -> tuple[Tensor, Tensor]:
+    """Which neurons of an expert stay, [neurons] bool, and its writing weight [out, width]; see `narrow_experts`."""
+    full, tokens = weight.shape[1], gram.tokens if gram else 0
+    if gram is None or tokens < FEW * full:
+        starved[group.first] = tokens
+        gram = None
+    second = gram.take() if gram else torch.eye(full, dtype=torch.float32, device=weight.device)
+    kept, left = without_units(second, weight, 1, full - width, group.full_names[0])
+    return kept, left.to(weight.dtype)

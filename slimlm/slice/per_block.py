@@ -10,16 +10,18 @@ import bisect
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from slimlm.checkpoint.skeleton import build_skeleton, parameter_count
+from slimlm.deal import Parts
 from slimlm.errors import RunFailure, UserError
 from slimlm.families import Family, Norm
 from slimlm.linalg.budget import is_near
-from slimlm.linalg.gram import Gram
+from slimlm.linalg.gram import Gram, is_wide
 from slimlm.linalg.pca import principal_basis
 from slimlm.linalg.rotate import rotate_embedding, rotate_writer
 from slimlm.linalg.units import damp
@@ -148,11 +150,16 @@ def _centred(tensor: Tensor, axis: int, family: Family) -> Tensor:
 
 
 def embedding_gram(model: StreamedModel, stream: Stream) -> Tensor:
-    """Of what enters the first block: [hidden, hidden] fp64."""
-    gram = Gram(model.config.hidden_size, model.device, torch.float64)
-    for hidden in stream.hidden:
-        gram.add(_centred(hidden.float(), -1, model.family))
-    return gram.matrix
+    """Of what enters the first block: [hidden, hidden] fp64, on the first rank."""
+    parts = _grams(model, stream)
+    for number, hidden in stream.batches():
+        parts.at(number).add(_centred(hidden.float(), -1, model.family))
+    return (parts.total() or parts.make()).matrix
+
+
+def _grams(model: StreamedModel, stream: Stream) -> Parts[Gram]:
+    hidden = model.config.hidden_size
+    return Parts(stream.deal, partial(Gram, hidden, model.device, torch.float64), whole=is_wide(hidden))
 
 
 def basis_of(gram: Tensor) -> Tensor:
@@ -195,12 +202,13 @@ class Slicer:
 
     def _basis(self, tensors: dict[str, Tensor], name: str, width: int) -> Tensor:
         """The leading directions of the stream, still of full width, that enters module `name`."""
-        model = self.small.model
-        gram = Gram(model.config.hidden_size, model.device, torch.float64)
+        parts = _grams(self.small.model, self.stream)
         with self.small.placed(tensors):
             for number in range(len(self.stream.tokens)):
-                gram.add(self.small.inputs(self.stream, number, [name])[name])
-        return basis_of(gram.matrix)[:, :width]
+                parts.at(number).add(self.small.inputs(self.stream, number, [name])[name])
+        gram = (parts.total() or parts.make()).matrix
+        ranks = self.stream.deal.ranks
+        return ranks.once(basis_of(gram)[:, :width].contiguous() if ranks.first else None)
 
 
 def _read_in(tensors: dict[str, Tensor], norm: Norm, weights: dict[str, Tensor], basis: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimlm.families import Axis, Norm
 from slimlm.fit.beside_dense import BlockPair, Pair, Writing
-from slimlm.linalg.ridge import Regression
+from slimlm.linalg.regression import Regression
 from slimlm.model.block import Block
 from slimlm.model.rotation import norm_of, seen_through, slice_block
 from slimlm.slice.narrow import narrow_experts, narrow_rows, without_units
@@ -88,8 +88,11 @@ class Refit:
         full, width = self.layout.dense.of(axis_name), self.widths.of(axis_name)
         weight, tensors = f"{linear}.weight", block.tensors
         size = tensors[weight].shape[1] // full
+        ranks, found = self.pair.deal.ranks, None
         with data.gram() as gram:
-            kept, tensors[weight] = without_units(gram, tensors[weight], size, full - width, linear)
+            if ranks.first:
+                found = without_units(gram, tensors[weight], size, full - width, linear)
         del gram
+        kept, tensors[weight] = ranks.once(found and found[0]), ranks.once(found and found[1])
         narrow_rows(self.layout, axis, kept, tensors)
         return data.take(kept.repeat_interleave(size).nonzero().flatten())

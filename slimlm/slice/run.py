@@ -18,14 +18,14 @@ from slimlm.families import family_of
 from slimlm.fit.beside_dense import Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
 from slimlm.fit.lm_head import fits_head, write_fitted_head
-from slimlm.linalg.ridge import learn_and_test
+from slimlm.linalg.regression import learn_and_test
 from slimlm.model.block import Block
 from slimlm.model.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
 from slimlm.model.walk import backwards, leading, places
 from slimlm.recipe import RotateStep, SliceStep
 from slimlm.run import Outcome, Plan, Run
 from slimlm.slice import curves
-from slimlm.slice.basis import Basis, StreamStatistics, basis_from, own_basis
+from slimlm.slice.basis import Basis, StreamStatistics, basis_from, collected, own_basis
 from slimlm.slice.candidates import splits_for
 from slimlm.slice.config import plan_widths
 from slimlm.slice.per_block import Slicer, basis_of, embedding_gram, embedding_rows, head_of
@@ -118,9 +118,8 @@ def _new_basis(run: Slicing) -> Basis:
 
 
 def _statistics(run: Slicing, name: str, norms: bool = True) -> StreamStatistics:
-    streams, found = run.streams(name, {"dense": run.model}), StreamStatistics(run.model)
-    found.collect(run.walk("calibrating", streams), streams, norms)
-    return found
+    streams = run.streams(name, {"dense": run.model})
+    return collected(run.model, run.walk("calibrating", streams), streams, norms)
 
 
 def _settle(run: Run[SliceStep], layout: Layout, splits: list[Widths], found: Basis) -> tuple[Widths, dict[str, Any]]:
@@ -142,7 +141,7 @@ def _curves(run: Run[SliceStep], layout: Layout, splits: list[Widths], found: Ba
     learn, test = learn_and_test(run.batches, curves.WINDOWS)
     learning = run.embed("learning", learn)
     cut = {cut: run.embed(f"cut-{cut}", test) for cut in (None, *curves.cuts_of(layout, splits))}
-    measured = curves.CutStreams(layout, found, learning, cut).curves(run.walk("measuring widths"))
+    measured = curves.CutStreams(layout, found, learning, cut, test[0].shape[1]).curves(run.walk("measuring widths"))
     run.scratch.clear()
     return measured
 

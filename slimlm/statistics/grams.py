@@ -1,13 +1,15 @@
 """Second moments of what a block's linears get: Gram matrices, or the squares on their diagonal."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from slimlm.deal import Parts
 from slimlm.errors import RunFailure
-from slimlm.linalg.gram import gram_bytes
+from slimlm.linalg.gram import gram_bytes, is_wide
 from slimlm.model.block import Block, Group
 from slimlm.model.stream import Stream
 
@@ -23,6 +25,12 @@ class Sum(Protocol):
     def add(self, x: Tensor) -> None:
         """x: [tokens, in]."""
 
+    def tensors(self) -> list[Tensor]:
+        """What it is held in, [...] each."""
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Hold these instead, [...] each."""
+
     def diagonal(self) -> Tensor:
         """[in]."""
 
@@ -36,22 +44,29 @@ def input_sums(
     names: Sequence[str],
     kind: Callable[[int, torch.device], S],
     onward: bool = False,
+    owners: Sequence[int] | None = None,
 ) -> dict[str, S]:
     """Over the inputs of the named linears of a block, its weights loaded. One that no token reaches is left out.
 
-    kind: `Gram` or `Squares`. onward: whether the stream goes past the block, or stays before it. Raises RunFailure on
-    NaN.
+    kind: `Gram` or `Squares`. onward: whether the stream goes past the block, or stays before it. owners: the rank that
+    gets each; everybody gets all by default. Raises RunFailure on NaN.
     """
-    found: dict[str, S] = {}
+    widths = [block.matrix(name).shape[1] for name in names]
+    parts = {
+        name: Parts(stream.deal, partial(kind, width, block.model.device), whole=is_wide(width))
+        for name, width in zip(names, widths, strict=True)
+    }
 
     def see(name: str, x: Tensor, _: Tensor) -> None:
-        x = x.flatten(0, -2).float()
-        if name not in found:
-            found[name] = kind(x.shape[1], x.device)
-        found[name].add(x)
+        parts[name].at(stream.number).add(x.flatten(0, -2).float())
 
     with block.watched(names, see):
         (block.advance if onward else block.observe)(stream)
+    totals = {
+        name: parts.pop(name).shared() if owners is None else parts.pop(name).total(owners[place])
+        for place, name in enumerate(names)
+    }
+    found = {name: total for name, total in totals.items() if total is not None}
     for name, total in found.items():
         if not torch.isfinite(total.diagonal()).all():
             raise RunFailure(f"inputs of {block.path}.{name} hold NaN or Inf")

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from slimlm.linalg.gram import Gram
+from slimlm.deal import Deal, Parts
+from slimlm.linalg.gram import Gram, is_wide
 from slimlm.model.block import Block
 from slimlm.model.ends import differentiable_logits, embed
 from slimlm.model.hidden import HiddenStates, Scratch
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
+from slimlm.ranks import ALONE, Ranks
 
 TOKENS = 16_384
 Labels = Literal["model", "text"]
@@ -24,11 +26,13 @@ Seen = dict[str, tuple[Tensor, Tensor]]  # by linear or norm: its input and its 
 @dataclass(frozen=True)
 class Losses:
     """Of which tokens gradients are taken. batches: [batch, time] each. labels: `model` draws the tokens to predict
-    from the model's own predictions (the true Fisher information), `text` takes the next tokens (the empirical one)."""
+    from the model's own predictions (the true Fisher information), `text` takes the next tokens (the empirical one).
+    ranks: to which the batches are dealt out; each batch's draws have a seed of their own."""
 
     batches: Sequence[Tensor]
     seed: int
     labels: Labels = "model"
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ def windows_to_sweep(batches: Sequence[Tensor], most: int | None = None) -> list
     return list(windows[: count if most is None else min(count, most)].split(len(batches[0])))
 
 
+def seed_of(seed: int, number: int) -> int:
+    """Of batch `number`'s draws, whoever makes them."""
+    return (seed * 0x9E3779B1 + number) % 2**32  # torch's generators on CPUs look at no more bits
+
+
 def gradient_covariance(model: StreamedModel, losses: Losses, walks: Walks) -> Tensor:
     """Sum over all norms and tokens of `g g^T`: [hidden, hidden] fp64, g the gradient of the loss at the norm's input
     times what the norm divides by, so that it goes with the normalised stream.
@@ -63,18 +72,21 @@ def gradient_covariance(model: StreamedModel, losses: Losses, walks: Walks) -> T
     The loss is that of tokens drawn from the model's own predictions, which makes this the true Fisher information of
     the stream (Kunstner et al., arXiv 1905.12558, section 2).
     """
-    gram = Gram(model.config.hidden_size, model.device, torch.float64)
+    hidden = model.config.hidden_size
+    deal, make = Deal(losses.ranks, len(losses.batches)), partial(Gram, hidden, model.device, torch.float64)
+    parts = Parts(deal, make, whole=is_wide(hidden), again=True)
     scaled = partial(_scaled, eps=model.norm_eps, centred=model.family.centred)
     names = [norm.name for norm in model.family.norms]
 
-    def at_end(gradient: Tensor, hidden: Tensor) -> None:
-        gram.add(scaled(gradient, hidden))
+    def at_end(number: int, gradient: Tensor, hidden: Tensor) -> None:
+        parts.at(number).add(scaled(gradient, hidden))
 
-    for _, _, seen in sweep(model, losses, walks, lambda block: names, 0, at_end):
-        for at, _ in seen.values():
-            assert at.grad is not None
-            gram.add(scaled(at.grad, at.detach()))
-    return gram.matrix
+    for _, batches in sweep(model, losses, walks, lambda block: names, 0, at_end):
+        for number, seen in batches:
+            for at, _ in seen.values():
+                assert at.grad is not None
+                parts.at(number).add(scaled(at.grad, at.detach()))
+    return (parts.shared() or make()).matrix
 
 
 def sweep(
@@ -83,15 +95,15 @@ def sweep(
     walks: Walks,
     names: Callable[[Block], Sequence[str]],
     side: Literal[0, 1],
-    at_end: Callable[[Tensor, Tensor], None] = lambda gradient, hidden: None,
-) -> Iterator[tuple[Block, int, Seen]]:
-    """For every block from the last to the first and every batch: the block, the batch's number, and the inputs and
-    outputs of its modules and matrices of these names, with the gradient of the summed loss on one of them.
+    at_end: Callable[[int, Tensor, Tensor], None] = lambda number, gradient, hidden: None,
+) -> Iterator[tuple[Block, Iterator[tuple[int, Seen]]]]:
+    """Every block from the last to the first, and for every batch of this rank its number and the inputs and outputs of
+    the block's modules and matrices of these names, with the gradient of the summed loss on one of them.
 
-    side: where the gradient is wanted: 0 for the input, 1 for the output. at_end: shown each batch's gradient and
-    states behind the last block: [batch, time, hidden].
+    side: where the gradient is wanted: 0 for the input, 1 for the output. at_end: shown each batch's number, gradient
+    and states behind the last block: [batch, time, hidden].
     """
-    stream = embed(model, losses.batches, walks.scratch.hidden("input-0"))
+    stream = embed(model, losses.batches, walks.scratch.hidden("input-0"), losses.ranks)
     inputs = [stream.hidden]
     for block in walks.forward:
         inputs.append(walks.scratch.hidden(f"input-{block.index + 1}"))
@@ -100,12 +112,11 @@ def sweep(
         stream.hidden = inputs[-1]
     gradients = walks.scratch.hidden("gradients")
     for number, gradient in enumerate(_at_the_head(model, stream, losses)):
-        at_end(gradient, stream.hidden[number])
+        at_end(number, gradient, stream.hidden[number])
         gradients.append(gradient)
     for block in walks.back:
         stream.hidden = inputs[block.index]
-        for number, seen in _backwards(block, stream, gradients, names(block), side):
-            yield block, number, seen
+        yield block, _backwards(block, stream, gradients, names(block), side)
     walks.scratch.clear()
 
 
@@ -135,10 +146,12 @@ def _scaled(gradient: Tensor, at: Tensor, eps: float, centred: bool) -> Tensor:
 
 def _at_the_head(model: StreamedModel, stream: Stream, losses: Losses) -> Iterator[Tensor]:
     """Per batch, the gradient [batch, time, hidden] of the summed loss at what leaves the last block."""
-    generator = torch.Generator(model.device).manual_seed(losses.seed)
+    generator = torch.Generator(model.device)
     parts: list[Tensor] = []
     for number, part, logits in differentiable_logits(model, stream):
         tokens, done = stream.tokens[number], sum(piece.shape[1] for piece in parts)
+        if not parts:
+            generator.manual_seed(seed_of(losses.seed, stream.deal.mine[number]))
         if losses.labels == "model":
             flat = logits.detach().float().flatten(0, 1)
             wanted = torch.multinomial(flat.softmax(-1), 1, generator=generator).flatten()

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimlm.deal import Deal
 from slimlm.errors import RunFailure
 from slimlm.linalg.fisher import CHUNK_ELEMENTS
 from slimlm.model.block import Block
 from slimlm.model.streamed import StreamedModel
+from slimlm.ranks import Ranks
 from slimlm.statistics.sweep import TOKENS, Losses, Seen, Walks, sweep
 
 
@@ -82,23 +84,32 @@ def gather_gradients(
     model: StreamedModel, losses: Losses, walks: Walks, sample: Sample
 ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
     """Every block, from the last to the first, and the gradients of its linears as `gradients_of` takes them: bf16,
-    inputs [tokens, in] once for all linears that share them, and at outputs [tokens, out].
+    inputs [tokens, in] once for all linears that share them, and at outputs [tokens, out]; of all ranks, for all.
 
     Raises RunFailure naming the block where they are not finite.
     """
     length = losses.batches[0].shape[1]
     places, share = sample.places(losses.batches)
+    own = Deal(losses.ranks, len(losses.batches)).mine
     found: dict[str, list[Tensor]] = {}
-    for block, number, seen in sweep(model, losses, walks, lambda block: block.family.linears, 1):
-        _keep(found, seen, block.family.first_of, (places[number], losses.batches[number].numel(), share))
-        if number == len(losses.batches) - 1:
-            if not all(torch.isfinite(part).all() for parts in found.values() for part in parts):
-                raise RunFailure(f"gradients in {block.path} overflow in {model.dtype}")
-            window = torch.tensor(length if sample.by_sequence else 1)
-            joined = {key: torch.cat(found.pop(key)) for key in list(found)}  # not all of it twice
-            joined["window"] = window
-            yield block, joined
-            joined.clear()
+    for block, batches in sweep(model, losses, walks, lambda block: block.family.linears, 1):
+        for number, seen in batches:
+            index = own[number]
+            _keep(found, seen, block.family.first_of, (places[index], losses.batches[index].numel(), share))
+        joined = _joined(block, found, losses.ranks)
+        if losses.ranks.first and not all(torch.isfinite(rows).all() for rows in joined.values()):
+            raise RunFailure(f"gradients in {block.path} overflow in {model.dtype}")
+        joined["window"] = torch.tensor(length if sample.by_sequence else 1)
+        yield block, joined
+        joined.clear()
+
+
+def _joined(block: Block, found: dict[str, list[Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """All batches' rows of all ranks, [tokens, ...] each; what was found is used up, so that not all of it is there
+    twice."""
+    keys = dict.fromkeys([key for keys in ranks.gather(list(found)) for key in keys])
+    empty = torch.zeros(0, dtype=torch.bfloat16, device=block.model.device)
+    return {key: ranks.joined(torch.cat(found.pop(key)) if key in found else empty) for key in keys}
 
 
 def _keep(

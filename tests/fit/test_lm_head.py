@@ -41,7 +41,9 @@ def test_the_head_is_fitted_to_the_predictions_and_says_how_far_from_them_it_is(
     path = peaked(tmp_path / "model")
     tokens = torch.randint(0, 256, (60, 32), generator=torch.Generator().manual_seed(1))
     fitted, step = [], MapFit.step
-    monkeypatch.setattr(MapFit, "step", lambda fit, x, seen, done: (fitted.append(len(x)), step(fit, x, seen, done)))
+    monkeypatch.setattr(
+        MapFit, "step", lambda fit, gradient, tokens, done: (fitted.append(tokens), step(fit, gradient, tokens, done))
+    )
     _, outcome, _ = run(stream(path), tokens, tmp_path / "run", **settings)
     dense, small = map(stock, (path, tmp_path / "run" / "model"))
     notes = outcome.notes["refit"]["head"] if settings["method"] == "slice" else outcome.notes["head"]

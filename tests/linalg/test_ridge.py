@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from slimlm.linalg.ridge import STRENGTHS, Moments, Regression, held_out, ridge
+from slimlm.linalg.regression import Moments, Regression, held_out
+from slimlm.linalg.ridge import STRENGTHS, ridge
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -86,8 +87,8 @@ def test_inputs_taken_out_are_as_if_they_had_never_been():
 
 
 def test_a_gram_that_was_used_up_comes_back(monkeypatch):
-    monkeypatch.setattr("slimlm.linalg.ridge.WIDEST", 2)
-    monkeypatch.setattr("slimlm.linalg.ridge.ROWS", 4)
+    monkeypatch.setattr("slimlm.linalg.regression.WIDEST", 2)
+    monkeypatch.setattr("slimlm.linalg.regression.ROWS", 4)
     x, y, _ = data()
     found = regression(x, y)
     before = found.fit.xx.clone()
@@ -106,8 +107,8 @@ def test_wide_inputs_are_fitted_as_well_from_a_sample_of_the_held_out_tokens(win
     metric = torch.diag(torch.tensor([1.0, 2, 3, 4]))
     narrow = ridge(regression(x, y), prior, metric)
     monkeypatch.setattr("slimlm.linalg.gram.WIDE", 2)
-    monkeypatch.setattr("slimlm.linalg.ridge.WIDEST", 2)
-    monkeypatch.setattr("slimlm.linalg.ridge.HELD_ELEMENTS", 6 * 400)
+    monkeypatch.setattr("slimlm.linalg.regression.WIDEST", 2)
+    monkeypatch.setattr("slimlm.linalg.regression.HELD_ELEMENTS", 6 * 400)
     sampled = regression(x, y)
     kept = sum(len(part) for part, _ in sampled.held.parts)
     assert kept == (64 if windows == 20 else 320)
@@ -130,11 +131,11 @@ def test_all_held_out_tokens_of_wide_inputs_are_in_the_fit_where_they_can_be_sho
     show(whole.add)
     whole.centre(prior.T)
     wanted = whole.join()
-    monkeypatch.setattr("slimlm.linalg.ridge.WIDEST", 2)
-    monkeypatch.setattr("slimlm.linalg.ridge.HELD_ELEMENTS", 6 * 40)
+    monkeypatch.setattr("slimlm.linalg.regression.WIDEST", 2)
+    monkeypatch.setattr("slimlm.linalg.regression.HELD_ELEMENTS", 6 * 40)
     sampled = Regression.of(6, 4)
     show(sampled.add)
-    sampled.again = show
+    sampled.again = lambda add, into: show(add)
     with sampled.gram() as gram:
         assert torch.allclose(gram, wanted.xx, rtol=1e-6, atol=1e-2)  # of 6,000 on the diagonal
     sampled.centre(prior.T)

@@ -36,7 +36,7 @@ def test_the_first_step_goes_down_autograds_gradient():
     got = (seen @ (point @ fit.whiten.T).T @ head.T + bias).log_softmax(-1)
     kl_div(got, (x @ head.T + bias).log_softmax(-1), log_target=True, reduction="sum").div(len(x)).backward()
     before = fit.point.clone()
-    fit.step(x, seen, 0.0)
+    fit.step(fit.add_gradient(torch.zeros_like(fit.point), x, seen), len(x), 0.0)
     moved = fit.point - before
     assert torch.equal(moved.sign(), -point.grad.sign())
     assert torch.allclose(moved.abs(), torch.full_like(moved, fit.rate), rtol=1e-2)
@@ -47,7 +47,7 @@ def test_steps_bring_the_divergence_down_to_what_a_long_optimisation_finds():
     fit = MapFit(head, bias, torch.linalg.lstsq(seen, x).solution.T, seen.T @ seen)
     before = fit.divergence(x, seen)
     for index in range(300):
-        fit.step(x, seen, index / 300)
+        fit.step(fit.add_gradient(torch.zeros_like(fit.point), x, seen), len(x), index / 300)
     point = fit.map.clone().requires_grad_()
     best = torch.optim.LBFGS([point], max_iter=500, line_search_fn="strong_wolfe")
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from slimlm.linalg.pca import principal_basis
 from slimlm.slice import run as slicing
 from slimlm.slice.basis import MASSIVE
-from slimlm.statistics.sweep import Losses, gradient_covariance
+from slimlm.statistics.sweep import Losses, gradient_covariance, seed_of
 from tests.conftest import random_tokens, stream
 from tests.helpers import inputs_of, run_at, stock, walks_of
 
@@ -82,11 +82,12 @@ def test_the_gradient_covariance_is_how_the_loss_answers_when_the_stream_is_move
     tokens, step, precise = random_tokens(3, 6), 1e-4, stock(tiny_llama).double()
     run = run_at(stream(tiny_llama), list(tokens.split(2)), tmp_path / "run", widths="hidden=16")
     found = gradient_covariance(run.model, Losses(run.batches, 3), walks_of(run))
-    model, generator = stock(tiny_llama), torch.Generator().manual_seed(3)
-    drawn = [
-        torch.multinomial(model(batch).logits.flatten(0, 1).softmax(-1), 1, generator=generator).view_as(batch)
-        for batch in tokens.split(2)
-    ]
+    model, generator = stock(tiny_llama), torch.Generator()
+    drawn = []
+    for number, batch in enumerate(tokens.split(2)):
+        probabilities = model(batch).logits.flatten(0, 1).softmax(-1)
+        generator.manual_seed(seed_of(3, number))
+        drawn.append(torch.multinomial(probabilities, 1, generator=generator).view_as(batch))
     labels = torch.cat(drawn)
     places = inputs_of(model, tokens, [*NORMS, "model.norm"])
     for seed in range(2):
