@@ -28,6 +28,7 @@ from slimlm.methods import method_of
 from slimlm.model.skip import skip_modules
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import LogProgress, Progress
+from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import AnyStep, SliceStep
 from slimlm.resolve import output_of, resolve
 from slimlm.run import Plan
@@ -49,7 +50,7 @@ class How:
 
     resume: what an earlier run wrote may stand at the output, and is gone on from; anyway: where it is of another
     machine or version, too. work_dir: where hidden states are to wait, if not beside the output. access: to the hub.
-    checks: what a plan has to pass before any work.
+    ranks: that share the work. checks: what a plan has to pass before any work.
     """
 
     progress: Progress = field(default_factory=LogProgress)
@@ -58,6 +59,7 @@ class How:
     anyway: bool = False
     work_dir: Path | None = None
     access: Access = field(default_factory=Access)
+    ranks: Ranks = ALONE
     checks: tuple[Callable[[AnyStep, StreamedModel, Plan], None], ...] = (require_less,)
 
     def is_there(self, output: Path) -> bool:
@@ -119,7 +121,8 @@ def check(step: AnyStep, how: How) -> Job:
     if sum(file.stat().st_size for file in source.path.glob("*.safetensors") if file.is_file()) > LARGE:
         return_memory_at_once()  # first of all: what is allocated before stays as it was
     check_output(output, how.may_replace(output), inputs_of(step, source), how.work_dir)
-    model = open_model(source.path, pick_device(step.device), "fast", step.trust_remote_code)
+    device = how.ranks.device if how.ranks.size > 1 else pick_device(step.device)
+    model = open_model(source.path, device, "fast", step.trust_remote_code)
     skip_modules(model, step.skip)
     step, plan = planned(resolve(step, source, model.config), model)
     _refuse_other_class(model, plan)
@@ -137,7 +140,7 @@ def check(step: AnyStep, how: How) -> Job:
     _check_room(job, how)
     how.progress.stage("checking weights", parameter_count(model.model))
     start = time.perf_counter()
-    model.checkpoint.check_finite(how.progress.step)
+    model.checkpoint.check_finite(how.progress.step, how.ranks)
     job.seconds["checking"] = time.perf_counter() - start  # the one part of this that grows with the model
     forget_peak(model.device)  # that of the run is from here on
     return job

@@ -16,6 +16,7 @@ from slimlm.checkpoint.disk import disk_errors, write_whole
 from slimlm.checkpoint.journal import COMPLETE, Journal, compare_fingerprints
 from slimlm.checkpoint.manifest import Manifest, read_manifest
 from slimlm.checkpoint.output import clear_leftovers, staged_output
+from slimlm.checkpoint.shared import scratch_of, shared
 from slimlm.checkpoint.staging import Staging
 from slimlm.checkpoint.tokenizer import keep_tokenizer
 from slimlm.errors import UserError
@@ -51,10 +52,11 @@ class Made:
 def compress_step(step: AnyStep, how: How) -> CompressResult:
     """A run by itself. Raises UserError before any work, and RunFailure."""
     job = check(step, how)
-    fingerprint = fingerprint_of(job)
+    fingerprint = fingerprint_of(job, how.ranks)
     manifest = finished(job, job.output, fingerprint, how)
     if manifest is None:
-        with staged_output(job.output, how.overwrite, how.resume, how.work_dir) as staging:
+        own = staged_output(job.output, how.overwrite, how.resume, how.work_dir)
+        with shared(how.ranks, job.output, how.work_dir, own) as staging:
             if staging.stages.exists():
                 raise UserError(f"cannot resume: {staging.root} holds a recipe of several runs; {OTHER_RUN}")
             made = carry_out(job, fingerprint, staging, how)
@@ -68,6 +70,11 @@ def finished(job: Job, output: Path, fingerprint: Fingerprint, how: How) -> Mani
 
     Raises UserError naming the difference when what stands there is another run's and not to be replaced.
     """
+    manifest: Manifest | None = how.ranks.decided(lambda: _found(output, fingerprint, how))
+    return None if manifest is None else measured_later(job, output, manifest, how)
+
+
+def _found(output: Path, fingerprint: Fingerprint, how: How) -> Manifest | None:
     manifest = read_manifest(output) if how.resume and output.is_dir() else None
     if manifest is None:
         return None
@@ -81,15 +88,16 @@ def finished(job: Job, output: Path, fingerprint: Fingerprint, how: How) -> Mani
         manifest["run"]["resumed_anyway"].append(differences)  # for whoever goes on from it
     clear_leftovers(output, how.work_dir)
     how.progress.line(f"{output} is complete already")
-    return measured_later(job, output, manifest, how)
+    return manifest
 
 
 def carry_out(job: Job, fingerprint: Fingerprint, staging: Staging, how: How) -> Made:
     """Compress and measure, in the place where the result is built. Raises RunFailure."""
     job.seconds["preparing"] = time.perf_counter() - job.started - job.seconds["checking"]
-    journal = Journal(staging.work, fingerprint, how.anyway)
+    how.ranks.begin()
+    journal = Journal(staging.work, fingerprint, how.anyway, how.ranks)
     job.resumed = journal.steps > 0
-    how.progress.log = staging.work / LOG_NAME
+    how.progress.log = staging.work / LOG_NAME if how.ranks.first else None
     with Result(staging.model, journal, job.recipe.max_shard_bytes) as result:
         windows = job.windows
         if job.recipe.dataset == SELF:
@@ -97,19 +105,20 @@ def carry_out(job: Job, fingerprint: Fingerprint, staging: Staging, how: How) ->
                 windows = sampled_windows(job.recipe, job.model, job.tokenizer, journal, how.progress)
         with _timed(job, "compressing"):
             outcome = _run(job, windows, result, staging, how)
-        result.settle()
-        result.writer.finish()
-    _furnish(job, outcome.plan, staging.model)
+        result.finish()
+    if how.ranks.writes:
+        _furnish(job, outcome.plan, staging.model)
+    how.ranks.meet()
     with _timed(job, "measuring"):
-        comparison = compare(job, staging, staging.model, how.progress, outcome)
+        comparison = compare(job, staging, staging.model, how, outcome)
     job.seconds["total"] = time.perf_counter() - job.started
     return Made(manifest_of(job, staging, journal, windows, outcome, comparison), windows, journal)
 
 
 def _run(job: Job, windows: Windows | None, result: Result, staging: Staging, how: How) -> Outcome:
     batches = windows.batches(job.recipe.batch_size) if windows else []
-    scratch = Scratch(staging.scratch, job.model.device)
-    return job.method.run(Run(job.recipe, job.model, job.plan, batches, result, scratch, how.progress))
+    scratch = Scratch(scratch_of(how.ranks, staging), job.model.device)
+    return job.method.run(Run(job.recipe, job.model, job.plan, batches, result, scratch, how.progress, how.ranks))
 
 
 def _furnish(job: Job, plan: Plan, target: Path) -> None:
@@ -127,6 +136,9 @@ def _furnish(job: Job, plan: Plan, target: Path) -> None:
 
 def publish(made: Made, staging: Staging, how: How, before: Path | None = None) -> None:
     """Leave what a run says of itself with its result. before: the log of the runs before it. Raises RunFailure."""
+    if not how.ranks.writes:
+        made.journal.commit(COMPLETE)
+        return
     write_account(staging.model, made.manifest)
     logs = [log for log in (before, how.progress.log) if log is not None and log.exists()]  # a full disk ends a log
     text = "".join(log.read_text(encoding="utf-8") for log in logs)

@@ -20,6 +20,11 @@ T = TypeVar("T")
 Like = tuple[Sequence[int], torch.dtype]  # shape and dtype
 
 
+def seed_of(seed: int, number: int) -> int:
+    """Of batch `number`'s draws, whoever makes them."""
+    return (seed * 0x9E3779B1 + number) % 2**32  # torch's generators on CPUs look at no more bits
+
+
 class Summed(Protocol):
     """Sums over tokens."""
 

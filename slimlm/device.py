@@ -21,12 +21,6 @@ CGROUP_FILES = (
 
 def check_process() -> None:
     """Raises UserError in a process slimlm cannot work in: one of several, or one whose float32 is not float32."""
-    ranks = os.environ.get("WORLD_SIZE", "")
-    if ranks.isdigit() and int(ranks) > 1:
-        raise UserError(
-            f"WORLD_SIZE is {ranks}, and slimlm works in one process: start it without torchrun, accelerate launch or "
-            "the like, or unset WORLD_SIZE"
-        )
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # set half through torch's old settings and half through its new ones

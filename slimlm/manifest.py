@@ -1,5 +1,6 @@
 """What a run says of itself: the fingerprint that resuming it compares, the manifest, and the recipe as it ran."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -28,6 +29,7 @@ from slimlm.checkpoint.staging import Staging
 from slimlm.device import machine, peak_memory, rounding
 from slimlm.evaluation.streamed import Comparison
 from slimlm.prune.group import code_hash
+from slimlm.ranks import Ranks
 from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped, steps_of
 from slimlm.run import Outcome
 
@@ -36,19 +38,27 @@ UNDECISIVE = {"model", "revision", "output_dir", "measure", "eval_text", "eval_w
 Fingerprint = dict[str, str | int | float | list[str] | None]
 
 
-def fingerprint_of(job: Job) -> Fingerprint:
-    """Everything that decides the weights to the last bit: what was read by its hash, not by its name."""
+def fingerprint_of(job: Job, ranks: Ranks) -> Fingerprint:
+    """Everything that decides the weights to the last bit: what was read by its hash, not by its name. For all ranks,
+    as the first one has it."""
+    hashes = job.model.checkpoint.hashes(ranks)
+    found: Fingerprint = ranks.decided(lambda: _fingerprint(job, hashes, ranks.size))
+    return found
+
+
+def _fingerprint(job: Job, hashes: Mapping[str, str], count: int) -> Fingerprint:
     settings = decisive(job.recipe)
     if job.windows:
         del settings["dataset"]
     found, trusted = versions(), code_files(job.source.path) if job.recipe.trust_remote_code else []
     return {
-        **{f"model {name}": digest for name, digest in job.model.checkpoint.hashes.items()},
+        **{f"model {name}": digest for name, digest in hashes.items()},
         **{f"code {file.name}": file_hash(file) for file in trusted},
         **{f"file {file.name}": file_hash(file) for file in companions(job.source.path)},
         **{f"recipe {name}": value for name, value in settings.items()},
         **{f"version {name}": found.get(name) for name in ("python", "slimlm", "torch", "transformers")},
         **{f"machine {name}": value for name, value in rounding(job.model.device).items()},
+        **({"machine processes": count} if count > 1 else {}),
         **({"method code": code_hash(job.method.row)} if job.recipe.own_method and job.method.row else {}),
         "calibration sha256": job.windows.sha256 if job.windows else None,
     }
@@ -100,7 +110,7 @@ def _origin(job: Job) -> Origin:
         "revision": job.source.revision,
         "model_type": job.model.config.model_type,
         "card": inherited(job.source.path),
-        "sha256": job.model.checkpoint.hashes,
+        "sha256": job.model.checkpoint.hashes(),
     }
 
 
@@ -148,7 +158,9 @@ def block_errors(job: Job, comparison: Comparison | None) -> list[BlockError]:
 
 def _run_figures(job: Job, staging: Staging, journal: Journal) -> RunFigures:
     """Bytes of work files are of all, and of the hidden states among them, which `--work-dir` puts elsewhere."""
-    files = {path: path.stat().st_size for place in {staging.work, staging.scratch} for path in place.iterdir()}
+    places = {staging.work, staging.scratch} if journal.ranks.writes else set()
+    found = {path for place in places for path in place.rglob("*") if path.is_file()}
+    files = {path: path.stat().st_size for path in found}
     kept = sum(size for path, size in files.items() if path.suffix in (".safetensors", ".jsonl"))
     return {
         "seconds": {name: round(value, 3) for name, value in job.seconds.items()},
@@ -159,6 +171,7 @@ def _run_figures(job: Job, staging: Staging, journal: Journal) -> RunFigures:
         "work_bytes": sum(files.values()),
         "scratch_bytes": sum(files.values()) - kept,
         "machine": machine(job.model.device),
+        "ranks": journal.ranks.account(peak_memory_bytes=peak_memory(job.model.device)),
         "compute_dtype": str(job.model.dtype).removeprefix("torch."),
     }
 

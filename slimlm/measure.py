@@ -6,12 +6,12 @@ from pathlib import Path
 from slimlm.check import How, Job, open_model
 from slimlm.checkpoint.manifest import Manifest, stages_of
 from slimlm.checkpoint.output import held
+from slimlm.checkpoint.shared import scratch_of, shared
 from slimlm.checkpoint.staging import Staging
 from slimlm.errors import RunFailure, out_of_memory
 from slimlm.evaluation.streamed import Comparison, Kinship, compare_streamed
 from slimlm.manifest import block_errors, measured, write_account
 from slimlm.model.hidden import Spilled
-from slimlm.progress import Progress
 from slimlm.run import Outcome
 
 MEASURING = {"measure", "eval_text", "eval_windows"}
@@ -21,7 +21,7 @@ def compare(
     job: Job,
     staging: Staging,
     compressed: Path,
-    progress: Progress,
+    how: How,
     outcome: Outcome | None,
     compares_blocks: bool = True,
 ) -> Comparison | None:
@@ -37,10 +37,11 @@ def compare(
     blocks, basis = (outcome.blocks, outcome.basis) if outcome else (tuple(range(len(smaller.blocks))), None)
     kinship = Kinship(basis, blocks, compares_blocks)
     batches = list(job.test.tokens.split(job.recipe.batch_size))
-    hidden = [Spilled(staging.scratch / name, device, hashed=False) for name in ("dense", "compressed")]
+    place = scratch_of(how.ranks, staging)
+    hidden = [Spilled(place / name, device, hashed=False) for name in ("dense", "compressed")]
     try:
         with out_of_memory("there is not enough for both models' largest parts"):
-            return compare_streamed(dense, smaller, batches, progress, kinship, hidden)
+            return compare_streamed(dense, smaller, batches, how.progress, kinship, hidden, how.ranks)
     except RunFailure as error:
         raise RunFailure(
             f"measuring failed: {error}; the compression itself is done: "
@@ -55,15 +56,16 @@ def measured_later(job: Job, output: Path, manifest: Manifest, how: How) -> Mani
     """
     if job.test is None or manifest["measured"] is not None:
         return manifest
-    with held(output, how.work_dir) as staging:
+    with shared(how.ranks, output, how.work_dir, held(output, how.work_dir)) as staging:
         start = time.perf_counter()
         kept = all(stage["sparsity"]["of"] != "parameters" for stage in stages_of(manifest))
-        comparison = compare(job, staging, output, how.progress, None, kept)
+        comparison = compare(job, staging, output, how, None, kept)
         manifest["measured"], manifest["blocks"] = measured(job, comparison), block_errors(job, comparison)
         manifest["run"]["seconds"]["measuring"] = round(time.perf_counter() - start, 3)
         for step in manifest["recipe"]["steps"]:
             for name in MEASURING & step.keys():
                 del step[name]
         manifest["recipe"] |= job.recipe.model_dump(include=MEASURING)
-        write_account(output, manifest)
+        if how.ranks.writes:
+            write_account(output, manifest)
     return manifest

@@ -35,6 +35,7 @@ class Ranks:
     writes, reports and decides.
 
     plain: carries objects and tensors on a CPU; None alone. direct: whether the device's tensors travel as they are.
+    writes: whether it writes the result: the first does, and the first of those that do not see the first's disk.
     waited, moved: seconds and bytes of all that was exchanged. did: what this one did of the work, by name.
     """
 
@@ -44,6 +45,7 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     plain: Any = None
     direct: bool = True
+    writes: bool = True
     waited: float = 0.0
     moved: int = 0
     did: dict[str, int] = field(default_factory=dict)
@@ -51,6 +53,10 @@ class Ranks:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def begin(self) -> None:
+        """Count anew what this rank does."""
+        self.waited, self.moved, self.did = 0.0, 0, {}
 
     def note(self, what: str, count: int = 1) -> None:
         """That this rank did some more of something."""

@@ -1,6 +1,6 @@
 """One run of a method: what it gets, what it plans before any work, what it found out after it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,14 @@ from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.writer import TensorSpec
 from slimlm.model.block import Block
 from slimlm.model.ends import embed
-from slimlm.model.hidden import Forgotten, Scratch
+from slimlm.model.hidden import Forgotten, HiddenStates, Scratch
 from slimlm.model.result import Result
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import Streams, walk
 from slimlm.modeling import own_files
 from slimlm.progress import Progress
+from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import Step
 
 
@@ -85,7 +86,8 @@ S = TypeVar("S", bound=Step)
 @dataclass
 class Run(Generic[S]):
     """What a method carries out: a resolved recipe, on a model, with calibration windows in batches [batch, time], into
-    a result; hidden states that wait are in `scratch`. Only a wing's `run.py` takes one."""
+    a result; hidden states that wait are in `scratch`. All ranks have the same batches, and their streams some of them.
+    Only a wing's `run.py` takes one."""
 
     recipe: S
     model: StreamedModel
@@ -94,6 +96,7 @@ class Run(Generic[S]):
     result: Result
     scratch: Scratch
     progress: Progress
+    ranks: Ranks = ALONE
 
     @cached_property
     def journal(self) -> Journal:
@@ -112,7 +115,51 @@ class Run(Generic[S]):
 
     def embed(self, name: str, batches: list[Tensor] | None = None) -> Stream:
         """A stream for batches [batch, time], the calibration's by default, that starts over when it is interrupted."""
-        return embed(self.model, self.batches if batches is None else batches, self.scratch.hidden(name))
+        return self._embed(self.model, self.scratch.hidden(name), batches)
+
+    def _embed(self, model: StreamedModel, hidden: HiddenStates, batches: list[Tensor] | None = None) -> Stream:
+        stream = embed(model, self.batches if batches is None else batches, hidden, self.ranks)
+        self.ranks.note("windows", sum(map(len, stream.tokens)))
+        return stream
+
+    def apart(
+        self, stage: str, indices: Iterable[int], ready: Callable[[int], Any] = lambda index: None
+    ) -> Iterator[tuple[list[int], Block | None, Any]]:
+        """Blocks that do not depend on one another, as many at a time as there are ranks: which ones, this rank's with
+        its weights loaded (None where it has none), and what `ready` says of it, which all ranks ask of each."""
+        numbers, size, rank = list(indices), self.ranks.size, self.ranks.rank
+        own = self.walk(stage, order=numbers[rank::size])
+        for start in range(0, len(numbers), size):
+            some = numbers[start : start + size]
+            known = [ready(index) for index in some]
+            block = next(own, None)
+            if block is not None:
+                self.ranks.note("blocks")
+            yield some, block, known[rank] if block else None
+            del known, block
+        for _ in own:
+            raise AssertionError("a block that nobody asked for")
+
+    def unwritten(self, indices: Iterable[int], place: Callable[[int], str]) -> list[int]:
+        """Those blocks that no earlier process wrote, by number. place: the path that each has in the result."""
+        return [index for index in indices if not self.result.written(place(index))]
+
+    def hand_in(self, places: Sequence[str], own: Iterable[tuple[str, Tensor]]) -> None:
+        """Write a block of each rank, as `apart` gives them. places: their paths in the result. own: this rank's
+        tensors, by name within the block, linears' as [out, in]."""
+        ranks = self.ranks
+        mine = own if ranks.size == 1 else list(own)  # computed by each at once, before any is written
+        for owner, place in enumerate(places):
+            arriving = self._arriving(owner, iter(mine) if owner == ranks.rank else iter(()))
+            self.result.put(self.model, place, ((f"{place}.{name}", tensor) for name, tensor in arriving))
+
+    def _arriving(self, owner: int, own: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        while True:
+            name, tensor = next(own, (None, None))
+            name = self.ranks.agreed(name, owner)
+            if name is None:
+                return
+            yield name, self.ranks.once(tensor, owner)
 
     def streams(self, name: str, models: Mapping[str, StreamedModel], whole: int | None = None) -> Streams:
         """Streams for the calibration's batches through models, by label, at the first block or where an earlier
@@ -120,12 +167,12 @@ class Run(Generic[S]):
         hidden = {label: self.scratch.resumable(f"{name}-{label}") for label in models}
         record = self.journal.last(f"streams {name}")
         if record is not None and (whole is None or record["block"] < whole):
-            started = {label: embed(model, self.batches, Forgotten()) for label, model in models.items()}
+            started = {label: self._embed(model, Forgotten()) for label, model in models.items()}
             found = Streams(name, started, self.journal, self.result.settle)
             if found.load(record, {label: (hidden[label], model.dtype) for label, model in models.items()}):
                 for label, stream in started.items():
                     stream.hidden = hidden[label]
                 return found
             hidden = {label: self.scratch.resumable(f"{name}-{label}") for label in models}
-        started = {label: embed(model, self.batches, hidden[label]) for label, model in models.items()}
+        started = {label: self._embed(model, hidden[label]) for label, model in models.items()}
         return Streams(name, started, self.journal, self.result.settle)

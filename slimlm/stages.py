@@ -18,6 +18,7 @@ from slimlm.checkpoint.journal import Journal, finished_steps
 from slimlm.checkpoint.manifest import Manifest
 from slimlm.checkpoint.output import staged_output
 from slimlm.checkpoint.push import Push
+from slimlm.checkpoint.shared import shared
 from slimlm.checkpoint.staging import Staging, check_output, check_space, size_of
 from slimlm.compression import (
     LOG_NAME,
@@ -33,8 +34,9 @@ from slimlm.errors import UserError, out_of_memory
 from slimlm.manifest import Fingerprint, decisive, fingerprint_of
 from slimlm.methods import method_of
 from slimlm.model.skip import skipping
-from slimlm.progress import LogProgress
+from slimlm.progress import LogProgress, Progress
 from slimlm.prune.plan import require_room_later
+from slimlm.ranks import ALONE, Ranks, start_ranks
 from slimlm.recipe import AnyStep, PruneStep, Recipe, SliceStep, dumped
 from slimlm.resolve import NO_DATA, output_of
 from slimlm.run import Plan
@@ -45,11 +47,12 @@ CALIBRATION_NAME = "calibration.npy"
 OF_PLACES = ("model", "revision", "output_dir", "num_calibration_samples", "max_seq_length")  # of a step in a run
 
 
-def how_of(settings: RunSettings) -> How:
+def how_of(settings: RunSettings, ranks: Ranks = ALONE) -> How:
     """How a recipe is run, from what a caller says of it."""
     place = settings.work_dir
     return How(
-        progress=settings.progress or LogProgress(),
+        progress=(settings.progress or LogProgress()) if ranks.first else Progress(),
+        ranks=ranks,
         overwrite=settings.overwrite,
         resume=settings.resume or settings.resume_anyway,
         anyway=settings.resume_anyway,
@@ -80,9 +83,10 @@ def compress(settings: CompressSettings) -> CompressResult:
     Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
     Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
     """
-    how, push = how_of(settings), before_work(settings)
+    ranks = start_ranks(settings.recipe.steps[0].device)
+    how, push = how_of(settings, ranks), before_work(settings)
     result = compress_recipe(settings.recipe, how)
-    if push is not None:
+    if push is not None and ranks.first:
         how.progress.line(f"uploading to {push.repo}")
         how.progress.line(f"it is at {push.upload(result.output_dir)}")
     return result
@@ -96,14 +100,18 @@ def compress_recipe(recipe: Recipe, how: How) -> CompressResult:
     output = output_of(recipe.steps)
     recipe = recipe.updated(output_dir=str(output))
     first = _first(recipe, output, how)
-    fingerprint = fingerprint_of_all(first, recipe)
+    fingerprint = fingerprint_of_all(first, recipe, how.ranks)
     manifest = finished(first, output, fingerprint, how)
     if manifest is None:
-        with staged_output(output, how.overwrite, how.resume, how.work_dir) as staging:
-            if not staging.stages.exists() and finished_steps(staging.work):
-                raise UserError(f"cannot resume: {staging.root} holds a single run; {OTHER_RUN}")
-            staging.stages.mkdir(exist_ok=True)
-            Journal(staging.stages, fingerprint, how.anyway)  # what all of them are, compared before any of them runs
+        own = staged_output(output, how.overwrite, how.resume, how.work_dir)
+        with shared(how.ranks, output, how.work_dir, own) as staging:
+            if how.ranks.writes:
+                if not staging.stages.exists() and finished_steps(staging.work):
+                    raise UserError(f"cannot resume: {staging.root} holds a single run; {OTHER_RUN}")
+                staging.stages.mkdir(exist_ok=True)
+            how.ranks.meet()
+            # What all of them are, compared before any of them runs.
+            Journal(staging.stages, fingerprint, how.anyway, how.ranks)
             steps = [first.recipe.model_copy(update={"output_dir": str(output)}), *later_steps(first, recipe)]
             manifest = _Several(first, steps, staging, how).carry_out(fingerprint)
     return CompressResult(output, manifest)
@@ -157,12 +165,12 @@ def check_later(first: Job, recipe: Recipe) -> None:
         slices += [step] if isinstance(step, SliceStep) else []
 
 
-def fingerprint_of_all(first: Job, recipe: Recipe) -> Fingerprint:
+def fingerprint_of_all(first: Job, recipe: Recipe, ranks: Ranks) -> Fingerprint:
     """What decides the weights of several steps to the last bit: every one's settings, and the data of each.
 
     Raises UserError for data that is none.
     """
-    found = fingerprint_of(first)
+    found = fingerprint_of(first, ranks)
     for number, step in enumerate(later_steps(first, recipe), start=2):
         found |= {f"recipe {name} of run {number}": value for name, value in decisive(step).items()}
         if not method_of(step).calibrates(step, first.source.path):
@@ -199,7 +207,7 @@ class _Several:
             ran.append(job.recipe)
             if place != self.staging.output:
                 stages.append(self._stage(job, place, number))
-        made = carry_out(job, fingerprint_of(job), self.staging, self.how)
+        made = carry_out(job, fingerprint_of(job, self.how.ranks), self.staging, self.how)
         made.manifest["fingerprint"] = fingerprint
         account_for(stages, Recipe(steps=list(map(as_asked, self.steps, ran))), made.manifest)
         publish(made, self.staging, self.how, job.source.path / LOG_NAME)
@@ -218,13 +226,15 @@ class _Several:
 
     def _stage(self, job: Job, place: Path, number: int) -> Manifest:
         """What there is to say of an earlier step, whose result is at `place` then."""
-        fingerprint, how = fingerprint_of(job), self.how
+        how = self.how
+        fingerprint = fingerprint_of(job, how.ranks)
         manifest = finished(job, place, fingerprint, how)
         if manifest is not None:
             return manifest
-        with staged_output(place, True, how.resume, how.work_dir) as staging:
+        own = staged_output(place, True, how.resume, how.work_dir)
+        with shared(how.ranks, place, how.work_dir, own) as staging:
             made = carry_out(job, fingerprint, staging, how)
-            if made.windows is not None and job.recipe.dataset == SELF:
+            if made.windows is not None and job.recipe.dataset == SELF and how.ranks.writes:
                 with disk_errors(staging.model):
                     numpy.save(staging.model / CALIBRATION_NAME, made.windows.tokens.numpy())
             publish(made, staging, how, job.source.path / LOG_NAME if number else None)

@@ -60,7 +60,7 @@ def sampled_windows(
     assert step.max_seq_length is not None
     sampled = journal.recall("sampled")
     if sampled:
-        return Windows(sampled[1]["tokens"], SELF, start_token(tokenizer))
+        return Windows(sampled[1]["tokens"].cpu(), SELF, start_token(tokenizer))
     progress.stage("sampling calibration text", step.num_calibration_samples)
     with BUILDING:
         whole = AutoModelForCausalLM.from_pretrained(
@@ -70,6 +70,6 @@ def sampled_windows(
             device_map=placement(model.device),
         )
     count, length = step.num_calibration_samples, step.max_seq_length
-    windows = sample_windows(whole.eval(), tokenizer, count, length, step.seed, progress.step)
+    windows = sample_windows(whole.eval(), tokenizer, count, length, step.seed, progress.step, journal.ranks)
     journal.keep("sampled", {"tokens": windows.tokens})
     return windows

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.calibration.sources import SELF
 from slimlm.calibration.windows import Windows, start_token
+from slimlm.deal import Deal, seed_of
 from slimlm.errors import UserError
+from slimlm.ranks import ALONE, Ranks
 
 SAMPLING_BATCH = 32
 
@@ -22,23 +24,26 @@ def sample_windows(
     length: int,
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
+    ranks: Ranks = ALONE,
 ) -> Windows:
     """Windows the model itself writes: ancestral samples at temperature 1, each beginning with BOS.
 
     Self-calibration, arXiv 2410.17170; they schedule the temperature, we keep 1, at which samples follow the model's
     own distribution. EOS does not end a window: what follows it is the beginning of another document. `model` is whole
-    and in memory, as autoregressive sampling needs it. Raises UserError for a tokenizer with neither BOS nor EOS.
+    and in memory, as autoregressive sampling needs it; every rank samples some. Raises UserError for a tokenizer with
+    neither BOS nor EOS.
     """
     bos = start_token(tokenizer)
     if bos is None:
         raise UserError("--dataset self needs a tokenizer with a BOS or EOS token to start from: give a text instead")
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    windows = []
-    for start in range(0, num_windows, SAMPLING_BATCH):
-        count = min(SAMPLING_BATCH, num_windows - start)
+    generator = torch.Generator(device=model.device)
+    windows = [torch.zeros(0, length, dtype=torch.int64)]
+    for number in Deal(ranks, -(-num_windows // SAMPLING_BATCH)).mine:
+        generator.manual_seed(seed_of(seed, number))
+        count = min(SAMPLING_BATCH, num_windows - number * SAMPLING_BATCH)
         windows.append(_sample(model, count, length, bos, generator))
         advance(count)
-    return Windows(torch.cat(windows), SELF, bos)
+    return Windows(ranks.joined(torch.cat(windows)).cpu(), SELF, bos)
 
 
 def _sample(model: PreTrainedModel, count: int, length: int, bos: int, generator: torch.Generator) -> Tensor:

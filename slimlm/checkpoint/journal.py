@@ -18,6 +18,7 @@ from slimlm.checkpoint.disk import disk_errors, sync, write_whole
 from slimlm.checkpoint.reader import file_hash
 from slimlm.errors import UserError
 from slimlm.plain import Json
+from slimlm.ranks import ALONE, Ranks
 
 JOURNAL_NAME = "journal.jsonl"
 COMPLETE = "complete"  # the last step of a run
@@ -32,19 +33,29 @@ class Journal:
 
     A fresh journal starts with the fingerprint. An existing one is continued only if its fingerprint is the same, or
     differs in nothing but the machine and is to be continued `anyway`; else UserError names what differs.
+
+    ranks: all of which have the first one's records. Those that write the result write them down.
     """
 
-    def __init__(self, directory: Path, fingerprint: Mapping[str, Json], anyway: bool = False) -> None:
+    def __init__(
+        self, directory: Path, fingerprint: Mapping[str, Json], anyway: bool = False, ranks: Ranks = ALONE
+    ) -> None:
         self.directory = directory
         self.fingerprint = dict(fingerprint)
+        self.ranks = ranks
         self.path = directory / JOURNAL_NAME
-        self.records = _read(self.path)
+        self.records: list[Record] = ranks.decided(lambda: _read(self.path))
+        if ranks.writes and not ranks.first:
+            self.path.unlink(missing_ok=True)
+            for record in self.records:
+                self._write(record)
         if not self.records:
             self.commit(START, fingerprint=self.fingerprint)
-            sync(directory)
+            if ranks.writes:
+                sync(directory)
             return
         before = next(record["fingerprint"] for record in reversed(self.records) if "fingerprint" in record)
-        differences = compare_fingerprints(before, fingerprint, anyway)
+        differences = ranks.decided(lambda: compare_fingerprints(before, fingerprint, anyway))
         if differences:
             self.commit(ANYWAY, fingerprint=self.fingerprint, differences=differences)
 
@@ -61,11 +72,15 @@ class Journal:
     def commit(self, step: str, **facts: Json) -> None:
         """Record that a step is finished. Raises RunFailure on a full disk."""
         record = {"step": step, **facts}
+        if self.ranks.writes:
+            self._write(record)
+        self.records.append(record)
+
+    def _write(self, record: Record) -> None:
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.records.append(record)
 
     def last(self, step: str) -> Record | None:
         """The newest record of a step."""
@@ -73,31 +88,48 @@ class Journal:
 
     def keep(self, step: str, tensors: Mapping[str, Tensor], **facts: Json) -> None:
         """Record that a step is finished, and the tensors it gave, of any shape. Raises RunFailure on a full disk."""
-        self.commit(step, tensors=self.save(step.replace(" ", "-"), tensors), **facts)
+        saved = save_tensors(self.directory, step.replace(" ", "-"), tensors) if self.ranks.first else {}
+        self.commit(step, tensors=saved, **facts)
+
+    def holds(self, step: str) -> bool:
+        """Whether the newest record `keep` made of a step has its tensors still."""
+        record = self.last(step)
+        if record is None:
+            return False
+        return bool(self.ranks.decided(lambda: is_intact(self.directory, record["tensors"])))
 
     def recall(self, step: str) -> tuple[Record, dict[str, Tensor]] | None:
         """The newest record `keep` made of a step and its tensors, of any shape; None without one, or where they are
-        damaged."""
+        damaged. All ranks ask for it."""
         record = self.last(step)
-        tensors = self.load(record["tensors"]) if record else None
-        return (record, tensors) if record and tensors else None
-
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> Record:
-        """Put tensors of any shape on disk under a name of their own; what is returned goes into a record.
-
-        Raises RunFailure on a full disk.
-        """
-        path = self.directory / f"{name}.safetensors"
-        data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-        write_whole(path, data)
-        return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest()}
-
-    def load(self, saved: Record) -> dict[str, Tensor] | None:
-        """What `save` put there, of any shape, or None when it is not what it was."""
-        path = self.directory / saved["file"]
-        if not path.is_file() or file_hash(path) != saved["sha256"]:
+        if record is None:
             return None
-        return dict(load_file(path))
+        tensors = load_tensors(self.directory, record["tensors"]) if self.ranks.first else None
+        names = self.ranks.agreed(tensors and list(tensors))
+        found = {name: self.ranks.once(tensors[name] if tensors else None) for name in names or ()}
+        return (record, found) if found else None
+
+
+def save_tensors(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> Record:
+    """Put tensors of any shape on disk under a name of their own; what is returned goes into a record.
+
+    Raises RunFailure on a full disk.
+    """
+    path = directory / f"{name}.safetensors"
+    data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    write_whole(path, data)
+    return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def is_intact(directory: Path, saved: Record) -> bool:
+    """Whether what `save_tensors` put there is what it was."""
+    path: Path = directory / saved["file"]
+    return path.is_file() and file_hash(path) == str(saved["sha256"])
+
+
+def load_tensors(directory: Path, saved: Record) -> dict[str, Tensor] | None:
+    """What `save_tensors` put there, of any shape, or None when it is not what it was."""
+    return dict(load_file(directory / saved["file"])) if is_intact(directory, saved) else None
 
 
 def _read(path: Path) -> list[Record]:

@@ -91,6 +91,7 @@ class RunFigures(TypedDict):
     work_bytes: int
     scratch_bytes: int
     machine: str
+    ranks: list[dict[str, object]]
     compute_dtype: str
 
 

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -23,6 +22,7 @@ from slimlm.checkpoint.kinds import (
 from slimlm.checkpoint.shard import StoredTensor, read_shard
 from slimlm.errors import UserError, one_line
 from slimlm.plain import Json
+from slimlm.ranks import ALONE, Ranks
 
 
 class Checkpoint:
@@ -42,6 +42,7 @@ class Checkpoint:
         self.tensors: dict[str, StoredTensor] = {}
         self.unreadable: dict[str, str] = {}
         self._unused_bytes = 0
+        self._hashes: dict[str, str] = {}
         self._first_dtype = self._open()
 
     def _open(self) -> torch.dtype:
@@ -77,9 +78,10 @@ class Checkpoint:
         for key in keys:
             self.tensors[key].prefetch()
 
-    def check_finite(self, advance: Callable[[int], None] = lambda done: None) -> None:
-        """Read every weight once. Raises UserError naming the first tensor that holds NaN or Inf."""
-        for key, stored in self.tensors.items():
+    def check_finite(self, advance: Callable[[int], None] = lambda done: None, ranks: Ranks = ALONE) -> None:
+        """Read every weight once, on one rank or another. Raises UserError naming the first tensor that holds NaN or
+        Inf."""
+        for key, stored in list(self.tensors.items())[ranks.rank :: ranks.size]:
             for chunk in stored.chunks():
                 if chunk.is_floating_point() and not torch.isfinite(chunk).all():
                     what = "NaN" if torch.isnan(chunk).any() else "Inf"
@@ -109,10 +111,14 @@ class Checkpoint:
         """Size of the weight files, but for tensors that are not used."""
         return sum((self.path / file).stat().st_size for file in self.files) - self._unused_bytes
 
-    @cached_property
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of config and weight files, by name, as they were when first asked for."""
-        return {name: file_hash(self.path / name) for name in ["config.json", *self.files]}
+    def hashes(self, ranks: Ranks = ALONE) -> dict[str, str]:
+        """SHA-256 of config and weight files, by name, as they were when first asked for, by all ranks."""
+        if not self._hashes:
+            names = ["config.json", *self.files]
+            own = {name: file_hash(self.path / name) for name in names[ranks.rank :: ranks.size]}
+            found = {name: digest for part in ranks.gather(own) for name, digest in part.items()}
+            self._hashes = {name: found[name] for name in names}
+        return self._hashes
 
 
 def file_hash(path: Path) -> str:

@@ -14,6 +14,7 @@ from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import walk
 from slimlm.progress import Progress
+from slimlm.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -54,8 +55,9 @@ def compare_streamed(
     progress: Progress,
     kinship: Kinship = SAME,
     hidden: Sequence[HiddenStates] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Comparison:
-    """Run both models over batches of tokens [batch, time].
+    """Run both models over batches of tokens [batch, time], dealt out to the ranks.
 
     hidden: where the two streams wait between blocks; in memory by default. Raises UserError where the compressed model
     does not have as many blocks as `kinship` says.
@@ -66,7 +68,8 @@ def compare_streamed(
             f"models of {len(dense.blocks)} and {len(compressed.blocks)} blocks cannot be compared by block"
         )
     places = hidden or (InMemory(), InMemory())
-    streams = embed(dense, batches, places[0]), embed(compressed, batches, places[1])
+    streams = embed(dense, batches, places[0], ranks), embed(compressed, batches, places[1], ranks)
+    length = batches[0].shape[1]
     errors: list[float] = []
     becomes = dict(zip(kept, compressed.blocks, strict=True))
     for block in walk(dense, progress, "measuring"):
@@ -78,12 +81,12 @@ def compare_streamed(
         if kinship.is_known:
             errors.append(kinship.error(*streams, block.index, dense.family.centred))
             block.facts = {"relative_error": errors[-1]}
-    return Comparison(_likelihood(dense, streams[0]), _likelihood(compressed, streams[1]), errors)
+    return Comparison(_likelihood(dense, streams[0], length), _likelihood(compressed, streams[1], length), errors)
 
 
-def _likelihood(model: StreamedModel, stream: Stream) -> LogLikelihood:
+def _likelihood(model: StreamedModel, stream: Stream, length: int) -> LogLikelihood:
     likelihood = LogLikelihood(model.dtype)
-    likelihood.count(nll(model, stream), stream.tokens[0].shape[1] - 1)
+    likelihood.count(nll(model, stream), length - 1)
     return likelihood
 
 
@@ -92,13 +95,13 @@ def relative_error(dense: Stream, compressed: Stream, basis: Tensor | None, cent
 
     basis: [hidden, width]. centred: where the norms subtract the mean of x, it does not count.
     """
-    total, tokens = 0.0, 0
+    sums: list[tuple[float, int]] = []
     for x, y in zip(dense.hidden, compressed.hidden, strict=True):
         restored = y.float() if basis is None else y.float() @ basis.T.float()
         x = x.float()
         if centred:
             x, restored = x - x.mean(-1, keepdim=True), restored - restored.mean(-1, keepdim=True)
         error = (x - restored).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-30)
-        total += float(error.sum())
-        tokens += error.numel()
-    return total / tokens
+        sums.append((float(error.sum()), error.numel()))
+    found = [part for parts in dense.deal.ranks.gather(sums) for part in parts]
+    return sum(total for total, _ in found) / sum(tokens for _, tokens in found)

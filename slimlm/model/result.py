@@ -27,6 +27,7 @@ class Result:
 
     def __init__(self, output: Path, journal: Journal, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.output = output
+        self.ranks = journal.ranks
         self.journal = journal
         self.max_shard_bytes = max_shard_bytes
         self._writer: CheckpointWriter | None = None
@@ -45,8 +46,10 @@ class Result:
 
         carrier: the result's skeleton, which says how its files name and lay out tensors.
         """
-        self._writer = CheckpointWriter(self.output, specs, self.max_shard_bytes)
         self._carrier = carrier
+        if self.ranks.writes:
+            self._writer = CheckpointWriter(self.output, specs, self.max_shard_bytes)
+        self.ranks.meet()  # the others may read from it
 
     @property
     def writer(self) -> CheckpointWriter:
@@ -56,14 +59,23 @@ class Result:
         return self._writer
 
     def settle(self) -> None:
-        """Wait until all that was written is on the disk and recorded; raises what went wrong there."""
+        """Wait until all that this rank wrote is on the disk and recorded; raises what went wrong there."""
         while self._flushing:
             self._flushing.pop().result()
 
+    def finish(self) -> None:
+        """The same on every rank, and nothing is missing."""
+        self.settle()
+        if self.ranks.writes:
+            self.writer.finish()
+        self.ranks.meet()
+
     def written(self, part: str) -> bool:
-        """Whether an earlier process wrote this part of the model, and it is still what it was."""
-        record = self.journal.last(f"written {part}")
-        return record is not None and self.writer.holds(record["sha256"])
+        """Whether an earlier process wrote this part of the model, and it is still what it was. For all ranks."""
+        record = self.ranks.decided(lambda: self.journal.last(f"written {part}"))
+        if record is None:
+            return False
+        return all(self.ranks.gather(not self.ranks.writes or self.writer.holds(record["sha256"])))
 
     def leading(self, model: StreamedModel) -> int:
         """How many blocks of the model, from the first on, an earlier process wrote."""
@@ -76,7 +88,14 @@ class Result:
         Each goes to disk as it comes, except in models whose file layout fuses several into one. Nothing is done, nor a
         generator begun, where an earlier process wrote the part.
         """
-        if self.written(part):
+        if not self.written(part) and self.ranks.writes:
+            self.put(model, part, tensors)
+
+    def put(self, model: StreamedModel, part: str, tensors: Iterable[tuple[str, Tensor | Rows]]) -> None:
+        """The same for a part that is known not to be there yet; ranks that do not write run a generator, too."""
+        if not self.ranks.writes:
+            for _ in tensors:
+                continue
             return
         hashes = {}
         assert self._carrier is not None

@@ -9,19 +9,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from slimlm.checkpoint.disk import sync
-from slimlm.checkpoint.journal import Journal, Record
+from slimlm.checkpoint.journal import Journal, Record, load_tensors, save_tensors
 from slimlm.model.block import Block
 from slimlm.model.hidden import Spilled
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.plain import Json
 from slimlm.progress import Progress
+from slimlm.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 Told = TypeVar("Told")
@@ -45,8 +47,13 @@ class Streams:
     def __getitem__(self, label: str) -> Stream:
         return self.streams[label]
 
+    @property
+    def ranks(self) -> Ranks:
+        """That the streams are dealt out to."""
+        return next(iter(self.streams.values())).deal.ranks
+
     def save(self, index: int) -> None:
-        """Record that block `index` is done: the hidden states leaving it, and all that goes with them."""
+        """Record that block `index` is done: the hidden states leaving it on all ranks, and all that goes with them."""
         saved: dict[str, Json] = {}
         self.settle()
         for label, stream in self.streams.items():
@@ -60,26 +67,44 @@ class Streams:
                 "sha256": hidden.digest,
             }
         figures = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.figures.items()}
-        stored = self.journal.save(f"{self.name}-state.{index % 2}", {**self.state, **figures})
-        self.journal.commit(f"streams {self.name}", block=index, streams=saved, state=stored)
+        stored = save_tensors(self._place, f"{self.name}-state.{index % 2}", {**self.state, **figures})
+        entries = self.ranks.gather({"streams": saved, "state": stored})
+        self.journal.commit(f"streams {self.name}", block=index, ranks=entries)
+
+    @property
+    def _place(self) -> Path:
+        """Where a rank's part of the state is."""
+        hidden = next(iter(self.streams.values())).hidden
+        return hidden.file.parent if isinstance(hidden, Spilled) and not self.ranks.first else self.journal.directory
 
     def load(self, record: Record, hidden: Mapping[str, tuple[Spilled, torch.dtype]]) -> bool:
-        """Take over what `save` recorded, the streams' hidden states being in these; False where any of it is damaged.
+        """Take over what `save` recorded, the streams' hidden states being in these; False where any of it is damaged
+        on any rank.
 
         hidden: by label, and the dtype that they are to be of.
         """
-        state = self.journal.load(record["state"])
-        for label, (spilled, wanted) in hidden.items():
-            saved = record["streams"][label]
-            shapes, dtype = [tuple(shape) for shape in saved["shapes"]], getattr(torch, saved["dtype"])
-            if state is None or dtype != wanted or not spilled.adopt(saved["side"], shapes, dtype, saved["sha256"]):
-                logger.warning("what was saved of %s is gone or changed: it is computed again", self.name)
-                return False
+        entries = record["ranks"]
+        own = entries[self.ranks.rank] if len(entries) == self.ranks.size else {}
+        place = self.journal.directory if self.ranks.first else next(iter(hidden.values()))[0].file.parent
+        state = load_tensors(place, own["state"]) if own else None
+        if not all(self.ranks.gather(state is not None and _adopt(own["streams"], hidden))):
+            logger.warning("what was saved of %s is gone or changed: it is computed again", self.name)
+            return False
         assert state is not None
         self.first = record["block"] + 1
         self.state = {name: tensor for name, tensor in state.items() if tensor.dim()}
         self.figures = {name: float(tensor) for name, tensor in state.items() if not tensor.dim()}
         return True
+
+
+def _adopt(saved: Mapping[str, Record], hidden: Mapping[str, tuple[Spilled, torch.dtype]]) -> bool:
+    """Have the hidden states that were saved; False where they are not what they were."""
+    for label, (spilled, wanted) in hidden.items():
+        entry = saved[label]
+        shapes, dtype = [tuple(shape) for shape in entry["shapes"]], getattr(torch, entry["dtype"])
+        if (shapes and dtype != wanted) or not spilled.adopt(entry["side"], shapes, dtype, entry["sha256"]):
+            return False
+    return True
 
 
 def walk(
@@ -105,10 +130,12 @@ def walk(
         if not finished(block):
             with block.loaded(step):
                 yield block
+            seconds = time.perf_counter() - start
             if streams:
                 streams.save(index)
+                seconds = max(streams.ranks.gather(time.perf_counter() - start))
             if block.facts is not None:
-                progress.done(stage, block.path, time.perf_counter() - start, **block.facts)
+                progress.done(stage, block.path, seconds, **block.facts)
         progress.step()
 
 

@@ -7,6 +7,7 @@ losses (`solved.py`). What each is, and whose, says `linalg/allocation.py`. All 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,9 +30,12 @@ from slimlm.model.streamed import StreamedModel
 from slimlm.prune.curvature import damped, row_fisher
 from slimlm.prune.group import Gradients, Row
 from slimlm.prune.masks import taylor
+from slimlm.ranks import Ranks
 
+K = TypeVar("K")
+V = TypeVar("V")
 Counts = dict[str, int]  # of weights that go, by a matrix's full name
-Scores = Callable[[Block], Iterable[tuple[str, Tensor]]]  # of a block's linears, by name within it: [out, in] each
+Scores = Iterable[tuple[str, Tensor]]  # of a block's linears, by name within it: [out, in] each
 InputNorms = Callable[[Block], Mapping[str, Tensor]]  # of a block's linears, by name within it: [in] each
 
 
@@ -76,29 +80,35 @@ class Matrices:
         return exact_counts(self.sizes, lambda name, c: of[name] + c, self.total, -1.0, 1.0)
 
 
-def by_threshold(walk: Iterable[Block], matrices: Matrices, scores: Scores) -> Counts:
-    """`global`: one threshold for all scores; a matrix without scores loses its share like in a uniform allocation."""
-    histograms = {f"{block.path}.{name}": histogram(found) for block in walk for name, found in scores(block)}
+def by_threshold(scored: Iterable[tuple[Block, Scores]], matrices: Matrices, ranks: Ranks) -> Counts:
+    """`global`: one threshold for all scores; a matrix without scores loses its share like in a uniform allocation.
+
+    scored: of all ranks' blocks this one's.
+    """
+    own = {f"{block.path}.{name}": histogram(found) for block, scores in scored for name, found in scores}
+    histograms = _merged(own, ranks)
     unknown = {name: count for name, count in matrices.uniform().items() if name not in histograms}
     return {**global_counts(histograms, matrices.total - sum(unknown.values())), **unknown}
 
 
-def pq(walk: Iterable[Block], matrices: Matrices) -> Counts:
-    """In proportion to what the PQ Index says can go."""
-    kept = {name: pq_share(weight) for block in walk for name, weight in _weights(block, full=True)}
+def pq(some: Iterable[Block], matrices: Matrices, ranks: Ranks) -> Counts:
+    """In proportion to what the PQ Index says can go. some: of all ranks' blocks this one's."""
+    own = {name: pq_share(weight) for block in some for name, weight in _weights(block, full=True)}
+    kept = _merged(own, ranks)
     most, least = max(kept.values()), max(min(kept.values()), 1e-12)
     return exact_counts(
         matrices.sizes, lambda name, c: 1 - (1 - c) * kept[name] / most, matrices.total, 1 - most / least, 1.0
     )
 
 
-def alphapruning(walk: Iterable[Block], matrices: Matrices) -> Counts:
-    """Less of blocks whose spectra have heavy tails."""
-    alphas: dict[int, float] = {}
-    for block in walk:
+def alphapruning(some: Iterable[Block], matrices: Matrices, ranks: Ranks) -> Counts:
+    """Less of blocks whose spectra have heavy tails. some: of all ranks' blocks this one's."""
+    own: dict[int, float] = {}
+    for block in some:
         found = [hill_alpha(weight) for _, weight in _weights(block)]
         if found:
-            alphas[block.index] = sum(found) / len(found)
+            own[block.index] = sum(found) / len(found)
+    alphas = dict(sorted(_merged(own, ranks).items()))
     shares = alpha_shares(list(alphas.values()), matrices.sparsity)
     return matrices.by_block(dict(zip(alphas, shares, strict=True)), scaled=True)
 
@@ -113,6 +123,10 @@ def owl(walk: Iterable[Block], matrices: Matrices, input_norms: InputNorms) -> C
             ratios[block.index] = outlier_ratio(torch.cat(outliers))
     shares = owl_shares(list(ratios.values()), matrices.sparsity)
     return matrices.by_block(dict(zip(ratios, shares, strict=True)))
+
+
+def _merged(own: dict[K, V], ranks: Ranks) -> dict[K, V]:
+    return {key: value for found in ranks.gather(own) for key, value in found.items()}
 
 
 def _weights(block: Block, full: bool = False) -> Iterator[tuple[str, Tensor]]:

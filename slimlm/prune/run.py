@@ -25,7 +25,7 @@ from slimlm.model.block import Block, Group
 from slimlm.model.rotation import unchanged
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
-from slimlm.model.walk import backwards, to_the_end, untold
+from slimlm.model.walk import backwards, every, to_the_end, untold
 from slimlm.prune import allocation, solved
 from slimlm.prune.curvature import Curvature, Flat, row_fisher
 from slimlm.prune.group import BY_MAGNITUDE, Gradients, Row, curvatures, prune_group
@@ -65,17 +65,17 @@ def run_prune(run: Run[PruneStep]) -> Outcome:
         notes |= _prune_seeing(run, row, quotas)
     warn_of_starved(notes)
     run.result.settle()
-    return Outcome(run.plan, notes, zeros=_zeros_written(run))
+    return Outcome(run.plan, notes, zeros=run.ranks.decided(lambda: _zeros_written(run)))
 
 
 def _gather_gradients(run: Run[PruneStep]) -> None:
     """Leave the gradients that the recipe asks for in the journal, unless an earlier process did."""
     recipe, model = run.recipe, run.model
-    if all(run.journal.recall(_step(index)) for index in backwards(model)):
+    if all(run.journal.holds(_step(index)) for index in backwards(model)):
         return
     sample = Sample(recipe.fisher_samples, recipe.fisher_unit == "sequence", recipe.seed)
     windows = windows_to_sweep(run.batches, sample.count if sample.by_sequence else None)
-    losses = Losses(windows, recipe.seed, recipe.fisher_labels)
+    losses = Losses(windows, recipe.seed, recipe.fisher_labels, run.ranks)
     walks = Walks(run.walk("gradients"), run.walk("gradients back", order=backwards(model)), run.scratch)
     for block, tensors in gather_gradients(model, losses, walks, sample):
         run.journal.keep(_step(block.index), tensors)
@@ -86,12 +86,23 @@ def _step(index: int) -> str:
     return f"gradients-{index}"
 
 
-def _gradients(run: Run[PruneStep], block: Block) -> Gradients:
-    """What was gathered of a block's linears; of an expert that no token reached, nothing."""
-    recalled = run.journal.recall(_step(block.index))
+def _gathered(run: Run[PruneStep], index: int) -> dict[str, Tensor]:
+    """What was gathered of a block, by its number; all ranks ask for it."""
+    recalled = run.journal.recall(_step(index))
     if recalled is None:
-        raise RunFailure(f"the gradients of {block.path} are gone from {run.journal.directory}: start over")
-    return gradients_of(block, recalled[1])
+        path = run.model.family.block(index)
+        raise RunFailure(f"the gradients of {path} are gone from {run.journal.directory}: start over")
+    return recalled[1]
+
+
+def _nothing(index: int) -> dict[str, Tensor]:
+    """What is known of a block without data."""
+    return {}
+
+
+def _gradients(run: Run[PruneStep], block: Block) -> Gradients:
+    """Of a block's linears; of an expert that no token reached, none. All ranks ask for it."""
+    return gradients_of(block, _gathered(run, block.index))
 
 
 def _counts(run: Run[PruneStep], row: Row) -> dict[str, int]:
@@ -112,19 +123,31 @@ def _uneven(run: Run[PruneStep], row: Row, matrices: allocation.Matrices) -> dic
         case "solved":
             return matrices.by_block(_solved_shares(run, row))
         case "global":
-
-            def scores(block: Block) -> Iterator[tuple[str, Tensor]]:
-                gradients = {} if row.curvature == "none" else _gradients(run, block)
-                return allocation.global_scores(block, gradients, row, run.recipe.fisher_damping)
-
-            return allocation.by_threshold(untold(run.walk("allocating")), matrices, scores)
+            return allocation.by_threshold(_scored(run, row), matrices, run.ranks)
         case "owl":
             dense = run.embed("dense")
             return allocation.owl(untold(run.walk("allocating")), matrices, partial(_norms, stream=dense))
         case "pq":
-            return allocation.pq(untold(run.walk("allocating")), matrices)
+            return allocation.pq(_some(run), matrices, run.ranks)
         case _:
-            return allocation.alphapruning(untold(run.walk("allocating")), matrices)
+            return allocation.alphapruning(_some(run), matrices, run.ranks)
+
+
+def _some(run: Run[PruneStep]) -> Iterator[Block]:
+    """Every block, on one rank or another."""
+    for _, block, _ in run.apart("allocating", every(run.model, lambda block: block.index)):
+        if block is not None:
+            yield from untold([block])
+
+
+def _scored(run: Run[PruneStep], row: Row) -> Iterator[tuple[Block, allocation.Scores]]:
+    """Every block, on one rank or another, and what its weights' going is predicted to cost."""
+    known = _nothing if row.curvature == "none" else partial(_gathered, run)
+    for _, block, found in run.apart("allocating", every(run.model, lambda block: block.index), known):
+        if block is not None:
+            block.facts = None
+            gradients = gradients_of(block, found) if found else {}
+            yield block, allocation.global_scores(block, gradients, row, run.recipe.fisher_damping)
 
 
 def _norms(block: Block, stream: Stream) -> Mapping[str, Tensor]:
@@ -147,32 +170,37 @@ def _shares(model: StreamedModel, counts: dict[str, int]) -> dict[str, float]:
 
 
 def _prune_apart(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[str, Any]:
-    """Without data, or with gradients of the dense model, blocks do not depend on one another: finished ones are left
-    out."""
-    for block in run.walk("pruning", finished=lambda block: run.result.written(block.path)):
-        if reorders(run.recipe, row):
-            reorder(block)
-        for group, curvature, own in _known_apart(run, block, row):
-            try:
-                prune_group(group, curvature, quotas, own)
-            except ValueError as error:
-                raise RunFailure(f"{group.full_names[0]} cannot be pruned: {error}") from error
-            del curvature  # before there is the next one
-        run.result.write_block(block, block.weights())
+    """Without data, or with gradients of the dense model, blocks do not depend on one another."""
+    model = run.model
+    left = run.unwritten(every(model, lambda block: block.index), model.family.block)
+    for some, block, found in run.apart("pruning", left, partial(_gathered, run) if row.sees_fisher else _nothing):
+        if block is not None:
+            if reorders(run.recipe, row):
+                reorder(block)
+            gradients = gradients_of(block, found) if found else {}
+            for group, curvature, own in _known_apart(run.recipe, block, row, gradients):
+                try:
+                    prune_group(group, curvature, quotas, own)
+                except ValueError as error:
+                    raise RunFailure(f"{group.full_names[0]} cannot be pruned: {error}") from error
+                del curvature  # before there is the next one
+                run.ranks.note("solves")
+        run.hand_in(list(map(model.family.block, some)), block.weights().items() if block else ())
     return _without_gradients(run, row)
 
 
-def _known_apart(run: Run[PruneStep], block: Block, row: Row) -> Iterator[tuple[Group, Curvature, Row]]:
+def _known_apart(
+    recipe: PruneStep, block: Block, row: Row, gradients: Gradients
+) -> Iterator[tuple[Group, Curvature, Row]]:
     """What there is to prune a block's linears by: nothing, or gradients, which an expert that no token reached has
     not."""
     if row.curvature == "none":
         yield from ((group, Flat(), row) for group in block.groups)
         return
-    gradients = _gradients(run, block)
     for group in chain.from_iterable(together.apart() for together in block.groups):
         if group.first in gradients:
-            damping, blocks = run.recipe.fisher_damping, row.curvature == "block-fisher"
-            yield group, row_fisher(gradients[group.first], damping, blocks), row
+            blocks = row.curvature == "block-fisher"
+            yield group, row_fisher(gradients[group.first], recipe.fisher_damping, blocks), row
         else:
             yield group, Flat(), BY_MAGNITUDE
 

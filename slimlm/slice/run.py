@@ -103,7 +103,7 @@ def _new_basis(run: Slicing) -> Basis:
         return Basis(saved["basis"].to(model.device), saved["influence"], record["notes"], centred)
     statistics, gradients = _statistics(run, "calibration"), None
     if run.recipe.weighting == "loss":
-        losses = Losses(windows_to_sweep(run.batches), run.recipe.seed)
+        losses = Losses(windows_to_sweep(run.batches), run.recipe.seed, ranks=run.ranks)
         walks = Walks(run.walk("gradients"), run.walk("gradients back", order=backwards(model)), run.scratch)
         gradients = gradient_covariance(model, losses, walks)
     run.progress.stage("finding the basis", 1)
@@ -113,6 +113,7 @@ def _new_basis(run: Slicing) -> Basis:
         raise RunFailure(
             f"the residual stream or its gradients overflow in {model.dtype}: the weights are broken"
         ) from error
+    run.ranks.share([found.vectors, found.influence])  # other processors might round otherwise
     run.journal.keep("basis", {"basis": found.vectors, "influence": found.influence}, notes=found.notes)
     return found
 
@@ -169,6 +170,7 @@ def _refit_blocks(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Pla
     """Write every block of the compressed model; the streams end behind the last one."""
     model, result = run.model, run.result
     result.settle()  # the compressed model is read from where it is written
+    run.ranks.meet()
     config = copy.deepcopy(plan.config)  # building a model sets its dtype
     small = model.another(Checkpoint(result.output), config, family_of(config))
     becomes = {index: small.blocks[place] for index, place in places(widths.blocks).items()}
@@ -193,9 +195,9 @@ def _rotate(run: Slicing, layout: Layout, widths: Widths, basis: Tensor) -> None
     for name in model.family.embeddings:
         result.write(model, name, slice_embedding(model, name, basis, widths.tied))
     path = {index: model.family.block(place) for index, place in places(widths.blocks).items()}
-    for block in run.walk("slicing", order=widths.blocks, finished=lambda block: result.written(path[block.index])):
-        sliced = slice_block(block.weights(), block.family, basis, layout.zeros(widths))
-        result.write(model, path[block.index], ((f"{path[block.index]}.{name}", tensor) for name, tensor in sliced))
+    for some, block, _ in run.apart("slicing", run.unwritten(widths.blocks, path.__getitem__)):
+        sliced = slice_block(block.weights(), block.family, basis, layout.zeros(widths)) if block else ()
+        run.hand_in([path[index] for index in some], sliced)
     _write_outer(run, layout, widths)
     tied = layout.keeps_tie(widths)
     tensors = write_tied_norm(model, basis) if tied else write_head(model, head_map(model, basis), basis)
@@ -221,6 +223,7 @@ def _run_per_block(run: Run[SliceStep]) -> Outcome:
     for embedding in family.embeddings:
         result.write(model, embedding, [(f"{embedding}.weight", embedding_rows(model, embedding, basis))])
     result.settle()
+    run.ranks.meet()
     small = model.another(Checkpoint(result.output), config, family_of(config))
     streams = run.streams("sliced", {"sliced": small}, result.leading(model))
     basis = streams.state["basis"].to(model.device) if streams.state else basis
@@ -243,7 +246,8 @@ def _embedding_basis(run: Run[SliceStep]) -> Tensor:
     recalled = run.journal.recall("basis")
     if recalled:
         return recalled[1]["basis"].to(run.model.device)
-    basis = basis_of(embedding_gram(run.model, run.embed("embedded")))
+    gram = embedding_gram(run.model, run.embed("embedded"))
+    basis = run.ranks.once(basis_of(gram) if run.ranks.first else None)
     run.scratch.clear()
     run.journal.keep("basis", {"basis": basis})
     return basis

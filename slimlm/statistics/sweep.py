@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from slimlm.deal import Deal, Parts
+from slimlm.deal import Deal, Parts, seed_of
 from slimlm.linalg.gram import Gram, is_wide
 from slimlm.model.block import Block
 from slimlm.model.ends import differentiable_logits, embed
@@ -55,11 +55,6 @@ def windows_to_sweep(batches: Sequence[Tensor], most: int | None = None) -> list
     windows = torch.cat(list(batches))
     count = max(1, TOKENS // windows.shape[1])
     return list(windows[: count if most is None else min(count, most)].split(len(batches[0])))
-
-
-def seed_of(seed: int, number: int) -> int:
-    """Of batch `number`'s draws, whoever makes them."""
-    return (seed * 0x9E3779B1 + number) % 2**32  # torch's generators on CPUs look at no more bits
 
 
 def gradient_covariance(model: StreamedModel, losses: Losses, walks: Walks) -> Tensor:

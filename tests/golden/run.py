@@ -23,7 +23,7 @@ from tests.golden.models import build, write_data
 FORM = "steps" if "steps" in Recipe.model_fields else "flat"
 # What tells of the time, the machine or the version, and files whose contents do.
 UNLIKE = re.compile(
-    r"(^|/)(run/(seconds|peak_memory_bytes|memory_before_bytes|machine|work_bytes|scratch_bytes)|versions"
+    r"(^|/)(run/(ranks|seconds|peak_memory_bytes|memory_before_bytes|machine|work_bytes|scratch_bytes)|versions"
     r"|fingerprint/version slimlm)(/|$)"
 )
 TIMED = ("slimlm.json", "slimlm.log.jsonl", "README.md", "recipe.yaml")

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimlm.deal import seed_of
 from slimlm.linalg.pca import principal_basis
 from slimlm.slice import run as slicing
 from slimlm.slice.basis import MASSIVE
-from slimlm.statistics.sweep import Losses, gradient_covariance, seed_of
+from slimlm.statistics.sweep import Losses, gradient_covariance
 from tests.conftest import random_tokens, stream
 from tests.helpers import inputs_of, run_at, stock, walks_of
 

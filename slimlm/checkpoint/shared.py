@@ -1,0 +1,61 @@
+"""An output that several ranks build: one of them writes it, or one on each of several disks that do not see another.
+
+Whoever writes holds the lock, and leaves the whole result on its disk in the end. Every rank has files of its own for
+what waits.
+"""
+
+import platform
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from slimlm.checkpoint.disk import disk_errors
+from slimlm.checkpoint.staging import Staging
+from slimlm.ranks import Ranks
+
+
+@contextmanager
+def shared(
+    ranks: Ranks, output: Path, work_dir: Path | None, own: AbstractContextManager[Staging]
+) -> Iterator[Staging]:
+    """The place where an output is built, for all ranks. own: entered by those that write."""
+    if ranks.size == 1:
+        with own as staging:
+            yield staging
+        return
+    ranks.writes = _writes(ranks, output)
+    if ranks.writes:
+        with own as staging:
+            ranks.agreed(staging.work_dir)
+            yield staging
+            ranks.meet()  # before it takes its name, and what others still read goes
+    else:
+        yield Staging(output, ranks.agreed(work_dir))
+        ranks.meet()
+
+
+def scratch_of(ranks: Ranks, staging: Staging) -> Path:
+    """Where a rank's hidden states wait."""
+    if ranks.first:
+        return staging.scratch
+    own = staging.scratch / f"rank-{ranks.rank}"
+    with disk_errors(own):
+        own.mkdir(parents=True, exist_ok=True)
+    return own
+
+
+def _writes(ranks: Ranks, output: Path) -> bool:
+    """Whether this rank is the first of those that see the same disk there."""
+    token = ranks.decided(lambda: f".slimlm-{uuid.uuid4().hex}")
+    mark = output.parent / token
+    if ranks.first:
+        with disk_errors(mark):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    ranks.meet()
+    where = "with the first" if mark.exists() else f"{platform.node()} {output}"
+    first_there = ranks.gather(where).index(where)
+    if ranks.first:
+        mark.unlink()
+    return first_there == ranks.rank
