@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from slimlm.device import pick_device
 from slimlm.errors import SlimlmError, UserError, one_line
-from slimlm.started import local_rank, local_size, own_rank, world_size
+from slimlm.started import LOST, local_rank, local_size, own_rank, world_size
 
 MEETING = timedelta(minutes=10)  # to wait for all to begin
 PATIENCE = timedelta(days=7)  # one may solve for hours while the others wait; that one died shows at once
@@ -33,7 +33,7 @@ T = TypeVar("T")
 class Lost(SlimlmError):
     """Another rank is gone, and says itself why, unless it was killed."""
 
-    exit_code = 75  # EX_TEMPFAIL: what starts the ranks tells this one from the rank that failed
+    exit_code = LOST
 
 
 @dataclass

@@ -1,8 +1,11 @@
 """What torchrun, accelerate launch and `--num-processes` tell each process they start, in its environment."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-LAUNCHED = "SLIMLM_LAUNCHED"  # set by `--num-processes`, whose parent says of every killed process that it was
+LAUNCHED = "SLIMLM_LAUNCHED"  # set by `--num-processes`, whose parent says which process was killed
+LOST = 75  # exit code, EX_TEMPFAIL, of a process whose peers are gone: it is not to blame
 
 
 def world_size() -> int:
@@ -28,6 +31,21 @@ def local_size() -> int:
 def is_launched() -> bool:
     """Whether slimlm itself started it."""
     return bool(os.environ.get(LAUNCHED))
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Inside, these variables have these values, also for processes that start there."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _number(name: str, default: int) -> int:
