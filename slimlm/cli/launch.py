@@ -74,6 +74,7 @@ def _launch(count: int, advice: str) -> None:
         local_addr="localhost",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        **({"signals_to_handle": ",".join(_heeded())} if hasattr(LaunchConfig, "signals_to_handle") else {}),
     )
     logging.disable(logging.CRITICAL)  # the launcher tells in pages what is one line here
     try:
@@ -84,6 +85,12 @@ def _launch(count: int, advice: str) -> None:
         raise Interrupted(f"interrupted{advice}", 128 + error.sigval) from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _heeded() -> list[str]:
+    """Signals that nobody had ignored, as nohup does."""
+    found = {name: getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}
+    return [name for name, number in found.items() if number and signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _end_as(failures: "Mapping[int, ProcessFailure]", advice: str) -> None:
