@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.compression import CompressResult
+from slimlm.device import check_process
 from slimlm.errors import UserError
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe, Setting, one_step
@@ -54,6 +55,7 @@ def _in_memory(
     work_dir: Path | str | None = None,
     **settings: Setting,
 ) -> PreTrainedModel:
+    check_process()
     if unknown := {"model", "output_dir", "revision"} & settings.keys():
         raise UserError(f"{unknown.pop()} is of no use for a model in memory")
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from slimlm.errors import UserError, one_line
+from slimlm.started import world_size
 
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # glibc, malloc.h
 CGROUP_FILES = (
@@ -20,7 +21,17 @@ CGROUP_FILES = (
 
 
 def check_process() -> None:
-    """Raises UserError in a process slimlm cannot work in: one of several, or one whose float32 is not float32."""
+    """For what works in one process only. Raises UserError in one of several, and as `check_precision` does."""
+    if world_size() > 1:
+        raise UserError(
+            f"WORLD_SIZE is {world_size()}, and this works in one process: start it without torchrun, accelerate "
+            "launch or the like, or unset WORLD_SIZE"
+        )
+    check_precision()
+
+
+def check_precision() -> None:
+    """Raises UserError in a process whose float32 is not float32."""
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # set half through torch's old settings and half through its new ones

@@ -1,32 +1,39 @@
 """One process or several that share a run, and what they tell each other.
 
-torch.distributed carries it, accelerate starts it: NCCL between GPUs, gloo between CPUs and for plain objects. Alone,
-every operation gives back what it got. Nothing here knows a model.
+torchrun, accelerate launch or slimlm start them, torch.distributed carries it: NCCL between GPUs, gloo between CPUs and
+for plain objects. Alone, every operation gives back what it got. Nothing here knows a model.
 """
 
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
+from slimlm.device import pick_device
 from slimlm.errors import SlimlmError, UserError, one_line
+from slimlm.started import LOST, local_rank, local_size, own_rank, world_size
 
+MEETING = timedelta(minutes=10)  # to wait for all to begin
 PATIENCE = timedelta(days=7)  # one may solve for hours while the others wait; that one died shows at once
+_groups = count()
 T = TypeVar("T")
 
 
 class Lost(SlimlmError):
     """Another rank is gone, and says itself why, unless it was killed."""
 
-    exit_code = 75  # EX_TEMPFAIL: what starts the ranks tells this one from the rank that failed
+    exit_code = LOST
 
 
 @dataclass(eq=False)
@@ -36,7 +43,8 @@ class Ranks:
 
     plain: carries objects and tensors on a CPU; None alone. direct: whether the device's tensors travel as they are.
     writes: whether it writes the result: the first does, and the first of those that do not see the first's disk.
-    waited, moved: seconds and bytes of all that was exchanged. did: what this one did of the work, by name.
+    swift: what carries these then, where it is not `plain`. waited, moved: seconds and bytes of all that was exchanged.
+    did: what this one did of the work, by name.
     """
 
     rank: int = 0
@@ -46,6 +54,7 @@ class Ranks:
     plain: Any = None
     direct: bool = True
     writes: bool = True
+    swift: Any = None
     waited: float = 0.0
     moved: int = 0
     did: dict[str, int] = field(default_factory=dict)
@@ -159,7 +168,7 @@ class Ranks:
 
     @property
     def _group(self) -> Any:
-        return None if self.direct else self.plain
+        return self.plain if self.swift is None else self.swift
 
     def _packed(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().contiguous()
@@ -192,23 +201,93 @@ class Ranks:
 ALONE = Ranks()
 
 
-def start_ranks(device: str = "auto") -> Ranks:
-    """This process's place among those that torchrun, accelerate or slimlm itself started; alone where nobody did.
+@contextmanager
+def start_ranks(device: str = "auto") -> Iterator[Ranks]:
+    """This process's place among those that torchrun, accelerate or slimlm itself started, alone where nobody did; at
+    the end all wait for each other and part.
 
-    device: as `--device`. Raises UserError where the others cannot be reached.
+    device: as `--device`; several processes of a machine have a GPU each, or share those that there are. A group that
+    the caller has already is used, and left to the caller. Raises UserError for a device that cannot be, and where the
+    others cannot be reached.
     """
-    size = os.environ.get("WORLD_SIZE", "")
-    if not size.isdigit() or int(size) < 2:
-        return Ranks(device=torch.device("cpu"))
-    from accelerate import PartialState
-
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    own_gpu = on_gpu and int(os.environ.get("LOCAL_WORLD_SIZE", size)) <= torch.cuda.device_count()
+    is_ours = world_size() > 1 and not _has_group()
+    if is_ours:
+        _join_group()
+    if not _has_group() or dist.get_world_size() == 1:
+        yield Ranks(device=pick_device(device))
+        return
+    ranks = _placed(device)
     try:
-        state = PartialState(cpu=not on_gpu, timeout=PATIENCE, **({} if own_gpu else {"backend": "gloo"}))
+        yield ranks
+        ranks.meet()  # one that left early would look lost to those that still read from it
+    except BaseException:
+        if ranks.swift is None:  # NCCL's end would wait for the others; gloo's tells them
+            _part(ranks, is_ours)
+        raise
+    _part(ranks, is_ours)
+
+
+def may_speak() -> bool:
+    """Whether it is up to this process to say why the run ends: the first that asks may, of all that have met; of
+    those that have not, one on each machine."""
+    if world_size() == 1:
+        return True
+    if not _meeting_point.cache_info().currsize:
+        return local_rank() == 0
+    try:
+        return bool(_meeting_point().add("slimlm/said", 1) == 1)
+    except RuntimeError:  # whoever kept count is gone: rather twice than never
+        return True
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@cache
+def _meeting_point() -> Store:
+    """What all ranks can read and write; there is one, however many groups come and go."""
+    found: Store = next(rendezvous("env://", timeout=MEETING))[0]
+    return found
+
+
+def _join_group() -> None:
+    """Raises UserError where the others cannot be reached."""
+    try:
+        store = PrefixStore(f"slimlm/{next(_groups)}", _meeting_point())
+        dist.init_process_group("gloo", store=store, rank=own_rank(), world_size=world_size(), timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the {size} processes of this run do not find each other: {one_line(error)}") from error
-    plain = dist.new_group(backend="gloo", timeout=PATIENCE) if own_gpu else dist.group.WORLD
-    return Ranks(
-        dist.get_rank(), dist.get_world_size(), state.local_process_index, state.device, plain, own_gpu or not on_gpu
-    )
+        raise UserError(
+            f"the {world_size()} processes of this run do not find each other: {one_line(error)}"
+        ) from error
+
+
+def _placed(device: str) -> Ranks:
+    """Raises UserError."""
+    plain = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank(), _own_device(device), plain)
+    kinds = ranks.gather(ranks.device.type)
+    if len(set(kinds)) > 1:
+        raise UserError(f"the processes of this run compute on {', '.join(kinds)}: give --device cpu, or GPUs to all")
+    if kinds[0] != "cpu":
+        ranks.direct = all(ranks.gather(local_size() <= torch.cuda.device_count()))  # NCCL wants a GPU for each
+        ranks.swift = dist.new_group(backend="nccl", timeout=PATIENCE) if ranks.direct else None
+    return ranks
+
+
+def _own_device(device: str) -> torch.device:
+    """Raises UserError."""
+    if device.startswith("cuda:"):
+        raise UserError(f"--device {device} is one GPU for several processes: --device cuda gives each its own")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return pick_device(f"cuda:{local_rank() % max(1, torch.cuda.device_count())}")
+    return pick_device(device)
+
+
+def _part(ranks: Ranks, is_ours: bool) -> None:
+    if is_ours:
+        dist.destroy_process_group()
+        return
+    for group in (ranks.swift, ranks.plain):
+        if group is not None and group is not dist.group.WORLD:
+            dist.destroy_process_group(group)

@@ -29,7 +29,7 @@ from slimlm.compression import (
     finished,
     publish,
 )
-from slimlm.device import check_process
+from slimlm.device import check_precision
 from slimlm.errors import UserError, out_of_memory
 from slimlm.manifest import Fingerprint, decisive, fingerprint_of
 from slimlm.methods import method_of
@@ -63,7 +63,7 @@ def how_of(settings: RunSettings, ranks: Ranks = ALONE) -> How:
 
 def before_work(settings: PushSettings) -> Push | None:
     """Where the result is uploaded to, if anywhere. Raises UserError where it cannot be, or not from this process."""
-    check_process()
+    check_precision()
     if not settings.push_to_hub:
         return None
     push = Push(settings.push_to_hub, settings.private, settings.token)
@@ -81,14 +81,16 @@ def compress(settings: CompressSettings) -> CompressResult:
     token, cache_dir: for a model on the hub, as `from_pretrained` takes them.
     push_to_hub: a repository to upload the result to when it is whole; private: one that is not there yet.
     Raises UserError for anything wrong with the request, before any work, and RunFailure when the run itself fails.
-    Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`.
+    Either way nothing is left under the output's name; what a run had finished stays in `<output>.partial/`. Several
+    processes, all of which call this, share the work, and all get the result.
     """
-    ranks = start_ranks(settings.recipe.steps[0].device)
-    how, push = how_of(settings, ranks), before_work(settings)
-    result = compress_recipe(settings.recipe, how)
-    if push is not None and ranks.first:
-        how.progress.line(f"uploading to {push.repo}")
-        how.progress.line(f"it is at {push.upload(result.output_dir)}")
+    push = before_work(settings)
+    with start_ranks(settings.recipe.steps[0].device) as ranks:
+        how = how_of(settings, ranks)
+        result = compress_recipe(settings.recipe, how)
+        if push is not None and ranks.first:
+            how.progress.line(f"uploading to {push.repo}")
+            how.progress.line(f"it is at {push.upload(result.output_dir)}")
     return result
 
 

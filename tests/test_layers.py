@@ -11,8 +11,10 @@ from tests.house_functions import mentioned, named
 
 ROOT = Path(slimlm.__file__).parent
 ORDER = [
-    {"errors", "plain"},
+    {"errors", "plain", "started"},
     {"linalg", "families", "device", "modeling"},
+    {"ranks"},
+    {"deal"},
     {"progress"},
     {"recipe", "checkpoint", "calibration"},
     {"settings"},

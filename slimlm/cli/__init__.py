@@ -13,9 +13,11 @@ from slimlm.cli.evaluate import eval_command
 from slimlm.cli.inspect import inspect_command
 from slimlm.cli.others import methods_command, models_command, pack_command, recipes_command, unpack_command
 from slimlm.cli.running import Stopped
+from slimlm.cli.several import begin_as_one_of_several, end_as_one_of_several
 from slimlm.errors import SlimlmError, out_of_memory
 from slimlm.recipe import FIELDS
 from slimlm.report.streams import sturdy_streams, to_nowhere
+from slimlm.started import own_rank, world_size
 
 app = typer.Typer(
     name="slimlm",
@@ -41,12 +43,16 @@ def main() -> None:
     """Entry point of the console command.
 
     Exit code 2 for a user's mistake, 1 for a failed run, 128 and its number for a signal: 130 is Ctrl-C, 141 says that
-    nobody read the output to its end. What was written to files stands then.
+    nobody read the output to its end. What was written to files stands then. Of several processes one says what ended
+    them.
     """
     sturdy_streams()
-    logging.basicConfig(level=logging.WARNING, format="slimlm: %(levelname)s: %(message)s")
+    level = logging.ERROR if own_rank() else logging.WARNING  # what several processes have to say, the first one says
+    logging.basicConfig(level=level, format="slimlm: %(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _heed_signals()
+    if world_size() > 1:
+        begin_as_one_of_several()
     try:
         with out_of_memory("use a larger machine or a smaller model"):
             code = app(standalone_mode=False)
@@ -65,6 +71,8 @@ def main() -> None:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except Exception as error:
         message = getattr(error, "format_message", None)  # what typer says of a flag or value it does not know
+        if message is None and world_size() > 1:
+            end_as_one_of_several("", 1)
         if message is None:
             raise
         name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
@@ -85,6 +93,8 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    if world_size() > 1:
+        end_as_one_of_several(message, code)
     print(f"slimlm: {message}", file=sys.stderr)
     sys.exit(code)
 

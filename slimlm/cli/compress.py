@@ -5,15 +5,18 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from slimlm.cli.assign import with_assigned
-from slimlm.cli.options import ORDER, Value, command
+from slimlm.cli.launch import in_processes
+from slimlm.cli.options import ORDER, ManyProcesses, Value, command
 from slimlm.cli.running import running
 from slimlm.errors import UserError
 from slimlm.recipe import FLAGS, Recipe, Step, load_recipe, recipe_of_flags
 from slimlm.settings import PushSettings, RunSettings, described
+from slimlm.started import own_rank
 
 if TYPE_CHECKING:
     from slimlm.compression import CompressResult
 
+RESUME = "; run the same command with --resume to go on"
 COMPRESS_FLAGS = [name for name in ORDER if name in FLAGS]
 ROTATE_FLAGS = [
     name
@@ -23,7 +26,7 @@ ROTATE_FLAGS = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotateOptions(RunSettings):
+class RotateOptions(RunSettings, ManyProcesses):
     """How a recipe is run. settings: of flags, by name."""
 
     settings: dict[str, Value] = field(default_factory=dict)
@@ -67,9 +70,11 @@ def compress_command(options: CompressOptions) -> None:
     recipe = chosen_recipe(options.recipe, with_assigned(options.settings, options.assignments))
     if options.private and not options.push_to_hub:
         raise UserError("--private is for --push-to-hub REPO")
+    if options.dry_run and (options.num_processes or 1) > 1:
+        raise UserError("--dry-run says what one process takes: leave out --num-processes")
     if options.dry_run:
         _dry_run(recipe, options)
-    else:
+    elif not in_processes(options.num_processes, recipe.steps[0].device, RESUME):
         _run(recipe, options, PushSettings, options.verbose)
 
 
@@ -90,7 +95,9 @@ def rotate_command(options: RotateOptions) -> None:
     settings = with_assigned({**options.settings, "method": "rotate"}, options.assignments)
     if "model" not in settings:
         raise UserError("--model is missing: try `slimlm rotate --model llama`")
-    _run(recipe_of_flags(settings), options)
+    recipe = recipe_of_flags(settings)
+    if not in_processes(options.num_processes, recipe.steps[0].device, RESUME):
+        _run(recipe, options)
 
 
 def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
@@ -109,12 +116,13 @@ def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
 
 def _run(recipe: Recipe, options: RunSettings, kind: type[RunSettings] = RunSettings, verbose: bool = False) -> None:
     """kind: the settings among the options that say how the recipe is run."""
-    with running("interrupted; run the same command with --resume to go on", verbose) as progress:
+    with running(f"interrupted{RESUME}", verbose) as progress:
         from slimlm.stages import compress
 
         how = {field.name: getattr(options, field.name) for field in fields(kind)}
         result = compress(recipe=recipe, **{**how, "progress": progress})
-    _print_result(result, recipe.expected)
+    if own_rank() == 0:
+        _print_result(result, recipe.expected)
 
 
 def _dry_run(recipe: Recipe, options: CompressOptions) -> None:

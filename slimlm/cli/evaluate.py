@@ -2,14 +2,17 @@
 
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from slimlm.cli.options import command
+from slimlm.cli.launch import in_processes
+from slimlm.cli.options import ManyProcesses, command
 from slimlm.cli.running import kept, running
 from slimlm.settings import EvalSettings, described
+from slimlm.started import own_rank
 
 
 @dataclass(frozen=True)
-class EvalOptions(EvalSettings):
+class EvalOptions(EvalSettings, ManyProcesses):
     """What is measured, and where the figures go."""
 
     _: KW_ONLY
@@ -26,11 +29,15 @@ def eval_command(options: EvalOptions) -> None:
         slimlm eval llama-slice-25 --against llama
 
         slimlm eval DIR --against meta-llama/Llama-3.2-3B --tasks arc_easy,hellaswag --text test.txt --json result.json
+
+        slimlm eval DIR --num-processes 2
     """
     from slimlm.report.results import check_results
 
-    if options.json_path is not None:
+    if options.json_path is not None and own_rank() == 0:
         check_results(options.json_path)
+    if in_processes(options.num_processes, options.device):
+        return
     settings = {field.name: getattr(options, field.name) for field in fields(EvalSettings)}
     settings["tasks"] = () if options.tasks == ("none",) else options.tasks
     settings["num_windows"] = options.num_windows or None
@@ -38,11 +45,15 @@ def eval_command(options: EvalOptions) -> None:
         from slimlm.evaluation.evaluate import evaluate
 
         data = evaluate(**{**settings, "progress": progress}).data
+    if own_rank() == 0:
+        _show(data, options.json_path)
 
+
+def _show(data: dict[str, Any], json_path: Path | None) -> None:
     from slimlm.report.summary import evaluation_summary
     from slimlm.report.table import comparison_table
     from slimlm.report.terminal import console
 
-    with kept(data, options.json_path):
+    with kept(data, json_path):
         console().print(comparison_table(data["models"]))
         print(evaluation_summary(data))

@@ -1,7 +1,7 @@
 """Commands' options, made from what they set: a recipe's fields, and fields of dataclasses of settings."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import wraps
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar, get_args
 import typer
 
 from slimlm.recipe import FIELDS
-from slimlm.settings import HubSettings
+from slimlm.settings import HubSettings, described
 
 Options = TypeVar("Options", bound=HubSettings)
 Value = str | int | float | bool | list[str] | None
@@ -23,8 +23,8 @@ PANELS = {  # of the commands that run a recipe, in the order of their help; oth
     ),
     "Calibration data": ("dataset", "text_column", "num_calibration_samples", "max_seq_length", "seed"),
     "How to run": (
-        "batch_size", "device", "work_dir", "trust_remote_code", "token", "cache_dir", "measure", "eval_text",
-        "eval_windows",
+        "batch_size", "device", "num_processes", "work_dir", "trust_remote_code", "token", "cache_dir", "measure",
+        "eval_text", "eval_windows",
     ),
     "Output": (
         "output_dir", "overwrite", "resume", "resume_anyway", "dry_run", "dtype", "max_shard_size", "push_to_hub",
@@ -43,6 +43,15 @@ SHOWN = {  # defaults that a field's own does not say
     "eval_text": "the Python language reference",
     "output_dir": "MODEL-METHOD-PERCENT, or MODEL-rotate",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyProcesses:
+    """How a command is started that several processes can share."""
+
+    num_processes: int | None = described(
+        None, "processes on this machine that share the work; `torchrun -m slimlm` starts them on several", "1", least=1
+    )
 
 
 class _Told(NamedTuple):

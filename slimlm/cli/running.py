@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimlm.errors import Interrupted, RunFailure
+from slimlm.started import own_rank
 
 if TYPE_CHECKING:
     from slimlm.plain import Json
@@ -20,17 +21,26 @@ class Stopped(BaseException):
 @contextmanager
 def running(when_interrupted: str = "interrupted", verbose: bool = False) -> "Iterator[Progress]":
     """Bars while it runs; Ctrl-C and signals as an error of our own, whose exit code the shell understands."""
-    from slimlm.report.progress import progress_bars
-
-    with progress_bars() as progress:
+    with _shown() as progress:
         try:
             progress.stage("starting", 1)  # importing PyTorch takes seconds
-            _set_verbosity(verbose)
+            _set_verbosity(verbose and own_rank() == 0)
             yield progress
         except KeyboardInterrupt as error:
             raise Interrupted(when_interrupted) from error
         except Stopped as error:
             raise Interrupted(when_interrupted, 128 + error.args[0]) from error
+
+
+def _shown() -> "AbstractContextManager[Progress]":
+    """Bars, of the first of several processes only."""
+    if own_rank() == 0:
+        from slimlm.report.progress import progress_bars
+
+        return progress_bars()
+    from slimlm.progress import Progress
+
+    return nullcontext(Progress())
 
 
 def _set_verbosity(verbose: bool) -> None:

@@ -15,13 +15,14 @@ from slimlm.checkpoint.manifest import read_manifest, versions
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
 from slimlm.checkpoint.skeleton import BUILDING, load_config, load_tokenizer, use_only_known
-from slimlm.device import check_process, machine, pick_device, placement
+from slimlm.device import check_precision, machine, placement
 from slimlm.errors import UserError, one_line, out_of_memory, require_at_least
 from slimlm.evaluation.harness import load_task_manager, run_tasks, task_scores
 from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.tasks import DEFAULT_TASKS, TASKS_PATH
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
 from slimlm.progress import LogProgress, Progress
+from slimlm.ranks import Ranks, start_ranks
 from slimlm.settings import EvalSettings, by_name
 
 if TYPE_CHECKING:
@@ -50,31 +51,40 @@ def evaluate(settings: EvalSettings) -> Evaluation:
 
     text: a .txt file, or None for the Python language reference. num_windows None takes all of it. window None takes
     the length the model was compressed with, else its context up to 2048. tasks: () for none. device_map: "auto"
-    spreads a model over several GPUs. token, cache_dir: for models on the hub, as `from_pretrained` takes them. Raises
-    UserError for models, texts or tasks that cannot be used, before any work.
+    spreads a model over several GPUs. token, cache_dir: for models on the hub, as `from_pretrained` takes them. Several
+    processes share the work, and all get the result. Raises UserError for models, texts or tasks that cannot be used,
+    before any work.
     """
-    progress = settings.progress or LogProgress()
-    check_process()
-    settings = _checked(settings)
+    check_precision()
+    with start_ranks(settings.device) as ranks:
+        return _evaluate(settings, ranks)
+
+
+def _evaluate(settings: EvalSettings, ranks: Ranks) -> Evaluation:
+    progress = settings.progress or (LogProgress() if ranks.first else Progress())
+    settings = _checked(settings, ranks)
     resolved = _resolved(settings)
     windows = _shared_windows(resolved, settings, _window_length(resolved, settings))
     tasks = settings.tasks or ()
     manager = load_task_manager(tasks) if tasks else None
-    entries = [_measure(entry, windows, manager, settings, progress) for entry in resolved]
+    entries = [_measure(entry, windows, manager, settings, ranks, progress) for entry in resolved]
     return Evaluation(
         {
             "models": entries,
             "windows": windows.describe(),
             "tasks": {"names": list(tasks), "limit": settings.limit, "num_fewshot": settings.num_fewshot},
             "batch_size": settings.batch_size,
-            "machine": machine(torch.device(settings.device)),
+            "machine": machine(ranks.device),
+            "ranks": ranks.account(),
             "versions": versions(),
         }
     )
 
 
-def _checked(settings: EvalSettings) -> EvalSettings:
+def _checked(settings: EvalSettings, ranks: Ranks) -> EvalSettings:
     """The settings with tasks and a device by name. Raises UserError for what cannot be."""
+    if settings.device_map and ranks.size > 1:
+        raise UserError("--device-map is for one process, and here each has the whole model on a device of its own")
     require_at_least(1, num_windows=settings.num_windows, batch_size=settings.batch_size)
     require_at_least(2, window=settings.window)
     require_at_least(0, num_fewshot=settings.num_fewshot)
@@ -83,7 +93,7 @@ def _checked(settings: EvalSettings) -> EvalSettings:
     if settings.limit is not None and settings.limit <= 0:
         raise UserError(f"--limit {settings.limit:g}: give a number of questions, or a share of them, above 0")
     tasks = DEFAULT_TASKS if settings.tasks is None else tuple(settings.tasks)
-    return replace(settings, tasks=tasks, device=str(pick_device(settings.device)))
+    return replace(settings, tasks=tasks, device=str(ranks.device))
 
 
 def _resolved(settings: EvalSettings) -> list[ResolvedModel]:
@@ -140,13 +150,14 @@ def _measure(
     windows: TestWindows,
     manager: "TaskManager | None",
     settings: EvalSettings,
+    ranks: Ranks,
     progress: Progress,
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    progress.stage(f"perplexity of {resolved.name}", windows.tokens.shape[0])
+    progress.stage(f"perplexity of {resolved.name}", -(-windows.tokens.shape[0] // ranks.size))
     gc.collect()  # hooks that spread the model before over GPUs are in a cycle with it
     model = load_model(resolved.path, settings)
-    likelihood = measure_perplexity(model, windows.tokens, settings.batch_size, progress.step)
+    likelihood = measure_perplexity(model, windows.tokens, settings.batch_size, progress.step, ranks)
     checkpoint = Checkpoint(resolved.path)
     use_only_known(checkpoint, model)
     entry: dict[str, Any] = {
@@ -161,7 +172,7 @@ def _measure(
     if manager is not None:
         progress.stage(f"tasks of {resolved.name}", 1)
         tokenizer = load_tokenizer(resolved.path, settings.trust_remote_code)
-        found = run_tasks(model, tokenizer, manager, settings)
+        found = run_tasks(model, tokenizer, manager, settings, ranks)
         entry["tasks"] = task_scores(found["results"])
         entry["task_versions"] = found["versions"]
         entry["task_samples"] = {task: counts["effective"] for task, counts in found.get("n-samples", {}).items()}

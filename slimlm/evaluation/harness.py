@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.evaluation.quiet import quiet as _quiet
 from slimlm.evaluation.tasks import TASKS_PATH
+from slimlm.ranks import ALONE, Ranks
 from slimlm.settings import EvalSettings
 
 if TYPE_CHECKING:
@@ -80,13 +82,21 @@ def run_tasks(
     tokenizer: PreTrainedTokenizerBase,
     manager: "TaskManager",
     settings: EvalSettings,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """lm-eval on a model in memory; what `lm_eval.simple_evaluate` returns."""
-    with _quiet():
+    """lm-eval on a model in memory, or on one of each rank; for all what `lm_eval.simple_evaluate` returns."""
+    with _quiet(), ExitStack() as stack:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
+        how = {"pretrained": model, "tokenizer": tokenizer, "batch_size": settings.batch_size}
+        if ranks.size == 1:
+            wrapped = HFLM(**how)
+        else:
+            from slimlm.evaluation.dealt import DealtLM, dealt
+
+            wrapped = DealtLM(ranks, **how)
+            stack.enter_context(dealt(wrapped))
         found: dict[str, Any] = simple_evaluate(
             model=wrapped,
             tasks=list(settings.tasks or ()),

@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimlm.checkpoint.manifest import Side
+from slimlm.deal import Deal
 from slimlm.errors import RunFailure
 from slimlm.linalg.likelihood import window_nll
+from slimlm.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -34,8 +36,7 @@ class LogLikelihood:
 
     def count(self, nll: Tensor, predicted: int) -> None:
         """nll: [batch], each window's sum over its `predicted` tokens. Raises RunFailure when one is not finite."""
-        if not torch.isfinite(nll).all():
-            raise RunFailure("the model's log-likelihood is NaN or Inf: its weights or dtype are broken")
+        _require_finite(nll)
         self.nll += float(nll.sum())
         self.tokens += nll.shape[0] * predicted
         self.window_means += (nll / predicted).tolist()
@@ -70,12 +71,30 @@ class LogLikelihood:
 
 @torch.no_grad()
 def measure_perplexity(
-    model: PreTrainedModel, windows: Tensor, batch_size: int, advance: Callable[[int], None] = lambda done: None
+    model: PreTrainedModel,
+    windows: Tensor,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda done: None,
+    ranks: Ranks = ALONE,
 ) -> LogLikelihood:
-    """Log-likelihood of windows: [n, time] under a transformers causal LM. Raises RunFailure when it is not finite."""
-    likelihood = LogLikelihood(model.dtype)
-    for batch in windows.split(batch_size):
+    """Log-likelihood of windows: [n, time] under a transformers causal LM, of which each rank has one and takes some
+    batches; for all, the same number as of one. Raises RunFailure when it is not finite."""
+    batches = windows.split(batch_size)
+    deal = Deal(ranks, len(batches))
+    own = [torch.empty(0, dtype=torch.float64)]
+    for batch in deal.pick(batches):
         tokens = batch.to(model.device)
-        likelihood.add(model(input_ids=tokens, use_cache=False).logits, tokens)
+        own.append(window_nll(model(input_ids=tokens, use_cache=False).logits[:, :-1], tokens[:, 1:]).cpu())
+        _require_finite(own[-1])
+        ranks.note("windows", len(batch))
         advance(batch.shape[0])
+    likelihood = LogLikelihood(model.dtype)
+    for nll in ranks.joined(torch.cat(own)).split(batch_size):
+        likelihood.count(nll, windows.shape[1] - 1)
     return likelihood
+
+
+def _require_finite(nll: Tensor) -> None:
+    """Raises RunFailure."""
+    if not torch.isfinite(nll).all():
+        raise RunFailure("the model's log-likelihood is NaN or Inf: its weights or dtype are broken")

@@ -8,11 +8,12 @@ PLACE is a directory, or one a machine where these have disks of their own.
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slimlm.progress import Progress
-from slimlm.ranks import start_ranks
+from slimlm.ranks import Ranks, start_ranks
 from slimlm.stages import compress
 from tests.golden.cases import CASES, Case
 from tests.golden.models import write_data
@@ -42,7 +43,12 @@ def carry_out(case: Case, place: Path, name: str) -> Path:
 
 
 def main(place: str, results: str, *names: str) -> None:
-    ranks, home, found = start_ranks("cpu"), Path(place), {}
+    with start_ranks("cpu") as ranks:
+        carry_out_all(ranks, Path(place), Path(results), names)
+
+
+def carry_out_all(ranks: Ranks, home: Path, results: Path, names: Sequence[str]) -> None:
+    found = {}
     cases = [on_ranks(case) for case in CASES.values() if not case.stops and (not names or case.name in names)]
     home.mkdir(exist_ok=True, parents=True)
     if ranks.local == 0:
@@ -60,7 +66,7 @@ def main(place: str, results: str, *names: str) -> None:
             found[case.name]["tensors"] = {key: str(tensor.shape) for key, tensor in tensors_of(output).items()}
     ranks.meet()
     if ranks.first:
-        Path(results).write_text(json.dumps(found))
+        results.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
