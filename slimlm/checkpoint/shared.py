@@ -33,6 +33,7 @@ def shared(
     else:
         yield Staging(output, ranks.agreed(work_dir))
         ranks.meet()
+    ranks.meet()  # now all may read it by its name
 
 
 def scratch_of(ranks: Ranks, staging: Staging) -> Path:
