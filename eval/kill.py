@@ -2,9 +2,11 @@
 
     python eval/kill.py --kills 20 --seed 0
     python eval/kill.py --kills 20 --seed 0 --several
+    python eval/kill.py --kills 10 --seed 0 --num-processes 2
 
 Every run is the real command line on the bundled model. A row per kill: the instant, how far the run had come, whether
 anything stood under the output's name, and whether the resumed run's weights, config and tokenizer are the same bytes.
+Of several processes one is killed; the others have to end within seconds, saying which it was.
 """
 
 import argparse
@@ -17,6 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
+SECONDS = 15  # for the others to end in
 TIMED = ("slimlm.json", "slimlm.log.jsonl", "README.md", "recipe.yaml")
 
 
@@ -25,7 +30,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--several", action="store_true", help="kill a recipe of three runs: pruning in three shots")
+    parser.add_argument("--num-processes", type=int, default=1, help="in which the run goes on; one of them is killed")
     arguments = parser.parse_args()
+    if arguments.num_processes > 1:
+        FLAGS.append(f"--num-processes={arguments.num_processes}")
     if arguments.several:
         FLAGS.extend(["--method=sparsegpt", "--set=shots=3", "-s=0.6"])
     else:
@@ -38,7 +46,8 @@ def main() -> None:
         same = 0
         print("| kill at, s | last finished step | under the name | resumed, bytes |\n| --- | --- | --- | --- |")
         for _ in range(arguments.kills):
-            same += kill_once(place, chance.uniform(began, ended), reference)
+            victim = chance.randrange(arguments.num_processes) if arguments.num_processes > 1 else None
+            same += kill_once(place, chance.uniform(began, ended), reference, victim)
         print(f"{same} of {arguments.kills} bit-identical")
     sys.exit(same != arguments.kills)
 
@@ -68,11 +77,33 @@ def result(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in TIMED}
 
 
-def kill_once(place: Path, instant: float, reference: dict[str, bytes]) -> bool:
-    process = subprocess.Popen(command(), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def end(process: subprocess.Popen[str], victim: int | None) -> bool:
+    """Kill a run, or one of its processes, by rank; False where the others do not end with the right words."""
+    if victim is None:
+        process.kill()
+        process.communicate()
+        return True
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    if str(victim) not in ranks:  # it is over already
+        process.communicate()
+        return True
+    ranks[str(victim)].kill()
+    try:
+        _, said = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        print("the others went on", flush=True)
+        return False
+    ended = process.returncode == 0 or f"rank {victim} was killed by SIGKILL" in said
+    if not ended:
+        print(f"exit code {process.returncode}: {said[-500:]}", flush=True)
+    return ended
+
+
+def kill_once(place: Path, instant: float, reference: dict[str, bytes], victim: int | None = None) -> bool:
+    process = subprocess.Popen(command(), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     time.sleep(instant)
-    process.kill()
-    process.wait()
+    ended = end(process, victim)
     journals = sorted((place / "out.partial").rglob("journal.jsonl"), key=lambda path: path.stat().st_mtime)
     lines = journals[-1].read_text().splitlines(keepends=True) if journals else []
     run = journals[-1].relative_to(place / "out.partial").parts[-3:-2] if journals else ()
@@ -82,9 +113,10 @@ def kill_once(place: Path, instant: float, reference: dict[str, bytes]) -> bool:
     subprocess.run(command("--resume"), cwd=place, check=True, capture_output=True)
     same = result(place / "out") == reference and not (place / "out.partial").exists()
     under = "nothing" if not standing else "the whole result" if whole else "LEFTOVERS"
-    print(f"| {instant:.2f} | {steps[-1]} | {under} | {'same' if same else 'DIFFERENT'} |", flush=True)
+    which = "" if victim is None else f", rank {victim}"
+    print(f"| {instant:.2f}{which} | {steps[-1]} | {under} | {'same' if same else 'DIFFERENT'} |", flush=True)
     shutil.rmtree(place / "out")
-    return same and (whole or not standing)
+    return ended and same and (whole or not standing)
 
 
 if __name__ == "__main__":
