@@ -8,19 +8,26 @@ PLACE is a directory, or one a machine where these have disks of their own.
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slimlm.progress import Progress
-from slimlm.ranks import Ranks, start_ranks
+from slimlm.ranks import start_ranks
 from slimlm.stages import compress
-from tests.golden.cases import CASES, Case
+from slimlm.started import local_rank
+from tests.golden.cases import CASES, Case, step
 from tests.golden.models import write_data
-from tests.golden.run import files_of, manifest_of, model_at, recipe_of, tensors_of
+from tests.golden.run import files_of, manifest_of, model_at, recipe_of
 
 BATCHES = {"num_calibration_samples": 23, "batch_size": 3}  # eight, the last one smaller; lanes of two
 FEWER = {"num_calibration_samples": 17, "batch_size": 2}  # where the text is short
+
+
+EXPERTS = [
+    Case("slice qwen2_moe", "qwen2_moe", (step("slice", 0.2),)),
+    Case("slimlm qwen2_moe", "qwen2_moe", (step("slimlm", 0.5),)),
+    Case("sparsegpt mixtral", "mixtral", (step("sparsegpt", 0.5),)),
+]
 
 
 def on_ranks(case: Case) -> Case:
@@ -45,30 +52,26 @@ def carry_out(case: Case, place: Path, name: str) -> Path:
 
 
 def main(place: str, results: str, *names: str) -> None:
-    with start_ranks("cpu") as ranks:
-        carry_out_all(ranks, Path(place), Path(results), names)
-
-
-def carry_out_all(ranks: Ranks, home: Path, results: Path, names: Sequence[str]) -> None:
-    found = {}
-    cases = [on_ranks(case) for case in CASES.values() if not case.stops and (not names or case.name in names)]
-    home.mkdir(exist_ok=True, parents=True)
-    if ranks.local == 0:
+    home = Path(place)
+    known = [case for case in [*CASES.values(), *EXPERTS] if not case.stops]
+    cases = [on_ranks(case) for case in known if not names or case.name in names]
+    if local_rank() == 0:  # before there are ranks: transformers saves a model on the first of them only
+        home.mkdir(exist_ok=True, parents=True)
         write_data(home)
         for case in cases:
             model_at(home, case.model)
-    ranks.meet()
-    for number, case in enumerate(cases):
-        print(f"{ranks.rank}: {case.name}", file=sys.stderr, flush=True)
-        output = carry_out(case, home, f"out-{ranks.size}-{number}")
+    with start_ranks("cpu") as ranks:
+        found = {case.name: of_ranks(case, home, f"out-{ranks.size}-{number}") for number, case in enumerate(cases)}
         if ranks.first:
-            manifest = json.loads((output / "slimlm.json").read_text())
-            figures = {key: value for key, value in manifest_of(output, home).items() if "fingerprint" not in key}
-            found[case.name] = {"files": files_of(output), "manifest": figures, "ranks": shares(manifest)}
-            found[case.name]["tensors"] = {key: str(tensor.shape) for key, tensor in tensors_of(output).items()}
-    ranks.meet()
-    if ranks.first:
-        results.write_text(json.dumps(found))
+            Path(results).write_text(json.dumps(found))
+
+
+def of_ranks(case: Case, home: Path, name: str) -> dict[str, Any]:
+    """What a case gives."""
+    output = carry_out(case, home, name)
+    manifest = json.loads((output / "slimlm.json").read_text())
+    figures = {key: value for key, value in manifest_of(output, home).items() if "fingerprint" not in key}
+    return {"files": files_of(output), "manifest": figures, "ranks": shares(manifest)}
 
 
 if __name__ == "__main__":
