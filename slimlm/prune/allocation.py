@@ -86,7 +86,8 @@ def by_threshold(scored: Iterable[tuple[Block, Scores]], matrices: Matrices, ran
     scored: of all ranks' blocks this one's.
     """
     own = {f"{block.path}.{name}": histogram(found) for block, scores in scored for name, found in scores}
-    histograms = _merged(own, ranks)
+    merged = _merged(own, ranks)
+    histograms = {name: merged[name] for name in matrices.sizes if name in merged}  # ties are broken by the order
     unknown = {name: count for name, count in matrices.uniform().items() if name not in histograms}
     return {**global_counts(histograms, matrices.total - sum(unknown.values())), **unknown}
 
