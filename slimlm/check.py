@@ -49,7 +49,8 @@ class How:
 
     resume: what an earlier run wrote may stand at the output, and is gone on from; anyway: where it is of another
     machine or version, too. work_dir: where hidden states are to wait, if not beside the output. access: to the hub.
-    checks: what a plan has to pass before any work.
+    checks: what a plan has to pass before any work. stream_memory: bytes of memory for hidden states that wait, if not
+    a share of what is free.
     """
 
     progress: Progress = field(default_factory=LogProgress)
@@ -57,6 +58,7 @@ class How:
     resume: bool = False
     anyway: bool = False
     work_dir: Path | None = None
+    stream_memory: int | None = None
     access: Access = field(default_factory=Access)
     checks: tuple[Callable[[AnyStep, StreamedModel, Plan], None], ...] = (require_less,)
 

@@ -101,15 +101,15 @@ def carry_out(job: Job, fingerprint: Fingerprint, staging: Staging, how: How) ->
         result.writer.finish()
     _furnish(job, outcome.plan, staging.model)
     with _timed(job, "measuring"):
-        comparison = compare(job, staging, staging.model, how.progress, outcome)
+        comparison = compare(job, staging, staging.model, how, outcome)
     job.seconds["total"] = time.perf_counter() - job.started
     return Made(manifest_of(job, staging, journal, windows, outcome, comparison), windows, journal)
 
 
 def _run(job: Job, windows: Windows | None, result: Result, staging: Staging, how: How) -> Outcome:
     batches = windows.batches(job.recipe.batch_size) if windows else []
-    scratch = Scratch(staging.scratch, job.model.device)
-    return job.method.run(Run(job.recipe, job.model, job.plan, batches, result, scratch, how.progress))
+    with Scratch(staging.scratch, job.model.device, how.stream_memory) as scratch:
+        return job.method.run(Run(job.recipe, job.model, job.plan, batches, result, scratch, how.progress))
 
 
 def _furnish(job: Job, plan: Plan, target: Path) -> None:

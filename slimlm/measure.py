@@ -10,8 +10,7 @@ from slimlm.checkpoint.staging import Staging
 from slimlm.errors import RunFailure, out_of_memory
 from slimlm.evaluation.streamed import Comparison, Kinship, compare_streamed
 from slimlm.manifest import block_errors, measured, write_account
-from slimlm.model.hidden import Spilled
-from slimlm.progress import Progress
+from slimlm.model.hidden import Scratch
 from slimlm.run import Outcome
 
 MEASURING = {"measure", "eval_text", "eval_windows"}
@@ -21,7 +20,7 @@ def compare(
     job: Job,
     staging: Staging,
     compressed: Path,
-    progress: Progress,
+    how: How,
     outcome: Outcome | None,
     compares_blocks: bool = True,
 ) -> Comparison | None:
@@ -37,10 +36,13 @@ def compare(
     blocks, basis = (outcome.blocks, outcome.basis) if outcome else (tuple(range(len(smaller.blocks))), None)
     kinship = Kinship(basis, blocks, compares_blocks)
     batches = list(job.test.tokens.split(job.recipe.batch_size))
-    hidden = [Spilled(staging.scratch / name, device, hashed=False) for name in ("dense", "compressed")]
     try:
-        with out_of_memory("there is not enough for both models' largest parts"):
-            return compare_streamed(dense, smaller, batches, progress, kinship, hidden)
+        with (
+            out_of_memory("there is not enough for both models' largest parts"),
+            Scratch(staging.scratch, device, how.stream_memory) as scratch,
+        ):
+            hidden = [scratch.hidden(name) for name in ("dense", "compressed")]
+            return compare_streamed(dense, smaller, batches, how.progress, kinship, hidden)
     except RunFailure as error:
         raise RunFailure(
             f"measuring failed: {error}; the compression itself is done: "
@@ -58,7 +60,7 @@ def measured_later(job: Job, output: Path, manifest: Manifest, how: How) -> Mani
     with held(output, how.work_dir) as staging:
         start = time.perf_counter()
         kept = all(stage["sparsity"]["of"] != "parameters" for stage in stages_of(manifest))
-        comparison = compare(job, staging, output, how.progress, None, kept)
+        comparison = compare(job, staging, output, how, None, kept)
         manifest["measured"], manifest["blocks"] = measured(job, comparison), block_errors(job, comparison)
         manifest["run"]["seconds"]["measuring"] = round(time.perf_counter() - start, 3)
         for step in manifest["recipe"]["steps"]:

@@ -23,8 +23,8 @@ PANELS = {  # of the commands that run a recipe, in the order of their help; oth
     ),
     "Calibration data": ("dataset", "text_column", "num_calibration_samples", "max_seq_length", "seed"),
     "How to run": (
-        "batch_size", "device", "work_dir", "trust_remote_code", "token", "cache_dir", "measure", "eval_text",
-        "eval_windows",
+        "batch_size", "device", "work_dir", "stream_memory", "trust_remote_code", "token", "cache_dir", "measure",
+        "eval_text", "eval_windows",
     ),
     "Output": (
         "output_dir", "overwrite", "resume", "resume_anyway", "dry_run", "dtype", "max_shard_size", "push_to_hub",

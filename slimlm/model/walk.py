@@ -8,16 +8,17 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from slimlm.checkpoint.disk import sync
 from slimlm.checkpoint.journal import Journal, Record
 from slimlm.model.block import Block
 from slimlm.model.hidden import Spilled
+from slimlm.model.saving import Saver, Saving
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.plain import Json
@@ -38,6 +39,7 @@ class Streams:
     streams: Mapping[str, Stream]
     journal: Journal
     settle: Callable[[], None]
+    saver: Saver = field(default_factory=Saver)
     first: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
@@ -46,22 +48,28 @@ class Streams:
         return self.streams[label]
 
     def save(self, index: int) -> None:
-        """Record that block `index` is done: the hidden states leaving it, and all that goes with them."""
-        saved: dict[str, Json] = {}
-        self.settle()
+        """Record that block `index` is done, if it is time to: the hidden states leaving it, and all that goes with
+        them. They go to the disk while the next block is computed. Raises RunFailure where the last ones could not.
+        """
+        if not self.saver.due():
+            return
+        self.settle()  # blocks before the streams that leave them
+        saving: dict[str, Saving] = {}
         for label, stream in self.streams.items():
-            hidden = stream.hidden
-            assert isinstance(hidden, Spilled)
-            sync(hidden.file)
-            saved[label] = {
-                "side": hidden.side,
-                "shapes": hidden.shapes,
-                "dtype": str(hidden.dtype).removeprefix("torch."),
-                "sha256": hidden.digest,
-            }
-        figures = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.figures.items()}
-        stored = self.journal.save(f"{self.name}-state.{index % 2}", {**self.state, **figures})
+            assert isinstance(stream.hidden, Spilled)
+            saving[label] = stream.hidden.to_save()
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in self.state.items()}  # it goes on being summed up
+        state |= {name: torch.tensor(value, dtype=torch.float64) for name, value in self.figures.items()}
+        self.saver.start(partial(self._record, index, saving, state))
+
+    def _record(self, index: int, saving: dict[str, Saving], state: dict[str, Tensor]) -> None:
+        saved: dict[str, Json] = {label: part.write() for label, part in saving.items()}
+        before = self.journal.last(f"streams {self.name}")  # whose state is needed until this is recorded
+        side = 1 if before and before["state"]["file"].startswith(f"{self.name}-state.0") else 0
+        stored = self.journal.save(f"{self.name}-state.{side}", state)
         self.journal.commit(f"streams {self.name}", block=index, streams=saved, state=stored)
+        for part in saving.values():
+            part.done()
 
     def load(self, record: Record, hidden: Mapping[str, tuple[Spilled, torch.dtype]]) -> bool:
         """Take over what `save` recorded, the streams' hidden states being in these; False where any of it is damaged.
@@ -71,8 +79,7 @@ class Streams:
         state = self.journal.load(record["state"])
         for label, (spilled, wanted) in hidden.items():
             saved = record["streams"][label]
-            shapes, dtype = [tuple(shape) for shape in saved["shapes"]], getattr(torch, saved["dtype"])
-            if state is None or dtype != wanted or not spilled.adopt(saved["side"], shapes, dtype, saved["sha256"]):
+            if state is None or getattr(torch, saved["dtype"]) != wanted or not spilled.adopt(saved):
                 logger.warning("what was saved of %s is gone or changed: it is computed again", self.name)
                 return False
         assert state is not None
@@ -92,8 +99,8 @@ def walk(
 ) -> Iterator[Block]:
     """Blocks of the model with their weights in memory, one after another.
 
-    streams: begins where these are, and saves them behind every block. finished: whether to leave a block out. order:
-    numbers of blocks, by default all from the first to the last.
+    streams: begins where these are, and saves them behind a block when it is time. finished: whether to leave a block
+    out. order: numbers of blocks, by default all from the first to the last.
     """
     indices = list(range(len(model.blocks)) if order is None else order)
     step = -1 if indices[1:] and indices[1] < indices[0] else 1
