@@ -226,12 +226,14 @@ def journalled(step: AnyStep, model: StreamedModel) -> int:
 
 
 def spilled(step: AnyStep, model: StreamedModel) -> int:
-    """Bytes of hidden states that wait in pairs of files: to calibrate, then two streams to measure."""
+    """Bytes of hidden states that wait in pairs of files where there is no memory for them: to calibrate, then two
+    streams to measure; and a third file for each of the calibration's, to resume from."""
     assert step.max_seq_length is not None
-    per_window: int = step.max_seq_length * model.config.hidden_size * model.dtype.itemsize * 2
+    per_window: int = step.max_seq_length * model.config.hidden_size * model.dtype.itemsize
+    count = step.num_calibration_samples
     scratch = method_of(step).scratch(step, model)
-    calibrating = step.num_calibration_samples + scratch if step.dataset else 0
-    measuring = 2 * step.eval_windows if step.measure else 0
+    calibrating = 2 * (count + scratch) + count + min(scratch, 2 * count) if step.dataset else 0
+    measuring = 2 * 2 * step.eval_windows if step.measure else 0
     return per_window * (calibrating + measuring)
 
 
