@@ -1,9 +1,9 @@
 """What a run will need, found by running its own code on the first blocks.
 
-Memory does not grow with depth, so the peak of a run over a block of each kind is the peak of the whole (hidden states
-that wait in memory have the same share of it in both); time is what
-the last such block took, times the number of them, and the rest once. The probe is a real run in a process of its own,
-on a directory that shows only the first blocks of the checkpoint, with the calibration tokens of the run.
+Memory does not grow with depth, so the peak of a run over a block of each kind is the peak of the whole, hidden states
+that wait in memory included; time is what the last such block took, times the number of them, and the rest once. The
+probe is a real run in a process of its own, on a directory that shows only the first blocks of the checkpoint, with the
+calibration tokens of the run.
 """
 
 import tempfile

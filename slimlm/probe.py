@@ -1,8 +1,8 @@
 """A real run on the first blocks of a model, in a process of its own: what `--dry-run` goes by.
 
-`python -m slimlm.probe [--trust-remote-code] [--stream-memory=BYTES] RECIPE [WORK_DIR]` is that process. The recipe lies in a directory of the
-probe's own, and so is the one where hidden states wait. Its standard input is a pipe that the dry run holds open; when
-that dies, even by `kill -9`, the pipe ends, and so does the probe.
+`python -m slimlm.probe [--trust-remote-code] [--stream-memory=BYTES] RECIPE [WORK_DIR]` is that process. The recipe
+lies in a directory of the probe's own, and so is the one where hidden states wait. Its standard input is a pipe that
+the dry run holds open; when that dies, even by `kill -9`, the pipe ends, and so does the probe.
 """
 
 import _thread

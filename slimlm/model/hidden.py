@@ -11,7 +11,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,7 +75,9 @@ class Spilled:
         self.files = [BatchFile(stem.with_name(f"{stem.name}.{side}")) for side in range(SIDES)]
         self.device = torch.device(device)
         self.means = means or Means()
-        self.side, self.saved, self.saving = (cast("int | None", None) for _ in range(3))
+        self.side: int | None = None
+        self.saved: int | None = None
+        self.saving: int | None = None
         self._batches: list[Batch | None] = []  # None for one that was replaced
         self._next: list[Batch] = []
         self._next_side: int | None = None
@@ -263,7 +266,9 @@ class Scratch:
     def __enter__(self) -> "Scratch":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.means.close(is_needed=kind is not None)
 
     def hidden(self, name: str) -> Spilled:
