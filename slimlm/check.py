@@ -50,7 +50,8 @@ class How:
 
     resume: what an earlier run wrote may stand at the output, and is gone on from; anyway: where it is of another
     machine or version, too. work_dir: where hidden states are to wait, if not beside the output. access: to the hub.
-    ranks: that share the work. checks: what a plan has to pass before any work.
+    ranks: that share the work. checks: what a plan has to pass before any work. stream_memory: bytes of memory for
+    hidden states that wait, if not a share of what is free.
     """
 
     progress: Progress = field(default_factory=LogProgress)
@@ -58,6 +59,7 @@ class How:
     resume: bool = False
     anyway: bool = False
     work_dir: Path | None = None
+    stream_memory: int | None = None
     access: Access = field(default_factory=Access)
     ranks: Ranks = ALONE
     checks: tuple[Callable[[AnyStep, StreamedModel, Plan], None], ...] = (require_less,)
@@ -227,12 +229,14 @@ def journalled(step: AnyStep, model: StreamedModel) -> int:
 
 
 def spilled(step: AnyStep, model: StreamedModel) -> int:
-    """Bytes of hidden states that wait in pairs of files: to calibrate, then two streams to measure."""
+    """Bytes of hidden states that wait in pairs of files where there is no memory for them: to calibrate, then two
+    streams to measure; and a third file for each of the calibration's, to resume from."""
     assert step.max_seq_length is not None
-    per_window: int = step.max_seq_length * model.config.hidden_size * model.dtype.itemsize * 2
+    per_window: int = step.max_seq_length * model.config.hidden_size * model.dtype.itemsize
+    count = step.num_calibration_samples
     scratch = method_of(step).scratch(step, model)
-    calibrating = step.num_calibration_samples + scratch if step.dataset else 0
-    measuring = 2 * step.eval_windows if step.measure else 0
+    calibrating = 2 * (count + scratch) + count + min(scratch, 2 * count) if step.dataset else 0
+    measuring = 2 * 2 * step.eval_windows if step.measure else 0
     return per_window * (calibrating + measuring)
 
 

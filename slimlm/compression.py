@@ -117,8 +117,8 @@ def carry_out(job: Job, fingerprint: Fingerprint, staging: Staging, how: How) ->
 
 def _run(job: Job, windows: Windows | None, result: Result, staging: Staging, how: How) -> Outcome:
     batches = windows.batches(job.recipe.batch_size) if windows else []
-    scratch = Scratch(scratch_of(how.ranks, staging), job.model.device)
-    return job.method.run(Run(job.recipe, job.model, job.plan, batches, result, scratch, how.progress, how.ranks))
+    with Scratch(scratch_of(how.ranks, staging), job.model.device, how.stream_memory) as scratch:
+        return job.method.run(Run(job.recipe, job.model, job.plan, batches, result, scratch, how.progress, how.ranks))
 
 
 def _furnish(job: Job, plan: Plan, target: Path) -> None:

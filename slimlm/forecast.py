@@ -1,8 +1,9 @@
 """What a run will need, found by running its own code on the first blocks.
 
-Memory does not grow with depth, so the peak of a run over a block of each kind is the peak of the whole; time is what
-the last such block took, times the number of them, and the rest once. The probe is a real run in a process of its own,
-on a directory that shows only the first blocks of the checkpoint, with the calibration tokens of the run.
+Memory does not grow with depth, so the peak of a run over a block of each kind is the peak of the whole, hidden states
+that wait in memory included; time is what the last such block took, times the number of them, and the rest once. The
+probe is a real run in a process of its own, on a directory that shows only the first blocks of the checkpoint, with the
+calibration tokens of the run.
 """
 
 import tempfile
@@ -60,7 +61,7 @@ def forecast(job: Job, later: list[AnyStep], how: How) -> Forecast:
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=where)))
             for where in (home, *([how.work_dir] if how.work_dir else []))
         )
-        manifest, events = probe(job, later, shown, place, waiting[0] if waiting else None)
+        manifest, events = probe(job, later, shown, place, waiting[0] if waiting else None, how.stream_memory)
     how.progress.step()
     _, memory = took(manifest)
     if any("sampling" in stage["run"]["seconds"] for stage in stages_of(manifest)):
@@ -120,5 +121,5 @@ def require_room(job: Job, found: Forecast, work_dir: Path | None = None) -> Non
         if needed > available[where]:
             raise UserError(
                 f"the run needs {needed / 1e9:.2f} GB of {where} memory and {available[where] / 1e9:.2f} GB are free: "
-                "lower --batch-size or --max-seq-length, or use a larger machine"
+                "lower --batch-size, --max-seq-length or --stream-memory, or use a larger machine"
             )

@@ -11,7 +11,7 @@ from slimlm.checkpoint.staging import Staging
 from slimlm.errors import RunFailure, out_of_memory
 from slimlm.evaluation.streamed import Comparison, Kinship, compare_streamed
 from slimlm.manifest import block_errors, measured, write_account
-from slimlm.model.hidden import Spilled
+from slimlm.model.hidden import Scratch
 from slimlm.run import Outcome
 
 MEASURING = {"measure", "eval_text", "eval_windows"}
@@ -37,10 +37,12 @@ def compare(
     blocks, basis = (outcome.blocks, outcome.basis) if outcome else (tuple(range(len(smaller.blocks))), None)
     kinship = Kinship(basis, blocks, compares_blocks)
     batches = list(job.test.tokens.split(job.recipe.batch_size))
-    place = scratch_of(how.ranks, staging)
-    hidden = [Spilled(place / name, device, hashed=False) for name in ("dense", "compressed")]
     try:
-        with out_of_memory("there is not enough for both models' largest parts"):
+        with (
+            out_of_memory("there is not enough for both models' largest parts"),
+            Scratch(scratch_of(how.ranks, staging), device, how.stream_memory) as scratch,
+        ):
+            hidden = [scratch.hidden(name) for name in ("dense", "compressed")]
             return compare_streamed(dense, smaller, batches, how.progress, kinship, hidden, how.ranks)
     except RunFailure as error:
         raise RunFailure(

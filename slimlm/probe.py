@@ -1,8 +1,8 @@
 """A real run on the first blocks of a model, in a process of its own: what `--dry-run` goes by.
 
-`python -m slimlm.probe [--trust-remote-code] RECIPE [WORK_DIR]` is that process. The recipe lies in a directory of the
-probe's own, and so is the one where hidden states wait. Its standard input is a pipe that the dry run holds open; when
-that dies, even by `kill -9`, the pipe ends, and so does the probe.
+`python -m slimlm.probe [--trust-remote-code] [--stream-memory=BYTES] RECIPE [WORK_DIR]` is that process. The recipe
+lies in a directory of the probe's own, and so is the one where hidden states wait. Its standard input is a pipe that
+the dry run holds open; when that dies, even by `kill -9`, the pipe ends, and so does the probe.
 """
 
 import _thread
@@ -33,6 +33,7 @@ from slimlm.slice.config import BY_BLOCK
 from slimlm.slice.plan import rotated_influence
 from slimlm.stages import compress_recipe, plans_of_later
 
+MEMORY = "--stream-memory="
 OF_WINDOWS = ("dataset", "text_column", "num_calibration_samples", "max_seq_length", "seed")
 
 
@@ -44,11 +45,12 @@ class Event(TypedDict):
 
 
 def probe(
-    job: Job, later: list[AnyStep], shown: int, place: Path, work_dir: Path | None
+    job: Job, later: list[AnyStep], shown: int, place: Path, work_dir: Path | None, stream_memory: int | None = None
 ) -> tuple[Manifest, list[Event]]:
     """The manifest and the log of a run, and of steps later than its own, on the first `shown` blocks.
 
-    place, work_dir: empty directories for all of it, and for hidden states. Raises RunFailure.
+    place, work_dir: empty directories for all of it, and for hidden states. stream_memory: as the run is to have it.
+    Raises RunFailure.
     """
     _show_first_blocks(job, shown, place / "model")
     recipe = Recipe(steps=_shown_steps(job, later, shown, place / "tokens.npy")).updated(
@@ -56,7 +58,8 @@ def probe(
     )
     (place / "recipe.yaml").write_text(yaml.safe_dump(as_file(dumped(recipe))))
     trust = ["--trust-remote-code"] if job.recipe.trust_remote_code else []
-    arguments = [*trust, str(place / "recipe.yaml"), *([str(work_dir)] if work_dir else [])]
+    memory = [] if stream_memory is None else [f"{MEMORY}{stream_memory}"]
+    arguments = [*trust, *memory, str(place / "recipe.yaml"), *([str(work_dir)] if work_dir else [])]
     ours, held = os.pipe()  # nobody writes: that it closes when this process ends, however it does, ends the probe
     try:
         command = [sys.executable, "-m", "slimlm.probe", *arguments]
@@ -141,21 +144,22 @@ def end_with_parent() -> None:
     _thread.interrupt_main()
 
 
-def run_probe(recipe: Path, work_dir: Path | None, trusted: bool) -> None:
+def run_probe(recipe: Path, work_dir: Path | None, trusted: bool, stream_memory: int | None = None) -> None:
     """Carry out a recipe. The model is a part of the one that is meant, and may grow by what makes the whole smaller.
 
     Raises UserError and RunFailure.
     """
     chosen = load_recipe(str(recipe), {"trust_remote_code": True} if trusted else None)
-    compress_recipe(chosen, How(checks=(), work_dir=work_dir))
+    compress_recipe(chosen, How(checks=(), work_dir=work_dir, stream_memory=stream_memory))
 
 
 if __name__ == "__main__":
     trusted = sys.argv[1] == "--trust-remote-code"
-    recipe, *places = map(Path, sys.argv[1 + trusted :])
+    memory = [int(given.removeprefix(MEMORY)) for given in sys.argv if given.startswith(MEMORY)]
+    recipe, *places = map(Path, sys.argv[1 + trusted + len(memory) :])
     try:
         threading.Thread(target=end_with_parent, daemon=True).start()
-        run_probe(recipe, places[0] if places else None, trusted)
+        run_probe(recipe, places[0] if places else None, trusted, memory[0] if memory else None)
     except SlimlmError as error:
         sys.exit(str(error))
     finally:

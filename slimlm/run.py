@@ -168,11 +168,11 @@ class Run(Generic[S]):
         record = self.journal.last(f"streams {name}")
         if record is not None and (whole is None or record["block"] < whole):
             started = {label: self._embed(model, Forgotten()) for label, model in models.items()}
-            found = Streams(name, started, self.journal, self.result.settle)
+            found = Streams(name, started, self.journal, self.result.settle, self.scratch.means.saver)
             if found.load(record, {label: (hidden[label], model.dtype) for label, model in models.items()}):
                 for label, stream in started.items():
                     stream.hidden = hidden[label]
                 return found
             hidden = {label: self.scratch.resumable(f"{name}-{label}") for label in models}
         started = {label: self._embed(model, hidden[label]) for label, model in models.items()}
-        return Streams(name, started, self.journal, self.result.settle)
+        return Streams(name, started, self.journal, self.result.settle, self.scratch.means.saver)

@@ -7,7 +7,9 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from slimlm.errors import UserError
 from slimlm.recipe import FIELDS, Recipe
+from slimlm.recipe.step import bytes_of
 
 if TYPE_CHECKING:
     from slimlm.progress import Progress
@@ -54,7 +56,22 @@ class RunSettings(HubSettings):
         "existing directory where hidden states wait while it runs, best on a fast local disk",
         "beside the output",
     )
+    stream_memory: str | None = described(
+        None,
+        "memory that hidden states may take while they wait, as in 8GB; `0` has all wait in files",
+        "a quarter of what is free",
+    )
     progress: "Progress | None" = None
+
+    @property
+    def stream_bytes(self) -> int | None:
+        """What `stream_memory` says. Raises UserError for what is no size."""
+        if self.stream_memory in (None, "0"):
+            return None if self.stream_memory is None else 0
+        try:
+            return bytes_of(self.stream_memory)
+        except ValueError as error:
+            raise UserError(f"--stream-memory: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ def how_of(settings: RunSettings, ranks: Ranks = ALONE) -> How:
         resume=settings.resume or settings.resume_anyway,
         anyway=settings.resume_anyway,
         work_dir=None if place is None else Path(place).expanduser().resolve(),
+        stream_memory=settings.stream_bytes,
         access=Access(settings.token, settings.cache_dir),
     )
 

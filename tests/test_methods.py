@@ -6,7 +6,8 @@ import pytest
 
 from slimlm.check import journalled, spilled
 from slimlm.checkpoint.journal import Journal
-from slimlm.model.hidden import Spilled
+from slimlm.model.saving import Saver
+from slimlm.model.waiting import BatchFile
 from slimlm.recipe import one_step
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.helpers import run
@@ -15,23 +16,27 @@ from tests.helpers import run
 @pytest.fixture
 def peak(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of hidden states and gradients on disk, after each was written."""
-    seen, written, kept = [0], Spilled._write, Journal.keep
+    seen, written, kept = [0], BatchFile.write, Journal.keep
 
     def measure(directory: Path) -> None:
         files = [
-            path for path in directory.iterdir() if path.suffix in (".0", ".1") or path.stem.startswith("gradients-")
+            path
+            for path in directory.iterdir()
+            if path.suffix in (".0", ".1", ".2") or path.stem.startswith("gradients-")
         ]
         seen.append(sum(path.stat().st_size for path in files))
 
-    def write(self: Spilled, path: Path, *rest) -> None:
-        written(self, path, *rest)
-        measure(path.parent)
+    def write(self: BatchFile, *rest) -> None:
+        written(self, *rest)
+        measure(self.path.parent)
 
     def keep(self: Journal, *rest, **facts) -> None:
         kept(self, *rest, **facts)
         measure(self.directory)
 
-    monkeypatch.setattr(Spilled, "_write", write)
+    monkeypatch.setattr(BatchFile, "write", write)
+    monkeypatch.setattr("slimlm.model.hidden.SHARE", 1 << 60)  # no memory for any
+    monkeypatch.setattr(Saver, "seconds", 1e-9)  # saved by a thread, whenever the last save is done
     monkeypatch.setattr(Journal, "keep", keep)
     return seen
 

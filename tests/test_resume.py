@@ -16,7 +16,10 @@ from slimlm.checkpoint.staging import Staging
 from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.errors import RunFailure, UserError
 from slimlm.model.hidden import Spilled
+from slimlm.model.result import Result
+from slimlm.model.saving import Saver, Saving
 from slimlm.model.streamed import StreamedModel
+from slimlm.model.waiting import BatchFile
 from slimlm.recipe import Recipe, one_step
 from slimlm.stages import compress
 from tests.conftest import CONFIGS, build_tiny, in_steps
@@ -24,6 +27,12 @@ from tests.conftest import CONFIGS, build_tiny, in_steps
 
 class Killed(BaseException):
     pass
+
+
+@pytest.fixture(autouse=True)
+def saved_behind_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And waited for, so that every record has its place; there are tests of saving beside the computing below."""
+    monkeypatch.setattr(Saver, "seconds", 0.0)
 
 
 @pytest.fixture
@@ -83,13 +92,18 @@ def dies_at_record(recipe: Recipe, number: int, after: bool) -> bool:
 
     False when it came to its end before that.
     """
+    return dies_at(recipe, (Journal, "commit"), number, after)
+
+
+def dies_at(recipe: Recipe, place: tuple[object, str], number: int, after: bool, **how) -> bool:
+    """The same before or after the number-th call of a function, by its owner and name. how: of the run."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
             with pytest.MonkeyPatch.context() as patch:
-                die_at(patch, Journal, "commit", number, after, die=lambda: os._exit(KILLED))
-                compress(recipe, overwrite=True)
+                die_at(patch, *place, number, after, die=lambda: os._exit(KILLED))
+                compress(recipe, overwrite=True, **how)
             status = 0
         finally:
             os._exit(status)
@@ -153,6 +167,54 @@ def test_death_at_once_around_a_journal_record(
     assert not list(tmp_path.glob("out.*"))
 
 
+@pytest.mark.parametrize("memory", ["0", "1MB"])
+@pytest.mark.parametrize(
+    ("place", "number"), [((BatchFile, "write"), 6), ((Saving, "write"), 2), ((Saving, "write"), 5)]
+)
+def test_death_in_a_save_beside_the_computing(
+    recipe: Recipe, undisturbed, one_thread, monkeypatch, tmp_path: Path, place, number: int, memory: str
+):
+    """A thread saves one block after another as fast as it can, and the process is gone in the middle of one."""
+    monkeypatch.setattr(Saver, "seconds", 1e-9)
+    recipe = recipe.updated(measure=False)
+    assert dies_at(recipe, place, number, True, stream_memory=memory)
+    assert result(compress(recipe, resume=True, stream_memory=memory).output_dir) == undisturbed
+    assert not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"method": "slimlm", "sparsity": 0.5}, {"basis": "per-block", "sparsity": 0.06, "round_to": 4}]
+)
+def test_blocks_written_since_the_last_save_are_computed_again_and_are_what_they_were(
+    recipe: Recipe, monkeypatch, tmp_path: Path, kind: dict
+):
+    (step,) = recipe.steps
+    fields = step.model_dump(include=step.model_fields_set - {"sparsity"})
+    recipe = one_step(**{**fields, "sparsity": 0.25, "measure": False, **kind})
+    undisturbed = compress(recipe.updated(output_dir=str(tmp_path / "undisturbed")))
+    monkeypatch.setattr(Saver, "seconds", 1e9)
+    with monkeypatch.context() as patch:
+        original, calls = Result.write_block, iter(range(1, 10**6))
+
+        def dying(self, block, tensors) -> None:
+            if next(calls) == 3:
+                self.settle()
+                raise Killed
+            original(self, block, tensors)
+
+        patch.setattr(Result, "write_block", dying)
+        with pytest.raises(Killed):
+            compress(recipe)
+    work = Staging(tmp_path / "out").work
+    steps = [json.loads(line)["step"] for line in (work / JOURNAL_NAME).read_text().splitlines()]
+    assert {"written model.layers.0", "written model.layers.1"} <= set(steps)
+    assert not [step for step in steps if step.startswith("streams")]
+    assert not list(work.glob("*.[012]"))  # no hidden states were on the disk at all
+    resumed = compress(recipe, resume=True)
+    assert result(resumed.output_dir) == result(undisturbed.output_dir)
+    assert resumed.manifest["method"] == undisturbed.manifest["method"]
+
+
 @pytest.mark.parametrize("number", [1, 7, 20, 28])
 def test_death_inside_a_tensors_write(recipe: Recipe, undisturbed, monkeypatch, tmp_path: Path, number: int):
     with monkeypatch.context() as patch:
@@ -201,7 +263,8 @@ def test_what_is_damaged_meanwhile_is_noticed_and_computed_again(recipe: Recipe,
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
     shard.write_bytes(bytes(content))
-    for name in ("basis.safetensors", "calibration-state.0.safetensors", "calibration.1"):
+    assert {file.name for file in staging.work.glob("*-dense.?")} == {"calibration-dense.0", "calibration-dense.1"}
+    for name in ("basis.safetensors", "calibration-state.0.safetensors", "calibration-dense.1"):
         (staging.work / name).write_bytes(b"damaged")
     assert result(compress(recipe, resume=True).output_dir) == undisturbed
 
@@ -424,14 +487,13 @@ def test_hidden_states_wait_where_they_are_told_to(recipe: Recipe, undisturbed, 
             super().__init__(stem, *args, **kwargs)
 
     monkeypatch.setattr("slimlm.model.hidden.Spilled", Watched)
-    monkeypatch.setattr("slimlm.measure.Spilled", Watched)
     with monkeypatch.context() as patch:
         die_at(patch, Journal, "commit", 12, after=True)
         with pytest.raises(Killed):
             compress(recipe, work_dir=tmp_path / "fast")
     (place,) = (tmp_path / "fast").iterdir()
     assert seen == {place}
-    assert not [file for file in Staging(tmp_path / "out").work.iterdir() if file.suffix in (".0", ".1")]
+    assert not [file for file in Staging(tmp_path / "out").work.iterdir() if file.suffix in (".0", ".1", ".2")]
     assert result(compress(recipe, resume=True, work_dir=tmp_path / "fast").output_dir) == undisturbed
     assert list((tmp_path / "fast").iterdir()) == []
     with pytest.raises(UserError, match="--work-dir .* does not exist"):

@@ -23,7 +23,8 @@ PANELS = {  # of the commands that run a recipe, in the order of their help; oth
     ),
     "Calibration data": ("dataset", "text_column", "num_calibration_samples", "max_seq_length", "seed"),
     "How to run": (
-        "batch_size", "device", "num_processes", "work_dir", "trust_remote_code", "token", "cache_dir", "measure",
+        "batch_size", "device", "num_processes", "work_dir", "stream_memory", "trust_remote_code", "token", "cache_dir",
+        "measure",
         "eval_text", "eval_windows",
     ),
     "Output": (

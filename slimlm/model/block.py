@@ -41,6 +41,7 @@ class Block:
         self.path = model.family.block(index)
         self.family: Family = model.family.in_block(_parts_of(module))
         self.facts: dict[str, float] | None = {}
+        self._finite: list[Tensor] = []  # per batch since it was asked for, whether all that came out is
 
     @property
     def kind(self) -> Kind:
@@ -94,22 +95,31 @@ class Block:
     def run(self, hidden: Tensor, call: BlockCall) -> Tensor:
         """The block, loaded, on one batch of hidden states: [batch, time, hidden], and so is what comes out.
 
-        Raises RunFailure naming the block when that is not finite.
+        Raises RunFailure naming the block when that is not finite: at once on a CPU; asking a GPU would have it wait,
+        so there it is after all batches.
         """
         out = self.module(hidden, *call.args, **call.kwargs)
         out = out[0] if isinstance(out, tuple) else out
-        if not torch.isfinite(out).all():
+        self._finite.append(torch.isfinite(out).all())
+        if out.device.type == "cpu":
+            self._require_finite()
+        return cast(Tensor, out)
+
+    def _require_finite(self) -> None:
+        """Raises RunFailure where anything that came out since it was asked last is not."""
+        found, self._finite = self._finite, []
+        if found and not torch.stack(found).all():
             raise RunFailure(
                 f"activations leaving {self.path} hold NaN or Inf in {self.model.dtype}: "
                 "the weights are broken, or this dtype is too narrow for them"
             )
-        return cast(Tensor, out)
 
     @torch.no_grad()
     def outputs(self, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         """What goes in and what comes out, [batch, time, hidden] each, batch by batch; the stream stays where it is."""
         for number, before in stream.batches():
             yield before, self.run(before, stream.calls[number][self.index])
+        self._require_finite()
 
     def advance(self, stream: Stream, watch: Watch = lambda before, after: None) -> None:
         """Move the stream past the block; `watch` sees what goes in and out."""
@@ -118,6 +128,7 @@ class Block:
                 after = self.run(before, stream.calls[number][self.index])
             watch(before, after)
             stream.hidden.replace(number, after)
+        self._require_finite()
         stream.hidden.turn()
 
     def observe(self, stream: Stream) -> None:

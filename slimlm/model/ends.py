@@ -52,7 +52,7 @@ def embed(
         for tokens in stream.tokens:
             first, calls = _record(model, tokens)
             stream.hidden.append(first)
-            stream.calls.append([reuse(call, index, stream.calls) for index, call in enumerate(calls)])
+            stream.calls.append(reuse(calls, stream.calls))
     return stream
 
 

@@ -81,21 +81,37 @@ def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[N
             handle.remove()
 
 
-def reuse(call: BlockCall, index: int, earlier: list[list[BlockCall]]) -> BlockCall:
-    """An equal call recorded before, so that arguments do not pile up with the number of batches."""
-    for calls in reversed(earlier[-2:]):
-        if _equal(call.args, calls[index].args) and _equal(call.kwargs, calls[index].kwargs):
-            return calls[index]
-    return call
+def reuse(calls: list[BlockCall], earlier: list[list[BlockCall]]) -> list[BlockCall]:
+    """What each block is called with for a batch: equal calls recorded before, where there are, so that arguments do
+    not pile up with the number of batches."""
+    same = _Same()
+    return [
+        next((old[index] for old in reversed(earlier[-2:]) if same.calls(call, old[index])), call)
+        for index, call in enumerate(calls)
+    ]
 
 
-def _equal(a: object, b: object) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
+class _Same:
+    """Compares what blocks are called with. Most tensors go to every block, and comparing two waits for a GPU: each
+    pair is looked at once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], bool] = {}  # by identity; the calls hold on to the tensors meanwhile
+
+    def calls(self, a: BlockCall, b: BlockCall) -> bool:
+        """Whether two calls are."""
+        return self._equal(a.args, b.args) and self._equal(a.kwargs, b.kwargs)
+
+    def _equal(self, a: object, b: object) -> bool:
+        if a is b:
+            return True
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            pair = id(a), id(b)
+            if pair not in self._known:
+                self._known[pair] = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+            return self._known[pair]
+        if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+            return len(a) == len(b) and all(self._equal(x, y) for x, y in zip(a, b, strict=True))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(self._equal(a[key], b[key]) for key in a)
+        return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
@@ -15,10 +16,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from slimlm.checkpoint.disk import sync
 from slimlm.checkpoint.journal import Journal, Record, load_tensors, save_tensors
 from slimlm.model.block import Block
 from slimlm.model.hidden import Spilled
+from slimlm.model.saving import Saver, Saving
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.plain import Json
@@ -27,6 +28,15 @@ from slimlm.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 Told = TypeVar("Told")
+
+
+@dataclass
+class Written:
+    """What is on its way to this rank's disk. entry: what says where it is, once it is there."""
+
+    index: int
+    saving: dict[str, Saving]
+    entry: dict[str, Json] | None = None
 
 
 @dataclass
@@ -40,9 +50,11 @@ class Streams:
     streams: Mapping[str, Stream]
     journal: Journal
     settle: Callable[[], None]
+    saver: Saver = field(default_factory=Saver)
     first: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+    _written: Written | None = None
 
     def __getitem__(self, label: str) -> Stream:
         return self.streams[label]
@@ -53,29 +65,52 @@ class Streams:
         return next(iter(self.streams.values())).deal.ranks
 
     def save(self, index: int) -> None:
-        """Record that block `index` is done: the hidden states leaving it on all ranks, and all that goes with them."""
-        saved: dict[str, Json] = {}
-        self.settle()
+        """Record that block `index` is done, if it is time to: the hidden states leaving it on all ranks, and all that
+        goes with them. They go to the disk while the next block is computed. Raises RunFailure where the last ones
+        could not.
+        """
+        if self.ranks.size > 1:
+            self._conclude()
+        if not all(self.ranks.gather(self.saver.due())):
+            return
+        self.settle()  # blocks before the streams that leave them
+        saving: dict[str, Saving] = {}
         for label, stream in self.streams.items():
-            hidden = stream.hidden
-            assert isinstance(hidden, Spilled)
-            sync(hidden.file)
-            saved[label] = {
-                "side": hidden.side,
-                "shapes": hidden.shapes,
-                "dtype": str(hidden.dtype).removeprefix("torch."),
-                "sha256": hidden.digest,
-            }
-        figures = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.figures.items()}
-        stored = save_tensors(self._place, f"{self.name}-state.{index % 2}", {**self.state, **figures})
-        entries = self.ranks.gather({"streams": saved, "state": stored})
-        self.journal.commit(f"streams {self.name}", block=index, ranks=entries)
+            assert isinstance(stream.hidden, Spilled)
+            saving[label] = stream.hidden.to_save()
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in self.state.items()}  # it goes on being summed up
+        state |= {name: torch.tensor(value, dtype=torch.float64) for name, value in self.figures.items()}
+        self._written = Written(index, saving)
+        self.saver.start(partial(self._write, self._written, state))
+        if self.ranks.size > 1:
+            self._conclude()
+
+    def _write(self, written: Written, state: dict[str, Tensor]) -> None:
+        saved: dict[str, Json] = {label: part.write() for label, part in written.saving.items()}
+        before = self.journal.last(f"streams {self.name}")  # whose state is needed until this is recorded
+        own = before["ranks"][self.ranks.rank] if before and len(before["ranks"]) == self.ranks.size else None
+        side = 1 if own and own["state"]["file"].startswith(f"{self.name}-state.0") else 0
+        written.entry = {"streams": saved, "state": save_tensors(self._place, f"{self.name}-state.{side}", state)}
+        if self.ranks.size == 1:  # whom nobody has to be asked of
+            self._conclude()
+
+    def _conclude(self) -> None:
+        """Record what is on the disk, once it is on all ranks'."""
+        written = self._written
+        if written is None or not all(self.ranks.gather(written.entry is not None)):
+            return
+        self._written = None
+        self.journal.commit(f"streams {self.name}", block=written.index, ranks=self.ranks.gather(written.entry))
+        for part in written.saving.values():
+            part.done()
 
     @property
     def _place(self) -> Path:
         """Where a rank's part of the state is."""
         hidden = next(iter(self.streams.values())).hidden
-        return hidden.file.parent if isinstance(hidden, Spilled) and not self.ranks.first else self.journal.directory
+        if self.ranks.first or not isinstance(hidden, Spilled):
+            return self.journal.directory
+        return hidden.files[0].path.parent
 
     def load(self, record: Record, hidden: Mapping[str, tuple[Spilled, torch.dtype]]) -> bool:
         """Take over what `save` recorded, the streams' hidden states being in these; False where any of it is damaged
@@ -85,7 +120,7 @@ class Streams:
         """
         entries = record["ranks"]
         own = entries[self.ranks.rank] if len(entries) == self.ranks.size else {}
-        place = self.journal.directory if self.ranks.first else next(iter(hidden.values()))[0].file.parent
+        place = self.journal.directory if self.ranks.first else next(iter(hidden.values()))[0].files[0].path.parent
         state = load_tensors(place, own["state"]) if own else None
         if not all(self.ranks.gather(state is not None and _adopt(own["streams"], hidden))):
             logger.warning("what was saved of %s is gone or changed: it is computed again", self.name)
@@ -101,8 +136,8 @@ def _adopt(saved: Mapping[str, Record], hidden: Mapping[str, tuple[Spilled, torc
     """Have the hidden states that were saved; False where they are not what they were."""
     for label, (spilled, wanted) in hidden.items():
         entry = saved[label]
-        shapes, dtype = [tuple(shape) for shape in entry["shapes"]], getattr(torch, entry["dtype"])
-        if (shapes and dtype != wanted) or not spilled.adopt(entry["side"], shapes, dtype, entry["sha256"]):
+        is_other = bool(entry["shapes"]) and getattr(torch, entry["dtype"]) != wanted
+        if is_other or not spilled.adopt(entry):
             return False
     return True
 
@@ -117,8 +152,8 @@ def walk(
 ) -> Iterator[Block]:
     """Blocks of the model with their weights in memory, one after another.
 
-    streams: begins where these are, and saves them behind every block. finished: whether to leave a block out. order:
-    numbers of blocks, by default all from the first to the last.
+    streams: begins where these are, and saves them behind a block when it is time. finished: whether to leave a block
+    out. order: numbers of blocks, by default all from the first to the last.
     """
     indices = list(range(len(model.blocks)) if order is None else order)
     step = -1 if indices[1:] and indices[1] < indices[0] else 1

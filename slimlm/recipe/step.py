@@ -17,6 +17,14 @@ WEIGHTING = "slicing: weigh directions by what the loss feels, or by the size of
 REFIT = "slice, slimlm: aim the weights that are left, and the head, at what the dense model computes"
 
 
+def bytes_of(size: str) -> int:
+    """What a size as in 5GB or 500MB comes to. Raises ValueError for what is none."""
+    found = re.fullmatch(SIZE, size)
+    if not found:
+        raise ValueError(f"a size is like 5GB or 500MB, not {size!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
 def require_share(sparsity: float) -> None:
     """Raises ValueError for what is no share to remove."""
     if not 0 < sparsity < 1:
@@ -109,14 +117,12 @@ class Step(BaseModel):
     @property
     def max_shard_bytes(self) -> int:
         """What `max_shard_size` says."""
-        number, unit = re.fullmatch(SIZE, self.max_shard_size).groups()  # type: ignore[union-attr]  # validated
-        return int(float(number) * UNITS[unit.upper()])
+        return bytes_of(self.max_shard_size)
 
     @field_validator("max_shard_size")
     @classmethod
     def _size_with_unit(cls, value: str) -> str:
-        if not re.fullmatch(SIZE, value):
-            raise ValueError(f"a size is like 5GB or 500MB, not {value!r}")
+        bytes_of(value)
         return value
 
     @field_validator("skip", mode="before")

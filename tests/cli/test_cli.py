@@ -195,7 +195,19 @@ def test_mistakes_at_the_command_line_are_met_with_what_was_meant():
         recipe_of_flags({"model": "llama", "sparsity": 0.25, "sparsty": 1}, "recipe here")
 
 
-EXTRAS = {"recipe", "set", "overwrite", "resume", "resume-anyway", "work-dir", "dry-run", "push-to-hub", "private"}
+EXTRAS = {
+    "recipe",
+    "set",
+    "overwrite",
+    "resume",
+    "resume-anyway",
+    "work-dir",
+    "stream-memory",
+    "num-processes",
+    "dry-run",
+    "push-to-hub",
+    "private",
+}
 EXTRAS |= {"token", "cache-dir", "verbose", "help"}
 
 
