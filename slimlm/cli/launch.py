@@ -74,8 +74,9 @@ def _launch(count: int, advice: str) -> None:
         local_addr="localhost",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        **({"signals_to_handle": ",".join(_heeded())} if hasattr(LaunchConfig, "signals_to_handle") else {}),
     )
+    if hasattr(config, "signals_to_handle"):  # torch 2.6 has no such setting
+        config.signals_to_handle = ",".join(_heeded())
     logging.disable(logging.CRITICAL)  # the launcher tells in pages what is one line here
     try:
         elastic_launch(config, sys.executable)("-m", "slimlm", *sys.argv[1:])

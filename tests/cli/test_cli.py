@@ -196,7 +196,7 @@ def test_mistakes_at_the_command_line_are_met_with_what_was_meant():
 
 
 EXTRAS = {"recipe", "set", "overwrite", "resume", "resume-anyway", "work-dir", "dry-run", "push-to-hub", "private"}
-EXTRAS |= {"token", "cache-dir", "verbose", "help"}
+EXTRAS |= {"token", "cache-dir", "verbose", "help", "num-processes"}
 
 
 def flags_of(name: str) -> dict[str, str]:
