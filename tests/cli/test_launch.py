@@ -119,6 +119,18 @@ def test_two_processes_find_what_one_does_and_say_it_once(tmp_path: Path, one_pr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("windows", [20, 2])  # of 2 one rank has none
+def test_two_processes_stream_a_model_to_the_same_number(tmp_path: Path, windows: int):
+    words = f"eval llama --tasks none --window 64 --batch-size 3 --num-windows {windows} --json".split()
+    for name, more in (("one", []), ("two", ["--stream", "--num-processes", "2"])):
+        command = [sys.executable, "-m", "slimlm", *words, name, *more]
+        subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert {**one["models"][0], "streamed": True, "seconds": 0} == {**two["models"][0], "seconds": 0}
+    assert sum(entry["windows"] for entry in two["ranks"]) == windows
+
+
+@pytest.mark.slow
 def test_two_launchers_stand_in_for_two_machines(tmp_path: Path, one_process: dict[str, Any]):
     with socket.socket() as free:
         free.bind(("localhost", 0))
