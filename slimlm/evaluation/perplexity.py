@@ -86,8 +86,8 @@ def measure_perplexity(
         tokens = batch.to(model.device)
         own.append(window_nll(model(input_ids=tokens, use_cache=False).logits[:, :-1], tokens[:, 1:]).cpu())
         _require_finite(own[-1])
-        ranks.note("windows", len(batch))
         advance(batch.shape[0])
+    ranks.note("windows", sum(map(len, own)))
     return gathered(LogLikelihood(model.dtype), torch.cat(own), windows, batch_size, ranks)
 
 
