@@ -194,6 +194,7 @@ def test_a_signal_ends_all_processes_and_is_the_exit_code(tmp_path: Path, stop: 
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_launched_them(tmp_path: Path):
     process = started(tmp_path, "wait", "--num-processes", "2")
     ranks = all_there(tmp_path, 2)
@@ -202,13 +203,15 @@ def test_processes_end_with_the_one_that_launched_them(tmp_path: Path):
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_that_was_killed_is_missed_in_one_line(tmp_path: Path):
     process = started(tmp_path, "wait", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
     all_there(tmp_path, 2)[1].kill()
     code, _, err = ended(process)
     assert code == 1
     (line,) = [line for line in err.splitlines() if line.startswith("slimlm: ")]
-    assert line.startswith("slimlm: rank 0: rank 0 lost contact with the others")
+    # torchrun stops the others within a tenth of a second, which one may notice first
+    assert line.startswith(("slimlm: rank 0: rank 0 lost contact with the others", "slimlm: rank 0: interrupted"))
 
 
 def test_a_signal_ends_a_process_that_waits_inside_a_library(tmp_path: Path):
