@@ -67,6 +67,11 @@ class Ranks:
         """Count anew what this rank does."""
         self.waited, self.moved, self.did = 0.0, 0, {}
 
+    @property
+    def host(self) -> str:
+        """The machine's name."""
+        return platform.node()
+
     def note(self, what: str, count: int = 1) -> None:
         """That this rank did some more of something."""
         self.did[what] = self.did.get(what, 0) + count
@@ -188,7 +193,7 @@ class Ranks:
         """Of every rank: where it ran, what it did, how long it waited for others, what it exchanged."""
         own = {
             "rank": self.rank,
-            "host": platform.node(),
+            "host": self.host,
             "device": str(self.device),
             **self.did,
             "seconds_exchanging": round(self.waited, 3),

@@ -123,6 +123,9 @@ class EvalSettings(ModelSettings):
     limit: float | None = described(None, "questions per task: a number, or a share below 1")
     num_fewshot: int | None = described(None, "examples shown before each question", least=0)
     dtype: str = described("auto", "dtype to compute in: auto (as stored), float32, bfloat16 or float16")
+    stream: bool = described(
+        False, "with `--tasks none`, one block at a time, as is done by itself where the model does not fit into memory"
+    )
     device_map: str | None = described(None, "how to place the model: `auto` spreads it over several GPUs")
 
 

@@ -2,13 +2,16 @@
 
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from slimlm.cli.launch import in_processes
 from slimlm.cli.options import ManyProcesses, command
 from slimlm.cli.running import kept, running
 from slimlm.settings import EvalSettings, described
 from slimlm.started import own_rank
+
+if TYPE_CHECKING:
+    from slimlm.evaluation.evaluate import Evaluation
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,16 @@ def eval_command(options: EvalOptions) -> None:
     with running(verbose=options.verbose) as progress:
         from slimlm.evaluation.evaluate import evaluate
 
-        data = evaluate(**{**settings, "progress": progress}).data
+        found = evaluate(**{**settings, "progress": progress})
     if own_rank() == 0:
-        _show(data, options.json_path)
+        _show(found, options.json_path)
 
 
-def _show(data: dict[str, Any], json_path: Path | None) -> None:
+def _show(found: "Evaluation", json_path: Path | None) -> None:
     from slimlm.report.summary import evaluation_summary
     from slimlm.report.table import comparison_table
     from slimlm.report.terminal import console
 
-    with kept(data, json_path):
-        console().print(comparison_table(data["models"]))
-        print(evaluation_summary(data))
+    with kept(found.data, json_path):
+        console().print(comparison_table(found.models))
+        print(evaluation_summary(found.data))

@@ -9,7 +9,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slimlm.errors import Interrupted, UserError
 from slimlm.started import LAUNCHED, LOST, environment, is_launched, world_size
@@ -64,8 +64,6 @@ def _launch(count: int, advice: str) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    known = hasattr(LaunchConfig, "signals_to_handle")
-    heeded: dict[str, Any] = {"signals_to_handle": ",".join(_heeded())} if known else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -76,8 +74,9 @@ def _launch(count: int, advice: str) -> None:
         local_addr="localhost",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        **heeded,
     )
+    if hasattr(config, "signals_to_handle"):  # torch 2.6 has no such setting
+        config.signals_to_handle = ",".join(_heeded())
     logging.disable(logging.CRITICAL)  # the launcher tells in pages what is one line here
     try:
         elastic_launch(config, sys.executable)("-m", "slimlm", *sys.argv[1:])

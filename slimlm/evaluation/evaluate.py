@@ -17,6 +17,7 @@ from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_mo
 from slimlm.checkpoint.skeleton import BUILDING, load_config, load_tokenizer, use_only_known
 from slimlm.device import check_precision, machine, placement
 from slimlm.errors import UserError, one_line, out_of_memory, require_at_least
+from slimlm.evaluation.by_block import has_no_room, measure_by_block
 from slimlm.evaluation.harness import load_task_manager, run_tasks, task_scores
 from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.tasks import DEFAULT_TASKS, TASKS_PATH
@@ -93,6 +94,8 @@ def _checked(settings: EvalSettings, ranks: Ranks) -> EvalSettings:
     if settings.limit is not None and settings.limit <= 0:
         raise UserError(f"--limit {settings.limit:g}: give a number of questions, or a share of them, above 0")
     tasks = DEFAULT_TASKS if settings.tasks is None else tuple(settings.tasks)
+    if settings.stream and (tasks or settings.device_map):
+        raise UserError("--stream is for perplexity on one device: add --tasks none, and leave out --device-map")
     return replace(settings, tasks=tasks, device=str(ranks.device))
 
 
@@ -154,10 +157,14 @@ def _measure(
     progress: Progress,
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    progress.stage(f"perplexity of {resolved.name}", -(-windows.tokens.shape[0] // ranks.size))
     gc.collect()  # hooks that spread the model before over GPUs are in a cycle with it
-    model = load_model(resolved.path, settings)
-    likelihood = measure_perplexity(model, windows.tokens, settings.batch_size, progress.step, ranks)
+    is_streamed = settings.stream or has_no_room(resolved.path, settings, ranks)
+    if is_streamed:
+        likelihood, model = measure_by_block(resolved.path, windows.tokens, settings, ranks, progress)
+    else:
+        progress.stage(f"perplexity of {resolved.name}", -(-windows.tokens.shape[0] // ranks.size))
+        model = load_model(resolved.path, settings)
+        likelihood = measure_perplexity(model, windows.tokens, settings.batch_size, progress.step, ranks)
     checkpoint = Checkpoint(resolved.path)
     use_only_known(checkpoint, model)
     entry: dict[str, Any] = {
@@ -166,6 +173,7 @@ def _measure(
         "revision": resolved.revision,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "bytes": checkpoint.bytes_on_disk(),
+        "streamed": is_streamed,
         **likelihood.describe(),
         "tasks": {},
     }

@@ -95,8 +95,8 @@ def run_tasks(
         else:
             from slimlm.evaluation.dealt import DealtLM, dealt
 
-            wrapped = DealtLM(ranks, **how)
-            stack.enter_context(dealt(wrapped))
+            wrapped = DealtLM(**how)
+            stack.enter_context(dealt(wrapped, ranks))
         found: dict[str, Any] = simple_evaluate(
             model=wrapped,
             tasks=list(settings.tasks or ()),

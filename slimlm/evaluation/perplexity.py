@@ -86,10 +86,15 @@ def measure_perplexity(
         tokens = batch.to(model.device)
         own.append(window_nll(model(input_ids=tokens, use_cache=False).logits[:, :-1], tokens[:, 1:]).cpu())
         _require_finite(own[-1])
-        ranks.note("windows", len(batch))
         advance(batch.shape[0])
-    likelihood = LogLikelihood(model.dtype)
-    for nll in ranks.joined(torch.cat(own)).split(batch_size):
+    ranks.note("windows", sum(map(len, own)))
+    return gathered(LogLikelihood(model.dtype), torch.cat(own), windows, batch_size, ranks)
+
+
+def gathered(likelihood: LogLikelihood, own: Tensor, windows: Tensor, batch_size: int, ranks: Ranks) -> LogLikelihood:
+    """The likelihood of windows: [n, time], with what every rank found of its own, fp64 [own windows] on the CPU;
+    added up batch by batch, so that it does not depend on who had which. Raises RunFailure as `count` does."""
+    for nll in ranks.joined(own).split(batch_size):
         likelihood.count(nll, windows.shape[1] - 1)
     return likelihood
 

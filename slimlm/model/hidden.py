@@ -123,6 +123,7 @@ class Spilled:
     def replace(self, index: int, tensor: Tensor) -> None:
         """Put a block's output [batch, time, hidden] in its input's place, which is let go of."""
         if index == 0:
+            self._wait_for_writes()  # of what was appended, which is read from now on
             self._next, self._next_side = [], None
         if index < len(self._batches):
             self._batches[index] = None

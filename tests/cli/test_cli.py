@@ -203,12 +203,11 @@ EXTRAS = {
     "resume-anyway",
     "work-dir",
     "stream-memory",
-    "num-processes",
     "dry-run",
     "push-to-hub",
     "private",
 }
-EXTRAS |= {"token", "cache-dir", "verbose", "help"}
+EXTRAS |= {"token", "cache-dir", "verbose", "help", "num-processes"}
 
 
 def flags_of(name: str) -> dict[str, str]:

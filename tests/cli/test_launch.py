@@ -119,6 +119,18 @@ def test_two_processes_find_what_one_does_and_say_it_once(tmp_path: Path, one_pr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("windows", [20, 2])  # of 2 one rank has none
+def test_two_processes_stream_a_model_to_the_same_number(tmp_path: Path, windows: int):
+    words = f"eval llama --tasks none --window 64 --batch-size 3 --num-windows {windows} --json".split()
+    for name, more in (("one", []), ("two", ["--stream", "--num-processes", "2"])):
+        command = [sys.executable, "-m", "slimlm", *words, name, *more]
+        subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert {**one["models"][0], "streamed": True, "seconds": 0} == {**two["models"][0], "seconds": 0}
+    assert sum(entry["windows"] for entry in two["ranks"]) == windows
+
+
+@pytest.mark.slow
 def test_two_launchers_stand_in_for_two_machines(tmp_path: Path, one_process: dict[str, Any]):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -182,6 +194,7 @@ def test_a_signal_ends_all_processes_and_is_the_exit_code(tmp_path: Path, stop: 
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_launched_them(tmp_path: Path):
     process = started(tmp_path, "wait", "--num-processes", "2")
     ranks = all_there(tmp_path, 2)
@@ -190,13 +203,15 @@ def test_processes_end_with_the_one_that_launched_them(tmp_path: Path):
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_that_was_killed_is_missed_in_one_line(tmp_path: Path):
     process = started(tmp_path, "wait", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
     all_there(tmp_path, 2)[1].kill()
     code, _, err = ended(process)
     assert code == 1
     (line,) = [line for line in err.splitlines() if line.startswith("slimlm: ")]
-    assert line.startswith("slimlm: rank 0: rank 0 lost contact with the others")
+    # torchrun stops the others within a tenth of a second, which one may notice first
+    assert line.startswith(("slimlm: rank 0: rank 0 lost contact with the others", "slimlm: rank 0: interrupted"))
 
 
 def test_a_signal_ends_a_process_that_waits_inside_a_library(tmp_path: Path):

@@ -40,9 +40,9 @@ def main(path: Path) -> None:
     how = {"pretrained": model, "tokenizer": AutoTokenizer.from_pretrained(BUNDLED["llama"]), "batch_size": 3}
     how["max_length"] = 64  # so that rolling takes several windows
     with start_ranks("cpu") as ranks:
-        together = DealtLM(ranks, **how)
+        together = DealtLM(**how)
         done, found = {}, {}
-        with dealt(together):
+        with dealt(together, ranks):
             assert os.environ["LOCAL_RANK"] == "0"
             for kind in KINDS:
                 before = ranks.did.get("requests", 0)

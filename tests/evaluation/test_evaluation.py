@@ -203,3 +203,24 @@ def test_tokens_of_the_test_text_are_not_disturbed_by_batching():
     assert measure_perplexity(model, tokens, 2).mean == pytest.approx(
         measure_perplexity(model, tokens, 5).mean, rel=1e-3
     )
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_model_that_goes_by_block_has_the_same_perplexity(dtype: str):
+    few = {"tasks": (), "num_windows": 7, "window": 64, "batch_size": 3, "dtype": dtype}
+    (whole,), (streamed,) = (evaluate("llama", stream=stream, **few).models for stream in (False, True))
+    assert (whole["streamed"], streamed["streamed"]) == (False, True)
+    assert {**whole, "streamed": None, "seconds": 0} == {**streamed, "streamed": None, "seconds": 0}
+
+
+def test_a_model_that_does_not_fit_goes_by_block(monkeypatch: pytest.MonkeyPatch):
+    few = {"tasks": (), "num_windows": 3, "window": 32}
+    monkeypatch.setattr("slimlm.evaluation.by_block.available_memory", lambda device: {"host": 10**6})
+    monkeypatch.setattr("slimlm.evaluation.evaluate.load_model", lambda *_: pytest.fail("loaded as a whole"))
+    assert evaluate("llama", **few).models[0]["streamed"]
+
+
+@pytest.mark.parametrize("more", [{"tasks": None}, {"tasks": (), "device_map": "auto"}])
+def test_only_perplexity_is_streamed(more: dict[str, object]):
+    with pytest.raises(UserError, match="--stream is for perplexity on one device"):
+        evaluate("llama", stream=True, **more)
