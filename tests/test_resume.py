@@ -215,6 +215,12 @@ def test_blocks_written_since_the_last_save_are_computed_again_and_are_what_they
     assert resumed.manifest["method"] == undisturbed.manifest["method"]
 
 
+def test_memory_for_hidden_states_is_a_size_and_decides_no_bit(recipe: Recipe, undisturbed):
+    with pytest.raises(UserError, match="--stream-memory: a size is like 5GB or 500MB, not 'much'"):
+        compress(recipe, stream_memory="much")
+    assert result(compress(recipe, stream_memory="80KB").output_dir) == undisturbed
+
+
 @pytest.mark.parametrize("number", [1, 7, 20, 28])
 def test_death_inside_a_tensors_write(recipe: Recipe, undisturbed, monkeypatch, tmp_path: Path, number: int):
     with monkeypatch.context() as patch:

@@ -112,6 +112,7 @@ def test_what_waits_on_disk_is_what_was_said(tmp_path: Path, text: Path, monkeyp
         clear(self, names)
 
     monkeypatch.setattr(Scratch, "clear", counted)
+    monkeypatch.setattr("slimlm.model.hidden.SHARE", 1 << 60)  # no memory for any
     shares_of(path, text, tmp_path / "work", 0.5)
     windows = 2 * 24 * 32 * 4  # bytes of a pair of files for a window of 24 tokens in fp32
     assert most <= SCRATCH * windows
