@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -102,6 +102,18 @@ def test_streams_without_batches_and_with_one(tmp_path: Path, memory: int):
         again = Spilled(tmp_path / f"hidden-{count}")
         assert again.adopt(saved(hidden))
         assert same(again, [batch + 1 for batch in batches])
+
+
+def test_what_was_appended_is_read_only_once_a_slow_disk_has_it(tmp_path: Path):
+    scratch, batches, held = Scratch(tmp_path, memory=(AHEAD + 4) * SIZE), batches_of(13)[:12], Event()
+    scratch.means.writer.submit(held.wait)
+    hidden = scratch.hidden("x")
+    for batch in batches:
+        hidden.append(batch)
+    Timer(0.2, held.set).start()
+    moved(hidden, lambda batch: batch + 1)
+    assert same(hidden, [batch + 1 for batch in batches])
+    scratch.means.close()
 
 
 def test_within_the_memory_nothing_goes_to_a_file_but_what_is_saved(tmp_path: Path, disk: Recorded):
