@@ -25,6 +25,7 @@ from slimlm.evaluation.text import TestWindows
 from slimlm.families import FAMILIES, family_of
 from slimlm.method import Method
 from slimlm.methods import method_of
+from slimlm.model.hidden import sides
 from slimlm.model.skip import skip_modules
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import LogProgress, Progress
@@ -230,12 +231,13 @@ def journalled(step: AnyStep, model: StreamedModel) -> int:
 
 def spilled(step: AnyStep, model: StreamedModel) -> int:
     """Bytes of hidden states that wait in pairs of files where there is no memory for them: to calibrate, then two
-    streams to measure; and a third file for each of the calibration's, to resume from."""
+    streams to measure; and what another process would resume from of each of the calibration's."""
     assert step.max_seq_length is not None
     per_window: int = step.max_seq_length * model.config.hidden_size * model.dtype.itemsize
     count = step.num_calibration_samples
     scratch = method_of(step).scratch(step, model)
-    calibrating = 2 * (count + scratch) + count + min(scratch, 2 * count) if step.dataset else 0
+    saved = (sides() - 2) * (count + min(scratch, 2 * count))
+    calibrating = 2 * (count + scratch) + saved if step.dataset else 0
     measuring = 2 * 2 * step.eval_windows if step.measure else 0
     return per_window * (calibrating + measuring)
 

@@ -29,10 +29,10 @@ class Summed(Protocol):
     """Sums over tokens."""
 
     def tensors(self) -> list[Tensor]:
-        """What they are held in, of whatever shapes."""
+        """What they are held in, [...] each."""
 
     def replace(self, tensors: Sequence[Tensor]) -> None:
-        """Hold these instead."""
+        """Hold these instead, [...] each."""
 
 
 S = TypeVar("S", bound=Summed)

@@ -34,12 +34,14 @@ class Forecast:
     """Bytes and seconds a run is expected to take. memory: "host", imports included, and "gpu" where there is one.
 
     result: bytes on disk of what is written in the end and on the way there; scratch: of hidden states that wait.
+    processes: that are to share it, each of which takes no more memory than one alone would.
     """
 
     memory: dict[str, int]
     result: int
     scratch: int
     seconds: float
+    processes: int = 1
 
     @property
     def disk(self) -> int:
@@ -47,10 +49,11 @@ class Forecast:
         return self.result + self.scratch
 
 
-def forecast(job: Job, later: list[AnyStep], how: How) -> Forecast:
+def forecast(job: Job, later: list[AnyStep], how: How, processes: int = 1) -> Forecast:
     """Probe the first blocks of a checked run, in a directory beside its output. Raises RunFailure when that fails.
 
-    later: the steps after the checked one, which are probed, too, each on what the one before gives.
+    later: the steps after the checked one, which are probed, too, each on what the one before gives. processes: that
+    are to share the run on this machine, which is probed in one.
     """
     how.progress.stage("probing the first blocks", 1)
     kinds = every(job.model, lambda block: block.kind)
@@ -70,7 +73,7 @@ def forecast(job: Job, later: list[AnyStep], how: How) -> Forecast:
         others += (len(kinds) - shown) * _cached(job)
         memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
     result, scratch = _disk(job, later, stages_of(manifest))
-    return Forecast(memory, result, scratch, _seconds(job, manifest, events, shown))
+    return Forecast(memory, result, scratch, _seconds(job, manifest, events, shown), processes)
 
 
 def _seconds(job: Job, manifest: Manifest, events: list[Event], shown: int) -> float:
@@ -117,7 +120,8 @@ def require_room(job: Job, found: Forecast, work_dir: Path | None = None) -> Non
     """Raises UserError when memory or disk space is too small."""
     check_space(job.output, found.result, work_dir, found.scratch)
     available = available_memory(torch.device(job.model.device))
-    for where, needed in found.memory.items():
+    for where, each in found.memory.items():
+        needed = each * (found.processes if where == "host" else 1)
         if needed > available[where]:
             raise UserError(
                 f"the run needs {needed / 1e9:.2f} GB of {where} memory and {available[where] / 1e9:.2f} GB are free: "

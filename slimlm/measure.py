@@ -33,8 +33,8 @@ def compare(
     if job.test is None:
         return None
     device, trusted = job.model.device, job.recipe.trust_remote_code
-    dense, smaller = (open_model(path, device, "stock", trusted) for path in (job.source.path, compressed))
-    blocks, basis = (outcome.blocks, outcome.basis) if outcome else (tuple(range(len(smaller.blocks))), None)
+    models = (open_model(job.source.path, device, "stock", trusted), open_model(compressed, device, "stock", trusted))
+    blocks, basis = (outcome.blocks, outcome.basis) if outcome else (tuple(range(len(models[1].blocks))), None)
     kinship = Kinship(basis, blocks, compares_blocks)
     batches = list(job.test.tokens.split(job.recipe.batch_size))
     try:
@@ -43,7 +43,7 @@ def compare(
             Scratch(scratch_of(how.ranks, staging), device, how.stream_memory) as scratch,
         ):
             hidden = [scratch.hidden(name) for name in ("dense", "compressed")]
-            return compare_streamed(dense, smaller, batches, how.progress, kinship, hidden, how.ranks)
+            return compare_streamed(models, batches, how.progress, kinship, hidden, how.ranks)
     except RunFailure as error:
         raise RunFailure(
             f"measuring failed: {error}; the compression itself is done: "

@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from slimlm.device import pick_device
 from slimlm.errors import SlimlmError, UserError, one_line
+from slimlm.plain import Json
 from slimlm.started import LOST, local_rank, local_size, own_rank, world_size
 
 MEETING = timedelta(minutes=10)  # to wait for all to begin
@@ -61,6 +62,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether it decides."""
         return self.rank == 0
 
     def begin(self) -> None:
@@ -76,18 +78,19 @@ class Ranks:
         """That this rank did some more of something."""
         self.did[what] = self.did.get(what, 0) + count
 
-    def agreed(self, value: Any, owner: int = 0) -> Any:
+    def agreed(self, value: T, owner: int = 0) -> T:
         """What the owner has, for all."""
         if self.size == 1:
             return value
-        box = [value if self.rank == owner else None]
+        box = [value]
         with self._exchange():
             dist.broadcast_object_list(box, src=owner, group=self.plain)
         return box[0]
 
-    def decided(self, decide: Callable[[], Any]) -> Any:
+    def decided(self, decide: Callable[[], T]) -> T:
         """What the first rank finds, for all; the others do not look."""
-        return self.agreed(decide() if self.first else None)
+        (found,) = self.agreed([decide()] if self.first else [])
+        return found
 
     def gather(self, value: T) -> list[T]:
         """What each has, in order, for all."""
@@ -105,15 +108,14 @@ class Ranks:
     def once(self, found: Tensor | None, owner: int = 0) -> Tensor:
         """What the owner found, [...], for all; the others give nothing."""
         if self.size > 1:
-            shape, dtype = self.agreed(None if found is None else (tuple(found.shape), found.dtype), owner)
-            found = torch.empty(shape, dtype=dtype, device=self.device) if self.rank != owner else found
-            assert found is not None
+            ((shape, dtype),) = self.agreed([] if found is None else [(tuple(found.shape), found.dtype)], owner)
+            found = found if found is not None else torch.empty(shape, dtype=dtype, device=self.device)
             self.share([found], owner)
         assert found is not None
         return found
 
     def share(self, tensors: Sequence[Tensor], owner: int = 0) -> None:
-        """Have the owner's numbers in everybody's tensors, of whatever shapes, in place."""
+        """Have the owner's numbers in everybody's tensors, [...] each, in place."""
         if self.size == 1:
             return
         for tensor in tensors:
@@ -124,7 +126,7 @@ class Ranks:
                 tensor.copy_(travelling)
 
     def sent(self, tensor: Tensor | None, like: tuple[Sequence[int], torch.dtype], source: int, target: int) -> Tensor:
-        """A tensor of this shape and dtype at `target` that `source` has, the same rank or another; the others get an
+        """A tensor [...] of this shape and dtype at `target` that `source` has, the same rank or another; others get an
         empty one."""
         shape, dtype = like
         if self.rank == source == target:
@@ -189,9 +191,9 @@ class Ranks:
         self.waited += time.perf_counter() - start
         self.moved += sum(tensor.nbytes for tensor in tensors)
 
-    def account(self, **more: object) -> list[dict[str, object]]:
+    def account(self, **more: Json) -> list[dict[str, Json]]:
         """Of every rank: where it ran, what it did, how long it waited for others, what it exchanged."""
-        own = {
+        own: dict[str, Json] = {
             "rank": self.rank,
             "host": self.host,
             "device": str(self.device),

@@ -81,6 +81,12 @@ class Outcome:
 
 
 S = TypeVar("S", bound=Step)
+Known = Mapping[str, Tensor]  # of a block, [...] each
+
+
+def nothing(index: int) -> Known:
+    """What is known of a block without data."""
+    return {}
 
 
 @dataclass
@@ -123,8 +129,8 @@ class Run(Generic[S]):
         return stream
 
     def apart(
-        self, stage: str, indices: Iterable[int], ready: Callable[[int], Any] = lambda index: None
-    ) -> Iterator[tuple[list[int], Block | None, Any]]:
+        self, stage: str, indices: Iterable[int], ready: Callable[[int], Known] = nothing
+    ) -> Iterator[tuple[list[int], Block | None, Known]]:
         """Blocks that do not depend on one another, as many at a time as there are ranks: which ones, this rank's with
         its weights loaded (None where it has none), and what `ready` says of it, which all ranks ask of each."""
         numbers, size, rank = list(indices), self.ranks.size, self.ranks.rank
@@ -135,10 +141,10 @@ class Run(Generic[S]):
             block = next(own, None)
             if block is not None:
                 self.ranks.note("blocks")
-            yield some, block, known[rank] if block else None
+            yield some, block, known[rank] if block else {}
             del known, block
-        for _ in own:
-            raise AssertionError("a block that nobody asked for")
+        left = next(own, None)  # lets go of the last one
+        assert left is None
 
     def unwritten(self, indices: Iterable[int], place: Callable[[int], str]) -> list[int]:
         """Those blocks that no earlier process wrote, by number. place: the path that each has in the result."""

@@ -70,6 +70,6 @@ def sampled_windows(
             device_map=placement(model.device),
         )
     count, length = step.num_calibration_samples, step.max_seq_length
-    windows = sample_windows(whole.eval(), tokenizer, count, length, step.seed, progress.step, journal.ranks)
+    windows = sample_windows(whole.eval(), tokenizer, (count, length), step.seed, progress.step, journal.ranks)
     journal.keep("sampled", {"tokens": windows.tokens})
     return windows

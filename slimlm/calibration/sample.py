@@ -20,20 +20,20 @@ SAMPLING_BATCH = 32
 def sample_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    num_windows: int,
-    length: int,
+    size: tuple[int, int],
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
     ranks: Ranks = ALONE,
 ) -> Windows:
-    """Windows the model itself writes: ancestral samples at temperature 1, each beginning with BOS.
+    """Windows the model itself writes: ancestral samples at temperature 1, each beginning with BOS. size: how many of
+    them, and tokens of each.
 
     Self-calibration, arXiv 2410.17170; they schedule the temperature, we keep 1, at which samples follow the model's
     own distribution. EOS does not end a window: what follows it is the beginning of another document. `model` is whole
     and in memory, as autoregressive sampling needs it; every rank samples some. Raises UserError for a tokenizer with
     neither BOS nor EOS.
     """
-    bos = start_token(tokenizer)
+    (num_windows, length), bos = size, start_token(tokenizer)
     if bos is None:
         raise UserError("--dataset self needs a tokenizer with a BOS or EOS token to start from: give a text instead")
     generator = torch.Generator(device=model.device)

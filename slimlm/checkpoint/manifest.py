@@ -8,6 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from slimlm.checkpoint.disk import write_whole
 from slimlm.errors import UserError
+from slimlm.plain import Json
 
 MANIFEST_NAME = "slimlm.json"
 VERSIONED = ("slimlm", "torch", "transformers", "safetensors", "tokenizers", "datasets", "lm_eval")
@@ -91,7 +92,7 @@ class RunFigures(TypedDict):
     work_bytes: int
     scratch_bytes: int
     machine: str
-    ranks: list[dict[str, object]]
+    ranks: list[dict[str, Json]]
     compute_dtype: str
 
 

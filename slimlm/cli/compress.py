@@ -70,8 +70,6 @@ def compress_command(options: CompressOptions) -> None:
     recipe = chosen_recipe(options.recipe, with_assigned(options.settings, options.assignments))
     if options.private and not options.push_to_hub:
         raise UserError("--private is for --push-to-hub REPO")
-    if options.dry_run and (options.num_processes or 1) > 1:
-        raise UserError("--dry-run says what one process takes: leave out --num-processes")
     if options.dry_run:
         _dry_run(recipe, options)
     elif not in_processes(options.num_processes, recipe.steps[0].device, RESUME):
@@ -138,7 +136,7 @@ def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
         job = check(recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))}), how)
         check_later(job, recipe)
         later = later_steps(job, recipe)
-        found = forecast(job, later, how)
+        found = forecast(job, later, how, options.num_processes or 1)
     print(forecast_summary(job, found, later, how.work_dir))
     require_room(job, found, how.work_dir)
 

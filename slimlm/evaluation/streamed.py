@@ -49,19 +49,19 @@ SAME = Kinship()
 
 @torch.no_grad()
 def compare_streamed(
-    dense: StreamedModel,
-    compressed: StreamedModel,
+    models: tuple[StreamedModel, StreamedModel],
     batches: Sequence[Tensor],
     progress: Progress,
     kinship: Kinship = SAME,
     hidden: Sequence[HiddenStates] | None = None,
     ranks: Ranks = ALONE,
 ) -> Comparison:
-    """Run both models over batches of tokens [batch, time], dealt out to the ranks.
+    """Run the dense and the compressed model over batches of tokens [batch, time], dealt out to the ranks.
 
     hidden: where the two streams wait between blocks; in memory by default. Raises UserError where the compressed model
     does not have as many blocks as `kinship` says.
     """
+    dense, compressed = models
     kept = list(range(len(dense.blocks)) if kinship.blocks is None else kinship.blocks)
     if len(kept) != len(compressed.blocks):
         raise UserError(

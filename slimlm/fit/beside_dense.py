@@ -269,7 +269,7 @@ def shared_ridge(
     if math.isfinite(strength) and (ranks.first or isinstance(data.held, Rows)):
         data.join()  # of wide inputs every rank looks at its tokens again
     fit = fitted(data, prior, strength) if ranks.first else None
-    return Fit(ranks.once(fit.weight if fit else None), ranks.agreed(fit and fit.strength))
+    return Fit(ranks.once(fit.weight if fit else None), ranks.decided(lambda: fit.strength if fit else math.inf))
 
 
 def _joined(own: list[tuple[Tensor, Tensor]], widths: tuple[int, int], ranks: Ranks) -> list[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 4096
+Sums = Annotated[Tensor, "..."]
 WIDE = 2048  # inputs above which second moments are the largest thing there is, and kept in fp32
 
 
@@ -63,11 +64,11 @@ class Gram:
         """The sums of squares."""
         return self.matrix.diagonal()
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Sums]:
         """The sum [width, width] and the number of tokens [1]."""
         return [self.matrix, torch.tensor([self.tokens])]
 
-    def replace(self, tensors: Sequence[Tensor]) -> None:
+    def replace(self, tensors: Sequence[Sums]) -> None:
         """Hold these instead: [width, width] and [1]."""
         self.matrix, self.tokens = tensors[0], int(tensors[1])
 
@@ -93,11 +94,11 @@ class Squares:
         """The sums."""
         return self.sums
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Sums]:
         """The sums [width] and the number of tokens [1]."""
         return [self.sums, torch.tensor([self.tokens])]
 
-    def replace(self, tensors: Sequence[Tensor]) -> None:
+    def replace(self, tensors: Sequence[Sums]) -> None:
         """Hold these instead: [width] and [1]."""
         self.sums, self.tokens = tensors[0], int(tensors[1])
 

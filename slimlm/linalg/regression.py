@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from slimlm.linalg.gram import add_products, gram_dtype
+from slimlm.linalg.gram import Sums, add_products, gram_dtype
 
 WIDEST = 4096  # inputs above which second moments of held-out tokens are not kept
 HELD_ELEMENTS = 1 << 24  # of the inputs of held-out tokens, kept as they are instead
@@ -60,11 +60,11 @@ class Moments:
                 square = rows[:, : len(rows)].triu()
                 self.xx[start : start + len(rows), start : start + len(rows)] = square + square.triu(1).T
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Sums]:
         """xx [in, in] and xy [in, out]."""
         return [self.xx, self.xy]
 
-    def replace(self, tensors: Sequence[Tensor]) -> None:
+    def replace(self, tensors: Sequence[Sums]) -> None:
         """Hold these instead: [in, in] and [in, out]."""
         self.xx, self.xy = tensors
 
@@ -133,7 +133,7 @@ class Regression:
 
     fit: Moments
     held: Moments | Rows
-    again: Callable[[Add, Sequence[Tensor]], None] | None = None
+    again: Callable[[Add, Sequence[Sums]], None] | None = None
     joined: bool = False
     prior: Annotated[Tensor, "in out"] | None = None
 
@@ -143,11 +143,11 @@ class Regression:
         held = Rows(inputs, apart) if keeps_rows(inputs) else Moments(inputs, outputs, device)
         return cls(Moments(inputs, outputs, device), held)
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Sums]:
         """Moments, [...] each, but for tokens that are kept as they are."""
         return [*self.fit.tensors(), *(self.held.tensors() if isinstance(self.held, Moments) else ())]
 
-    def replace(self, tensors: Sequence[Tensor]) -> None:
+    def replace(self, tensors: Sequence[Sums]) -> None:
         """Hold these instead, [...] each."""
         self.fit.replace(tensors[:2])
         if isinstance(self.held, Moments):

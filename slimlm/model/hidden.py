@@ -22,11 +22,17 @@ from slimlm.device import available_memory
 from slimlm.errors import RunFailure
 from slimlm.model.saving import Means, Saving
 from slimlm.model.waiting import Batch, BatchFile, Copied, Taken, bytes_of, on_host
-from slimlm.started import local_size
+from slimlm.started import local_size, world_size
 
 SHARE = 4  # of the memory that is free at the start, the streams get one such part
 SIDES = 3  # files of a stream that is saved; others need two
+OF_SEVERAL = 4  # of several processes, where what is saved has to wait for the others to be so, too
 AHEAD = 4  # batches' worth of memory that is left for reading and writing ahead
+
+
+def sides() -> int:
+    """Files that a stream that is saved may need at once."""
+    return OF_SEVERAL if world_size() > 1 else SIDES
 
 
 class HiddenStates(Protocol):
@@ -73,7 +79,7 @@ class Spilled:
     """
 
     def __init__(self, stem: Path, device: torch.device | str = "cpu", means: Means | None = None) -> None:
-        self.files = [BatchFile(stem.with_name(f"{stem.name}.{side}")) for side in range(SIDES)]
+        self.files = [BatchFile(stem.with_name(f"{stem.name}.{side}")) for side in range(sides())]
         self.device = torch.device(device)
         self.means = means or Means()
         self.side: int | None = None
@@ -208,9 +214,9 @@ class Spilled:
 
     def _begun(self) -> int:
         """An empty file that nobody needs. Raises RunFailure on a full disk, or where saving failed."""
-        if len({self.side, self.saved, self.saving} - {None}) == SIDES:
+        if len({self.side, self.saved, self.saving} - {None}) == len(self.files):
             self.means.saver.settle()  # after which what was saved before is not needed
-        side = min(set(range(SIDES)) - {self.side, self.saved, self.saving})
+        side = min(set(range(len(self.files))) - {self.side, self.saved, self.saving})
         self.files[side].begin()
         return side
 

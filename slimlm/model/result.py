@@ -92,7 +92,8 @@ class Result:
             self.put(model, part, tensors)
 
     def put(self, model: StreamedModel, part: str, tensors: Iterable[tuple[str, Tensor | Rows]]) -> None:
-        """The same for a part that is known not to be there yet; ranks that do not write run a generator, too."""
+        """The same, [...] each, for a part that is known not to be there yet; ranks that do not write run a generator,
+        too."""
         if not self.ranks.writes:
             for _ in tensors:
                 continue

@@ -73,6 +73,8 @@ class Streams:
             self._conclude()
         if not all(self.ranks.gather(self.saver.due())):
             return
+        if self.ranks.size > 1:
+            self._conclude()  # what was on its way a moment ago
         self.settle()  # blocks before the streams that leave them
         saving: dict[str, Saving] = {}
         for label, stream in self.streams.items():

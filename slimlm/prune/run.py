@@ -34,7 +34,7 @@ from slimlm.prune.quota import ALONE, Quotas, whole_tiles
 from slimlm.prune.tiles import gathered, reorder
 from slimlm.prune.towards_dense import HEAD_RATE, prune_block
 from slimlm.recipe import PruneStep
-from slimlm.run import Outcome, Run
+from slimlm.run import Outcome, Run, nothing
 from slimlm.statistics.grams import firsts, input_sums
 from slimlm.statistics.sweep import Losses, Walks, windows_to_sweep
 from slimlm.statistics.token_gradients import Sample, gather_gradients, gradients_of
@@ -95,11 +95,6 @@ def _gathered(run: Run[PruneStep], index: int) -> dict[str, Tensor]:
     return recalled[1]
 
 
-def _nothing(index: int) -> dict[str, Tensor]:
-    """What is known of a block without data."""
-    return {}
-
-
 def _gradients(run: Run[PruneStep], block: Block) -> Gradients:
     """Of a block's linears; of an expert that no token reached, none. All ranks ask for it."""
     return gradients_of(block, _gathered(run, block.index))
@@ -142,7 +137,7 @@ def _some(run: Run[PruneStep]) -> Iterator[Block]:
 
 def _scored(run: Run[PruneStep], row: Row) -> Iterator[tuple[Block, allocation.Scores]]:
     """Every block, on one rank or another, and what its weights' going is predicted to cost."""
-    known = _nothing if row.curvature == "none" else partial(_gathered, run)
+    known = nothing if row.curvature == "none" else partial(_gathered, run)
     for _, block, found in run.apart("allocating", every(run.model, lambda block: block.index), known):
         if block is not None:
             block.facts = None
@@ -173,7 +168,7 @@ def _prune_apart(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[str, Any
     """Without data, or with gradients of the dense model, blocks do not depend on one another."""
     model = run.model
     left = run.unwritten(every(model, lambda block: block.index), model.family.block)
-    for some, block, found in run.apart("pruning", left, partial(_gathered, run) if row.sees_fisher else _nothing):
+    for some, block, found in run.apart("pruning", left, partial(_gathered, run) if row.sees_fisher else nothing):
         if block is not None:
             if reorders(run.recipe, row):
                 reorder(block)

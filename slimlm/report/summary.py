@@ -35,7 +35,8 @@ def forecast_summary(job: Job, found: Forecast, later: Sequence[AnyStep] = (), w
 
     later: the steps that follow it, which the forecast includes. work_dir: where hidden states are to wait.
     """
-    recipe = job.recipe
+    recipe, count = job.recipe, found.processes
+    each, alone = (f" of each of {count} processes, at most", " in one process") if count > 1 else ("", "")
     data = f"{recipe.num_calibration_samples} windows of {recipe.max_seq_length} tokens from {recipe.dataset}"
     return "\n".join(
         [
@@ -43,9 +44,9 @@ def forecast_summary(job: Job, found: Forecast, later: Sequence[AnyStep] = (), w
             f"calibration: {data}, batches of {recipe.batch_size}" if recipe.dataset else "calibration: none",
             *_shape_lines(job),
             *(f"then, on what that gives: {run.described}" for run in later),
-            f"peak memory: {_gigabytes(found.memory)} (imports included)",
+            f"peak memory{each}: {_gigabytes(found.memory)} (imports included)",
             *_disk_lines(job, found, work_dir),
-            f"time: {found.seconds:.0f} s after imports, on {job.model.device}",
+            f"time{alone}: {found.seconds:.0f} s after imports, on {job.model.device}",
             "nothing was written",
         ]
     )

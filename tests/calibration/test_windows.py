@@ -141,7 +141,7 @@ def test_sources_that_are_not_there_are_one_clear_line(tokenizer, name: str, mes
 
 def test_a_model_samples_the_same_windows_for_the_same_seed_from_its_own_distribution(tmp_path: Path, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(BUNDLED["llama"]).eval()
-    first, again, other = (sample_windows(model, tokenizer, 33, 12, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (sample_windows(model, tokenizer, (33, 12), seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.tokens, again.tokens)
     assert not torch.equal(first.tokens, other.tokens)
     assert (first.tokens[:, 0] == 0).all()
@@ -167,7 +167,7 @@ def test_sampling_reads_what_came_before_whatever_the_model_calls_its_cache(toke
     """Token by token as the whole window gives it."""
     for kind in (LlamaForCausalLM, OlderLlama):
         model = kind.from_pretrained(BUNDLED["llama"], dtype=torch.float32).eval()
-        tokens = sample_windows(model, tokenizer, 3, 12).tokens
+        tokens = sample_windows(model, tokenizer, (3, 12)).tokens
         generator, expected = torch.Generator().manual_seed(0), tokens[:, :1]
         for _ in range(11):
             with torch.no_grad():

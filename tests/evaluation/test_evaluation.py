@@ -45,7 +45,7 @@ def test_perplexity_is_that_of_a_straight_loop(windows):
 
 def test_streamed_and_whole_model_perplexity_are_the_same_number(windows):
     model = stream(BUNDLED["llama"], torch.bfloat16)
-    comparison = compare_streamed(model, model, list(windows.split(4)), LogProgress())
+    comparison = compare_streamed((model, model), list(windows.split(4)), LogProgress())
     whole = AutoModelForCausalLM.from_pretrained(BUNDLED["llama"], dtype=torch.bfloat16).eval()
     assert comparison.dense.nll == comparison.compressed.nll == measure_perplexity(whole, windows, 4).nll
     assert comparison.block_errors == [0.0] * 6
