@@ -79,6 +79,7 @@ def test_two_processes_write_the_bytes_of_one_and_share_the_work(tmp_path: Path,
     assert_shared(found, 2)
 
 
+@pytest.mark.slow
 def test_nodes_with_disks_of_their_own_each_have_the_result(tmp_path: Path, alone: dict[str, Any]):
     with socket.socket() as free:
         free.bind(("localhost", 0))

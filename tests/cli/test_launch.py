@@ -62,8 +62,13 @@ def started(tmp_path: Path, how: str, *words: str, launcher: tuple[str, ...] = (
     environment = {**ENVIRONMENT, "HOW": how, "THERE": str(tmp_path / "there"), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "slimlm", "eval", "llama", *words],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
+
+
+def heed_interrupts() -> None:
+    """What a shell starts beside itself is born deaf to them, and so is all that that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def all_there(tmp_path: Path, size: int) -> list[psutil.Process]:

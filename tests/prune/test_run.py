@@ -20,6 +20,7 @@ from slimlm.errors import RunFailure, UserError
 from slimlm.linalg.hessian import SingularCurvature, hessian, with_gradients
 from slimlm.linalg.masks import pooled
 from slimlm.model.ends import embed
+from slimlm.model.saving import Saver
 from slimlm.prune import masks, updates
 from slimlm.prune import run as pruning
 from slimlm.prune.curvature import row_fisher
@@ -219,6 +220,7 @@ def test_a_pattern_holds_in_every_group_of_every_matrix(tmp_path: Path, text: Pa
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "slimlm"])
 def test_death_at_any_step_is_survived_with_the_same_bytes(tmp_path: Path, text: Path, monkeypatch, method: str):
+    monkeypatch.setattr(Saver, "seconds", 0.0)  # behind every block
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     compress(recipe_for(path, text, tmp_path / "whole", method=method))
     reference = (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -237,6 +239,7 @@ def test_death_at_any_step_is_survived_with_the_same_bytes(tmp_path: Path, text:
 
 
 def test_a_finished_block_that_was_damaged_is_pruned_again(tmp_path: Path, text: Path, monkeypatch):
+    monkeypatch.setattr(Saver, "seconds", 0.0)
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     compress(recipe_for(path, text, tmp_path / "whole", method="wanda"))
     recipe = recipe_for(path, text, tmp_path / "out", method="wanda")
