@@ -112,7 +112,8 @@ def carry_out(job: Job, fingerprint: Fingerprint, staging: Staging, how: How) ->
     with _timed(job, "measuring"):
         comparison = compare(job, staging, staging.model, how, outcome)
     job.seconds["total"] = time.perf_counter() - job.started
-    return Made(manifest_of(job, staging, journal, windows, outcome, comparison), windows, journal)
+    manifest = manifest_of(job, staging, journal, windows, outcome, comparison)
+    return Made(how.ranks.agreed(manifest), windows, journal)
 
 
 def _run(job: Job, windows: Windows | None, result: Result, staging: Staging, how: How) -> Outcome:

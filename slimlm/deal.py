@@ -149,7 +149,7 @@ class Parts(Generic[S]):
             arrived = ranks.sent(so_far, like, before, after)
             if ranks.rank == after:
                 for part in own:
-                    arrived += part
+                    arrived += part.to(arrived.device)  # counts of tokens are on the CPU
                 so_far = arrived
         return ranks.sent(so_far, like, holders[-1], owner)
 

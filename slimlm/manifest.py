@@ -27,6 +27,7 @@ from slimlm.checkpoint.reader import Checkpoint, file_hash
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.staging import Staging
 from slimlm.device import machine, peak_memory, rounding
+from slimlm.errors import UserError
 from slimlm.evaluation.streamed import Comparison
 from slimlm.prune.group import code_hash
 from slimlm.ranks import Ranks
@@ -42,6 +43,9 @@ def fingerprint_of(job: Job, ranks: Ranks) -> Fingerprint:
     """Everything that decides the weights to the last bit: what was read by its hash, not by its name. For all ranks,
     as the first one has it."""
     hashes = job.model.checkpoint.hashes(ranks)
+    own = [*job.model.checkpoint.sizes.values(), job.windows.sha256 if job.windows else None]
+    if any(other != own for other in ranks.gather(own)):
+        raise UserError("the processes of this run read different models or calibration data: give all the same")
     found: Fingerprint = ranks.decided(lambda: _fingerprint(job, hashes, ranks.size))
     return found
 

@@ -186,6 +186,8 @@ class Ranks:
         start = time.perf_counter()
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # torch.distributed knows no other; its subclasses tell nothing more
             raise Lost(f"rank {self.rank} lost contact with the others: {one_line(error)}") from error
         self.waited += time.perf_counter() - start
@@ -223,7 +225,7 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
     if not _has_group() or dist.get_world_size() == 1:
         yield Ranks(device=pick_device(device))
         return
-    ranks = _placed(device)
+    ranks = _placed(device, is_ours)
     try:
         yield ranks
         ranks.meet()  # one that left early would look lost to those that still read from it
@@ -269,9 +271,11 @@ def _join_group() -> None:
         ) from error
 
 
-def _placed(device: str) -> Ranks:
+def _placed(device: str, is_ours: bool) -> Ranks:
     """Raises UserError."""
-    plain = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
+    if dist.get_world_size() != world_size():
+        raise UserError("a group of processes that no launcher made cannot be used: start them with torchrun")
+    plain = dist.group.WORLD if is_ours else dist.new_group(backend="gloo", timeout=PATIENCE)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank(), _own_device(device), plain)
     kinds = ranks.gather(ranks.device.type)
     if len(set(kinds)) > 1:

@@ -137,11 +137,15 @@ class Run(Generic[S]):
         own = self.walk(stage, order=numbers[rank::size])
         for start in range(0, len(numbers), size):
             some = numbers[start : start + size]
-            known = [ready(index) for index in some]
+            known: Known = {}
+            for place, index in enumerate(some):
+                found = ready(index)
+                known = found if place == rank else known
+                del found
             block = next(own, None)
             if block is not None:
                 self.ranks.note("blocks")
-            yield some, block, known[rank] if block else {}
+            yield some, block, known
             del known, block
         left = next(own, None)  # lets go of the last one
         assert left is None

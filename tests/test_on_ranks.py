@@ -134,7 +134,7 @@ def test_three_processes_prune_nearly_the_same(tmp_path: Path, all_alone: tuple[
 
 @pytest.mark.slow
 def test_after_a_kill_of_one_process_the_others_end_and_resuming_gives_the_same_bytes():
-    """At three random instants; `eval/kill.py` does as many as one likes."""
-    command = [sys.executable, "eval/kill.py", "--kills", "3", "--seed", "1", "--num-processes", "2"]
+    """At a random instant; `eval/kill.py` does as many as one likes."""
+    command = [sys.executable, "eval/kill.py", "--kills", "1", "--seed", "1", "--num-processes", "2"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -111,6 +111,11 @@ class Checkpoint:
         """Size of the weight files, but for tensors that are not used."""
         return sum((self.path / file).stat().st_size for file in self.files) - self._unused_bytes
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of config and weight files, by name."""
+        return {name: (self.path / name).stat().st_size for name in ["config.json", *self.files]}
+
     def hashes(self, ranks: Ranks = ALONE) -> dict[str, str]:
         """SHA-256 of config and weight files, by name, as they were when first asked for, by all ranks."""
         if not self._hashes:

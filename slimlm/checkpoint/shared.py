@@ -5,6 +5,7 @@ what waits.
 """
 
 import platform
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,10 +29,14 @@ def shared(
     if ranks.writes:
         with own as staging:
             ranks.agreed(staging.work_dir)
+            ranks.meet()  # before that, what an earlier run left may still be going
             yield staging
             ranks.meet()  # before it takes its name, and what others still read goes
     else:
-        yield Staging(output, ranks.agreed(work_dir))
+        staging = Staging(output, ranks.agreed(work_dir))
+        ranks.meet()
+        yield staging
+        shutil.rmtree(_own_scratch(ranks, staging), ignore_errors=True)  # on a disk where nobody writes, too
         ranks.meet()
     ranks.meet()  # now all may read it by its name
 
@@ -40,19 +45,22 @@ def scratch_of(ranks: Ranks, staging: Staging) -> Path:
     """Where a rank's hidden states wait."""
     if ranks.first:
         return staging.scratch
-    own = staging.scratch / f"rank-{ranks.rank}"
+    own = _own_scratch(ranks, staging)
     with disk_errors(own):
         own.mkdir(parents=True, exist_ok=True)
     return own
 
 
+def _own_scratch(ranks: Ranks, staging: Staging) -> Path:
+    return staging.scratch / f"rank-{ranks.rank}"
+
+
 def _writes(ranks: Ranks, output: Path) -> bool:
     """Whether this rank is the first of those that see the same disk there."""
-    token = ranks.decided(lambda: f".slimlm-{uuid.uuid4().hex}")
-    mark = output.parent / token
+    home = next(parent for parent in output.absolute().parents if parent.is_dir())
+    mark = ranks.agreed(home) / ranks.agreed(f".slimlm-{uuid.uuid4().hex}")
     if ranks.first:
         with disk_errors(mark):
-            output.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
     ranks.meet()
     where = "with the first" if mark.exists() else f"{platform.node()} {output}"

@@ -126,11 +126,13 @@ def _run(recipe: Recipe, options: RunSettings, kind: type[RunSettings] = RunSett
 def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
     with running(verbose=options.verbose) as progress:
         from slimlm.check import check
+        from slimlm.device import check_process
         from slimlm.forecast import forecast, require_room
         from slimlm.report.summary import forecast_summary
         from slimlm.resolve import output_of
         from slimlm.stages import before_work, check_later, how_of, later_steps
 
+        check_process()
         before_work(options)
         how = how_of(replace(options, progress=progress))
         job = check(recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))}), how)

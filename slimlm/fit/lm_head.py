@@ -59,6 +59,7 @@ def fit_head(pair: Pair, seed: int, progress: Progress, rate: float = RATE) -> t
         gram = ranks.once(data.fit.xx.clone() if ranks.first else None)
         least_squares = shared_ridge(ranks, data, prior, rows.T @ rows).weight
         fit = MapFit(rows, bias, least_squares, gram, rate)
+        ranks.share([fit.whiten, fit.point])  # eigenvectors of other processors might have other signs
         before = _divergence(pair, fit)
         progress.step()
         generator = torch.Generator().manual_seed(seed)

@@ -58,10 +58,10 @@ class Block:
         return Group(self, names)
 
     @contextmanager
-    def loaded(self, step: int = 1) -> Iterator[Block]:
-        """Its weights in memory, those of the block `step` further on their way."""
+    def loaded(self, following: int | None = None) -> Iterator[Block]:
+        """Its weights in memory, those of the following block, the next one by default, on their way."""
         with self.model.loaded([self.path]):
-            self.model.fetch_ahead(self.index + step)
+            self.model.fetch_ahead(self.index + 1 if following is None else following)
             yield self
         return_freed_memory()
 

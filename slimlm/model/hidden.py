@@ -262,14 +262,14 @@ def _write(file: BatchFile, offset: int, copied: Copied, taken: Taken | None) ->
 class Scratch:
     """A directory where hidden states wait that memory has no room for, and where they are saved.
 
-    memory: bytes that they may take of it; by default a quarter of what is free, of which every process has its part.
+    memory: bytes that those of all processes of a machine may take of it; a quarter of what is free by default.
     """
 
     def __init__(self, directory: Path, device: torch.device | str = "cpu", memory: int | None = None) -> None:
         self.directory = directory
         self.device = torch.device(device)
-        free = available_memory(torch.device("cpu"))["host"] // local_size()
-        self.means = Means(free // SHARE if memory is None else memory)
+        room = available_memory(torch.device("cpu"))["host"] // SHARE if memory is None else memory
+        self.means = Means(room // local_size())
 
     def __enter__(self) -> "Scratch":
         return self

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,10 +90,17 @@ class Streams:
     def _write(self, written: Written, state: dict[str, Tensor]) -> None:
         saved: dict[str, Json] = {label: part.write() for label, part in written.saving.items()}
         before = self.journal.last(f"streams {self.name}")  # whose state is needed until this is recorded
-        own = before["ranks"][self.ranks.rank] if before and len(before["ranks"]) == self.ranks.size else None
+        entries = before.get("ranks", []) if before else []
+        own = entries[self.ranks.rank] if len(entries) == self.ranks.size else None
         side = 1 if own and own["state"]["file"].startswith(f"{self.name}-state.0") else 0
         written.entry = {"streams": saved, "state": save_tensors(self._place, f"{self.name}-state.{side}", state)}
         if self.ranks.size == 1:  # whom nobody has to be asked of
+            self._conclude()
+
+    def finish(self) -> None:
+        """Have what is on its way recorded: of several ranks nobody else would."""
+        if self.ranks.size > 1:
+            self.saver.settle()
             self._conclude()
 
     def _conclude(self) -> None:
@@ -120,7 +127,7 @@ class Streams:
 
         hidden: by label, and the dtype that they are to be of.
         """
-        entries = record["ranks"]
+        entries = record.get("ranks", [])
         own = entries[self.ranks.rank] if len(entries) == self.ranks.size else {}
         place = self.journal.directory if self.ranks.first else next(iter(hidden.values()))[0].files[0].path.parent
         state = load_tensors(place, own["state"]) if own else None
@@ -158,14 +165,14 @@ def walk(
     out. order: numbers of blocks, by default all from the first to the last.
     """
     indices = list(range(len(model.blocks)) if order is None else order)
-    step = -1 if indices[1:] and indices[1] < indices[0] else 1
+    following = dict(pairwise(indices)) if len(indices) == len(set(indices)) else None  # some come again and again
     progress.stage(stage, len(indices))
     progress.step(streams.first if streams else 0)
     for index in indices[streams.first if streams else 0 :]:
         block, start = model.blocks[index], time.perf_counter()
         block.facts = {}
         if not finished(block):
-            with block.loaded(step):
+            with block.loaded(None if following is None else following.get(index, -1)):
                 yield block
             seconds = time.perf_counter() - start
             if streams:
@@ -174,6 +181,8 @@ def walk(
             if block.facts is not None:
                 progress.done(stage, block.path, seconds, **block.facts)
         progress.step()
+    if streams:
+        streams.finish()
 
 
 def untold(blocks: Iterable[Block]) -> Iterator[Block]:

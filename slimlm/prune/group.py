@@ -133,9 +133,13 @@ def curvatures(
     Each rank gets the groups that it is to prune, and all of them what the others made of theirs. An expert that saw
     too few tokens is pruned by magnitude, and recorded in `figures`.
     """
+    ranks = stream.deal.ranks
     for few in in_turn(groups):
-        yield from known(block, stream, few, (row, gradients), figures)
-        share(stream.deal.ranks, few, figures)
+        found: dict[str, float] = {}
+        yield from known(block, stream, few, (row, gradients), found)
+        share(ranks, few)
+        for own in ranks.gather(found):
+            figures |= own
 
 
 def known(
@@ -170,12 +174,10 @@ def mine(ranks: Ranks, groups: Sequence[Group]) -> list[Group]:
     return [group for group, owner in zip(groups, owners_of(ranks, groups), strict=True) if owner == ranks.rank]
 
 
-def share(ranks: Ranks, groups: Sequence[Group], figures: dict[str, float]) -> None:
-    """Have everybody's groups as their owners made them, and everybody's figures."""
+def share(ranks: Ranks, groups: Sequence[Group]) -> None:
+    """Have everybody's groups as their owners made them."""
     for group, owner in zip(groups, owners_of(ranks, groups), strict=True):
         ranks.share(group.matrices, owner)
-    for own in ranks.gather(dict(figures)):
-        figures |= own
 
 
 def _curvature(

@@ -78,7 +78,7 @@ def _gather_gradients(run: Run[PruneStep]) -> None:
     losses = Losses(windows, recipe.seed, recipe.fisher_labels, run.ranks)
     walks = Walks(run.walk("gradients"), run.walk("gradients back", order=backwards(model)), run.scratch)
     for block, tensors in gather_gradients(model, losses, walks, sample):
-        run.journal.keep(_step(block.index), tensors)
+        run.journal.keep(_step(block.index), tensors, names=sorted(tensors))
         tensors.clear()  # before there are the next
 
 
@@ -106,7 +106,7 @@ def _counts(run: Run[PruneStep], row: Row) -> dict[str, int]:
     if record:
         return dict(record["counts"])
     recipe, matrices = run.recipe, allocation.Matrices.of(run.model, run.recipe.sparsity)
-    counts = matrices.uniform() if recipe.allocation == "uniform" else _uneven(run, row, matrices)
+    counts = matrices.uniform() if recipe.allocation == "uniform" else run.ranks.agreed(_uneven(run, row, matrices))
     run.journal.commit("allocation", counts=counts)
     return counts
 
@@ -205,8 +205,9 @@ def _without_gradients(run: Run[PruneStep], row: Row) -> dict[str, Any]:
     starved: dict[str, int] = {}
     experts = [group for group in run.model.groups if group.is_expert and row.sees_fisher]
     for block, groups in groupby(experts, key=lambda group: group.block):
-        found = (run.journal.recall(_step(block.index)) or ({}, {}))[1]
-        starved |= {group.full_names[0]: 0 for group in groups if f"{group.first}.delta" not in found}
+        record = run.journal.last(_step(block.index))
+        known = record["names"] if record else ()
+        starved |= {group.full_names[0]: 0 for group in groups if f"{group.first}.delta" not in known}
     return {"starved_experts": starved} if starved else {}
 
 

@@ -123,11 +123,13 @@ class Measuring:
         place = self.scratch.hidden(f"cut-{block.path}-{percent}")
         behind = Stream(self.dense.tokens, place, self.dense.calls, self.dense.deal)
         with block.placed(copies):
-            for group, curvature, row in found or curvatures(block, self.learning, block.groups, self.row, {}, {}):
+            # All ranks go the same way: one that prunes no group here has an empty list.
+            seen = curvatures(block, self.learning, block.groups, self.row, {}, {}) if found is None else found
+            for group, curvature, row in seen:
                 prune_group(group, curvature, quotas, row)
                 del curvature
             if found is not None:
-                share(self.dense.deal.ranks, block.groups, {})
+                share(self.dense.deal.ranks, block.groups)
             for _, after in block.outputs(self.dense):
                 behind.hidden.append(after)
         return behind

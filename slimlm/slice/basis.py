@@ -87,7 +87,9 @@ def collected(model: StreamedModel, walk: Iterable[Block], streams: Streams, nor
     parts = Parts(stream.deal, partial(StreamStatistics, model), whole=wide, again=True)
     for key in sorted(streams.state):
         lane, _, place = key.partition(".")
-        found = parts.parts.setdefault(int(lane), parts.make())
+        if int(lane) not in parts.parts:
+            parts.parts[int(lane)] = parts.make()
+        found = parts.parts[int(lane)]
         found.replace([*found.tensors()[: int(place)], streams.state[key], *found.tensors()[int(place) + 1 :]])
 
     def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:

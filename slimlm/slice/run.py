@@ -134,6 +134,7 @@ def _settle(run: Run[SliceStep], layout: Layout, splits: list[Widths], found: Ba
         widths, notes = curves.choose(
             layout, splits, found, curves.after_refit(measured) if run.recipe.refit else measured
         )
+    widths, notes = run.ranks.agreed((widths, notes))
     run.journal.commit("widths", widths=vars(widths), notes=notes)
     return widths, notes
 

@@ -24,7 +24,7 @@ FEWER = {"num_calibration_samples": 17, "batch_size": 2}  # where the text is sh
 
 
 EXPERTS = [
-    Case("slice qwen2_moe", "qwen2_moe", (step("slice", 0.2),)),
+    Case("slice qwen2_moe", "qwen2_moe", (step("slice", 0.189),)),
     Case("slimlm qwen2_moe", "qwen2_moe", (step("slimlm", 0.5),)),
     Case("sparsegpt mixtral", "mixtral", (step("sparsegpt", 0.5),)),
 ]
