@@ -41,7 +41,7 @@ Fingerprint = dict[str, str | int | float | list[str] | None]
 
 def fingerprint_of(job: Job, ranks: Ranks) -> Fingerprint:
     """Everything that decides the weights to the last bit: what was read by its hash, not by its name. For all ranks,
-    as the first one has it."""
+    as the first one has it. Raises UserError where they did not read the same."""
     hashes = job.model.checkpoint.hashes(ranks)
     own = [*job.model.checkpoint.sizes.values(), job.windows.sha256 if job.windows else None]
     if any(other != own for other in ranks.gather(own)):

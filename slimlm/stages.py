@@ -32,11 +32,12 @@ from slimlm.compression import (
 from slimlm.device import check_precision
 from slimlm.errors import UserError, out_of_memory
 from slimlm.manifest import Fingerprint, decisive, fingerprint_of
+from slimlm.meeting import start_ranks
 from slimlm.methods import method_of
 from slimlm.model.skip import skipping
 from slimlm.progress import LogProgress, Progress
 from slimlm.prune.plan import require_room_later
-from slimlm.ranks import ALONE, Ranks, start_ranks
+from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import AnyStep, PruneStep, Recipe, SliceStep, dumped
 from slimlm.resolve import NO_DATA, output_of
 from slimlm.run import Plan

@@ -12,7 +12,8 @@ from torch import distributed as dist
 
 from slimlm.deal import Deal, Parts
 from slimlm.errors import UserError
-from slimlm.ranks import Lost, Ranks, may_speak, start_ranks
+from slimlm.meeting import may_speak, start_ranks
+from slimlm.ranks import Lost, Ranks
 
 BATCHES = 11
 

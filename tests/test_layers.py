@@ -14,6 +14,7 @@ ORDER = [
     {"errors", "plain", "started"},
     {"linalg", "families", "device", "modeling"},
     {"ranks"},
+    {"meeting"},
     {"deal"},
     {"progress"},
     {"recipe", "checkpoint", "calibration"},

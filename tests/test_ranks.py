@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from slimlm.errors import UserError
-from slimlm.ranks import Ranks, may_speak, start_ranks
+from slimlm.meeting import may_speak, start_ranks
+from slimlm.ranks import Ranks
 from tests.rank_worker import BATCHES, batches, found
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +139,7 @@ def test_one_speaks(tmp_path: Path):
 
 
 def test_one_gpu_is_not_for_several_processes(monkeypatch: pytest.MonkeyPatch):
-    from slimlm.ranks import _own_device
+    from slimlm.meeting import _own_device
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device cuda:1 is one GPU for several processes"):
@@ -156,7 +157,7 @@ def test_alone_the_device_is_checked_too():
 def test_others_that_never_come_are_said_to(monkeypatch: pytest.MonkeyPatch):
     from datetime import timedelta
 
-    monkeypatch.setattr("slimlm.ranks.MEETING", timedelta(seconds=1))
+    monkeypatch.setattr("slimlm.meeting.MEETING", timedelta(seconds=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name, value in {"RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

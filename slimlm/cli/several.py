@@ -65,6 +65,6 @@ def end_as_one_of_several(message: str, code: int) -> NoReturn:
 
 
 def _may_speak() -> bool:
-    from slimlm.ranks import may_speak
+    from slimlm.meeting import may_speak
 
     return may_speak()

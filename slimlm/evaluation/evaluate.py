@@ -22,8 +22,9 @@ from slimlm.evaluation.harness import load_task_manager, run_tasks, task_scores
 from slimlm.evaluation.perplexity import measure_perplexity
 from slimlm.evaluation.tasks import DEFAULT_TASKS, TASKS_PATH
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
+from slimlm.meeting import start_ranks
 from slimlm.progress import LogProgress, Progress
-from slimlm.ranks import Ranks, start_ranks
+from slimlm.ranks import Ranks
 from slimlm.settings import EvalSettings, by_name
 
 if TYPE_CHECKING:

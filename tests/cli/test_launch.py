@@ -38,7 +38,7 @@ if os.environ.get("RANK"):
     def evaluate(**settings):
         from pathlib import Path
         from slimlm.errors import RunFailure
-        from slimlm.ranks import start_ranks
+        from slimlm.meeting import start_ranks
         how, rank = os.environ["HOW"], os.environ["RANK"]
         with start_ranks("cpu") as ranks:
             Path(os.environ["THERE"], rank).write_text(str(os.getpid()))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.evaluation.dealt import DealtLM, dealt
 from slimlm.evaluation.text import python_reference
-from slimlm.ranks import start_ranks
+from slimlm.meeting import start_ranks
 
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from slimlm.meeting import start_ranks
 from slimlm.progress import Progress
-from slimlm.ranks import start_ranks
 from slimlm.stages import compress
 from slimlm.started import local_rank
 from tests.golden.cases import CASES, Case, step
