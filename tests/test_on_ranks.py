@@ -25,11 +25,13 @@ MORE = (
 )  # fmt: skip
 
 
-def started(place: Path, size: int, *cases: str, nodes: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+def started(
+    place: Path, size: int, *cases: str, nodes: tuple[str, ...] = (), **environment: str
+) -> "subprocess.Popen[str]":
     command = [*TORCHRUN, *nodes, "--nproc-per-node", str(size), "-m", "tests.golden.on_ranks"]
     return subprocess.Popen(
         [*command, str(place), str(place / "found.json"), *cases],
-        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, case in expected.items():
         assert found[name]["files"] == case["files"], name
-        places = re.compile("output_dir|model/path|/name$")
+        places = re.compile("output_dir|model/path|/name$|run/resumed")
         ours, theirs = (
             {key: value for key, value in side["manifest"].items() if not places.search(key)}
             for side in (found[name], case)
@@ -130,6 +132,22 @@ def test_three_processes_prune_nearly_the_same(tmp_path: Path, all_alone: tuple[
         places = sum(tensor.numel() for tensor in ours.values())
         apart = sum(int(((ours[key] == 0) != (theirs[key] == 0)).sum()) for key in ours)
         assert apart <= 0.005 * places, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "number"), [("slice", 2), ("slice", 5), ("slimlm", 3), ("sparsegpt", 2)])
+def test_when_one_of_two_dies_both_go_on_from_what_both_had_saved(
+    tmp_path: Path, alone: dict[str, Any], name: str, number: int
+):
+    dying = started(tmp_path, 2, name, DIE_AT=str(number))
+    dying.communicate(timeout=300)
+    assert dying.returncode
+    (journal,) = tmp_path.rglob("out-2-0.partial/work/journal.jsonl")
+    saved = [record for record in map(json.loads, journal.read_text().splitlines()) if "ranks" in record]
+    assert len(saved) == number - 1
+    assert all(len(record["ranks"]) == 2 for record in saved)
+    found = finished(started(tmp_path, 2, name, RESUME="1"), tmp_path)
+    assert_same(found, {name: alone[name]})
 
 
 @pytest.mark.slow

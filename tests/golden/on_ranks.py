@@ -2,16 +2,22 @@
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.golden.on_ranks PLACE RESULTS.json [CASE ...]
 
-PLACE is a directory, or one a machine where these have disks of their own.
+PLACE is a directory, or one a machine where these have disks of their own. With DIE_AT=3 in the environment the last
+rank is gone at once when streams are to be saved for the third time, which they are behind every block; RESUME=1 goes
+on.
 """
 
 import dataclasses
 import json
+import os
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from slimlm.meeting import start_ranks
+from slimlm.model.saving import Saver
+from slimlm.model.walk import Streams
 from slimlm.progress import Progress
 from slimlm.stages import compress
 from slimlm.started import local_rank
@@ -47,8 +53,21 @@ def carry_out(case: Case, place: Path, name: str) -> Path:
         before = output.with_name(f"{name}-before")
         compress(recipe_of(place, model, case.before, case.shared, before), progress=Progress())
         model = str(before)
-    compress(recipe_of(place, model, case.steps, case.shared, output), progress=Progress())
+    resume = "RESUME" in os.environ
+    compress(recipe_of(place, model, case.steps, case.shared, output), progress=Progress(), resume=resume)
     return output
+
+
+def die_at(number: int) -> None:
+    """Have this process be gone, threads and all, instead of saving streams for the number-th time."""
+    save, calls = Streams.save, count(1)
+
+    def dying(streams: Streams, index: int) -> None:
+        if next(calls) == number:
+            os._exit(1)
+        save(streams, index)
+
+    Streams.save = dying
 
 
 def main(place: str, results: str, *names: str) -> None:
@@ -60,7 +79,10 @@ def main(place: str, results: str, *names: str) -> None:
         write_data(home)
         for case in cases:
             model_at(home, case.model)
+    Saver.seconds = 0.0
     with start_ranks("cpu") as ranks:
+        if "DIE_AT" in os.environ and ranks.rank == ranks.size - 1:
+            die_at(int(os.environ["DIE_AT"]))
         found = {case.name: of_ranks(case, home, f"out-{ranks.size}-{number}") for number, case in enumerate(cases)}
         if ranks.first:
             Path(results).write_text(json.dumps(found))
