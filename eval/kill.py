@@ -35,9 +35,9 @@ def main() -> None:
     if arguments.num_processes > 1:
         FLAGS.append(f"--num-processes={arguments.num_processes}")
     if arguments.several:
-        FLAGS.extend(["--method=sparsegpt", "--set=shots=3", "-s=0.6"])
+        FLAGS.extend(["--method=sparsegpt", "--set=shots=3", "--sparsity=0.6"])
     else:
-        FLAGS.append("-s=0.25")
+        FLAGS.append("--sparsity=0.25")
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -64,6 +64,7 @@ def undisturbed(place: Path) -> tuple[dict[str, bytes], float, float]:
     start = time.monotonic()
     process = subprocess.Popen(command(), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (place / "out.partial").exists():
+        assert process.poll() is None, "the run ended before it began"
         time.sleep(0.01)
     began = time.monotonic() - start
     assert process.wait() == 0
