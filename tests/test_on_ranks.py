@@ -56,7 +56,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, case in expected.items():
         assert found[name]["files"] == case["files"], name
-        places = re.compile("output_dir|model/path|/name$|run/resumed")
+        places = re.compile("output_dir|model/path|recipe/model|/name$|run/resumed")
         ours, theirs = (
             {key: value for key, value in side["manifest"].items() if not places.search(key)}
             for side in (found[name], case)

@@ -63,7 +63,8 @@ def _writes(ranks: Ranks, output: Path) -> bool:
         with disk_errors(mark):
             mark.touch()
     ranks.meet()
-    where = "with the first" if mark.exists() else f"{platform.node()} {output}"
+    same = output == ranks.agreed(output)
+    where = "with the first" if same and mark.exists() else f"{platform.node()} {output}"
     first_there = ranks.gather(where).index(where)
     if ranks.first:
         mark.unlink()
