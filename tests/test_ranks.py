@@ -56,7 +56,9 @@ def alone() -> dict[str, Any]:
     return found(Ranks())
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
+)
 def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of 2, 3 and 4 ranks found."""
     return torchrun(request.param, tmp_path_factory.mktemp(f"ranks-{request.param}"), "found")
@@ -118,7 +120,7 @@ def test_the_account_is_of_all(several: list[dict[str, Any]]):
         assert all(entry["bytes_exchanged"] > 0 for entry in one["account"])
 
 
-@pytest.mark.parametrize("end", ["fails", "killed"])
+@pytest.mark.parametrize("end", [pytest.param("fails", marks=pytest.mark.slow), "killed"])
 def test_the_others_notice_at_once_that_one_is_gone(tmp_path: Path, end: str):
     (first, own, last), codes = by_hand(3, tmp_path, end)
     for lost in (first, last):
@@ -128,12 +130,14 @@ def test_the_others_notice_at_once_that_one_is_gone(tmp_path: Path, end: str):
     assert codes == [0, 0 if end == "fails" else -9, 0]
 
 
+@pytest.mark.slow
 def test_a_group_that_is_there_is_used_and_left(tmp_path: Path, alone: dict[str, Any]):
     first, second = torchrun(2, tmp_path, "inside a group")
     assert torch.equal(first["sums"][0], alone["sums"][0])
     assert second["gathered"] == [0, 1]
 
 
+@pytest.mark.slow
 def test_one_speaks(tmp_path: Path):
     assert sorted(torchrun(3, tmp_path, "speaking")) == [False, False, True]
 

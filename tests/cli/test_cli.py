@@ -163,7 +163,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     assert lines == [resumable, "slimlm: interrupted", "slimlm: interrupted"] * 3
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_dry_run_that_ends_takes_its_probe_along(tmp_path: Path, stop: signal.Signals):
     process = subprocess.Popen(
         command(*QUICK, "--dry-run"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

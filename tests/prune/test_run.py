@@ -218,7 +218,7 @@ def test_a_pattern_holds_in_every_group_of_every_matrix(tmp_path: Path, text: Pa
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "slimlm"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", pytest.param("sparsegpt", marks=pytest.mark.slow), "slimlm"])
 def test_death_at_any_step_is_survived_with_the_same_bytes(tmp_path: Path, text: Path, monkeypatch, method: str):
     monkeypatch.setattr(Saver, "seconds", 0.0)  # behind every block
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
