@@ -90,7 +90,7 @@ def _placed(device: str, is_ours: bool) -> Ranks:
     if dist.get_world_size() != world_size():
         raise UserError("a group of processes that no launcher made cannot be used: start them with torchrun")
     plain = dist.group.WORLD if is_ours else dist.new_group(backend="gloo", timeout=PATIENCE)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank(), _own_device(device), plain)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), _own_device(device), plain)
     kinds = ranks.gather(ranks.device.type)
     if len(set(kinds)) > 1:
         raise UserError(f"the processes of this run compute on {', '.join(kinds)}: give --device cpu, or GPUs to all")

@@ -6,9 +6,10 @@ for plain objects. Alone, every operation gives back what it got. Nothing here k
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from slimlm.errors import SlimlmError, one_line
 from slimlm.plain import Json
 from slimlm.started import LOST
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -30,8 +32,7 @@ class Lost(SlimlmError):
 
 @dataclass(eq=False)
 class Ranks:
-    """Number `rank` of `size` processes; `local` on its machine. device: where it computes. first: whether it alone
-    writes, reports and decides.
+    """Number `rank` of `size` processes. device: where it computes. first: whether it alone reports and decides.
 
     plain: carries objects and tensors on a CPU; None alone. direct: whether the device's tensors travel as they are.
     writes: whether it writes the result: the first does, and the first of those that do not see the first's disk.
@@ -41,7 +42,6 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    local: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     plain: Any = None
     direct: bool = True
@@ -91,6 +91,14 @@ class Ranks:
         with self._exchange():
             dist.all_gather_object(found, value, group=self.plain)
         return found
+
+    def chained(self, own: Sequence[T]) -> list[T]:
+        """What each has of several things, one rank's behind another's, for all."""
+        return list(chain.from_iterable(self.gather(own)))
+
+    def merged(self, own: Mapping[K, T]) -> dict[K, T]:
+        """What each has by name, for all."""
+        return dict(chain.from_iterable(found.items() for found in self.gather(own)))
 
     def meet(self) -> None:
         """Wait for all."""

@@ -121,7 +121,7 @@ class Checkpoint:
         if not self._hashes:
             names = ["config.json", *self.files]
             own = {name: file_hash(self.path / name) for name in names[ranks.rank :: ranks.size]}
-            found = {name: digest for part in ranks.gather(own) for name, digest in part.items()}
+            found = ranks.merged(own)
             self._hashes = {name: found[name] for name in names}
         return self._hashes
 

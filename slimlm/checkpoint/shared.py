@@ -4,7 +4,6 @@ Whoever writes holds the lock, and leaves the whole result on its disk in the en
 what waits.
 """
 
-import platform
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -64,7 +63,7 @@ def _writes(ranks: Ranks, output: Path) -> bool:
             mark.touch()
     ranks.meet()
     same = output == ranks.agreed(output)
-    where = "with the first" if same and mark.exists() else f"{platform.node()} {output}"
+    where = "with the first" if same and mark.exists() else f"{ranks.host} {output}"
     first_there = ranks.gather(where).index(where)
     if ranks.first:
         mark.unlink()

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import auto_dtype, load_config
-from slimlm.deal import Deal
 from slimlm.device import available_memory, return_memory_at_once
-from slimlm.evaluation.perplexity import LogLikelihood, gathered
+from slimlm.evaluation.perplexity import LogLikelihood, counted
 from slimlm.families import FAMILIES, family_of
 from slimlm.model.ends import embed, nll
 from slimlm.model.hidden import Scratch
@@ -54,14 +53,10 @@ def measure_by_block(
     config = load_config(path, settings.trust_remote_code)
     dtype = _dtype(path, settings)
     model = StreamedModel(Checkpoint(path), config, family_of(config), ranks.device, dtype, settings.trust_remote_code)
-    batches = windows.split(settings.batch_size)
-    own = Deal(ranks, len(batches)).pick(batches)
-    found = torch.empty(0, dtype=torch.float64)
-    if own:
-        with tempfile.TemporaryDirectory(prefix="slimlm-") as place, Scratch(Path(place), ranks.device) as scratch:
-            stream = embed(model, own, scratch.hidden("dense"))
-            for block in walk(model, progress, f"perplexity of {path.name}, block by block"):
-                block.advance(stream)
-            found = nll(model, stream)
-    ranks.note("windows", len(found))
-    return gathered(LogLikelihood(dtype), found, windows, settings.batch_size, ranks), model.model
+    with tempfile.TemporaryDirectory(prefix="slimlm-") as place, Scratch(Path(place), ranks.device) as scratch:
+        stream = embed(model, windows.split(settings.batch_size), scratch.hidden("dense"), ranks)
+        for block in walk(model, progress, f"perplexity of {path.name}, block by block"):
+            block.advance(stream)
+        found = nll(model, stream)
+    ranks.note("windows", sum(map(len, stream.tokens)))
+    return counted(LogLikelihood(dtype), found, windows, settings.batch_size), model.model

@@ -27,13 +27,6 @@ class LogLikelihood:
     tokens: int = 0
     window_means: list[float] = field(default_factory=list)
 
-    def add(self, logits: Tensor, tokens: Tensor) -> None:
-        """logits: [batch, time, vocab] for tokens: [batch, time]; positions 1.. are predicted from those before.
-
-        Raises RunFailure as `count` does.
-        """
-        self.count(window_nll(logits[:, :-1], tokens[:, 1:]), tokens.shape[1] - 1)
-
     def count(self, nll: Tensor, predicted: int) -> None:
         """nll: [batch], each window's sum over its `predicted` tokens. Raises RunFailure when one is not finite."""
         _require_finite(nll)
@@ -88,13 +81,13 @@ def measure_perplexity(
         _require_finite(own[-1])
         advance(batch.shape[0])
     ranks.note("windows", sum(map(len, own)))
-    return gathered(LogLikelihood(model.dtype), torch.cat(own), windows, batch_size, ranks)
+    return counted(LogLikelihood(model.dtype), ranks.joined(torch.cat(own)), windows, batch_size)
 
 
-def gathered(likelihood: LogLikelihood, own: Tensor, windows: Tensor, batch_size: int, ranks: Ranks) -> LogLikelihood:
-    """The likelihood of windows: [n, time], with what every rank found of its own, fp64 [own windows] on the CPU;
-    added up batch by batch, so that it does not depend on who had which. Raises RunFailure as `count` does."""
-    for nll in ranks.joined(own).split(batch_size):
+def counted(likelihood: LogLikelihood, found: Tensor, windows: Tensor, batch_size: int) -> LogLikelihood:
+    """The likelihood of windows: [n, time], with what was found of each, fp64 [n] on the CPU, added up batch by batch.
+    Raises RunFailure as `count` does."""
+    for nll in found.split(batch_size):
         likelihood.count(nll, windows.shape[1] - 1)
     return likelihood
 

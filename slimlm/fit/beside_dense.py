@@ -23,9 +23,10 @@ from torch import Tensor
 from slimlm.deal import Deal, Parts
 from slimlm.errors import RunFailure
 from slimlm.families import Norm
+from slimlm.fit.ridge import ridge
 from slimlm.linalg.gram import is_wide
 from slimlm.linalg.regression import Add, Regression, Rows, held_out, keeps_rows
-from slimlm.linalg.ridge import GUESS, Fit, chosen_strength, fitted
+from slimlm.linalg.ridge import GUESS, Fit
 from slimlm.model.block import Block
 from slimlm.model.hidden import HiddenStates
 from slimlm.model.rotation import is_own
@@ -71,7 +72,7 @@ class Pair:
     def held(self) -> list[Tensor]:
         """Per batch of this rank, which of its windows are held out: [windows] bool."""
         own = [len(batch) for batch in self.streams["dense"].tokens]
-        counts = [count for counts in self.deal.ranks.gather(own) for count in counts]
+        counts = self.deal.ranks.chained(own)
         return self.deal.pick(held_out(sum(counts)).to(self.dense.device).split(counts))
 
     def regression(self, inputs: int, outputs: int, show: Callable[[AddOf], None]) -> Regression:
@@ -242,7 +243,7 @@ class BlockPair:
         """
         figures = self.pair.streams.figures
         before = figures.get(f"{self.small.index - 1}.{name}", math.inf)
-        fit = shared_ridge(self.pair.deal.ranks, data, prior, metric, before if math.isfinite(before) else GUESS)
+        fit = ridge(data, prior, metric, before if math.isfinite(before) else GUESS, self.pair.deal.ranks)
         figures[f"{self.small.index}.{name}"] = fit.strength
         return fit
 
@@ -255,21 +256,6 @@ class BlockPair:
         if not torch.isfinite(stored).all():
             raise RunFailure(f"tensor {full} is not finite in {stored.dtype}: write another --dtype")
         self.tensors[name] = stored
-
-
-def shared_ridge(
-    ranks: Ranks, data: Regression, prior: Tensor, metric: Tensor | None = None, guess: float = GUESS
-) -> Fit:
-    """`ridge`, for all ranks, of data that the first one has. prior: [out, in]; metric: [out, out]."""
-    if ranks.first:
-        data.centre(prior.T)
-    else:
-        data.prior = prior.T
-    strength = ranks.decided(lambda: chosen_strength(data, metric, guess))
-    if math.isfinite(strength) and (ranks.first or isinstance(data.held, Rows)):
-        data.join()  # of wide inputs every rank looks at its tokens again
-    fit = fitted(data, prior, strength) if ranks.first else None
-    return Fit(ranks.once(fit.weight if fit else None), ranks.decided(lambda: fit.strength if fit else math.inf))
 
 
 def _joined(own: list[tuple[Tensor, Tensor]], widths: tuple[int, int], ranks: Ranks) -> list[tuple[Tensor, Tensor]]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from slimlm.deal import LANES, Deal, Parts
 from slimlm.errors import RunFailure
-from slimlm.fit.beside_dense import AddOf, Pair, shared_ridge
+from slimlm.fit.beside_dense import AddOf, Pair
+from slimlm.fit.ridge import ridge
 from slimlm.linalg.softmax import RATE, MapFit
 from slimlm.model.result import Result
 from slimlm.model.rotation import head_map, sliced_final_norm, write_head
@@ -57,7 +58,7 @@ def fit_head(pair: Pair, seed: int, progress: Progress, rate: float = RATE) -> t
         data = pair.regression(width, pair.basis.shape[0], show)
         progress.step()
         gram = ranks.once(data.fit.xx.clone() if ranks.first else None)
-        least_squares = shared_ridge(ranks, data, prior, rows.T @ rows).weight
+        least_squares = ridge(data, prior, rows.T @ rows, ranks=ranks).weight
         fit = MapFit(rows, bias, least_squares, gram, rate)
         ranks.share([fit.whiten, fit.point])  # eigenvectors of other processors might have other signs
         before = _divergence(pair, fit)
@@ -110,7 +111,7 @@ def _divergence(pair: Pair, fit: MapFit) -> float:
             x[held].flatten(0, 1).split(STEP_TOKENS), seen[held].flatten(0, 1).split(STEP_TOKENS), strict=True
         ):
             own.append((fit.divergence(part, small), len(part)))
-    found = [part for parts in pair.deal.ranks.gather(own) for part in parts]
+    found = pair.deal.ranks.chained(own)
     return sum(total for total, _ in found) / max(1, sum(tokens for _, tokens in found))
 
 

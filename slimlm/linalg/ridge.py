@@ -1,4 +1,4 @@
-"""Least squares towards a prior, its strength chosen on tokens that were held out."""
+"""Least squares towards a prior, its strength chosen on tokens that were held out: the parts of `fit/ridge.py`."""
 
 import math
 from dataclasses import dataclass
@@ -22,25 +22,6 @@ class Fit:
 
     weight: Annotated[Tensor, "out in"]
     strength: float
-
-
-def ridge(
-    data: Regression, prior: Annotated[Tensor, "out in"], metric: Metric | None = None, guess: float = GUESS
-) -> Fit:
-    """argmin_W sum ||y - W x||^2 + lambda ||W - prior||^2 with lambda chosen on held-out tokens.
-
-    Hoerl & Kennard 1970, shrunk towards the prior instead of zero. lambda is searched downhill from `guess` on a random
-    projection of the outputs. Where the fit does not lower the held-out error it is the prior that stays, so that error
-    never grows. Once chosen, lambda serves a fit to all tokens. Where a strength leaves the system numerically singular
-    it is no choice. Uses `data` up.
-
-    Returns the weight in the prior's precision, or fp32 where that is coarser.
-    """
-    data.centre(prior.T)
-    strength = chosen_strength(data, metric, guess)
-    if math.isfinite(strength):
-        data.join()
-    return fitted(data, prior, strength)
 
 
 def chosen_strength(data: Regression, metric: Metric | None = None, guess: float = GUESS) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slimlm.checkpoint.journal import Journal, Record, load_tensors, save_tensors
 from slimlm.model.block import Block
-from slimlm.model.hidden import Spilled
+from slimlm.model.hidden import HiddenStates, Spilled
 from slimlm.model.saving import Saver, Saving
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
@@ -69,12 +69,10 @@ class Streams:
         goes with them. They go to the disk while the next block is computed. Raises RunFailure where the last ones
         could not.
         """
-        if self.ranks.size > 1:
-            self._conclude()
+        self._conclude_together()
         if not all(self.ranks.gather(self.saver.due())):
             return
-        if self.ranks.size > 1:
-            self._conclude()  # what was on its way a moment ago
+        self._conclude_together()  # what was on its way a moment ago
         self.settle()  # blocks before the streams that leave them
         saving: dict[str, Saving] = {}
         for label, stream in self.streams.items():
@@ -84,23 +82,28 @@ class Streams:
         state |= {name: torch.tensor(value, dtype=torch.float64) for name, value in self.figures.items()}
         self._written = Written(index, saving)
         self.saver.start(partial(self._write, self._written, state))
-        if self.ranks.size > 1:
-            self._conclude()
+        self._conclude_together()
 
     def _write(self, written: Written, state: dict[str, Tensor]) -> None:
         saved: dict[str, Json] = {label: part.write() for label, part in written.saving.items()}
         before = self.journal.last(f"streams {self.name}")  # whose state is needed until this is recorded
         entries = before.get("ranks", []) if before else []
         own = entries[self.ranks.rank] if len(entries) == self.ranks.size else None
+        place = self._place(next(iter(self.streams.values())).hidden)
         side = 1 if own and own["state"]["file"].startswith(f"{self.name}-state.0") else 0
-        written.entry = {"streams": saved, "state": save_tensors(self._place, f"{self.name}-state.{side}", state)}
-        if self.ranks.size == 1:  # whom nobody has to be asked of
+        written.entry = {"streams": saved, "state": save_tensors(place, f"{self.name}-state.{side}", state)}
+        if self.ranks.size == 1:
             self._conclude()
 
     def finish(self) -> None:
         """Have what is on its way recorded: of several ranks nobody else would."""
         if self.ranks.size > 1:
             self.saver.settle()
+            self._conclude()
+
+    def _conclude_together(self) -> None:
+        """Of several ranks, who have to ask one another; one alone does so as soon as it has written."""
+        if self.ranks.size > 1:
             self._conclude()
 
     def _conclude(self) -> None:
@@ -113,13 +116,10 @@ class Streams:
         for part in written.saving.values():
             part.done()
 
-    @property
-    def _place(self) -> Path:
-        """Where a rank's part of the state is."""
-        hidden = next(iter(self.streams.values())).hidden
-        if self.ranks.first or not isinstance(hidden, Spilled):
-            return self.journal.directory
-        return hidden.files[0].path.parent
+    def _place(self, hidden: HiddenStates) -> Path:
+        """Where this rank's part of the state is, one of the streams being in these."""
+        assert isinstance(hidden, Spilled)
+        return self.journal.directory if self.ranks.first else hidden.files[0].path.parent
 
     def load(self, record: Record, hidden: Mapping[str, tuple[Spilled, torch.dtype]]) -> bool:
         """Take over what `save` recorded, the streams' hidden states being in these; False where any of it is damaged
@@ -129,7 +129,7 @@ class Streams:
         """
         entries = record.get("ranks", [])
         own = entries[self.ranks.rank] if len(entries) == self.ranks.size else {}
-        place = self.journal.directory if self.ranks.first else next(iter(hidden.values()))[0].files[0].path.parent
+        place = self._place(next(iter(hidden.values()))[0])
         state = load_tensors(place, own["state"]) if own else None
         if not all(self.ranks.gather(state is not None and _adopt(own["streams"], hidden))):
             logger.warning("what was saved of %s is gone or changed: it is computed again", self.name)

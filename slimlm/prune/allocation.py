@@ -7,7 +7,6 @@ losses (`solved.py`). What each is, and whose, says `linalg/allocation.py`. All 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,8 +31,6 @@ from slimlm.prune.group import Gradients, Row
 from slimlm.prune.masks import taylor
 from slimlm.ranks import Ranks
 
-K = TypeVar("K")
-V = TypeVar("V")
 Counts = dict[str, int]  # of weights that go, by a matrix's full name
 Scores = Iterable[tuple[str, Tensor]]  # of a block's linears, by name within it: [out, in] each
 InputNorms = Callable[[Block], Mapping[str, Tensor]]  # of a block's linears, by name within it: [in] each
@@ -86,7 +83,7 @@ def by_threshold(scored: Iterable[tuple[Block, Scores]], matrices: Matrices, ran
     scored: of all ranks' blocks this one's.
     """
     own = {f"{block.path}.{name}": histogram(found) for block, scores in scored for name, found in scores}
-    merged = _merged(own, ranks)
+    merged = ranks.merged(own)
     histograms = {name: merged[name] for name in matrices.sizes if name in merged}  # ties are broken by the order
     unknown = {name: count for name, count in matrices.uniform().items() if name not in histograms}
     return {**global_counts(histograms, matrices.total - sum(unknown.values())), **unknown}
@@ -95,7 +92,7 @@ def by_threshold(scored: Iterable[tuple[Block, Scores]], matrices: Matrices, ran
 def pq(some: Iterable[Block], matrices: Matrices, ranks: Ranks) -> Counts:
     """In proportion to what the PQ Index says can go. some: of all ranks' blocks this one's."""
     own = {name: pq_share(weight) for block in some for name, weight in _weights(block, full=True)}
-    kept = _merged(own, ranks)
+    kept = ranks.merged(own)
     most, least = max(kept.values()), max(min(kept.values()), 1e-12)
     return exact_counts(
         matrices.sizes, lambda name, c: 1 - (1 - c) * kept[name] / most, matrices.total, 1 - most / least, 1.0
@@ -109,7 +106,7 @@ def alphapruning(some: Iterable[Block], matrices: Matrices, ranks: Ranks) -> Cou
         found = [hill_alpha(weight) for _, weight in _weights(block)]
         if found:
             own[block.index] = sum(found) / len(found)
-    alphas = dict(sorted(_merged(own, ranks).items()))
+    alphas = dict(sorted(ranks.merged(own).items()))
     shares = alpha_shares(list(alphas.values()), matrices.sparsity)
     return matrices.by_block(dict(zip(alphas, shares, strict=True)), scaled=True)
 
@@ -124,10 +121,6 @@ def owl(walk: Iterable[Block], matrices: Matrices, input_norms: InputNorms) -> C
             ratios[block.index] = outlier_ratio(torch.cat(outliers))
     shares = owl_shares(list(ratios.values()), matrices.sparsity)
     return matrices.by_block(dict(zip(ratios, shares, strict=True)))
-
-
-def _merged(own: dict[K, V], ranks: Ranks) -> dict[K, V]:
-    return {key: value for found in ranks.gather(own) for key, value in found.items()}
 
 
 def _weights(block: Block, full: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -138,8 +138,7 @@ def curvatures(
         found: dict[str, float] = {}
         yield from known(block, stream, few, (row, gradients), found)
         share(ranks, few)
-        for own in ranks.gather(found):
-            figures |= own
+        figures |= ranks.merged(found)
 
 
 def known(

@@ -65,7 +65,7 @@ def narrow_experts(
                 writing.append(weight)
             first += len(few)
     tensors[reads], tensors[writes] = torch.stack(reading), torch.stack(writing)
-    return {name: tokens for found in ranks.gather(starved) for name, tokens in found.items()}
+    return ranks.merged(starved)
 
 
 def _narrowed(

@@ -107,7 +107,7 @@ def gather_gradients(
 def _joined(block: Block, found: dict[str, list[Tensor]], ranks: Ranks) -> dict[str, Tensor]:
     """All batches' rows of all ranks, [tokens, ...] each; what was found is used up, so that not all of it is there
     twice."""
-    keys = dict.fromkeys([key for keys in ranks.gather(list(found)) for key in keys])
+    keys = dict.fromkeys(ranks.chained(list(found)))
     empty = torch.zeros(0, dtype=torch.bfloat16, device=block.model.device)
     return {key: ranks.joined(torch.cat(found.pop(key)) if key in found else empty) for key in keys}
 

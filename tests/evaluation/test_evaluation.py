@@ -62,7 +62,7 @@ def test_chunking_the_loss_does_not_change_it(monkeypatch):
 
 def test_the_standard_error_is_that_of_the_mean_over_windows():
     likelihood, logits, tokens = LogLikelihood(torch.float32), torch.randn(6, 9, 11), torch.randint(0, 11, (6, 9))
-    likelihood.add(logits, tokens)
+    likelihood.count(window_nll(logits[:, :-1], tokens[:, 1:]), 8)
     means = torch.stack([torch.nn.functional.cross_entropy(logits[n, :-1].double(), tokens[n, 1:]) for n in range(6)])
     assert likelihood.mean == pytest.approx(means.mean().item(), rel=1e-6)
     assert likelihood.stderr == pytest.approx((means.var(unbiased=True) / 6).sqrt().item(), rel=1e-6)
@@ -90,7 +90,7 @@ def test_a_model_that_says_nan_is_not_given_a_perplexity():
     from slimlm.errors import RunFailure
 
     with pytest.raises(RunFailure, match="NaN"):
-        LogLikelihood(torch.float32).add(torch.full((1, 3, 5), float("nan")), torch.zeros(1, 3, dtype=torch.long))
+        LogLikelihood(torch.float32).count(window_nll(torch.full((1, 2, 5), float("nan")), torch.zeros(1, 2).long()), 2)
 
 
 def test_windows_are_evenly_spaced_and_the_same_every_time():

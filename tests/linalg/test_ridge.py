@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from slimlm.fit.ridge import ridge
 from slimlm.linalg.regression import Moments, Regression, held_out
-from slimlm.linalg.ridge import STRENGTHS, ridge
+from slimlm.linalg.ridge import STRENGTHS
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
