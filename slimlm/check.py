@@ -159,7 +159,8 @@ def planned(step: AnyStep, model: StreamedModel) -> tuple[AnyStep, Plan]:
 
 def inputs_of(step: AnyStep, source: ResolvedModel) -> list[Path]:
     """Files and directories that a run reads."""
-    return [source.path, *(Path(name) for name in (step.dataset, step.eval_text) if name and Path(name).exists())]
+    names = [*(name for name, _ in step.parts), *([step.eval_text] if step.eval_text else [])]
+    return [source.path, *(Path(name) for name in names if Path(name).exists())]
 
 
 def resolve_known(
@@ -234,7 +235,7 @@ def spilled(step: AnyStep, model: StreamedModel) -> int:
     streams to measure; and what another process would resume from of each of the calibration's."""
     assert step.max_seq_length is not None
     per_window: int = step.max_seq_length * model.config.hidden_size * model.dtype.itemsize
-    count = step.num_calibration_samples
+    count = step.num_windows
     scratch = method_of(step).scratch(step, model)
     saved = (sides() - 2) * (count + min(scratch, 2 * count))
     calibrating = 2 * (count + scratch) + saved if step.dataset else 0

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from slimlm.calibration import SELF, Windows
+from slimlm.calibration import Windows, interleaved
 from slimlm.check import How, Job, check
 from slimlm.checkpoint.code import copy_code
 from slimlm.checkpoint.companions import copy_companions
@@ -100,9 +100,10 @@ def carry_out(job: Job, fingerprint: Fingerprint, staging: Staging, how: How) ->
     how.progress.log = staging.work / LOG_NAME if how.ranks.first else None
     with Result(staging.model, journal, job.recipe.max_shard_bytes) as result:
         windows = job.windows
-        if job.recipe.dataset == SELF:
+        if job.recipe.own_windows:
             with _timed(job, "sampling"):
-                windows = sampled_windows(job.recipe, job.model, job.tokenizer, journal, how.progress)
+                own = sampled_windows(job.recipe, job.model, job.tokenizer, journal, how.progress)
+            windows = interleaved([windows, own] if windows else [own])
         with _timed(job, "compressing"):
             outcome = _run(job, windows, result, staging, how)
         result.finish()

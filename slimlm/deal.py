@@ -38,6 +38,27 @@ class Summed(Protocol):
 S = TypeVar("S", bound=Summed)
 
 
+class Sum:
+    """Of tensors like these, [...] each, one by one."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.totals = [torch.zeros_like(tensor, requires_grad=False) for tensor in like]
+
+    def add(self, tensors: Sequence[Tensor | None]) -> None:
+        """Add to each, [...], what there is for it."""
+        for total, tensor in zip(self.totals, tensors, strict=True):
+            if tensor is not None:
+                total += tensor
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, [...] each."""
+        return self.totals
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Hold these instead, [...] each."""
+        self.totals = list(tensors)
+
+
 @dataclass(frozen=True)
 class Deal:
     """`count` things in order, most often batches, dealt out to ranks in lanes of neighbouring ones."""
@@ -61,6 +82,17 @@ class Deal:
     def mine(self) -> range:
         """This rank's."""
         return self.of(self.ranks.rank)
+
+    @property
+    def lanes(self) -> list[range]:
+        """Each lane's."""
+        return [range(self._start(lane), self._start(lane + 1)) for lane in range(self._lanes)]
+
+    @property
+    def own_lanes(self) -> range:
+        """This rank's lanes, by number."""
+        each = self._lanes // self.ranks.size
+        return range(self.ranks.rank * each, (self.ranks.rank + 1) * each)
 
     def pick(self, values: Sequence[T]) -> list[T]:
         """Of what there is of all, this rank's."""

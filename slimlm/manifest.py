@@ -29,6 +29,7 @@ from slimlm.checkpoint.staging import Staging
 from slimlm.device import machine, peak_memory, rounding
 from slimlm.errors import UserError
 from slimlm.evaluation.streamed import Comparison
+from slimlm.plain import Json
 from slimlm.prune.group import code_hash
 from slimlm.ranks import Ranks
 from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped, steps_of
@@ -53,7 +54,7 @@ def fingerprint_of(job: Job, ranks: Ranks) -> Fingerprint:
 def _fingerprint(job: Job, hashes: Mapping[str, str], count: int) -> Fingerprint:
     settings = decisive(job.recipe)
     if job.windows:
-        del settings["dataset"]
+        settings["dataset"] = job.recipe.own_windows
     found, trusted = versions(), code_files(job.source.path) if job.recipe.trust_remote_code else []
     return {
         **{f"model {name}": digest for name, digest in hashes.items()},
@@ -187,6 +188,14 @@ def write_account(directory: Path, manifest: Manifest) -> None:
     write_manifest(directory, manifest)
 
 
+def _whole(source: Json) -> Json:
+    """A path in a recipe, or several in a list, that holds wherever one is; other things as they are."""
+    if isinstance(source, list):
+        return [{**part, "source": _whole(part["source"])} if isinstance(part, dict) else part for part in source]
+    path = Path(str(source)).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
 def write_recipe(directory: Path, manifest: Manifest) -> None:
     """The recipe as it was run, able to run again anywhere on this machine: whole paths, the revision, no output.
 
@@ -204,6 +213,6 @@ def write_recipe(directory: Path, manifest: Manifest) -> None:
     settings["steps"] = steps
     for own in (settings, *steps):
         for name in ("dataset", "eval_text"):
-            if name in own and Path(str(own[name])).expanduser().exists():
-                own[name] = str(Path(str(own[name])).expanduser().resolve())
+            if name in own:
+                own[name] = _whole(own[name])
     write_whole(directory / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

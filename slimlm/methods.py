@@ -29,7 +29,7 @@ def _sweep(recipe: Step, model: StreamedModel) -> int:
 
 def _slicing_scratch(recipe: SliceStep | RotateStep, model: StreamedModel) -> int:
     """Three streams in the refit, or every block's input for the gradients, or all cuts."""
-    refit = 3 * recipe.num_calibration_samples if isinstance(recipe, SliceStep) and recipe.refit else 0
+    refit = 3 * recipe.num_windows if isinstance(recipe, SliceStep) and recipe.refit else 0
     gradients = _sweep(recipe, model) if recipe.weighting == "loss" else 0
     return max(refit, gradients, curves.WINDOWS * curves.CUTS)
 
@@ -40,11 +40,11 @@ def _slicing_calibrates(recipe: SliceStep, path: Path) -> bool:
 
 
 def _pruning_scratch(recipe: PruneStep, model: StreamedModel) -> int:
-    streams = 3 * recipe.num_calibration_samples if recipe.repairs else 0
+    streams = 3 * recipe.num_windows if recipe.repairs else 0
     if recipe.allocation == "solved":
         streams = max(streams, solved.SCRATCH)
     if recipe.allocation == "owl":
-        streams = max(streams, recipe.num_calibration_samples)
+        streams = max(streams, recipe.num_windows)
     return max(streams, _sweep(recipe, model)) if recipe.needs_gradients else streams
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from slimlm.calibration import SELF
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel
 from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW
 from slimlm.methods import method_of
-from slimlm.recipe import AnyStep
+from slimlm.recipe import SELF, AnyStep, Source
 
 NO_DATA = (
     "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
@@ -33,7 +32,19 @@ def resolve(step: AnyStep, source: ResolvedModel, config: PretrainedConfig) -> A
     length = step.max_seq_length or default
     if length > context:
         raise UserError(f"--max-seq-length {length} is beyond the model's context of {context} tokens")
-    return step.model_copy(update={"dataset": dataset, "max_seq_length": length, "output_dir": str(output_of([step]))})
+    step = step.model_copy(update={"dataset": dataset, "max_seq_length": length, "output_dir": str(output_of([step]))})
+    return with_own_text(step)
+
+
+def with_own_text(step: AnyStep) -> AnyStep:
+    """The step with what its model is to write among its data."""
+    share, given = step.self_share, step.dataset
+    if not share or not isinstance(given, str) or given == SELF:
+        return step
+    count = step.num_calibration_samples
+    own = max(1, round(count * share / (1 - share)))
+    parts = [Source(source=given, windows=count), Source(source=SELF, windows=own)]
+    return step.model_copy(update={"dataset": parts})
 
 
 def output_of(steps: Sequence[AnyStep]) -> Path:

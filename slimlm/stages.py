@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy
 
-from slimlm.calibration import SELF
 from slimlm.check import How, Job, check, spilled
 from slimlm.checkpoint.disk import disk_errors
 from slimlm.checkpoint.hub import Access
@@ -38,8 +37,8 @@ from slimlm.model.skip import skipping
 from slimlm.progress import LogProgress, Progress
 from slimlm.prune.plan import require_room_later
 from slimlm.ranks import ALONE, Ranks
-from slimlm.recipe import AnyStep, PruneStep, Recipe, SliceStep, dumped
-from slimlm.resolve import NO_DATA, output_of
+from slimlm.recipe import SELF, AnyStep, PruneStep, Recipe, SliceStep, Source, dumped
+from slimlm.resolve import NO_DATA, output_of, with_own_text
 from slimlm.run import Plan
 from slimlm.settings import CompressSettings, PushSettings, RunSettings, by_name
 from slimlm.windows import calibration_windows
@@ -181,7 +180,7 @@ def fingerprint_of_all(first: Job, recipe: Recipe, ranks: Ranks) -> Fingerprint:
             continue
         windows = calibration_windows(step, first.tokenizer, first.model.config.vocab_size)
         if windows is not None:
-            del found[f"recipe dataset of run {number}"]
+            found[f"recipe dataset of run {number}"] = step.own_windows
             found[f"calibration sha256 of run {number}"] = windows.sha256
     return found
 
@@ -220,11 +219,14 @@ class _Several:
     def _ready(self, number: int) -> Job:
         """A step after the first, number 0, on what the one before it gave."""
         before, place, step = self.places[:number], self.places[number], self.steps[number]
-        settings = {"output_dir": str(place), "model": str(before[-1]), "revision": None}
+        settings: dict[str, Any] = {"output_dir": str(place), "model": str(before[-1]), "revision": None}
         sampled = [where / CALIBRATION_NAME for where in before if (where / CALIBRATION_NAME).exists()]
-        if step.dataset == SELF and sampled:
+        parts = with_own_text(step).parts
+        if sampled and SELF in dict(parts):
             count, length = numpy.load(sampled[0], mmap_mode="r").shape
-            settings |= {"dataset": str(sampled[0]), "num_calibration_samples": count, "max_seq_length": length}
+            known = {SELF: Source(source=str(sampled[0]), windows=count)}
+            sources = [known.get(source) or Source(source=source, windows=windows) for source, windows in parts]
+            settings |= {"dataset": sources, "max_seq_length": length}
         overwrite = self.how.overwrite or place != self.staging.output
         return check(step.model_copy(update=settings), replace(self.how, overwrite=overwrite))
 
@@ -238,9 +240,10 @@ class _Several:
         own = staged_output(place, True, how.resume, how.work_dir)
         with shared(how.ranks, place, how.work_dir, own) as staging:
             made = carry_out(job, fingerprint, staging, how)
-            if made.windows is not None and job.recipe.dataset == SELF and how.ranks.writes:
+            written = made.journal.recall("sampled")
+            if written is not None and how.ranks.writes:
                 with disk_errors(staging.model):
-                    numpy.save(staging.model / CALIBRATION_NAME, made.windows.tokens.numpy())
+                    numpy.save(staging.model / CALIBRATION_NAME, written[1]["tokens"].numpy())
             publish(made, staging, how, job.source.path / LOG_NAME if number else None)
         return made.manifest
 

@@ -2,7 +2,7 @@
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from slimlm.calibration import SELF, Windows, load_windows, sample_windows, start_token
+from slimlm.calibration import Windows, interleaved, load_windows, sample_windows, start_token, written_for
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import BUILDING
 from slimlm.device import placement
@@ -12,23 +12,24 @@ from slimlm.linalg.regression import HELD_EVERY
 from slimlm.methods import method_of
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
-from slimlm.recipe import AnyStep
+from slimlm.recipe import SELF, AnyStep
 
 
 def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Windows | None:
-    """The windows of a resolved step: [n, time]; None where it has none, or they are still to be sampled.
+    """The windows of a resolved step: [n, time], but for those that the model is to write; None where there are no
+    others.
 
     Raises UserError for tokens that the model does not have.
     """
-    if step.dataset is None or step.dataset == SELF:
-        return None
     assert step.max_seq_length is not None
-    windows = load_windows(
-        step.dataset, tokenizer, step.num_calibration_samples, step.max_seq_length, step.seed, step.text_column
-    )
+    length, seed, column = step.max_seq_length, step.seed, step.text_column
+    given = [(source, count) for source, count in step.parts if source != SELF]
+    if not given:
+        return None
+    windows = interleaved([load_windows(source, tokenizer, count, length, seed, column) for source, count in given])
     low, high = int(windows.tokens.min()), int(windows.tokens.max())
     if low < 0 or high >= vocabulary:
-        raise UserError(f"calibration data {step.dataset!r} holds tokens {low} to {high}; the model has {vocabulary}")
+        raise UserError(f"calibration data {windows.source!r} holds tokens {low} to {high}; the model has {vocabulary}")
     return windows
 
 
@@ -42,7 +43,7 @@ def evaluation_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase) -> Tes
 
 def require_held_out(step: AnyStep, windows: Windows | None) -> None:
     """Raises UserError where there are too few windows to hold some out, and the method does."""
-    count = len(windows.tokens) if windows else step.num_calibration_samples
+    count = (len(windows.tokens) if windows else 0) + step.own_windows
     if method_of(step).holds_out(step) and count < HELD_EVERY:
         raise UserError(
             f"the refit holds out every {HELD_EVERY}th calibration window and there are {count}: "
@@ -61,7 +62,7 @@ def sampled_windows(
     sampled = journal.recall("sampled")
     if sampled:
         return Windows(sampled[1]["tokens"].cpu(), SELF, start_token(tokenizer))
-    progress.stage("sampling calibration text", step.num_calibration_samples)
+    progress.stage("sampling calibration text", written_for(step.own_windows))
     with BUILDING:
         whole = AutoModelForCausalLM.from_pretrained(
             model.checkpoint.path,
@@ -69,7 +70,7 @@ def sampled_windows(
             trust_remote_code=step.trust_remote_code,
             device_map=placement(model.device),
         )
-    count, length = step.num_calibration_samples, step.max_seq_length
-    windows = sample_windows(whole.eval(), tokenizer, (count, length), step.seed, progress.step, journal.ranks)
+    size = step.own_windows, step.max_seq_length
+    windows = sample_windows(whole.eval(), tokenizer, size, step.seed, progress.step, journal.ranks)
     journal.keep("sampled", {"tokens": windows.tokens})
     return windows

@@ -21,7 +21,7 @@ CEILINGS = {
     "crowded functions": 1,
     "Any arguments": 14,
     "object arguments": 4,
-    "casts": 1,
+    "casts": 2,
     "type: ignore": 7,
     "without shapes": 0,
     "without errors": 4,
@@ -30,7 +30,7 @@ CEILINGS = {
     "rooms that know Conv1D": 2,
     "functions sparsity passes": 35,
     "files sparsity passes": 17,
-    "syntax tokens": 132554,
+    "syntax tokens": 136200,
 }
 
 

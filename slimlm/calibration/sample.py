@@ -7,13 +7,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimlm.calibration.sources import SELF
+from slimlm.calibration.openings import OPENINGS
 from slimlm.calibration.windows import Windows, start_token
 from slimlm.deal import Deal, seed_of
 from slimlm.errors import UserError
 from slimlm.ranks import ALONE, Ranks
+from slimlm.recipe import SELF
 
-SAMPLING_BATCH = 32
+SAMPLING_BATCH = 128
+SPARE = 1.25  # times as many windows are written as are kept
+TEMPERATURES = (1.0, 0.8, 0.9)
+FROM_NOTHING = 4  # every so-manieth window begins with BOS alone
+GRAM = 4  # tokens in a row
+NOTHING = -1  # where the model is to write
 
 
 @torch.no_grad()
@@ -25,37 +31,72 @@ def sample_windows(
     advance: Callable[[int], None] = lambda done: None,
     ranks: Ranks = ALONE,
 ) -> Windows:
-    """Windows the model itself writes: ancestral samples at temperature 1, each beginning with BOS. size: how many of
-    them, and tokens of each.
+    """Windows the model itself writes, each beginning with BOS. size: how many of them, and tokens of each.
 
-    Self-calibration, arXiv 2410.17170; they schedule the temperature, we keep 1, at which samples follow the model's
-    own distribution. EOS does not end a window: what follows it is the beginning of another document. `model` is whole
-    and in memory, as autoregressive sampling needs it; every rank samples some. Raises UserError for a tokenizer with
-    neither BOS nor EOS.
+    Self-calibration (arXiv 2410.17170), for a model to stay itself beyond anybody's text: most windows go on from the
+    opening of some kind of text, a quarter from BOS alone, at three temperatures in turn. More are written than are
+    kept; those that repeat themselves most are left out. EOS does not end a window: what follows it is the beginning of
+    another document. `model` is whole and in memory, as autoregressive sampling needs it; every rank samples some.
+    Raises UserError for a tokenizer with neither BOS nor EOS.
     """
     (num_windows, length), bos = size, start_token(tokenizer)
     if bos is None:
         raise UserError("--dataset self needs a tokenizer with a BOS or EOS token to start from: give a text instead")
+    count = written_for(num_windows)
+    begun, temperatures = _begun(tokenizer, bos, count, model.config.vocab_size)[:, :length], torch.tensor(TEMPERATURES)
     generator = torch.Generator(device=model.device)
     windows = [torch.zeros(0, length, dtype=torch.int64)]
-    for number in Deal(ranks, -(-num_windows // SAMPLING_BATCH)).mine:
+    for number in Deal(ranks, -(-count // SAMPLING_BATCH)).mine:
         generator.manual_seed(seed_of(seed, number))
-        count = min(SAMPLING_BATCH, num_windows - number * SAMPLING_BATCH)
-        windows.append(_sample(model, count, length, bos, generator))
-        advance(count)
-    return Windows(ranks.joined(torch.cat(windows)).cpu(), SELF, bos)
+        rows = torch.arange(number * SAMPLING_BATCH, min((number + 1) * SAMPLING_BATCH, count))
+        heat = temperatures[rows % len(TEMPERATURES), None]
+        windows.append(_sample(model, begun[rows], heat, length, generator))
+        advance(len(rows))
+    written = ranks.joined(torch.cat(windows)).cpu()
+    return Windows(written[least_repeated(written, num_windows)], SELF, bos)
 
 
-def _sample(model: PreTrainedModel, count: int, length: int, bos: int, generator: torch.Generator) -> Tensor:
-    """[count, length] tokens, position 0 BOS."""
-    tokens = torch.full((count, 1), bos, device=model.device)
+def written_for(num_windows: int) -> int:
+    """Windows that are written for so many to be kept."""
+    return int(SPARE * num_windows)
+
+
+def least_repeated(tokens: Tensor, count: int) -> Tensor:
+    """Numbers, in order, of the `count` windows with the fewest runs of GRAM tokens that they had before: [count].
+
+    tokens: [windows, time]."""
+    runs = tokens.unfold(1, min(GRAM, tokens.shape[1]), 1)
+    different = torch.tensor([len(window.unique(dim=0)) for window in runs])
+    return different.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _begun(tokenizer: PreTrainedTokenizerBase, bos: int, count: int, vocabulary: int) -> Tensor:
+    """How each of `count` windows begins: [count, longest], NOTHING where the model goes on. vocabulary: of the model,
+    which may be smaller than the tokenizer's."""
+    known = [tokenizer(text, add_special_tokens=False).input_ids for text in OPENINGS]
+    known = [tokens for tokens in known if max(tokens, default=0) < vocabulary] or [[]]
+    begun = torch.full((count, 1 + max(map(len, known))), NOTHING)
+    begun[:, 0] = bos
+    for row, window in enumerate(begun):
+        if row % FROM_NOTHING:
+            opening = torch.tensor(known[(row - row // FROM_NOTHING - 1) % len(known)])
+            window[1 : 1 + len(opening)] = opening
+    return begun
+
+
+def _sample(model: PreTrainedModel, begun: Tensor, heat: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """[windows, length] tokens. begun: [windows, time], what they begin with. heat: [windows, 1] temperatures."""
+    begun, heat = begun.to(model.device), heat.to(model.device)
     # transformers calls it `cache` since 5.24, and code that comes with a model may be older.
     name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
     cache = None
-    columns = [tokens]
-    for _ in range(length - 1):
+    columns = [begun[:, :1]]
+    for place in range(1, length):
         out = model(input_ids=columns[-1], use_cache=True, logits_to_keep=1, **{name: cache})
         cache = out[name]
-        probabilities = out.logits[:, -1].float().softmax(-1)
-        columns.append(torch.multinomial(probabilities, 1, generator=generator))
+        probabilities = (out.logits[:, -1].float() / heat).softmax(-1)
+        column = torch.multinomial(probabilities, 1, generator=generator)
+        if place < begun.shape[1]:
+            column = torch.where(begun[:, place, None] == NOTHING, column, begun[:, place, None])
+        columns.append(column)
     return torch.cat(columns, dim=1).cpu()

@@ -8,6 +8,7 @@ from typing import Any
 
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.plain import Json
+from slimlm.recipe import SELF
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 HUB_SHORT_NAMES: dict[str, dict[str, Any]] = {
@@ -17,7 +18,6 @@ HUB_SHORT_NAMES: dict[str, dict[str, Any]] = {
     "fineweb-edu": {"path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT", "split": "train"},
 }
 JOINED = ("wikitext2",)  # the rows, in order and with blank lines between them, are one document, as everyone has it
-SELF = "self"
 
 
 def documents_of(dataset: str, path: Path, text_column: str, seed: int) -> Iterator[str | list[int]]:

@@ -7,7 +7,7 @@ which the seed picks n. There is no padding.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,17 @@ class Windows:
     def batches(self, size: int) -> list[Tensor]:
         """So many windows at a time: [batch, time] each."""
         return list(self.tokens.split(size))
+
+
+def interleaved(parts: Sequence[Windows]) -> Windows:
+    """Windows of one length from several sources, each spread evenly over all: whichever are taken to learn from, to
+    hold out or to begin with, they are of all kinds."""
+    if len(parts) == 1:
+        return parts[0]
+    places = [(torch.arange(len(part.tokens)) + 0.5) / len(part.tokens) for part in parts]
+    order = torch.cat(places).argsort(stable=True)
+    tokens = torch.cat([part.tokens for part in parts])[order]
+    return Windows(tokens, ", ".join(part.source for part in parts), parts[0].bos)
 
 
 def load_windows(

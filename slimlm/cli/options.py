@@ -18,10 +18,10 @@ Value = str | int | float | bool | list[str] | None
 
 PANELS = {  # of the commands that run a recipe, in the order of their help; other commands have the order only
     "What to do": (
-        "model", "sparsity", "method", "pattern", "recipe", "revision", "widths", "skip", "refit", "allocation",
-        "assignments",
+        "model", "sparsity", "method", "pattern", "recipe", "revision", "widths", "skip", "refit", "refine",
+        "allocation", "assignments",
     ),
-    "Calibration data": ("dataset", "text_column", "num_calibration_samples", "max_seq_length", "seed"),
+    "Calibration data": ("dataset", "self_share", "text_column", "num_calibration_samples", "max_seq_length", "seed"),
     "How to run": (
         "batch_size", "device", "num_processes", "work_dir", "stream_memory", "trust_remote_code", "token", "cache_dir",
         "measure",

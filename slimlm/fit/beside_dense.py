@@ -69,11 +69,15 @@ class Pair:
         return self.streams["dense"].deal
 
     @cached_property
+    def held_of_all(self) -> list[Tensor]:
+        """Per batch, which of its windows are held out: [windows] bool."""
+        counts = self.deal.ranks.chained([len(batch) for batch in self.streams["dense"].tokens])
+        return list(held_out(sum(counts)).to(self.dense.device).split(counts))
+
+    @cached_property
     def held(self) -> list[Tensor]:
-        """Per batch of this rank, which of its windows are held out: [windows] bool."""
-        own = [len(batch) for batch in self.streams["dense"].tokens]
-        counts = self.deal.ranks.chained(own)
-        return self.deal.pick(held_out(sum(counts)).to(self.dense.device).split(counts))
+        """The same of this rank's: [windows] bool."""
+        return self.deal.pick(self.held_of_all)
 
     def regression(self, inputs: int, outputs: int, show: Callable[[AddOf], None]) -> Regression:
         """What `show` gives to functions like `Regression.add`, asked for by the number of a batch: of all ranks for
@@ -102,6 +106,11 @@ class Pair:
     def into(self, x: Tensor) -> Tensor:
         """The dense stream x: [..., hidden] in the basis: [..., width]."""
         return x if self._stays else x @ self.basis
+
+    def wanted(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The dense stream [..., hidden] in the basis, and the square of what its next norm multiplies it by: [...]."""
+        centred = stream - stream.mean(-1, keepdim=True) if self.small.family.centred else stream
+        return self.into(stream), 1 / (centred.square().mean(-1) + self.dense.norm_eps).clamp_min(1e-30)
 
 
 @dataclass
@@ -218,7 +227,7 @@ class BlockPair:
                 for number, held in enumerate(self.pair.held):
                     before, x = self.small.before(stream, number, [] if matched else self._earlier(name), name)
                     assert x is not None
-                    wanted, weight = self._wanted(writing.target(number).float())
+                    wanted, weight = self.pair.wanted(writing.target(number).float())
                     if not matched:
                         before = before.float()
                         if small.family.centred:  # norms do not see its mean, and a tied table has one
@@ -229,12 +238,6 @@ class BlockPair:
                     add_of(number)(x, wanted, held, weight)
 
         return self.pair.regression(tensors[f"{name}.weight"].shape[1], self.pair.basis.shape[1], show)
-
-    def _wanted(self, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """The dense stream [..., hidden] in the basis, and the square of what its next norm multiplies it by: [...]."""
-        dense = self.pair.dense
-        centred = stream - stream.mean(-1, keepdim=True) if self.pair.small.family.centred else stream
-        return self.pair.into(stream), 1 / (centred.square().mean(-1) + dense.norm_eps).clamp_min(1e-30)
 
     def fit(self, name: str, data: Regression, prior: Tensor, metric: Tensor | None = None) -> Fit:
         """The ridge regression of a linear or norm, its strength searched from that of the block before, and recorded.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from slimlm.deal import LANES, Deal, Parts
+from slimlm.deal import LANES, Deal, Parts, Sum
 from slimlm.errors import RunFailure
 from slimlm.fit.beside_dense import AddOf, Pair
 from slimlm.fit.ridge import ridge
@@ -136,27 +136,14 @@ def _learned(pair: Pair, index: int) -> tuple[Tensor, Tensor]:
     return deal.ranks.once(x, owner), deal.ranks.once(seen, owner)
 
 
-class _Sum:
-    """Of gradients with respect to the map."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.total = torch.zeros_like(like)
-
-    def tensors(self) -> list[Tensor]:
-        return [self.total]
-
-    def replace(self, tensors: Sequence[Tensor]) -> None:
-        (self.total,) = tensors
-
-
 def _gradient(ranks: Ranks, fit: MapFit, x: Tensor, seen: Tensor) -> Tensor:
     """Of the loss of a step's tokens, [tokens, hidden] and [tokens, width], of which each rank takes its share."""
     deal = Deal(ranks, LANES)
-    parts = Parts(deal, lambda: _Sum(fit.point))
+    parts = Parts(deal, lambda: Sum([fit.point]))
     shares = zip(deal.pick(x.tensor_split(LANES)), deal.pick(seen.tensor_split(LANES)), strict=True)
     for number, (own, its) in enumerate(shares):
         part = parts.at(number)
-        part.total = fit.add_gradient(part.total, own, its)
+        fit.add_gradient(part.totals[0], own, its)
     found = parts.shared()
     assert found is not None
-    return found.total
+    return found.totals[0]

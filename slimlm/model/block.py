@@ -78,10 +78,12 @@ class Block:
         """A linear's or an expert's matrix: a view [out, in]."""
         return matrix(self.module, name)
 
-    def placed(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[nn.Module]:
+    def placed(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> AbstractContextManager[nn.Module]:
         """Inside, the block has these parameters, by name within it, linears' as [out, in] of whatever sizes; then what
-        it had before."""
-        return self.model.placed(self.path, tensors)
+        it had before. They are in the model's dtype there, or in another."""
+        return self.model.placed(self.path, tensors, dtype)
 
     @contextmanager
     def watched(self, names: Sequence[str], see: See) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from slimlm.deal import Deal
 from slimlm.model.hidden import HiddenStates, InMemory
 from slimlm.ranks import ALONE
+
+Given = TypeVar("Given")
 
 
 class Stop(Exception):
@@ -24,6 +26,18 @@ class BlockCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def of(self, windows: Tensor, count: int, time: int) -> "BlockCall":
+        """The same for some of a batch's windows only: [some]. count, time: windows and tokens of the whole batch."""
+
+        def some(value: Given) -> Given:
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(some, value))
+            if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != count or count == 1:
+                return value
+            return value if value.dim() == 2 and value.shape[1] != time else cast(Given, value[windows])
+
+        return BlockCall(tuple(map(some, self.args)), {name: some(value) for name, value in self.kwargs.items()})
 
 
 @dataclass

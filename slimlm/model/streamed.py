@@ -182,8 +182,9 @@ class StreamedModel:
                     raise UserError(f"{self.checkpoint.path} lacks {part}.{name}, which its config calls for")
 
     @contextmanager
-    def placed(self, part: str, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    def placed(self, part: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
         """A part with the given weights, by name within it, inside the context; they may be wider than its config says.
+        They are in the model's dtype there, or in another.
 
         Linears' weights are [out, in], whatever the module has.
         Weights that are not given stay as they are; afterwards all are as they were.
@@ -192,7 +193,7 @@ class StreamedModel:
         before = {name: (owner_of(module, name), module.get_parameter(name)) for name in tensors}
         try:
             for name, tensor in tensors.items():
-                tensor = tensor.to(self.device, self.dtype)
+                tensor = tensor.to(self.device, dtype or self.dtype)
                 put(module, name, tensor.T if is_turned(module, name) else tensor)
             yield module
         finally:

@@ -19,6 +19,7 @@ from slimlm.errors import RunFailure
 from slimlm.fit.beside_dense import BlockPair, Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
 from slimlm.fit.lm_head import write_fitted_head
+from slimlm.fit.refine import Refiner
 from slimlm.linalg.gram import Squares
 from slimlm.linalg.regression import learn_and_test
 from slimlm.model.block import Block, Group
@@ -235,10 +236,12 @@ def _prune_beside_dense(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[s
     small = model.another(model.checkpoint, copy.deepcopy(model.config), model.family)
     streams = run.streams("pruned", {"dense": model, "small": small}, run.result.leading(model))
     pair = Pair(model, small, eye, streams, run.scratch.hidden("between"), run.recipe.dtype)
+    refiner = Refiner(run.recipe.refine, run.recipe.seed, keeps_zeros=True)
     for dense in run.walk("pruning", streams):
         tensors = dense.weights() | (gathered(dense, streams["dense"]) if reorders(run.recipe, row) else {})
         beside = BlockPair(pair, dense, small.blocks[dense.index], tensors)
         prune_block(beside, _gradients(run, dense) if row.sees_both else {}, quotas, row)
+        refiner.refine(beside)
         run.result.pass_on(beside.small, streams["small"], run.recipe.dtype, beside.tensors)
         del tensors, beside  # before there is the next block
     notes: dict[str, Any] = by_kind(streams.figures)

@@ -24,7 +24,7 @@ from slimlm.recipe.recipe import (
     steps_of,
 )
 from slimlm.recipe.slicing import RotateStep, SliceStep
-from slimlm.recipe.step import Step
+from slimlm.recipe.step import SELF, Source, Step
 
 __all__ = [
     "FIELDS",
@@ -33,6 +33,7 @@ __all__ = [
     "GRAMS",
     "RAN_REMOTE_CODE",
     "ROWS",
+    "SELF",
     "Allocation",
     "AnyStep",
     "CurvatureName",
@@ -42,6 +43,7 @@ __all__ = [
     "Row",
     "Setting",
     "SliceStep",
+    "Source",
     "Step",
     "as_file",
     "dumped",

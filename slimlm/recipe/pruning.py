@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from slimlm.plain import Json
-from slimlm.recipe.step import REFIT, SPARSITY, Step, require_share
+from slimlm.recipe.step import REFINE, REFIT, SPARSITY, Step, require_share
 
 CurvatureName = Literal["none", "diagonal", "gram", "gram+fisher", "fisher", "block-fisher"]
 MASKS = ("magnitude", "wanda", "obs", "columns", "greedy", "taylor", "random")
@@ -56,6 +56,8 @@ class PruneStep(Step):
     rows: ClassVar[dict[str, Row]] = ROWS
 
     unread_because: ClassVar[dict[str, str]] = {
+        **Step.unread_because,
+        "refine": "only what aims at the dense model is refined towards it",
         "refit": "only slimlm with its joint update aims at the dense model",
         "swaps": "only the mask of update joint is refined",
         "allocation": "a pattern prunes every matrix alike",
@@ -87,6 +89,7 @@ class PruneStep(Step):
         description="pruning: times that a mask with a joint update is refined by swaps",
     )
     refit: bool = Field(True, description=REFIT)
+    refine: int = Field(0, ge=0, description=REFINE)
     reorder: bool = Field(
         True,
         description="pruning tiles: order the MLP's neurons by weight first, so that what is kept gathers (not with "
@@ -106,23 +109,28 @@ class PruneStep(Step):
     @property
     def repairs(self) -> bool:
         """Whether kept weights aim at what the dense model computes, rather than at what they did themselves."""
-        return self.refit and "refit" not in self.unread
+        return self.refit and self._can_refit
 
     @property
     def needs_gradients(self) -> bool:
         return "fisher" in self.curvature or (self.allocation == "global" and self.curvature != "none")
 
     @property
+    def _can_refit(self) -> bool:
+        return self.rows[self.method].refits and self.update == "joint"
+
+    @property
     def unread(self) -> set[str]:
         needless = {
             "allocation": self.pattern is not None,
             "swaps": self.update != "joint",
-            "refit": not (self.rows[self.method].refits and self.update == "joint"),
+            "refit": not self._can_refit,
+            "refine": not (self._can_refit and self.refit),
             "reorder": self.tile is None or "fisher" in self.curvature,
             "fisher_damping": self.curvature not in FISHERS or self.mask == "taylor",
             **dict.fromkeys(("fisher_samples", "fisher_unit", "fisher_labels"), not self.needs_gradients),
         }
-        return {name for name, is_needless in needless.items() if is_needless}
+        return super().unread | {name for name, is_needless in needless.items() if is_needless}
 
     @property
     def share(self) -> float | None:

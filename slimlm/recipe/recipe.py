@@ -63,7 +63,7 @@ FIELDS: dict[str, FieldInfo] = {  # what a setting is, of whichever steps have i
     **SliceStep.model_fields,
     **Step.model_fields,
 }
-FLAGS = {*Step.model_fields, "sparsity", "pattern", "widths", "refit", "allocation"}
+FLAGS = {*Step.model_fields, "sparsity", "pattern", "widths", "refit", "refine", "allocation"}
 
 
 def flag_of(name: str) -> str:

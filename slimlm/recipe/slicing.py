@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from slimlm.recipe.step import REFIT, SPARSITY, WEIGHTING, Step, require_share
+from slimlm.recipe.step import REFINE, REFIT, SPARSITY, WEIGHTING, Step, require_share
 
 
 class SliceStep(Step):
@@ -32,7 +32,19 @@ class SliceStep(Step):
         "all", description="slicing: spend the sparsity over all widths, or on hidden_size alone"
     )
     refit: bool = Field(True, description=REFIT)
+    refine: int = Field(0, ge=0, description=REFINE)
     weighting: Literal["loss", "none"] = Field("loss", description=WEIGHTING)
+
+    unread_because: ClassVar[dict[str, str]] = {
+        **Step.unread_because,
+        "refine": "what is not refitted is not refined either",
+    }
+
+    @property
+    def unread(self) -> set[str]:
+        """The settings that decide nothing in this run."""
+        is_refined = self.refit and self.basis == "shared"
+        return {*super().unread, *(() if is_refined else ("refine",))}
 
     @property
     def share(self) -> float | None:
@@ -75,11 +87,14 @@ class SliceStep(Step):
 class RotateStep(Step):
     """The residual stream in order of importance, nothing deleted."""
 
-    unread_because: ClassVar[dict[str, str]] = {"skip": "a rotation of the stream changes every module"}
+    unread_because: ClassVar[dict[str, str]] = {
+        **Step.unread_because,
+        "skip": "a rotation of the stream changes every module",
+    }
 
     method: Literal["rotate"] = "rotate"
     weighting: Literal["loss", "none"] = Field("loss", description=WEIGHTING)
 
     @property
     def unread(self) -> set[str]:
-        return {"skip"}
+        return {*super().unread, "skip"}

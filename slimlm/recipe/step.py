@@ -16,6 +16,12 @@ SPARSITY = "share to remove, above 0 and below 1: of all parameters (slice), or 
 WEIGHTING = "slicing: weigh directions by what the loss feels, or by the size of the stream alone"
 REFIT = "slice, slimlm: aim the weights that are left, and the head, at what the dense model computes"
 
+REFINE = (
+    "slice, slimlm: passes over the data in which every block's weights are refined together, by gradient descent "
+    "towards what the dense block gives; 0 for none"
+)
+SELF = "self"
+
 
 def bytes_of(size: str) -> int:
     """What a size as in 5GB or 500MB comes to. Raises ValueError for what is none."""
@@ -30,6 +36,30 @@ def require_share(sparsity: float) -> None:
     if not 0 < sparsity < 1:
         meant = f": did you mean {sparsity / 100:g}?" if 2 <= sparsity < 100 else ""
         raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {sparsity:g}{meant}")
+
+
+class Source(BaseModel):
+    """Some of the calibration data: a share of the windows, or so many."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_min_length=1)
+
+    source: str
+    share: float | None = Field(None, gt=0)
+    windows: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _says_how_much(self) -> Self:
+        if (self.share is None) == (self.windows is None):
+            raise ValueError(f"of {self.source!r} give a share, or a number of windows")
+        return self
+
+
+def mixture(text: str) -> str | list[dict[str, Json]]:
+    """What `a.txt=0.7,self=0.3` says, in a file's form; other texts as they are."""
+    parts = [part.strip().rpartition("=") for part in text.split(",")]
+    if len(parts) < 2 or not all(source and re.fullmatch(r"\d*\.?\d+", share) for source, _, share in parts):
+        return text
+    return [{"source": source, "share": float(share)} for source, _, share in parts]
 
 
 class HasSteps(Protocol):
@@ -47,7 +77,10 @@ class Step(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, str_min_length=1)
     # Why a setting that the method has may not be read.
-    unread_because: ClassVar[dict[str, str]] = {}
+    unread_because: ClassVar[dict[str, str]] = {
+        "self_share": "the dataset says already how much the model is to write",
+        "num_calibration_samples": "the dataset says how many windows of each source",
+    }
     # The method that such steps are of, where it is not in the table.
     own_method: ClassVar[HasSteps | None] = None
 
@@ -63,10 +96,17 @@ class Step(BaseModel):
         "slicing then cuts no width that one of these has, nor hidden_size, nor leaves out blocks",
     )
 
-    dataset: str | None = Field(
+    dataset: str | list[Source] | None = Field(
         None,
         description="text file (.txt, .jsonl, .parquet), tokens (.npy), hub id, wikitext2, c4, alpaca, fineweb-edu, "
-        "or self: text the model writes itself",
+        "or self: text the model writes itself; or several and their shares, as in notes.txt=0.7,code.jsonl=0.3",
+    )
+    self_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of all calibration windows, the share that the model writes itself, beside those of the dataset, "
+        "so that what no given text shows is kept, too; needs the whole model in memory",
     )
     text_column: str = Field("text", description="column of the calibration data that holds the text")
     num_calibration_samples: int = Field(128, ge=1, description="calibration windows")
@@ -92,7 +132,31 @@ class Step(BaseModel):
     @property
     def unread(self) -> set[str]:
         """The settings that decide nothing in this run."""
-        return set()
+        if isinstance(self.dataset, list):
+            counted = all(source.windows for source in self.dataset)
+            return {"self_share", *(["num_calibration_samples"] if counted else [])}
+        return {"self_share"} if self.dataset == SELF else set()
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """The sources of calibration windows, and how many are of each."""
+        if not isinstance(self.dataset, list):
+            return [(self.dataset, self.num_calibration_samples)] if self.dataset else []
+        shares = sum(source.share or 0.0 for source in self.dataset)
+        left = max(0, self.num_calibration_samples - sum(source.windows or 0 for source in self.dataset))
+        return [
+            (part.source, part.windows or max(1, round(left * (part.share or 0) / shares))) for part in self.dataset
+        ]
+
+    @property
+    def num_windows(self) -> int:
+        """Calibration windows in all."""
+        return sum(count for _, count in self.parts)
+
+    @property
+    def own_windows(self) -> int:
+        """Those of them that the model is to write itself."""
+        return sum(count for source, count in self.parts if source == SELF)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -118,6 +182,13 @@ class Step(BaseModel):
     def max_shard_bytes(self) -> int:
         """What `max_shard_size` says."""
         return bytes_of(self.max_shard_size)
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _of_several(cls, value: Json) -> Json:
+        if value == []:
+            raise ValueError("a list of sources that is empty")
+        return mixture(value) if isinstance(value, str) else value  # type: ignore[return-value]
 
     @field_validator("max_shard_size")
     @classmethod

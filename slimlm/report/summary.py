@@ -37,7 +37,8 @@ def forecast_summary(job: Job, found: Forecast, later: Sequence[AnyStep] = (), w
     """
     recipe, count = job.recipe, found.processes
     each, alone = (f" of each of {count} processes, at most", " in one process") if count > 1 else ("", "")
-    data = f"{recipe.num_calibration_samples} windows of {recipe.max_seq_length} tokens from {recipe.dataset}"
+    sources = ", ".join(f"{count} from {source}" for source, count in recipe.parts)
+    data = f"windows of {recipe.max_seq_length} tokens, {sources}"
     return "\n".join(
         [
             f"model_type {job.model.config.model_type}, method {recipe.method} ({job.method.paper})",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimlm.families import Axis, Norm
 from slimlm.fit.beside_dense import BlockPair, Pair, Writing
+from slimlm.fit.refine import Refiner
 from slimlm.linalg.regression import Regression
 from slimlm.model.block import Block
 from slimlm.model.rotation import norm_of, seen_through, slice_block
@@ -24,6 +25,7 @@ class Refit:
     layout: Layout
     widths: Widths
     pair: Pair
+    refiner: Refiner
 
     def block(self, dense: Block, small: Block) -> dict[str, Tensor]:
         """The compressed block's parameters as they are stored, by name within it, linears' as [out, in]; the dense
@@ -35,6 +37,7 @@ class Refit:
                     self._fit_readers(block, step)
                 case Writing():
                     self._fit_writer(block, step)
+        self.refiner.refine(block)
         return block.tensors
 
     def _begun(self, dense: Block, small: Block) -> BlockPair:

@@ -18,6 +18,7 @@ from slimlm.families import family_of
 from slimlm.fit.beside_dense import Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
 from slimlm.fit.lm_head import fits_head, write_fitted_head
+from slimlm.fit.refine import Refiner
 from slimlm.linalg.regression import learn_and_test
 from slimlm.model.block import Block
 from slimlm.model.rotation import head_map, slice_block, slice_embedding, unchanged, write_head, write_tied_norm
@@ -180,14 +181,15 @@ def _refit_blocks(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Pla
         return block.index not in becomes or result.written(becomes[block.index].path)
 
     streams = run.streams("refit", {"dense": model, "small": small}, leading(model, is_whole))
-    refit = Refit(layout, widths, Pair(model, small, basis.to(model.device), streams, run.scratch.hidden("between")))
+    pair = Pair(model, small, basis.to(model.device), streams, run.scratch.hidden("between"))
+    refit = Refit(layout, widths, pair, Refiner(run.recipe.refine, run.recipe.seed))
     for dense in run.walk("refitting", streams):
         if dense.index in becomes:
             block = becomes[dense.index]
             result.pass_on(block, streams["small"], tensors=refit.block(dense, block))
         else:
             dense.advance(streams["dense"])
-    return refit.pair
+    return pair
 
 
 def _rotate(run: Slicing, layout: Layout, widths: Widths, basis: Tensor) -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from slimlm.calibration import load_windows, sample_windows, split_documents
+from slimlm.calibration import Windows, interleaved, load_windows, sample, sample_windows, split_documents
+from slimlm.calibration.openings import OPENINGS
+from slimlm.calibration.sample import least_repeated
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.errors import UserError
 
@@ -163,8 +165,10 @@ class OlderLlama(LlamaForCausalLM):
         return Outputs(logits=out.logits, past_key_values=out.cache)
 
 
-def test_sampling_reads_what_came_before_whatever_the_model_calls_its_cache(tokenizer):
+def test_sampling_reads_what_came_before_whatever_the_model_calls_its_cache(tokenizer, monkeypatch):
     """Token by token as the whole window gives it."""
+    monkeypatch.setattr(sample, "FROM_NOTHING", 1)
+    monkeypatch.setattr(sample, "TEMPERATURES", (1.0,))
     for kind in (LlamaForCausalLM, OlderLlama):
         model = kind.from_pretrained(BUNDLED["llama"], dtype=torch.float32).eval()
         tokens = sample_windows(model, tokenizer, (3, 12)).tokens
@@ -174,3 +178,26 @@ def test_sampling_reads_what_came_before_whatever_the_model_calls_its_cache(toke
                 logits = LlamaForCausalLM.forward(model, expected).logits[:, -1]
             expected = torch.cat([expected, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
         assert torch.equal(tokens, expected)
+
+
+def test_windows_of_several_sources_are_spread_evenly():
+    parts = [Windows(torch.full((count, 4), number), f"source {number}", 0) for number, count in ((1, 6), (2, 3))]
+    joined = interleaved(parts)
+    assert joined.tokens[:, 0].tolist() == [1, 2, 1, 1, 2, 1, 1, 2, 1]
+    assert joined.source == "source 1, source 2"
+    assert interleaved(parts[:1]) is parts[0]
+
+
+def test_the_windows_that_repeat_themselves_most_are_left_out():
+    tokens = torch.stack([torch.arange(12), torch.arange(12) % 3, torch.arange(12) % 5, torch.arange(12, 24)])
+    assert least_repeated(tokens, 3).tolist() == [0, 2, 3]
+    assert least_repeated(tokens, 2).tolist() == [0, 3]
+
+
+def test_windows_go_on_from_openings_of_many_kinds():
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED["llama"], dtype=torch.float32).eval()
+    tokens = sample_windows(model, tokenizer, (32, 12)).tokens
+    assert (tokens[:, 0] == tokenizer.bos_token_id).all()
+    texts = tokenizer.batch_decode(tokens[:, 1:])
+    assert sum(any(text.startswith(opening[:6]) for opening in OPENINGS) for text in texts) >= 20

@@ -67,6 +67,8 @@ SLICING = [
     Case("slice text", "qwen2", (step("slice", 0.2),), FEW),
     Case("slice self", "llama", (step("slice", 0.2),), SELF),
     Case("slice shards", "qwen2", (step("slice", 0.17, round_to=8),), {**SHARED, "max_shard_size": "40KB"}),
+    Case("slice refined", "llama", (step("slice", widths="hidden=24,mlp=40", refine=2),)),
+    Case("slice mixture", "llama", (step("slice", 0.2, self_share=0.4),)),
     Case("slice no refit", "gpt2", (step("slice", 0.185, refit=False),), is_stored=True),
     Case("slice no refit unweighted", "llama", (step("slice", 0.1875, refit=False, weighting="none"),)),
     Case("slice per-block", "llama", (step("slice", 0.3731, basis="per-block"),)),
@@ -89,6 +91,7 @@ PRUNING = [
     Case("slimlm 2:4", "gpt2 tied", (step("slimlm", pattern="2:4"),)),
     Case("slimlm tiles", "gpt2", (step("slimlm", 0.5, pattern="4x4"),)),
     Case("slimlm tiles as they are", "llama", (step("slimlm", 0.4, pattern="8x8", reorder=False),), is_stored=True),
+    Case("slimlm refined", "opt", (step("slimlm", 0.5, refine=2),)),
     Case("slimlm no refit", "phi", (step("slimlm", 0.5, refit=False),)),
     Case("slimlm mixtral", "mixtral", (step("slimlm", 0.4),)),
     Case("slimlm olmo2", "olmo2", (step("slimlm", 0.5, skip=["*.q_proj"]),)),
@@ -127,6 +130,7 @@ STAGES = [
 ]
 RESUMED = [
     Case("slice resumed", "llama", (step("slice", 0.25),), stops=(2, 11, 8)),
+    Case("slice refined resumed", "llama", (step("slice", 0.25, refine=2, self_share=0.5),), stops=(2, 14, 9)),
     Case("slice per-block resumed", "llama", (step("slice", 0.3731, basis="per-block"),), stops=(2,)),
     Case("slimlm resumed", "llama", (step("slimlm", 0.5),), stops=(2, 5)),
     Case("sparsegpt resumed", "llama", (step("sparsegpt", 0.5),), stops=(3,)),

@@ -144,7 +144,7 @@ def test_the_split_is_the_one_that_measures_best(tmp_path: Path):
             tensor[16:] = 0
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     whole = AutoModelForCausalLM.from_pretrained(path).eval()
-    batches = list(sample_windows(whole, AutoTokenizer.from_pretrained(path), (20, 24)).tokens.split(4))
+    batches = list(sample_windows(whole, AutoTokenizer.from_pretrained(path), (60, 24)).tokens.split(4))
     model = stream(path)
     run, shapes = run_at(model, batches, tmp_path / "run", sparsity=0.4), Shapes(Layout(model))
     basis, splits = slicing._new_basis(run), candidates(shapes, run.recipe)

@@ -1,0 +1,176 @@
+"""Refinement of a compressed block beside the dense one, by gradient descent on all of its weights at once.
+
+The closed forms fit one linear after another, each given those before it. Adam (arXiv 1412.6980) goes on from there
+with the whole block, towards the dense stream behind it:
+
+    min sum ||block(x') - S^T x_after||^2 / ms(x_after)
+
+x' being the compressed stream, what went wrong before is repaired as far as the block can (BRECQ, arXiv 2102.05426,
+reconstructs block by block for rounding, from the dense stream). Tokens are weighed as the next norm does. Windows that
+are held out say which epoch's weights stay, or that the closed form's do.
+"""
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.deal import Deal, Parts, Sum, seed_of
+from slimlm.fit.beside_dense import BlockPair
+
+RATE = 0.01  # of a tensor's root mean square, what a weight moves in a step at most
+WARM_UP = 0.1  # of all steps
+BETAS = (0.9, 0.95)
+PATIENCE = 2  # epochs in a row that may bring nothing
+Few = tuple[int, Tensor]  # number of one of this rank's batches, and numbers of windows in it
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """How blocks are refined.
+
+    epochs: over the windows that are not held out. seed: of their order. keeps_zeros: whether zeros of matrices stay.
+    """
+
+    epochs: int
+    seed: int
+    keeps_zeros: bool = False
+
+    def refine(self, block: BlockPair) -> None:
+        """Change a block's `tensors` to what is better on the windows that are held out, if anything is. The dense
+        stream is behind the block."""
+        if self.epochs:
+            _Descent(block, self).run()
+
+
+class _Descent:
+    """Of one block."""
+
+    def __init__(self, block: BlockPair, how: Refiner) -> None:
+        self.block, self.how = block, how
+        self.pair, self.streams, self.ranks = block.pair, block.pair.streams, block.pair.deal.ranks
+
+    def run(self) -> None:
+        """Leave the best weights there were in the block's tensors."""
+        before = best = self._error(self.block.tensors)
+        found: dict[str, Tensor] = {}
+        worse = 0
+        with self._changing() as changed:
+            adam = _Adam(list(changed.values()), self.how.keeps_zeros)
+            for epoch in range(self.how.epochs):
+                for done, few in self._steps(epoch):
+                    adam.step(self._gradients(few, adam.changed), (epoch + done) / self.how.epochs)
+                stored = self._stored(changed)
+                now = self._error(stored)
+                worse = 0 if now < best else worse + 1
+                if now < best:
+                    best, found = now, stored
+                if worse == PATIENCE or not math.isfinite(now):
+                    break
+        self.ranks.share(list(found.values()))  # other processors might round otherwise
+        self.block.tensors.update(found)
+        self.streams.figures[f"{self.block.small.index} refined"] = best / before if before else 1.0
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, nn.Parameter]]:
+        """Inside, the compressed block has copies of its tensors, of which these are to be changed."""
+        copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in self.block.tensors.items()}
+        with self.block.small.placed(copies, torch.float32) as module:
+            changed = {name: module.get_parameter(name) for name in copies if not self._stays(name)}
+            for parameter in changed.values():
+                parameter.requires_grad_(True)
+            yield changed
+
+    def _stays(self, name: str) -> bool:
+        """Whether a parameter is not to be changed: what is skipped, and routers."""
+        kept = (spared.rstrip("0123456789").rstrip(".") for spared in self.block.dense.family.spared)
+        return any(name == module or name.startswith(f"{module}.") for module in kept)
+
+    def _stored(self, changed: Collection[str]) -> dict[str, Tensor]:
+        """The changed tensors as they are to be written, linears' as [out, in]."""
+        weights = self.block.small.weights()
+        return {name: weights[name].to(self.block.tensors[name].dtype, copy=True).contiguous() for name in changed}
+
+    def _steps(self, epoch: int) -> Iterator[tuple[float, list[Few | None]]]:
+        """Steps of an epoch: the share of it that is done, and a few windows of each lane that this rank has."""
+        deal = self.pair.deal
+        lanes = [self._few_of(lane, numbers, epoch) for lane, numbers in enumerate(deal.lanes)]
+        count = max(map(len, lanes))
+        for step, few in enumerate(zip_longest(*lanes)):
+            yield step / count, [few[lane] for lane in deal.own_lanes]
+
+    def _few_of(self, lane: int, numbers: range, epoch: int) -> list[Few]:
+        """Windows of a lane's batches, in an order of the epoch's own, as many at a time as make a batch with those of
+        the other lanes."""
+        held, few = self.pair.held_of_all, list[Few]()
+        size = max(1, max(map(len, held)) // len(self.pair.deal.lanes))
+        seed = seed_of(seed_of(seed_of(self.how.seed, self.block.dense.index), epoch), lane)
+        generator = torch.Generator().manual_seed(seed)
+        for number in numbers:
+            learned = (~held[number].cpu()).nonzero().flatten()
+            mixed = learned[torch.randperm(len(learned), generator=generator)]
+            few += [(number - self.pair.deal.mine.start, part) for part in mixed.split(size) if len(part)]
+        return [few[index] for index in torch.randperm(len(few), generator=generator).tolist()]
+
+    def _gradients(self, few: list[Few | None], changed: list[nn.Parameter]) -> list[Tensor]:
+        """Of the windows' losses, all ranks' lane after lane."""
+        parts = Parts(Deal(self.ranks, len(self.pair.deal.lanes)), partial(Sum, changed))
+        for number, windows in enumerate(few):
+            part = parts.at(number)
+            if windows is not None:
+                with torch.enable_grad():
+                    total, tokens = self._loss(*windows)
+                    part.add(torch.autograd.grad(total / tokens, changed, allow_unused=True))
+        shared = parts.shared()
+        assert shared is not None
+        return shared.totals
+
+    def _loss(self, number: int, windows: Tensor) -> tuple[Tensor, int]:
+        """Of some windows of a batch, summed over tokens, and how many these are."""
+        small, stream = self.block.small, self.streams["small"]
+        stream.number, hidden = number, stream.hidden[number]
+        call = stream.calls[number][small.index].of(windows, *hidden.shape[:2])
+        with torch.autocast(hidden.device.type, hidden.dtype, enabled=hidden.dtype != torch.float32):
+            out = small.module(hidden[windows], *call.args, **call.kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        wanted, weight = self.pair.wanted(self.streams["dense"].hidden[number][windows].float())
+        error = out.float() - wanted
+        if small.family.centred:  # norms do not see the mean
+            error = error - error.mean(-1, keepdim=True)
+        return (error.square().mean(-1) * weight).sum(), weight.numel()
+
+    def _error(self, tensors: dict[str, Tensor]) -> float:
+        """Of a token of the windows that are held out, relative to the dense stream, with these tensors."""
+        own = list[tuple[float, int]]()
+        with self.block.small.placed(tensors):
+            for number, held in enumerate(self.pair.held):
+                if held.any():
+                    total, tokens = self._loss(number, held.nonzero().flatten())
+                    own.append((float(total), tokens))
+        found = self.ranks.chained(own)
+        return sum(total for total, _ in found) / max(1, sum(tokens for _, tokens in found))
+
+
+class _Adam:
+    """Adam on parameters whose zeros may have to stay, each at a rate of its own size."""
+
+    def __init__(self, changed: list[nn.Parameter], keeps_zeros: bool) -> None:
+        self.changed = changed
+        self.masks = [parameter != 0 if keeps_zeros and parameter.dim() > 1 else None for parameter in changed]
+        self.rates = [RATE * float(parameter.detach().square().mean().sqrt()) for parameter in changed]
+        self.adam = torch.optim.Adam([{"params": [parameter]} for parameter in changed], betas=BETAS, fused=True)
+
+    def step(self, gradients: list[Tensor], done: float) -> None:
+        """Use these up. done: of all steps, the share before this one."""
+        warm = min(1.0, (done + 1e-3) / WARM_UP)
+        rate = warm * 0.5 * (1 + math.cos(math.pi * done))
+        for group, own in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = rate * own
+        for parameter, gradient, mask in zip(self.changed, gradients, self.masks, strict=True):
+            parameter.grad = gradient if mask is None else gradient.mul_(mask)
+        self.adam.step()
