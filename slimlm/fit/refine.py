@@ -88,8 +88,9 @@ class _Descent:
 
     def _stays(self, name: str) -> bool:
         """Whether a parameter is not to be changed: what is skipped, and routers."""
-        kept = (spared.rstrip("0123456789").rstrip(".") for spared in self.block.dense.family.spared)
-        return any(name == module or name.startswith(f"{module}.") for module in kept)
+        spared = self.block.dense.family.spared
+        packed = {one.rpartition(".")[0] for one in spared if one.rpartition(".")[2].isdigit()}  # experts' parameters
+        return name in packed or name.rpartition(".")[0] in spared
 
     def _stored(self, changed: Collection[str]) -> dict[str, Tensor]:
         """The changed tensors as they are to be written, linears' as [out, in]."""
