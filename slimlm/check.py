@@ -76,7 +76,7 @@ class How:
 
 @dataclass
 class Job:
-    """Everything a run needs, checked. windows: None if there are none, or they are still to be sampled.
+    """Everything a run needs, checked. windows: those given; None where there are none.
 
     recipe: the step, resolved. started, memory_before: the clock's seconds and the process's resident bytes when all
     this began. seconds: what each stage took so far.

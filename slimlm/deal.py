@@ -75,8 +75,12 @@ class Deal:
 
     def of(self, rank: int) -> range:
         """A rank's."""
-        lanes = self._lanes // self.ranks.size
-        return range(self._start(rank * lanes), self._start((rank + 1) * lanes))
+        lanes = self._lanes_of(rank)
+        return range(self._start(lanes.start), self._start(lanes.stop))
+
+    def _lanes_of(self, rank: int) -> range:
+        each = self._lanes // self.ranks.size
+        return range(rank * each, (rank + 1) * each)
 
     @property
     def mine(self) -> range:
@@ -91,8 +95,7 @@ class Deal:
     @property
     def own_lanes(self) -> range:
         """This rank's lanes, by number."""
-        each = self._lanes // self.ranks.size
-        return range(self.ranks.rank * each, (self.ranks.rank + 1) * each)
+        return self._lanes_of(self.ranks.rank)
 
     def pick(self, values: Sequence[T]) -> list[T]:
         """Of what there is of all, this rank's."""
@@ -101,7 +104,7 @@ class Deal:
     def lane(self, number: int) -> int:
         """That of one of this rank's own, by its number among these."""
         index = self.mine.start + number
-        return next(lane for lane in range(self._lanes) if index < self._start(lane + 1))
+        return next(lane for lane, numbers in enumerate(self.lanes) if index < numbers.stop)
 
     def owner(self, index: int) -> int:
         """The rank that has one of all."""

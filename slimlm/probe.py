@@ -28,7 +28,6 @@ from slimlm.compression import LOG_NAME
 from slimlm.errors import RunFailure, SlimlmError
 from slimlm.model.walk import every
 from slimlm.recipe import SELF, AnyStep, Recipe, SliceStep, Source, as_file, dumped, load_recipe
-from slimlm.resolve import with_own_text
 from slimlm.run import Plan
 from slimlm.slice.config import BY_BLOCK
 from slimlm.slice.plan import rotated_influence
@@ -88,12 +87,13 @@ def _shown_steps(job: Job, later: list[AnyStep], shown: int, tokens: Path) -> li
         return steps
     numpy.save(tokens, job.windows.tokens.numpy())
     first = [getattr(job.recipe, name) for name in OF_WINDOWS]
-    shared = [[getattr(step, name) for name in OF_WINDOWS] == first for step in map(with_own_text, steps)]
     given = [Source(source=str(tokens), windows=len(job.windows.tokens))]
     own = [Source(source=SELF, windows=count)] if (count := job.recipe.own_windows) else []
     return [
-        step.model_copy(update={"dataset": given + own}) if is_shared else step
-        for step, is_shared in zip(steps, shared, strict=True)
+        step.model_copy(update={"dataset": given + own})
+        if [getattr(step, name) for name in OF_WINDOWS] == first
+        else step
+        for step in steps
     ]
 
 

@@ -136,11 +136,13 @@ def _first(recipe: Recipe, output: Path, how: How) -> Job:
 
 def later_steps(first: Job, recipe: Recipe) -> list[AnyStep]:
     """The steps after the first, the checked one, with what they take over from that: the length of its windows, and
-    that the bundled model can do without data."""
+    that the bundled model can do without data; and with what their models are to write among their data."""
     own = {"dataset": SELF} if first.source.origin == "bundled" else {}
     window = first.recipe.max_seq_length
     return [
-        step.model_copy(update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)})
+        with_own_text(
+            step.model_copy(update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)})
+        )
         for step in recipe.steps[1:]
     ]
 
@@ -221,11 +223,10 @@ class _Several:
         before, place, step = self.places[:number], self.places[number], self.steps[number]
         settings: dict[str, Any] = {"output_dir": str(place), "model": str(before[-1]), "revision": None}
         sampled = [where / CALIBRATION_NAME for where in before if (where / CALIBRATION_NAME).exists()]
-        parts = with_own_text(step).parts
-        if sampled and SELF in dict(parts):
+        if sampled and step.own_windows:
             count, length = numpy.load(sampled[0], mmap_mode="r").shape
             known = {SELF: Source(source=str(sampled[0]), windows=count)}
-            sources = [known.get(source) or Source(source=source, windows=windows) for source, windows in parts]
+            sources = [known.get(source) or Source(source=source, windows=windows) for source, windows in step.parts]
             settings |= {"dataset": sources, "max_seq_length": length}
         overwrite = self.how.overwrite or place != self.staging.output
         return check(step.model_copy(update=settings), replace(self.how, overwrite=overwrite))

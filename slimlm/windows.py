@@ -22,11 +22,12 @@ def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocab
     Raises UserError for tokens that the model does not have.
     """
     assert step.max_seq_length is not None
-    length, seed, column = step.max_seq_length, step.seed, step.text_column
-    given = [(source, count) for source, count in step.parts if source != SELF]
+    length, given = step.max_seq_length, [part for part in step.parts if part[0] != SELF]
     if not given:
         return None
-    windows = interleaved([load_windows(source, tokenizer, count, length, seed, column) for source, count in given])
+    windows = interleaved(
+        [load_windows(source, tokenizer, count, length, step.seed, step.text_column) for source, count in given]
+    )
     low, high = int(windows.tokens.min()), int(windows.tokens.max())
     if low < 0 or high >= vocabulary:
         raise UserError(f"calibration data {windows.source!r} holds tokens {low} to {high}; the model has {vocabulary}")

@@ -70,14 +70,14 @@ class Pair:
 
     @cached_property
     def held_of_all(self) -> list[Tensor]:
-        """Per batch, which of its windows are held out: [windows] bool."""
+        """Per batch, which of its windows are held out: [windows] bool, on the CPU."""
         counts = self.deal.ranks.chained([len(batch) for batch in self.streams["dense"].tokens])
-        return list(held_out(sum(counts)).to(self.dense.device).split(counts))
+        return list(held_out(sum(counts)).split(counts))
 
     @cached_property
     def held(self) -> list[Tensor]:
         """The same of this rank's: [windows] bool."""
-        return self.deal.pick(self.held_of_all)
+        return [held.to(self.dense.device) for held in self.deal.pick(self.held_of_all)]
 
     def regression(self, inputs: int, outputs: int, show: Callable[[AddOf], None]) -> Regression:
         """What `show` gives to functions like `Regression.add`, asked for by the number of a batch: of all ranks for

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from slimlm.deal import Deal, Parts, Sum, seed_of
 from slimlm.fit.beside_dense import BlockPair
+from slimlm.linalg.softmax import cosine
 
 RATE = 0.01  # of a tensor's root mean square, what a weight moves in a step at most
 WARM_UP = 0.1  # of all steps
@@ -53,7 +54,7 @@ class _Descent:
 
     def __init__(self, block: BlockPair, how: Refiner) -> None:
         self.block, self.how = block, how
-        self.pair, self.streams, self.ranks = block.pair, block.pair.streams, block.pair.deal.ranks
+        self.pair, self.ranks = block.pair, block.pair.deal.ranks
 
     def run(self) -> None:
         """Leave the best weights there were in the block's tensors."""
@@ -65,16 +66,15 @@ class _Descent:
             for epoch in range(self.how.epochs):
                 for done, few in self._steps(epoch):
                     adam.step(self._gradients(few, adam.changed), (epoch + done) / self.how.epochs)
-                stored = self._stored(changed)
-                now = self._error(stored)
-                worse = 0 if now < best else worse + 1
+                now = self._error(stored := self._stored(changed))
+                worse += 1
                 if now < best:
-                    best, found = now, stored
+                    best, found, worse = now, stored, 0
                 if worse == PATIENCE or not math.isfinite(now):
                     break
         self.ranks.share(list(found.values()))  # other processors might round otherwise
         self.block.tensors.update(found)
-        self.streams.figures[f"{self.block.small.index} refined"] = best / before if before else 1.0
+        self.pair.streams.figures[f"{self.block.small.index} refined"] = best / before if before else 1.0
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, nn.Parameter]]:
@@ -108,14 +108,14 @@ class _Descent:
     def _few_of(self, lane: int, numbers: range, epoch: int) -> list[Few]:
         """Windows of a lane's batches, in an order of the epoch's own, as many at a time as make a batch with those of
         the other lanes."""
-        held, few = self.pair.held_of_all, list[Few]()
-        size = max(1, max(map(len, held)) // len(self.pair.deal.lanes))
-        seed = seed_of(seed_of(seed_of(self.how.seed, self.block.dense.index), epoch), lane)
-        generator = torch.Generator().manual_seed(seed)
+        held, deal, few = self.pair.held_of_all, self.pair.deal, list[Few]()
+        size = max(1, max(map(len, held)) // len(deal.lanes))
+        generator = torch.Generator()
+        generator.manual_seed(seed_of(seed_of(seed_of(self.how.seed, self.block.dense.index), epoch), lane))
         for number in numbers:
-            learned = (~held[number].cpu()).nonzero().flatten()
+            learned = (~held[number]).nonzero().flatten()
             mixed = learned[torch.randperm(len(learned), generator=generator)]
-            few += [(number - self.pair.deal.mine.start, part) for part in mixed.split(size) if len(part)]
+            few += [(number - deal.mine.start, part) for part in mixed.split(size) if len(part)]
         return [few[index] for index in torch.randperm(len(few), generator=generator).tolist()]
 
     def _gradients(self, few: list[Few | None], changed: list[nn.Parameter]) -> list[Tensor]:
@@ -133,13 +133,13 @@ class _Descent:
 
     def _loss(self, number: int, windows: Tensor) -> tuple[Tensor, int]:
         """Of some windows of a batch, summed over tokens, and how many these are."""
-        small, stream = self.block.small, self.streams["small"]
+        small, stream = self.block.small, self.pair.streams["small"]
         stream.number, hidden = number, stream.hidden[number]
         call = stream.calls[number][small.index].of(windows, *hidden.shape[:2])
         with torch.autocast(hidden.device.type, hidden.dtype, enabled=hidden.dtype != torch.float32):
             out = small.module(hidden[windows], *call.args, **call.kwargs)
         out = out[0] if isinstance(out, tuple) else out
-        wanted, weight = self.pair.wanted(self.streams["dense"].hidden[number][windows].float())
+        wanted, weight = self.pair.wanted(self.pair.streams["dense"].hidden[number][windows].float())
         error = out.float() - wanted
         if small.family.centred:  # norms do not see the mean
             error = error - error.mean(-1, keepdim=True)
@@ -149,7 +149,7 @@ class _Descent:
         """Of a token of the windows that are held out, relative to the dense stream, with these tensors."""
         own = list[tuple[float, int]]()
         with self.block.small.placed(tensors):
-            for number, held in enumerate(self.pair.held):
+            for number, held in enumerate(self.pair.deal.pick(self.pair.held_of_all)):
                 if held.any():
                     total, tokens = self._loss(number, held.nonzero().flatten())
                     own.append((float(total), tokens))
@@ -168,8 +168,7 @@ class _Adam:
 
     def step(self, gradients: list[Tensor], done: float) -> None:
         """Use these up. done: of all steps, the share before this one."""
-        warm = min(1.0, (done + 1e-3) / WARM_UP)
-        rate = warm * 0.5 * (1 + math.cos(math.pi * done))
+        rate = min(1.0, (done + 1e-3) / WARM_UP) * cosine(done)
         for group, own in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * own
         for parameter, gradient, mask in zip(self.changed, gradients, self.masks, strict=True):

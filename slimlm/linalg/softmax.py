@@ -12,6 +12,11 @@ CHUNK_LOGITS = 1 << 26
 SMALLEST_SHARE = 1e-6  # of the largest eigenvalue of the inputs' Gram: directions below it move no further
 
 
+def cosine(done: float) -> float:
+    """Of the first step's rate, what is left once this share of all steps is done."""
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
 class MapFit:
     """A map [out, in] such that `head @ map @ x'` predicts what `head @ x` does, fitted to the KL divergence.
 
@@ -66,7 +71,7 @@ class MapFit:
         self.second.lerp_(gradient.square(), 1 - MOMENTS[1])
         direction = self.first / (1 - MOMENTS[0] ** self.steps)
         scale = (self.second / (1 - MOMENTS[1] ** self.steps)).sqrt()
-        rate = self.rate * 0.5 * (1 + math.cos(math.pi * done))
+        rate = self.rate * cosine(done)
         self.point -= rate * direction / (scale + 1e-12)
 
     def divergence(self, x: Annotated[Tensor, "tokens out"], seen: Annotated[Tensor, "tokens in"]) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,6 @@ from transformers.pytorch_utils import Conv1D
 from slimlm.deal import Deal
 from slimlm.model.hidden import HiddenStates, InMemory
 from slimlm.ranks import ALONE
-
-Given = TypeVar("Given")
 
 
 class Stop(Exception):
@@ -30,14 +28,20 @@ class BlockCall:
     def of(self, windows: Tensor, count: int, time: int) -> "BlockCall":
         """The same for some of a batch's windows only: [some]. count, time: windows and tokens of the whole batch."""
 
-        def some(value: Given) -> Given:
-            if isinstance(value, (tuple, list)):
-                return type(value)(map(some, value))
-            if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != count or count == 1:
-                return value
-            return value if value.dim() == 2 and value.shape[1] != time else cast(Given, value[windows])
+        def chosen(tensor: Tensor) -> Tensor:
+            is_batch = tensor.dim() >= 2 and len(tensor) == count > 1
+            return tensor[windows] if is_batch and (tensor.dim() > 2 or tensor.shape[1] == time) else tensor
 
-        return BlockCall(tuple(map(some, self.args)), {name: some(value) for name, value in self.kwargs.items()})
+        found = [
+            type(value)(BlockCall(tuple(value), {}).of(windows, count, time).args)
+            if isinstance(value, (tuple, list))
+            else chosen(value)
+            if isinstance(value, Tensor)
+            else value
+            for value in (*self.args, *self.kwargs.values())
+        ]
+        own = len(self.args)
+        return BlockCall(tuple(found[:own]), dict(zip(self.kwargs, found[own:], strict=True)))
 
 
 @dataclass

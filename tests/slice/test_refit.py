@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from slimlm.calibration import sample_windows
+from slimlm.calibration.sample import _sample
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
 from slimlm.recipe import SliceStep
@@ -144,14 +144,16 @@ def test_the_split_is_the_one_that_measures_best(tmp_path: Path):
             tensor[16:] = 0
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     whole = AutoModelForCausalLM.from_pretrained(path).eval()
-    batches = list(sample_windows(whole, AutoTokenizer.from_pretrained(path), (20, 24)).tokens.split(4))
+    begun, heat = torch.zeros(20, 1, dtype=torch.int64), torch.ones(20, 1)  # text of the model's own distribution
+    with torch.no_grad():
+        batches = list(_sample(whole, begun, heat, 24, torch.Generator().manual_seed(0)).split(4))
     model = stream(path)
     run, shapes = run_at(model, batches, tmp_path / "run", sparsity=0.4), Shapes(Layout(model))
     basis, splits = slicing._new_basis(run), candidates(shapes, run.recipe)
     chosen, notes = slicing._settle(run, shapes.layout, splits, basis)
     assert abs(notes["curves"]["hidden"][0][1]) < 1e-4
     assert (chosen.hidden, chosen.groups, len(chosen.blocks)) == (24, 2, 3)
-    assert notes["predicted_loss"] < 0.01 + dict(notes["curves"]["mlp"])[80]  # of the neurons beside it alone
+    assert notes["predicted_loss"] < 0.01  # of the neurons beside it, as far as the error of so few windows tells
     assert notes["splits"] == len(splits)
 
 
