@@ -9,10 +9,12 @@ from typing import Any
 
 from slimlm.method import Method
 from slimlm.model.streamed import StreamedModel
-from slimlm.prune import masks, solved, updates
+from slimlm.prune import solved
 from slimlm.prune.group import Row, name_of
+from slimlm.prune.masks import MASKS
 from slimlm.prune.plan import plan_prune
 from slimlm.prune.run import run_prune
+from slimlm.prune.updates import UPDATES
 from slimlm.recipe import ROWS, Allocation, AnyStep, PruneStep, RotateStep, SliceStep, Step
 from slimlm.recipe import Row as StepRow
 from slimlm.slice import curves
@@ -85,6 +87,13 @@ def pruning(
     return method
 
 
+def _known(name: str, summary: str, paper: str) -> Method[PruneStep]:
+    """One of the table that recipes have."""
+    said = ROWS[name]
+    row = Row(said.curvature, MASKS[said.mask], UPDATES[said.update], said.swaps)
+    return pruning(name, summary, paper, row, said.allocation, said.refits)
+
+
 TABLE: tuple[Method[Any], ...] = (
     Method[SliceStep](
         "slice",
@@ -111,64 +120,52 @@ TABLE: tuple[Method[Any], ...] = (
         holds_out=lambda recipe: False,
     ),
     # SparseGPT's mask, refined; the exact minimiser on it, as in OBC, aimed at the dense model (`towards_dense.py`).
-    pruning(
+    _known(
         "slimlm",
         "second-order masks refined by swaps, kept weights solved jointly towards the dense model: loses least",
         "https://arxiv.org/abs/2301.00774",
-        Row("gram", masks.columns, updates.joint, swaps=3),
-        refits=True,
     ),
-    pruning(
+    _known(
         "sparsegpt",
         "prune by second-order scores from left to right, the columns to come making up for those that went",
         "https://arxiv.org/abs/2301.00774",
-        Row("gram", masks.columns, updates.left_to_right),
     ),
-    pruning(
+    _known(
         "obc",
         "prune weight after weight, greedily and with exact second-order updates; slow",
         "https://arxiv.org/abs/2208.11580",
-        Row("gram", masks.greedy, updates.joint),
     ),
     # Static M-FAC: every row is a block of the Fisher matrix, and weights of the whole model compete.
-    pruning(
+    _known(
         "mfac",
         "prune what the Fisher information of token gradients says costs least, over the whole model",
         "https://arxiv.org/abs/2107.03356",
-        Row("fisher", masks.obs, updates.summed),
-        allocation="global",
     ),
     # And oBERT (arXiv 2203.07259): as mfac, with 64 neighbouring weights of a row in a block.
-    pruning(
+    _known(
         "woodfisher",
         "as mfac, with Fisher information in blocks of neighbouring weights",
         "https://arxiv.org/abs/2004.14340",
-        Row("block-fisher", masks.obs, updates.summed),
-        allocation="global",
     ),
-    pruning(
+    _known(
         "wanda",
         "set the weights to zero that are smallest times the norm of their input, row by row",
         "https://arxiv.org/abs/2306.11695",
-        Row("diagonal", masks.wanda, updates.none),
     ),
-    pruning(
+    _known(
         "taylor",
         "set the weights to zero that are smallest times their gradient, which the loss feels least at first",
         "https://arxiv.org/abs/1906.10771",
-        Row("fisher", masks.taylor, updates.none),
     ),
-    pruning(
+    _known(
         "random",
         "set any weights to zero; needs no data: what a method has to beat",
         "https://arxiv.org/abs/2003.03033",
-        Row("none", masks.random, updates.none),
     ),
-    pruning(
+    _known(
         "magnitude",
         "set the smallest weights of each matrix to zero; needs no data",
         "https://arxiv.org/abs/1506.02626",
-        Row("none", masks.magnitude, updates.none),
     ),
 )
 METHODS = {method.name: method for method in TABLE}

@@ -5,7 +5,7 @@ precision of the gram.
 """
 
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ class Hessian:
     def rows(self, rows: slice) -> "Hessian":
         """The curvature of some rows only."""
         return self
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same in another precision."""
+        floats = ((name, value) for name, value in vars(self).items() if name not in ("dead", "damping"))
+        return replace(self, **{name: value.to(dtype) for name, value in floats})
 
     def norms(self) -> Annotated[Tensor, "in"]:
         """Of the inputs, the damping in them."""

@@ -6,46 +6,51 @@ any quadratic with this H will do, such as a least-squares fit to what the dense
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from slimlm.linalg.hessian import Hessian, quadratic_loss
+from slimlm.linalg.hessian import Hessian
 from slimlm.linalg.masks import Tile, pooled, spread_out
 
 logger = logging.getLogger(__name__)
 
 BATCH_ELEMENTS = 1 << 23  # of the rows' own inverses held at once
 ITERATIONS = 200  # of conjugate gradients, at most
-TOLERANCE = 1e-5  # error in the norm of H, of that at the start, at which they end
-ROUGHLY = 1e-2  # the same while a mask is still being refined
+TOLERANCE = 2e-2  # error in the norm of H, of the root of a row's loss, at which they end
+ROUGHLY = 1e-1  # the same while a mask is still being refined
+LEAST = 30  # units of rounding of a row's weights, below which its error is not followed
 # (scores of some neighbouring columns, the first column) -> what to prune of them
 Choice = Callable[[Annotated[Tensor, "out width"], int], Annotated[Tensor, "out width", bool]]
 
 
 def left_to_right(
-    weight: Annotated[Tensor, "out in"], hessian: Hessian, choose: Choice, width: int = 128
+    weight: Annotated[Tensor, "out in"], hessian: Hessian, choose: Choice, width: int = 128, every: int = 0
 ) -> tuple[Annotated[Tensor, "out in"], Annotated[Tensor, "out in", bool]]:
     """SparseGPT (Frantar & Alistarh, arXiv 2301.00774, algorithm 1): the pruned weight, and what is pruned.
 
-    Columns are settled in order; what a pruned weight did is passed on to the columns right of it. choose: says for
-    `width` columns at once what to prune of them, from the OBS scores w^2 / [H^-1]_cc among the columns from c on.
+    Columns are settled in order; what a pruned weight did is passed on to the columns right of it, to those beyond a
+    block of `width` once it is done. choose: says for `every` columns at once (a divisor of width; all by default) what
+    to prune of them, from the OBS scores w^2 / [H^-1]_cc among the columns from c on.
     """
+    every = every or width
     weight, upper = weight.clone(), hessian.upper
     pruned = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, weight.shape[1], width):
         stop = min(start + width, weight.shape[1])
         columns, block = weight[:, start:stop], upper[start:stop, start:stop]
-        mask = choose((columns / block.diagonal()).square(), start)
-        errors = torch.zeros_like(columns)
+        mask, errors = pruned[:, start:stop], torch.zeros_like(columns)
         for column in range(stop - start):
+            if column % every == 0:
+                group = slice(column, column + every)
+                mask[:, group] = choose((columns[:, group] / block.diagonal()[group]).square(), start + column)
             gone = columns[:, column] * mask[:, column] / block[column, column]
             columns[:, column:] -= gone[:, None] * block[column, column:]
             errors[:, column] = gone
         columns.masked_fill_(mask, 0)
         weight[:, stop:] -= errors @ upper[start:stop, stop:]
-        pruned[:, start:stop] = mask
     return weight, pruned
 
 
@@ -100,45 +105,70 @@ def cheapest_first(
     return pruned
 
 
+@dataclass(frozen=True)
+class Solved:
+    """A minimiser on a mask as far as it was followed, the gradient H (W - V) there, and each row's loss."""
+
+    found: Annotated[Tensor, "out in"]
+    gradient: Annotated[Tensor, "out in"]
+    loss: Annotated[Tensor, "out"]
+
+    def replaced(self, rows: Annotated[Tensor, "out", bool], other: "Solved") -> "Solved":
+        """With the other's in some rows."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Solved(*(torch.where(rows[(...,) + (None,) * (one.dim() - 1)], new, one) for one, new in pairs))
+
+
 def joint(
     weight: Annotated[Tensor, "out in"],
     hessian: Hessian,
     pruned: Annotated[Tensor, "out in", bool],
     start: Annotated[Tensor, "out in"] | None = None,
     tolerance: float = TOLERANCE,
-) -> Annotated[Tensor, "out in"]:
+) -> Solved:
     """The minimiser on a mask: V_K = H_KK^-1 (H W)_K for each row's kept weights K. start: near it.
 
     Conjugate gradients (Hestenes & Stiefel 1952) for all rows at once, preconditioned by (H^-1)_KK, which is (H_KK)^-1
-    but for what pruned and kept inputs have to do with one another: ten iterations of two GEMMs do what a Cholesky
-    factorisation for every row does. They end when the error, in the norm of H, is `tolerance` of the first one; rows
-    that do not get there in ITERATIONS are said in the log, with how far they came. A dead input's weight is zero.
+    but for what pruned and kept inputs have to do with one another. A row ends when the error, in the norm of H, is
+    `tolerance` of the root of its loss, whatever the others do: a good start saves iterations. Rows that do not get
+    there in ITERATIONS are said in the log, with how far they came. A dead input's weight is zero.
     """
-    tiny = torch.finfo(weight.dtype).tiny
+    tiny, eps = torch.finfo(weight.dtype).tiny, torch.finfo(weight.dtype).eps
     kept = (~(pruned | hessian.dead)).to(weight.dtype)
     found = (weight if start is None else start) * kept
-    residual = hessian.apply(weight - found) * kept
-    direction = step = (residual @ hessian.inverse) * kept
+    gradient = hessian.apply(weight - found)
+    loss = ((weight - found) * gradient).sum(1)
+    rounding = (LEAST * eps) ** 2 * (weight.square() @ hessian.matrix.diagonal())
+    residual = gradient * kept
+    direction = step = (residual @ hessian.inverse).mul_(kept)
     product = (residual * step).sum(1)
-    small = tolerance**2 * product
     for _ in range(ITERATIONS):
-        if (product <= small).all():
+        small = (tolerance**2 * loss).maximum(rounding)
+        going = product > small
+        if not going.any():
             break
-        image = hessian.apply(direction) * kept
-        length = (product / (direction * image).sum(1).clamp_min(tiny))[:, None]
-        found = found.addcmul(length, direction)
-        residual = residual.addcmul(length, image, value=-1)
-        step = (residual @ hessian.inverse) * kept
+        image = hessian.apply(direction)
+        length = going * product / (direction * image).sum(1).clamp_min(tiny)
+        found.addcmul_(length[:, None], direction)
+        gradient.addcmul_(length[:, None], image, value=-1)
+        loss = loss - length * product
+        residual = torch.mul(gradient, kept, out=residual)
+        step = (residual @ hessian.inverse).mul_(kept)
         before, product = product, (residual * step).sum(1)
         direction = step.addcmul((product / before.clamp_min(tiny))[:, None], direction)
     else:
-        if unfinished := int((product > small).sum()):
-            reached = tolerance * float((product / small.clamp_min(tiny)).max().sqrt())
-            logger.warning(
-                "%d of %d rows are solved to %.1e instead of %.0e: conjugate gradients ended after %d iterations",
-                *(unfinished, len(product), reached, tolerance, ITERATIONS),
-            )
-    return found
+        _say_unfinished(product, small, tolerance)
+    return Solved(found, gradient, loss)
+
+
+def _say_unfinished(product: Tensor, small: Tensor, tolerance: float) -> None:
+    """product: [out], squares of the rows' errors; small: [out], what they were to come to."""
+    if unfinished := int((product > small).sum()):
+        reached = tolerance * float((product / small.clamp_min(torch.finfo(small.dtype).tiny)).max().sqrt())
+        logger.warning(
+            "%d of %d rows are solved to %.1e instead of %.0e: conjugate gradients ended after %d iterations",
+            *(unfinished, len(product), reached, tolerance, ITERATIONS),
+        )
 
 
 @runtime_checkable
@@ -167,25 +197,24 @@ def swapped(
     weight: Annotated[Tensor, "out in"],
     hessian: Hessian,
     pruned: Annotated[Tensor, "out in", bool],
-    found: Annotated[Tensor, "out in"],
+    solved: Solved,
     group: int = 0,
     tile: Tile = (1, 1),
-) -> tuple[Annotated[Tensor, "out in"], Annotated[Tensor, "out in", bool]]:
-    """One refinement of a mask: weights that are cheap to lose for ones that would win more; (found, pruned) anew.
+) -> tuple[Solved, Annotated[Tensor, "out in", bool]]:
+    """One refinement of a mask: weights that are cheap to lose for ones that would win more; (solved, pruned) anew.
 
-    found: the joint minimiser on `pruned`. Losing kept weight k costs v_k^2 / [H_KK^-1]_kk; gaining pruned weight p
-    wins g_p^2 / s_p, with g the gradient H (W - V) and s_p >= 1 / [H^-1]_pp what is left of H_pp after K; the middle of
-    the two bounds of s_p is taken. Pairs are made in each row from the surest on while they win (with `group`, one
-    within each group of that many columns), a quarter of what would win at a time; a row keeps the old mask where the
-    joint solution on the new one is no better. tile: rows and columns of what is lost and gained as one, a row of tiles
-    then being what is a row else.
+    solved: jointly on `pruned`. Losing kept weight k costs v_k^2 / [H_KK^-1]_kk; gaining pruned weight p wins
+    g_p^2 / s_p, with g the gradient H (W - V) and s_p >= 1 / [H^-1]_pp what is left of H_pp after K; the middle of the
+    two bounds of s_p is taken. Pairs are made in each row from the surest on while they win (with `group`, one within
+    each group of that many columns), a quarter of what would win at a time; a row keeps the old mask where the joint
+    solution on the new one is no better. tile: rows and columns of what is lost and gained as one, a row of tiles then
+    being what is a row else.
     """
-    gradient = hessian.apply(weight - found)
     inverse = hessian.inverse.diagonal()
     spread = (hessian.matrix.diagonal() / inverse).sqrt()  # geometric mean of H_pp and 1 / [H^-1]_pp
     is_pruned = pruned[:: tile[0], :: tile[1]]
-    gain = pooled(gradient.square() / spread, tile).masked_fill(~is_pruned, -torch.inf)
-    cost = pooled(found.square() * spread, tile).masked_fill(is_pruned, torch.inf)
+    gain = pooled(solved.gradient.square() / spread, tile).masked_fill(~is_pruned, -torch.inf)
+    cost = pooled(solved.found.square() * spread, tile).masked_fill(is_pruned, torch.inf)
     shape = (-1, group or gain.shape[1])
     best_gain, incoming = gain.view(shape).sort(dim=1, descending=True, stable=True)
     least_cost, outgoing = cost.view(shape).sort(dim=1, stable=True)
@@ -198,7 +227,7 @@ def swapped(
     mask[rows[chosen], incoming[chosen]] = False
     mask[rows[chosen], outgoing[chosen]] = True
     mask = spread_out(mask.view(is_pruned.shape), tile)
-    solution = joint(weight, hessian, mask, found, ROUGHLY)
-    before, after = (quadratic_loss(weight - was, hessian).view(-1, tile[0]).sum(1) for was in (found, solution))
+    other = joint(weight, hessian, mask, solved.found, ROUGHLY)
+    before, after = (one.loss.view(-1, tile[0]).sum(1) for one in (solved, other))
     better = (after < before).repeat_interleave(tile[0])
-    return torch.where(better[:, None], solution, found), torch.where(better[:, None], mask, pruned)
+    return solved.replaced(better, other), torch.where(better[:, None], mask, pruned)

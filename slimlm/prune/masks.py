@@ -75,8 +75,8 @@ def columns(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:
             masks.append(quota.smallest_tiles(part, after - before))
         return torch.cat(masks)
 
-    width = quota.group or quota.tile[1] * max(1, COLUMNS // quota.tile[1])
-    return settle_columns(weight, curvature, choose, width)
+    unit = quota.group or quota.tile[1]
+    return settle_columns(weight, curvature, choose, unit * max(1, COLUMNS // unit), quota.group)
 
 
 def greedy(weight: Tensor, curvature: Hessian, quota: Quota) -> Chosen:

@@ -39,18 +39,21 @@ def summed(weight: Tensor, curvature: obs.Inverse, quota: Quota, chosen: Chosen,
 
 
 def joint(weight: Tensor, curvature: Hessian, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
-    """The exact minimiser [out, in] on the mask, which is refined by so many swaps before; some rows at a time."""
+    """The exact minimiser [out, in] on the mask, which is refined by so many swaps before; some rows at a time.
+
+    In fp32: what fp64 factors of the curvature are rounded to only guides the iterations.
+    """
     step = max(1, CHUNK_ELEMENTS // (weight.shape[1] * quota.tile[0])) * quota.tile[0]
+    dtype, weight, curvature, start = weight.dtype, weight.float(), curvature.to(torch.float32), chosen[0].float()
     solved = []
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        own = curvature.rows(rows)
-        found, pruned = chosen[0][rows], chosen[1][rows]
+    for at in range(0, len(weight), step):
+        rows = slice(at, at + step)
+        own, pruned = curvature.rows(rows), chosen[1][rows]
+        found = obs.joint(weight[rows], own, pruned, start[rows], obs.ROUGHLY)
         for _ in range(swaps):
-            found = obs.joint(weight[rows], own, pruned, found, obs.ROUGHLY)
             found, pruned = obs.swapped(weight[rows], own, pruned, found, quota.group, quota.tile)
-        solved.append((obs.joint(weight[rows], own, pruned, found), pruned))
-    return torch.cat([found for found, _ in solved]), torch.cat([pruned for _, pruned in solved])
+        solved.append((obs.joint(weight[rows], own, pruned, found.found, obs.TOLERANCE).found, pruned))
+    return torch.cat([found for found, _ in solved]).to(dtype), torch.cat([pruned for _, pruned in solved])
 
 
 Update = Callable[[Tensor, Any, Quota, Chosen, int], Chosen]
