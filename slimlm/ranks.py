@@ -96,6 +96,11 @@ class Ranks:
         """What each has of several things, one rank's behind another's, for all."""
         return list(chain.from_iterable(self.gather(own)))
 
+    def mean(self, own: Sequence[tuple[float, int]]) -> float:
+        """Of everybody's sums, each over so many things; 0 of none."""
+        found = self.chained(own)
+        return sum(total for total, _ in found) / max(1, sum(count for _, count in found))
+
     def merged(self, own: Mapping[K, T]) -> dict[K, T]:
         """What each has by name, for all."""
         return dict(chain.from_iterable(found.items() for found in self.gather(own)))

@@ -109,15 +109,9 @@ class Run(Generic[S]):
         """Of finished steps."""
         return self.result.journal
 
-    def walk(
-        self,
-        stage: str,
-        streams: Streams | None = None,
-        finished: Callable[[Block], bool] = lambda block: False,
-        order: Iterable[int] | None = None,
-    ) -> Iterator[Block]:
+    def walk(self, stage: str, streams: Streams | None = None, order: Iterable[int] | None = None) -> Iterator[Block]:
         """Blocks of the model, loaded, one after another; see `model/walk.py`."""
-        return walk(self.model, self.progress, stage, streams, finished, order)
+        return walk(self.model, self.progress, stage, streams, order)
 
     def embed(self, name: str, batches: list[Tensor] | None = None) -> Stream:
         """A stream for batches [batch, time], the calibration's by default, that starts over when it is interrupted."""

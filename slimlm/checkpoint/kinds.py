@@ -1,7 +1,7 @@
 """What a path is that is no model slimlm can read, and what to do about it."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from slimlm.errors import UserError
@@ -43,9 +43,8 @@ def other_kind(place: Path | str, names: Collection[str]) -> UserError:
     top = {name for name in names if "/" not in name}
     if not names:
         return UserError(f"{place} is empty: give a directory with {CONFIG_NAME} and safetensors weights")
-    for found in (*(what(place, top) for what in _FILES), _below(place, names)):
-        if found is not None:
-            return UserError(f"{place} {found}")
+    if found := next(_by_files(place, top), None) or _below(place, names):
+        return UserError(f"{place} {found}")
     if CONFIG_NAME not in top:
         if {SINGLE_NAME, INDEX_NAME} & top:
             return UserError(f"{place} holds no {CONFIG_NAME}, without which weights say little: fetch that, too")
@@ -60,70 +59,46 @@ def _ending(names: Collection[str], *ends: str) -> str | None:
     return next((name for name in sorted(names) if name.endswith(ends)), None)
 
 
-def _adapter(place: Path | str, top: set[str]) -> str | None:
-    if ADAPTER_NAME not in top:
-        return None
-    return ADAPTER_BESIDE if CONFIG_NAME in top else f"holds a PEFT adapter, not a model ({ADAPTER_NAME}): {MERGE}"
-
-
-def _packed(place: Path | str, top: set[str]) -> str | None:
-    if PACKED_NAME not in top:
-        return None
-    return f"is an archive of `slimlm pack`: get the model back with `slimlm unpack {place} NEW`"
-
-
-def _pipeline(place: Path | str, top: set[str]) -> str | None:
+def _by_files(place: Path | str, top: set[str]) -> Iterator[str]:
+    """What the names of files in it say, the surest first."""
+    if ADAPTER_NAME in top:
+        alone = f"holds a PEFT adapter, not a model ({ADAPTER_NAME}): {MERGE}"
+        yield ADAPTER_BESIDE if CONFIG_NAME in top else alone
+    if PACKED_NAME in top:
+        yield f"is an archive of `slimlm pack`: get the model back with `slimlm unpack {place} NEW`"
     if "model_index.json" in top:
-        return "is a diffusers pipeline (model_index.json): slimlm compresses causal language models"
+        yield "is a diffusers pipeline (model_index.json): slimlm compresses causal language models"
     if "modules.json" in top:
-        return VECTORS
-    return None
-
-
-def _gguf(place: Path | str, top: set[str]) -> str | None:
-    if not _ending(top, ".gguf"):
-        return None
-    return "holds GGUF files: give the checkpoint they were made of, and convert its result to GGUF afterwards"
-
-
-def _shards_alone(place: Path | str, top: set[str]) -> str | None:
-    """Weights that `from_pretrained` would not look for."""
+        yield VECTORS
+    if _ending(top, ".gguf"):
+        yield "holds GGUF files: give the checkpoint they were made of, and convert its result to GGUF afterwards"
+    is_meta = "params.json" in top and CONFIG_NAME not in top
+    # Weights that `from_pretrained` would not look for.
     name = _ending(top - {SINGLE_NAME}, ".safetensors")
-    if name is None or INDEX_NAME in top or {CONFIG_NAME, "params.json"} & top == {"params.json"}:
-        return None
+    if name is not None and INDEX_NAME not in top and not is_meta:
+        yield _shards_alone(name)
+    if is_meta:
+        yield (
+            "is a model in its maker's own layout (params.json): get the one converted for transformers, often named "
+            "-hf"
+        )
+    if _ending(top - {"training_args.bin", "optimizer.bin", "scheduler.bin"}, *PICKLES):
+        yield (
+            "holds pickled weights only; slimlm reads safetensors, which cannot run code: "
+            "convert with `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)`"
+        )
+    endings = {".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".npz": "MLX", ".mlpackage": "Core ML"}
+    for end, library in endings.items():
+        if name := _ending(top, end):
+            yield f"holds {library} weights only ({name}): get the model's safetensors for PyTorch"
+
+
+def _shards_alone(name: str) -> str:
     if re.fullmatch(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", name):
         return "is a distributed checkpoint: load it with transformers and save it with `save_pretrained`"
     if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name):
         return f"holds {name} and no {INDEX_NAME}: fetch that, too"
     return f"holds {name}, but transformers reads {SINGLE_NAME} or what {INDEX_NAME} lists: rename it, or fetch those"
-
-
-def _meta(place: Path | str, top: set[str]) -> str | None:
-    if "params.json" not in top or CONFIG_NAME in top:
-        return None
-    return "is a model in its maker's own layout (params.json): get the one converted for transformers, often named -hf"
-
-
-def _pickled(place: Path | str, top: set[str]) -> str | None:
-    if not _ending(top - {"training_args.bin", "optimizer.bin", "scheduler.bin"}, *PICKLES):
-        return None
-    return (
-        "holds pickled weights only; slimlm reads safetensors, which cannot run code: "
-        "convert with `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)`"
-    )
-
-
-def _other_library(place: Path | str, top: set[str]) -> str | None:
-    endings = {".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".npz": "MLX", ".mlpackage": "Core ML"}
-    for end, library in endings.items():
-        if name := _ending(top, end):
-            return f"holds {library} weights only ({name}): get the model's safetensors for PyTorch"
-    return None
-
-
-_FILES: tuple[Callable[[Path | str, set[str]], str | None], ...] = (
-    *(_adapter, _packed, _pipeline, _gguf, _shards_alone, _meta, _pickled, _other_library),
-)
 
 
 def _below(place: Path | str, names: Collection[str]) -> str | None:

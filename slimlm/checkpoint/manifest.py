@@ -64,13 +64,18 @@ class Side(TypedDict):
     dtype: str
 
 
-class Measured(TypedDict):
+class WindowFigures(TypedDict):
+    """Of windows to measure on: the text's name, how many, of how many tokens, how far apart."""
+
     text: str
     windows: int
     window: int
     stride: int
     bos: int | None
     predicted_tokens: int
+
+
+class Measured(WindowFigures):
     dense: Side
     compressed: Side
 

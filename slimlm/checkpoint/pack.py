@@ -7,6 +7,7 @@ the last bit, and the other files as they were.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,7 +46,7 @@ def pack(source: Path, output: Path, advance: Advance = lambda tensors: None) ->
     shapes: dict[str, list[int]] = {}
     for name, stored in checkpoint.tensors.items():
         parts = {
-            f"{name}#mask": TensorSpec((-(-_size(stored) // 8),), torch.uint8),
+            f"{name}#mask": TensorSpec((-(-math.prod(stored.shape) // 8),), torch.uint8),
             f"{name}#values": TensorSpec((counts[name],), stored.dtype),
         }
         if sum(spec.nbytes for spec in parts.values()) < stored.nbytes:
@@ -134,7 +135,7 @@ def _refuse_damaged(archive: Checkpoint, shapes: dict[str, list[int]]) -> None:
 
 def _restored(archive: Checkpoint, name: str, shapes: dict[str, list[int]]) -> Tensor:
     mask, values = archive.read(f"{name}#mask"), archive.read(f"{name}#values")
-    size = int(torch.Size(shapes[name]).numel())
+    size = math.prod(shapes[name])
     if mask.numel() != -(-size // 8):
         raise UserError(f"{archive.path}: the mask of {name} is not one of {size} weights")
     kept = torch.from_numpy(numpy.unpackbits(mask.numpy(), count=size)).bool()
@@ -184,10 +185,6 @@ def _copy(paths: Iterable[Path], target: Path) -> None:
             shutil.copytree(path, target / path.name)
         else:
             shutil.copy2(path, target / path.name)
-
-
-def _size(stored: StoredTensor) -> int:
-    return int(torch.Size(stored.shape).numel())
 
 
 def _kept(tensor: Tensor) -> Tensor:

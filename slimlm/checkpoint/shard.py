@@ -5,6 +5,7 @@ reads cost the tensor and nothing else, and leave the operating system to cache 
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, everything: EllipsisType) -> Tensor:
         if everything is not Ellipsis:
@@ -94,7 +95,7 @@ class StoredTensor:
                 yield chunk
 
     def _fill(self, file: FileIO, offset: int, tensor: Tensor) -> None:
-        target = tensor.reshape(-1).view(torch.uint8).numpy().data
+        target = bytes_of(tensor)
         file.seek(offset)
         done = 0
         while done < len(target):
@@ -108,6 +109,11 @@ class StoredTensor:
         if hasattr(os, "posix_fadvise") and self.nbytes:
             with self.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Of a tensor [...] of the CPU: a view, where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_shard(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -7,6 +7,7 @@ numbered shards with an index.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from slimlm.checkpoint.disk import disk_errors, sync, write_whole
 from slimlm.checkpoint.kinds import INDEX_NAME, SINGLE_NAME
-from slimlm.checkpoint.shard import DTYPE_NAMES, StoredTensor
+from slimlm.checkpoint.shard import DTYPE_NAMES, StoredTensor, bytes_of
 from slimlm.errors import RunFailure
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -32,7 +33,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class CheckpointWriter:
@@ -104,7 +105,7 @@ class CheckpointWriter:
                 rows += chunk.shape[0] if chunk.ndim else 1
                 if chunk.shape[1:] != place.shape[1:] or rows > (place.shape or (1,))[0]:
                     raise ValueError(f"tensor {name} has shape {list(chunk.shape)}, planned {list(place.shape)}")
-                data = _bytes_of(self._cast(name, chunk))
+                data = bytes_of(self._cast(name, chunk))
                 file.write(data)
                 digest.update(data)
         if rows != (place.shape or (1,))[0]:
@@ -142,12 +143,8 @@ class CheckpointWriter:
 def _hash_of(place: StoredTensor) -> str:
     digest = hashlib.sha256()
     for chunk in place.chunks():
-        digest.update(_bytes_of(chunk))
+        digest.update(bytes_of(chunk))
     return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _starts_with(path: Path, front: bytes, size: int) -> bool:

@@ -68,7 +68,7 @@ class DealtLM(HFLM):
 
         def compute(batch: Sequence[Request]) -> list[Answer]:
             is_mine = len(own) % self.ranks.size == self.ranks.rank
-            own.append(self._computed(batch, override_bs=len(batch)) if is_mine else None)
+            own.append(HFLM._loglikelihood_tokens(self, batch, override_bs=len(batch)) if is_mine else None)
             return own[-1] or [(0.0, False)] * len(batch)
 
         try:
@@ -85,11 +85,8 @@ class DealtLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        return self.answer(requests) if self.answer else self._computed(requests, disable_tqdm, override_bs)
-
-    def _computed(
-        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[Answer]:
+        if self.answer:
+            return self.answer(requests)
         answers: list[Answer] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         return answers
 

@@ -14,7 +14,7 @@ from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.manifest import read_manifest, versions
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
-from slimlm.checkpoint.skeleton import BUILDING, load_config, load_tokenizer, use_only_known
+from slimlm.checkpoint.skeleton import BUILDING, load_config, load_tokenizer, parameter_count, use_only_known
 from slimlm.device import check_precision, machine, placement
 from slimlm.errors import UserError, one_line, out_of_memory, require_at_least
 from slimlm.evaluation.by_block import has_no_room, measure_by_block
@@ -172,7 +172,7 @@ def _measure(
         "name": resolved.name,
         "path": str(resolved.path),
         "revision": resolved.revision,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameter_count(model),
         "bytes": checkpoint.bytes_on_disk(),
         "streamed": is_streamed,
         **likelihood.describe(),

@@ -4,28 +4,17 @@ import pydoc_data.topics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimlm.calibration import split_documents, start_token
+from slimlm.checkpoint.manifest import WindowFigures
 from slimlm.errors import UserError
 
 PYTHON_REFERENCE = "python-reference"
 DEFAULT_WINDOW = 2048
-
-
-class WindowFigures(TypedDict):
-    """What a manifest and an evaluation say of them: the text's name, how many, of how many tokens, how far apart."""
-
-    text: str
-    windows: int
-    window: int
-    stride: int
-    bos: int | None
-    predicted_tokens: int
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from slimlm.families.family import Axis, Carrier, Family, Norm
-from slimlm.families.llama import GATED_MLP, MISTRAL, PER_BLOCK, QKV
+from slimlm.families.llama import ATTENTION, GATED_MLP, MISTRAL, PER_BLOCK, QKV
 
 STARCODER2 = replace(
     MISTRAL,
     model_type="starcoder2",
     norms=(
-        Norm("input_layernorm", QKV, ("self_attn.o_proj",)),
+        ATTENTION,
         Norm("post_attention_layernorm", ("mlp.c_fc",), ("mlp.c_proj",)),
     ),
     norm_eps="norm_epsilon",
@@ -22,13 +22,11 @@ STARCODER2 = replace(
     mlp=Axis(("intermediate_size",), rows=("mlp.c_fc",), columns=("mlp.c_proj",)),
 )
 QK_NORM = "its norms of queries and keys have the size that hidden_size gives them"
-PHI = Family(
+PHI = replace(
+    MISTRAL,
     model_type="phi",
-    blocks="model.layers",
-    embeddings=("model.embed_tokens",),
     norms=(Norm("input_layernorm", (*QKV, "mlp.fc1"), ("self_attn.dense", "mlp.fc2")),),
     final_norm="model.final_layernorm",
-    head="lm_head",
     norm_eps="layer_norm_eps",
     parallel=True,
     centred=True,
@@ -38,23 +36,16 @@ PHI = Family(
     variants=(({"qk_layernorm": True}, {"groups": None, "why_not": QK_NORM}),),
 )
 STABLELM_PARALLEL = {
-    "norms": (Norm("input_layernorm", (*QKV, "mlp.gate_proj", "mlp.up_proj"), ("self_attn.o_proj", "mlp.down_proj")),),
+    "norms": (Norm("input_layernorm", QKV + GATED_MLP.rows, ATTENTION.writers + GATED_MLP.columns),),
     "parallel": True,
 }
-STABLELM = Family(
+STABLELM = replace(
+    MISTRAL,
     model_type="stablelm",
-    blocks="model.layers",
-    embeddings=("model.embed_tokens",),
-    norms=(
-        Norm("input_layernorm", QKV, ("self_attn.o_proj",)),
-        Norm("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
-    ),
-    final_norm="model.norm",
-    head="lm_head",
     norm_eps="layer_norm_eps",
     centred=True,
-    mlp=GATED_MLP,
-    inner=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    groups=None,
+    inner=PHI.inner,
     carrier=Carrier("narrow_stablelm", stock=False),
     variants=(
         (
@@ -135,16 +126,12 @@ UP, DOWN = ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)
 ONE_NORM = (Norm("input_layernorm", FUSED + UP, DENSE + DOWN),)
 TWO_NORMS = (Norm("input_layernorm", FUSED, DENSE), Norm("post_attention_layernorm", UP, DOWN))
 # The newer of its three layouts has a norm each for attention and MLP, the older one for both or a sequential block.
-FALCON = Family(
+FALCON = replace(
+    GPT2,
     model_type="falcon",
-    blocks="transformer.h",
     embeddings=("transformer.word_embeddings",),
     norms=(Norm("ln_attn", FUSED, DENSE), Norm("ln_mlp", UP, DOWN)),
-    final_norm="transformer.ln_f",
-    head="lm_head",
-    norm_eps="layer_norm_epsilon",
     parallel=True,
-    centred=True,
     tuples=True,
     mlp=Axis(("ffn_hidden_size",), rows=UP, columns=DOWN),
     carrier=Carrier("narrow_falcon", stock=False),
@@ -154,16 +141,11 @@ FALCON = Family(
         ({"num_ln_in_parallel_attn": 1}, {"norms": ONE_NORM}),
     ),
 )
-BLOOM = Family(
+BLOOM = replace(
+    FALCON,
     model_type="bloom",
-    blocks="transformer.h",
-    embeddings=("transformer.word_embeddings",),
     norms=TWO_NORMS,
-    final_norm="transformer.ln_f",
-    head="lm_head",
-    norm_eps="layer_norm_epsilon",
-    centred=True,
-    tuples=True,
+    parallel=False,
     embedding_norm="transformer.word_embeddings_layernorm",
     mlp=Axis(("ffn_dim",), rows=UP, columns=DOWN),
     carrier=Carrier("narrow_bloom", stock=False, mlp=True),
@@ -178,10 +160,10 @@ BLOOM = Family(
 # What slicing makes of those whose class derives the size of heads from hidden_size.
 NARROW = (
     replace(OPT, model_type="narrow_opt", norm_eps="layer_norm_eps", carrier=None),
-    replace(GPT2, model_type="narrow_gpt2", carrier=None),
-    replace(GPT_NEOX, model_type="narrow_gpt_neox", carrier=None),
-    replace(STABLELM, model_type="narrow_stablelm", carrier=None),
-    replace(FALCON, model_type="narrow_falcon", carrier=None),
+    *(
+        replace(family, model_type=f"narrow_{family.model_type}", carrier=None)
+        for family in (GPT2, GPT_NEOX, STABLELM, FALCON)
+    ),
     replace(
         BLOOM,
         model_type="narrow_bloom",

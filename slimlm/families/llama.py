@@ -7,6 +7,8 @@ from slimlm.families.family import Axis, Carrier, Family, Norm
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATED_MLP = Axis(("intermediate_size",), rows=("mlp.gate_proj", "mlp.up_proj"), columns=("mlp.down_proj",))
 GROUPS = Axis(("num_key_value_heads", "num_attention_heads"), rows=QKV, columns=("self_attn.o_proj",))
+ATTENTION = Norm("input_layernorm", QKV, ("self_attn.o_proj",))
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 # What `basis: per-block` makes of a model is known so that it can be measured; its norms have no gains.
 PER_BLOCK = "it has a basis for every block already"
@@ -15,10 +17,7 @@ LLAMA = Family(
     model_type="llama",
     blocks="model.layers",
     embeddings=("model.embed_tokens",),
-    norms=(
-        Norm("input_layernorm", readers=QKV, writers=("self_attn.o_proj",)),
-        Norm("post_attention_layernorm", readers=("mlp.gate_proj", "mlp.up_proj"), writers=("mlp.down_proj",)),
-    ),
+    norms=(ATTENTION, Norm("post_attention_layernorm", GATED_MLP.rows, GATED_MLP.columns)),
     final_norm="model.norm",
     head="lm_head",
     norm_eps="rms_norm_eps",
@@ -42,7 +41,7 @@ QWEN2 = replace(
         "llama", {"attention_bias": True}, zeros=("self_attn.o_proj.bias",), unless=("use_sliding_window",)
     ),
 )
-QWEN3 = replace(MISTRAL, model_type="qwen3", inner=("self_attn.q_norm", "self_attn.k_norm"))
+QWEN3 = replace(MISTRAL, model_type="qwen3", inner=QK_NORMS)
 SMOLLM3 = replace(MISTRAL, model_type="smollm3")
 GRANITE = replace(
     MISTRAL,

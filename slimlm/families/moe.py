@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 from slimlm.families.family import Axis, Experts, Norm
-from slimlm.families.llama import MISTRAL, QKV
+from slimlm.families.llama import ATTENTION, MISTRAL, QK_NORMS
 
-ATTENTION = Norm("input_layernorm", QKV, ("self_attn.o_proj",))
 EXPERTS = Experts("mlp.experts", reads="gate_up_proj", writes="down_proj")
 EXPERTS_MLP = Axis(("moe_intermediate_size",), rows=("mlp.experts.gate_up_proj",), columns=("mlp.experts.down_proj",))
 
@@ -26,7 +25,7 @@ QWEN3_MOE = replace(
         ATTENTION,
         Norm("post_attention_layernorm", ("mlp.gate", "mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
     ),
-    inner=("self_attn.q_norm", "self_attn.k_norm"),
+    inner=QK_NORMS,
 )
 QWEN2_MOE = replace(
     MIXTRAL,

@@ -111,8 +111,7 @@ def _divergence(pair: Pair, fit: MapFit) -> float:
             x[held].flatten(0, 1).split(STEP_TOKENS), seen[held].flatten(0, 1).split(STEP_TOKENS), strict=True
         ):
             own.append((fit.divergence(part, small), len(part)))
-    found = pair.deal.ranks.chained(own)
-    return sum(total for total, _ in found) / max(1, sum(tokens for _, tokens in found))
+    return pair.deal.ranks.mean(own)
 
 
 def _shuffled(pair: Pair, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, float]]:

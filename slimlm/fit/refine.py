@@ -153,8 +153,7 @@ class _Descent:
                 if held.any():
                     total, tokens = self._loss(number, held.nonzero().flatten())
                     own.append((float(total), tokens))
-        found = self.ranks.chained(own)
-        return sum(total for total, _ in found) / max(1, sum(tokens for _, tokens in found))
+        return self.ranks.mean(own)
 
 
 class _Adam:

@@ -27,10 +27,6 @@ class LowRankInverse:
     base: float | Annotated[Tensor, "d d"]
     factor: Annotated[Tensor, "... m d"]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.factor.dtype
-
     def diagonal(self) -> Annotated[Tensor, "... d"]:
         """Of F^-1, in O(d m)."""
         base = self.base.diagonal() if isinstance(self.base, Tensor) else self.base

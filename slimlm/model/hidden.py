@@ -12,16 +12,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from slimlm.checkpoint.journal import Record
+from slimlm.checkpoint.shard import bytes_of
 from slimlm.device import available_memory
 from slimlm.errors import RunFailure
 from slimlm.model.saving import Means, Saving
-from slimlm.model.waiting import Batch, BatchFile, Copied, Taken, bytes_of, on_host
+from slimlm.model.waiting import Batch, BatchFile, Copied, Taken, on_host
 from slimlm.started import local_size, world_size
 
 SHARE = 4  # of the memory that is free at the start, the streams get one such part
@@ -33,25 +33,6 @@ AHEAD = 4  # batches' worth of memory that is left for reading and writing ahead
 def sides() -> int:
     """Files that a stream that is saved may need at once."""
     return OF_SEVERAL if world_size() > 1 else SIDES
-
-
-class HiddenStates(Protocol):
-    """Batches of hidden states, [batch, time, hidden] each, entering the next block."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    def __iter__(self) -> Iterator[Tensor]: ...
-
-    def append(self, tensor: Tensor) -> None:
-        """Add a batch [batch, time, hidden] while the stream is being started."""
-
-    def replace(self, index: int, tensor: Tensor) -> None:
-        """Put a block's output [batch, time, hidden] in its input's place; every batch once, in order, then `turn`."""
-
-    def turn(self) -> None:
-        """All batches are replaced: the next block reads them."""
 
 
 class InMemory(list[Tensor]):
@@ -244,6 +225,9 @@ class Spilled:
         taken = found and self.means.memory.take(self._footprint(found[1]))
         if found and taken:
             self._ahead = found[0], self.means.reader.submit(self._read, self.side, found[1]), taken
+
+
+HiddenStates = InMemory | Spilled  # batches, [batch, time, hidden] each, entering the next block
 
 
 def _behind(earlier: Sequence[Batch]) -> int:

@@ -10,8 +10,9 @@ from typing import ClassVar, TypeVar
 import torch
 
 from slimlm.checkpoint.disk import sync
+from slimlm.checkpoint.shard import bytes_of
 from slimlm.errors import RunFailure
-from slimlm.model.waiting import Batch, BatchFile, StreamMemory, bytes_of
+from slimlm.model.waiting import Batch, BatchFile, StreamMemory
 from slimlm.plain import Json
 
 SAVE_SECONDS = 60.0  # of work that an interruption may cost, beside the block it comes in

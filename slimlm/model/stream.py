@@ -1,7 +1,6 @@
 """The residual stream of a set of windows on its way through a model, and hooks to see it by."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,17 +85,6 @@ def set_parameter(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
     owner._parameters[leaf] = parameter
     if isinstance(owner, Conv1D):  # it computes the shape of its output from what it was built with
         owner.nf = owner.weight.shape[1]
-
-
-@contextmanager
-def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Inside the context, each module's function is called with (module, args) before the module runs."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def reuse(calls: list[BlockCall], earlier: list[list[BlockCall]]) -> list[BlockCall]:

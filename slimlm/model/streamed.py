@@ -20,7 +20,7 @@ from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, refuse_absurd_sizes, use_only_known
 from slimlm.errors import UserError
-from slimlm.families import Family
+from slimlm.families import Family, family_of
 from slimlm.model.block import Block, Group
 from slimlm.model.linears import is_turned
 from slimlm.model.stream import owner_of, put, set_parameter
@@ -66,9 +66,9 @@ class StreamedModel:
         self.keys_of = self._assign_keys()
         self.ahead = Prefetch(checkpoint, self.device)
 
-    def another(self, checkpoint: Checkpoint, config: PretrainedConfig, family: Family) -> "StreamedModel":
+    def another(self, checkpoint: Checkpoint, config: PretrainedConfig) -> "StreamedModel":
         """A model beside this one, computed in the same way."""
-        return StreamedModel(checkpoint, config, family, self.device, self.dtype, self.trust_remote_code)
+        return StreamedModel(checkpoint, config, family_of(config), self.device, self.dtype, self.trust_remote_code)
 
     def _assign_keys(self) -> dict[str, list[str]]:
         """File names of tensors by the part they belong to: a block's path, or the module's own path outside blocks."""

@@ -1,5 +1,6 @@
 """What batches of hidden states wait in: memory of a stated size, and files."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimlm.checkpoint.disk import disk_errors
+from slimlm.checkpoint.shard import bytes_of
 from slimlm.errors import RunFailure
 
 PIECE = 1 << 20  # bytes
@@ -83,12 +85,6 @@ class BatchFile:
                 yield file.read(min(PIECE, count - start))
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Of a tensor [...] of the CPU that is contiguous: a view."""
-    found: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return found
-
-
 def on_host(tensor: Tensor) -> Copied:
     """A tensor [...] on the CPU, contiguous, and what says when it has come: the same one, or a GPU's copy, which is
     pinned and not waited for."""
@@ -120,7 +116,7 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Of its numbers."""
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def is_whole(self) -> bool:
         """Whether what is kept can be read by the CPU, for which a GPU's copy is waited for.

@@ -156,13 +156,12 @@ def walk(
     progress: Progress,
     stage: str,
     streams: Streams | None = None,
-    finished: Callable[[Block], bool] = lambda block: False,
     order: Iterable[int] | None = None,
 ) -> Iterator[Block]:
     """Blocks of the model with their weights in memory, one after another.
 
-    streams: begins where these are, and saves them behind a block when it is time. finished: whether to leave a block
-    out. order: numbers of blocks, by default all from the first to the last.
+    streams: begins where these are, and saves them behind a block when it is time. order: numbers of blocks, by default
+    all from the first to the last.
     """
     indices = list(range(len(model.blocks)) if order is None else order)
     following = dict(pairwise(indices)) if len(indices) == len(set(indices)) else None  # some come again and again
@@ -171,15 +170,14 @@ def walk(
     for index in indices[streams.first if streams else 0 :]:
         block, start = model.blocks[index], time.perf_counter()
         block.facts = {}
-        if not finished(block):
-            with block.loaded(None if following is None else following.get(index, -1)):
-                yield block
-            seconds = time.perf_counter() - start
-            if streams:
-                streams.save(index)
-                seconds = max(streams.ranks.gather(time.perf_counter() - start))
-            if block.facts is not None:
-                progress.done(stage, block.path, seconds, **block.facts)
+        with block.loaded(None if following is None else following.get(index, -1)):
+            yield block
+        seconds = time.perf_counter() - start
+        if streams:
+            streams.save(index)
+            seconds = max(streams.ranks.gather(time.perf_counter() - start))
+        if block.facts is not None:
+            progress.done(stage, block.path, seconds, **block.facts)
         progress.step()
     if streams:
         streams.finish()

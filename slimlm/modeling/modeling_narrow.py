@@ -107,8 +107,10 @@ def _one_head(config: PretrainedConfig) -> Iterator[tuple[int, int]]:
             config.num_key_value_heads = real[1]
 
 
-def _linear(like: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
-    return type(like)(inputs, outputs, bias=like.bias is not None)
+def _resize(module: nn.Module, names: str, inputs: int, outputs: int) -> None:
+    for name in names.split():
+        like = getattr(module, name)
+        setattr(module, name, type(like)(inputs, outputs, bias=like.bias is not None))
 
 
 class NarrowOPTForCausalLM(OPTForCausalLM):
@@ -122,9 +124,8 @@ class NarrowOPTForCausalLM(OPTForCausalLM):
             attention = layer.self_attn
             attention.num_heads, attention.head_dim = heads, config.head_dim
             attention.scaling = config.head_dim**-0.5
-            for name in ("q_proj", "k_proj", "v_proj"):
-                setattr(attention, name, _linear(getattr(attention, name), config.hidden_size, width))
-            attention.out_proj = _linear(attention.out_proj, width, config.hidden_size)
+            _resize(attention, "q_proj k_proj v_proj", config.hidden_size, width)
+            _resize(attention, "out_proj", width, config.hidden_size)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = config.layer_norm_eps
@@ -158,8 +159,8 @@ class NarrowGPTNeoXForCausalLM(GPTNeoXForCausalLM):
             attention = layer.attention
             attention.head_size, attention.scaling = config.head_dim, config.head_dim**-0.5
             attention.rotary_ndims = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-            attention.query_key_value = _linear(attention.query_key_value, config.hidden_size, 3 * width)
-            attention.dense = _linear(attention.dense, width, config.hidden_size)
+            _resize(attention, "query_key_value", config.hidden_size, 3 * width)
+            _resize(attention, "dense", width, config.hidden_size)
 
 
 class NarrowStableLmForCausalLM(StableLmForCausalLM):
@@ -175,11 +176,9 @@ class NarrowStableLmForCausalLM(StableLmForCausalLM):
             attention.num_key_value_groups = heads // groups
             attention.head_dim, attention.scaling = config.head_dim, config.head_dim**-0.5
             attention.rotary_ndims = int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
-            sizes = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
-            for name, count in sizes.items():
-                like = getattr(attention, name)
-                setattr(attention, name, _linear(like, config.hidden_size, count * config.head_dim))
-            attention.o_proj = _linear(attention.o_proj, heads * config.head_dim, config.hidden_size)
+            _resize(attention, "q_proj", config.hidden_size, heads * config.head_dim)
+            _resize(attention, "k_proj v_proj", config.hidden_size, groups * config.head_dim)
+            _resize(attention, "o_proj", heads * config.head_dim, config.hidden_size)
 
 
 class NarrowFalconForCausalLM(FalconForCausalLM):
@@ -198,8 +197,8 @@ class NarrowFalconForCausalLM(FalconForCausalLM):
             attention.num_heads, attention.head_dim, attention.split_size = heads, config.head_dim, width
             attention.beta = attention.inv_norm_factor = config.head_dim**-0.5
             outputs = width + 2 * attention.num_kv_heads * config.head_dim
-            attention.query_key_value = _linear(attention.query_key_value, config.hidden_size, outputs)
-            attention.dense = _linear(attention.dense, width, config.hidden_size)
+            _resize(attention, "query_key_value", config.hidden_size, outputs)
+            _resize(attention, "dense", width, config.hidden_size)
 
 
 class NarrowBloomForCausalLM(BloomForCausalLM):
@@ -213,11 +212,11 @@ class NarrowBloomForCausalLM(BloomForCausalLM):
         if not config.embedding_norm:
             self.transformer.word_embeddings_layernorm = nn.Identity()
         for layer in self.transformer.h:
-            attention, mlp = layer.self_attention, layer.mlp
+            attention = layer.self_attention
             attention.num_heads, attention.head_dim = heads, config.head_dim
             attention.hidden_size = attention.split_size = width
             attention.inv_norm_factor = config.head_dim**-0.5
-            attention.query_key_value = _linear(attention.query_key_value, config.hidden_size, 3 * width)
-            attention.dense = _linear(attention.dense, width, config.hidden_size)
-            mlp.dense_h_to_4h = _linear(mlp.dense_h_to_4h, config.hidden_size, config.ffn_dim)
-            mlp.dense_4h_to_h = _linear(mlp.dense_4h_to_h, config.ffn_dim, config.hidden_size)
+            _resize(attention, "query_key_value", config.hidden_size, 3 * width)
+            _resize(attention, "dense", width, config.hidden_size)
+            _resize(layer.mlp, "dense_h_to_4h", config.hidden_size, config.ffn_dim)
+            _resize(layer.mlp, "dense_4h_to_h", config.ffn_dim, config.hidden_size)

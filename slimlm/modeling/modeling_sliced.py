@@ -73,8 +73,11 @@ class SlicedNorm(nn.Module):
         return (x * torch.rsqrt(variance + self.variance_epsilon)).to(hidden_states.dtype)
 
 
-def _linear(like: nn.Linear, inputs: int | None = None, outputs: int | None = None) -> nn.Linear:
-    return nn.Linear(inputs or like.in_features, outputs or like.out_features, bias=like.bias is not None)
+def _resize(module: nn.Module, names: str, inputs: int | None = None, outputs: int | None = None) -> None:
+    for name in names.split():
+        like = getattr(module, name)
+        linear = nn.Linear(inputs or like.in_features, outputs or like.out_features, bias=like.bias is not None)
+        setattr(module, name, linear)
 
 
 class SlicedLlamaDecoderLayer(LlamaDecoderLayer):
@@ -83,13 +86,10 @@ class SlicedLlamaDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: SlicedLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         before, between, after = config.stream_widths[2 * layer_idx : 2 * layer_idx + 3]
-        attention, mlp = self.self_attn, self.mlp
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(attention, name, _linear(getattr(attention, name), inputs=before))
-        attention.o_proj = _linear(attention.o_proj, outputs=between)
-        for name in ("gate_proj", "up_proj"):
-            setattr(mlp, name, _linear(getattr(mlp, name), inputs=between))
-        mlp.down_proj = _linear(mlp.down_proj, outputs=after)
+        _resize(self.self_attn, "q_proj k_proj v_proj", inputs=before)
+        _resize(self.self_attn, "o_proj", outputs=between)
+        _resize(self.mlp, "gate_proj up_proj", inputs=between)
+        _resize(self.mlp, "down_proj", outputs=after)
         self.input_layernorm = SlicedNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = SlicedNorm(config.hidden_size, config.rms_norm_eps)
         self.attn_shortcut = nn.Linear(before, between, bias=False)
@@ -134,12 +134,10 @@ class SlicedOPTDecoderLayer(OPTDecoderLayer):
     def __init__(self, config: SlicedOPTConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         before, between, after = config.stream_widths[2 * layer_idx : 2 * layer_idx + 3]
-        attention = self.self_attn
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(attention, name, _linear(getattr(attention, name), inputs=before))
-        attention.out_proj = _linear(attention.out_proj, outputs=between)
-        for name, sizes in {"fc1": {"inputs": between}, "fc2": {"outputs": after}}.items():
-            setattr(self, name, _linear(getattr(self, name), **sizes))
+        _resize(self.self_attn, "q_proj k_proj v_proj", inputs=before)
+        _resize(self.self_attn, "out_proj", outputs=between)
+        _resize(self, "fc1", inputs=between)
+        _resize(self, "fc2", outputs=after)
         for name in ("self_attn_layer_norm", "final_layer_norm"):
             setattr(self, name, SlicedNorm(config.hidden_size, getattr(self, name).eps))
         self.attn_shortcut = nn.Linear(before, between, bias=False)
@@ -174,11 +172,10 @@ class SlicedPhiDecoderLayer(PhiDecoderLayer):
     def __init__(self, config: SlicedPhiConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         before, after = config.stream_widths[layer_idx : layer_idx + 2]
-        attention, mlp = self.self_attn, self.mlp
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(attention, name, _linear(getattr(attention, name), inputs=before))
-        attention.dense = _linear(attention.dense, outputs=after)
-        mlp.fc1, mlp.fc2 = _linear(mlp.fc1, inputs=before), _linear(mlp.fc2, outputs=after)
+        _resize(self.self_attn, "q_proj k_proj v_proj", inputs=before)
+        _resize(self.self_attn, "dense", outputs=after)
+        _resize(self.mlp, "fc1", inputs=before)
+        _resize(self.mlp, "fc2", outputs=after)
         self.input_layernorm = SlicedNorm(config.hidden_size, config.layer_norm_eps)
         self.shortcut = nn.Linear(before, after, bias=False)
 

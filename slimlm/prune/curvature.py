@@ -53,11 +53,7 @@ class Norms:
     """Of the inputs: [in], fp32."""
 
     of_inputs: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the norms."""
-        return torch.float32
+    dtype: torch.dtype = torch.float32
 
     def rows(self, rows: slice) -> "Norms":
         """The same."""

@@ -233,7 +233,7 @@ def _prune_beside_dense(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[s
     """Write every block pruned towards the dense one, and the head refitted unless it is tied to the embedding."""
     model = run.model
     eye = torch.eye(model.config.hidden_size, dtype=torch.float32, device=model.device)
-    small = model.another(model.checkpoint, copy.deepcopy(model.config), model.family)
+    small = model.another(model.checkpoint, copy.deepcopy(model.config))
     streams = run.streams("pruned", {"dense": model, "small": small}, run.result.leading(model))
     pair = Pair(model, small, eye, streams, run.scratch.hidden("between"), run.recipe.dtype)
     refiner = Refiner(run.recipe.refine, run.recipe.seed, keeps_zeros=True)

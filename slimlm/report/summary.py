@@ -7,8 +7,7 @@ from typing import Any
 
 from slimlm.check import Job
 from slimlm.checkpoint.card import dtypes_of
-from slimlm.checkpoint.manifest import Manifest, took
-from slimlm.evaluation.text import WindowFigures
+from slimlm.checkpoint.manifest import Manifest, WindowFigures, took
 from slimlm.forecast import Forecast
 from slimlm.recipe import AnyStep
 

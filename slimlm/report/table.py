@@ -8,13 +8,13 @@ from slimlm.checkpoint.manifest import Manifest
 from slimlm.evaluation.harness import Score
 
 
-def comparison_table(models: list[dict[str, Any]], title: str | None = None) -> Table:
+def comparison_table(models: list[dict[str, Any]]) -> Table:
     """Figures down, models across; with two models (compressed, dense), dense first and the change last.
 
     models: entries as `evaluate` returns them.
     """
     columns = models[::-1]
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("")
     for label in ["dense", "compressed"] if len(columns) == 2 else [columns[0]["name"]]:
         table.add_column(label, justify="right")

@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimlm.deal import Parts
 from slimlm.linalg.gram import Gram, is_wide, rms_normalise
 from slimlm.linalg.pca import felt, leading, principal_basis, with_kept, without_mean
 from slimlm.model.block import Block
-from slimlm.model.stream import hooked
+from slimlm.model.linears import watched
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import Streams
 
@@ -92,8 +92,8 @@ def collected(model: StreamedModel, walk: Iterable[Block], streams: Streams, nor
         found = parts.parts[int(lane)]
         found.replace([*found.tensors()[: int(place)], streams.state[key], *found.tensors()[int(place) + 1 :]])
 
-    def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        parts.at(stream.number).add(args[0])
+    def observe(_: str, x: Tensor, output: Tensor) -> None:
+        parts.at(stream.number).add(x)
 
     for block in walk:
 
@@ -101,7 +101,7 @@ def collected(model: StreamedModel, walk: Iterable[Block], streams: Streams, nor
             parts.at(stream.number).turn(index, before, after)
 
         names = [norm.name for norm in block.family.norms if norms]
-        with hooked((block.module.get_submodule(name), observe) for name in names):
+        with watched(block.module, names, observe):
             block.advance(stream, turn)
         lanes = {lane: part.tensors() for lane, part in parts.parts.items()}
         streams.state = {f"{lane}.{place}": t for lane, tensors in lanes.items() for place, t in enumerate(tensors)}

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.errors import RunFailure
-from slimlm.families import family_of
 from slimlm.fit.beside_dense import Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
 from slimlm.fit.lm_head import fits_head, write_fitted_head
@@ -152,9 +151,7 @@ def _curves(run: Run[SliceStep], layout: Layout, splits: list[Widths], found: Ba
 def _refit(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Plan, basis: Tensor) -> dict[str, Any]:
     """Write all parts refitted; figures for the manifest."""
     model, result = run.model, run.result
-    for name in model.family.embeddings:
-        result.write(model, name, slice_embedding(model, name, basis, widths.tied))
-    _write_outer(run, layout, widths)
+    _write_outer(run, layout, widths, basis)
     pair, notes = _refit_blocks(run, layout, widths, plan, basis), dict[str, Any]()
     head = model.family.head
     if layout.keeps_tie(widths):
@@ -174,7 +171,7 @@ def _refit_blocks(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Pla
     result.settle()  # the compressed model is read from where it is written
     run.ranks.meet()
     config = copy.deepcopy(plan.config)  # building a model sets its dtype
-    small = model.another(Checkpoint(result.output), config, family_of(config))
+    small = model.another(Checkpoint(result.output), config)
     becomes = {index: small.blocks[place] for index, place in places(widths.blocks).items()}
 
     def is_whole(block: Block) -> bool:
@@ -195,21 +192,21 @@ def _refit_blocks(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Pla
 def _rotate(run: Slicing, layout: Layout, widths: Widths, basis: Tensor) -> None:
     """Write every tensor of the model in the basis: [hidden, width], and nothing more."""
     model, result = run.model, run.result
-    for name in model.family.embeddings:
-        result.write(model, name, slice_embedding(model, name, basis, widths.tied))
+    _write_outer(run, layout, widths, basis)
     path = {index: model.family.block(place) for index, place in places(widths.blocks).items()}
     for some, block, _ in run.apart("slicing", run.unwritten(widths.blocks, path.__getitem__)):
         sliced = slice_block(block.weights(), block.family, basis, layout.zeros(widths)) if block else ()
         run.hand_in([path[index] for index in some], sliced)
-    _write_outer(run, layout, widths)
     tied = layout.keeps_tie(widths)
     tensors = write_tied_norm(model, basis) if tied else write_head(model, head_map(model, basis), basis)
     result.write(model, model.family.head, tensors)
 
 
-def _write_outer(run: Slicing, layout: Layout, widths: Widths) -> None:
-    """What is neither in a block nor touches the stream that moves."""
+def _write_outer(run: Slicing, layout: Layout, widths: Widths, basis: Tensor) -> None:
+    """The embeddings, and what is neither in a block nor touches the stream that moves."""
     model, norm = run.model, run.model.family.embedding_norm
+    for name in model.family.embeddings:
+        run.result.write(model, name, slice_embedding(model, name, basis, widths.tied))
     kept = model.family.outer if layout.folds(widths) else (*model.family.outer, norm)
     for name in model.outside:
         if name in kept:
@@ -227,7 +224,7 @@ def _run_per_block(run: Run[SliceStep]) -> Outcome:
         result.write(model, embedding, [(f"{embedding}.weight", embedding_rows(model, embedding, basis))])
     result.settle()
     run.ranks.meet()
-    small = model.another(Checkpoint(result.output), config, family_of(config))
+    small = model.another(Checkpoint(result.output), config)
     streams = run.streams("sliced", {"sliced": small}, result.leading(model))
     basis = streams.state["basis"].to(model.device) if streams.state else basis
     for dense in run.walk("slicing", streams):
