@@ -19,7 +19,7 @@ from slimlm.checkpoint.skeleton import auto_dtype, load_config, load_tokenizer, 
 from slimlm.checkpoint.staging import check_output, check_space
 from slimlm.checkpoint.task import refuse_other_task
 from slimlm.checkpoint.tokenizer import check_tokenizer
-from slimlm.device import forget_peak, pick_device, resident_memory, return_memory_at_once
+from slimlm.device import forget_peak, memory_size, pick_device, resident_memory, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows
 from slimlm.families import FAMILIES, family_of
@@ -33,10 +33,11 @@ from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import AnyStep, SliceStep
 from slimlm.resolve import output_of, resolve
 from slimlm.run import Plan
+from slimlm.unasked import Unasked, unasked
 from slimlm.windows import calibration_windows, evaluation_windows, require_held_out
 
 GRADIENT_BYTES = 2  # they are kept in bf16
-LARGE = 256 * 10**6  # bytes of weights above which memory is worth more than page faults
+LARGE = 1 / 64  # of all memory: weights above which what is free is worth more than page faults
 
 
 def require_less(step: AnyStep, model: StreamedModel, plan: Plan) -> None:
@@ -76,7 +77,7 @@ class How:
 
 @dataclass
 class Job:
-    """Everything a run needs, checked. windows: those given; None where there are none.
+    """Everything a run needs, checked. windows: those given; None where there are none. can: what it does unasked.
 
     recipe: the step, resolved. started, memory_before: the clock's seconds and the process's resident bytes when all
     this began. seconds: what each stage took so far.
@@ -88,6 +89,7 @@ class Job:
     model: StreamedModel
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
+    can: Unasked
     test: TestWindows | None
     windows: Windows | None
     started: float
@@ -121,25 +123,27 @@ def check(step: AnyStep, how: How) -> Job:
     started, memory_before = time.perf_counter(), resident_memory()
     output = output_of([step])
     source = resolve_known(step.model, step.revision, step.trust_remote_code, how.access)
-    if sum(file.stat().st_size for file in source.path.glob("*.safetensors") if file.is_file()) > LARGE:
+    weights = sum(file.stat().st_size for file in source.path.glob("*.safetensors") if file.is_file())
+    if weights > LARGE * memory_size(torch.device("cpu")):
         return_memory_at_once()  # first of all: what is allocated before stays as it was
     check_output(output, how.may_replace(output), inputs_of(step, source), how.work_dir)
     device = how.ranks.device if how.ranks.size > 1 else pick_device(step.device)
     model = open_model(source.path, device, "fast", step.trust_remote_code)
     skip_modules(model, step.skip)
-    step, plan = planned(resolve(step, source, model.config), model)
+    tokenizer = load_tokenizer(source.path, step.trust_remote_code)
+    can, asked = how.ranks.agreed(unasked(model, tokenizer)), step
+    step, plan = planned(resolve(can.decided(step), source, model.config), model)
     _refuse_other_class(model, plan)
     how.progress.line(f"model: {source}")
     for require in how.checks:
         require(step, model, plan)
-    for line in describe(step, model, plan):
+    for line in (*describe(step, model, plan), *can.said(asked)):
         how.progress.line(line)
-    tokenizer = load_tokenizer(source.path, step.trust_remote_code)
     _check_tokenizer(step, tokenizer, model, plan)
     windows = calibration_windows(step, tokenizer, model.config.vocab_size)
     test = evaluation_windows(step, tokenizer)
     require_held_out(step, windows)
-    job = Job(step, source, output, model, tokenizer, plan, test, windows, started, memory_before)
+    job = Job(step, source, output, model, tokenizer, plan, can, test, windows, started, memory_before)
     _check_room(job, how)
     how.progress.stage("checking weights", parameter_count(model.model))
     start = time.perf_counter()

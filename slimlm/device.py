@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from slimlm.errors import UserError, one_line
 from slimlm.started import world_size
 
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # glibc, malloc.h
+CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
@@ -135,7 +137,18 @@ def available_memory(device: torch.device) -> dict[str, int]:
     return available
 
 
-def _left_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
+def memory_size(device: torch.device) -> int:
+    """Bytes there are where it computes, taken or free, as far as this process may have them."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    sizes = [int(psutil.virtual_memory().total)]
+    for limit, *_ in CGROUP_FILES:
+        with suppress(OSError, ValueError):  # no such version here, or "max"
+            sizes.append(int((CGROUPS / limit).read_text()))
+    return min(sizes)
+
+
+def _left_in_container(root: Path = CGROUPS) -> int:
     """Bytes this process's control group (version 2 or 1) may still take, if there is a limit; else a huge number.
 
     Cached file pages the kernel would give up first do not count as taken.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from slimlm.calibration import SAMPLING_BATCH, written_for
+from slimlm.calibration import cached, sampling_batch, written_for
 from slimlm.check import How, Job, journalled, spilled
 from slimlm.checkpoint.manifest import Manifest, Stage, stages_of, took
 from slimlm.checkpoint.skeleton import parameter_count
@@ -110,10 +110,8 @@ def _cached(job: Job) -> int:
     """Elements of the keys and values one block keeps while calibration text is sampled."""
     config, step = job.model.config, job.recipe
     assert step.max_seq_length is not None
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    batch = min(SAMPLING_BATCH, written_for(step.own_windows))
-    return 2 * int(heads * width) * batch * step.max_seq_length
+    batch = min(sampling_batch(config, step.max_seq_length), written_for(step.own_windows))
+    return cached(config) * batch * step.max_seq_length
 
 
 def require_room(job: Job, found: Forecast, work_dir: Path | None = None) -> None:

@@ -141,7 +141,9 @@ def later_steps(first: Job, recipe: Recipe) -> list[AnyStep]:
     window = first.recipe.max_seq_length
     return [
         with_own_text(
-            step.model_copy(update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)})
+            first.can.decided(step).model_copy(
+                update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)}
+            )
         )
         for step in recipe.steps[1:]
     ]

@@ -2,7 +2,14 @@
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from slimlm.calibration import Windows, interleaved, load_windows, sample_windows, start_token, written_for
+from slimlm.calibration import (
+    Windows,
+    interleaved,
+    load_windows,
+    sample_windows,
+    start_token,
+    written_for,
+)
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import BUILDING
 from slimlm.device import placement

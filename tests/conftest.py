@@ -22,6 +22,7 @@ from slimlm.checkpoint.skeleton import load_config
 from slimlm.families import family_of
 from slimlm.model.streamed import StreamedModel
 from slimlm.recipe import Recipe, Step, make_recipe
+from slimlm.unasked import EPOCHS, OWN_SHARE
 from tests.deprecation import HEARD
 
 SIZES = {
@@ -74,6 +75,22 @@ def build_tiny(config: PretrainedConfig, path: Path, dtype: torch.dtype = torch.
 def pytest_runtest_protocol() -> Iterator[None]:
     with HEARD.watching():  # of fixtures of every scope, too
         return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def closed_forms() -> Iterator[None]:
+    """Neither text of a model's own nor refinement where a test does not say so: what it knows is exact without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slimlm.unasked.EPOCHS", 0)
+        patch.setattr("slimlm.unasked.OWN_SHARE", 0.0)
+        yield
+
+
+@pytest.fixture
+def as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the defaults that users have."""
+    monkeypatch.setattr("slimlm.unasked.EPOCHS", EPOCHS)
+    monkeypatch.setattr("slimlm.unasked.OWN_SHARE", OWN_SHARE)
 
 
 @pytest.fixture(autouse=True)

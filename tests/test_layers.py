@@ -27,7 +27,7 @@ ORDER = [
     {"slice", "prune"},
     {"method"},
     {"methods"},
-    {"resolve", "windows"},
+    {"resolve", "unasked", "windows"},
     {"check"},
     {"manifest", "inspection"},
     {"measure"},

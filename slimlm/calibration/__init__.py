@@ -1,15 +1,17 @@
 """Calibration data: any text source to token windows."""
 
-from slimlm.calibration.sample import SAMPLING_BATCH, sample_windows, written_for
+from slimlm.calibration.sample import MOST_CACHED, cached, sample_windows, sampling_batch, written_for
 from slimlm.calibration.sources import split_documents
 from slimlm.calibration.windows import Windows, interleaved, load_windows, start_token
 
 __all__ = [
-    "SAMPLING_BATCH",
+    "MOST_CACHED",
     "Windows",
+    "cached",
     "interleaved",
     "load_windows",
     "sample_windows",
+    "sampling_batch",
     "split_documents",
     "start_token",
     "written_for",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.calibration.openings import OPENINGS
 from slimlm.calibration.windows import Windows, start_token
@@ -15,6 +15,7 @@ from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import SELF
 
 SAMPLING_BATCH = 128
+MOST_CACHED = 1 << 31  # keys and values at once: 4 GB of them in bf16
 SPARE = 1.25  # times as many windows are written as are kept
 TEMPERATURES = (1.0, 0.8, 0.9)
 FROM_NOTHING = 4  # every so-manieth window begins with BOS alone
@@ -26,12 +27,12 @@ NOTHING = -1  # where the model is to write
 def sample_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    size: tuple[int, int],
+    shape: tuple[int, int],
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
     ranks: Ranks = ALONE,
 ) -> Windows:
-    """Windows the model itself writes, each beginning with BOS. size: how many of them, and tokens of each.
+    """Windows the model itself writes, each beginning with BOS. shape: how many of them, and tokens of each.
 
     Self-calibration (arXiv 2410.17170), for a model to stay itself beyond anybody's text: most windows go on from the
     opening of some kind of text, a quarter from BOS alone, at three temperatures in turn. More are written than are
@@ -39,21 +40,35 @@ def sample_windows(
     another document. `model` is whole and in memory, as autoregressive sampling needs it; every rank samples some.
     Raises UserError for a tokenizer with neither BOS nor EOS.
     """
-    (num_windows, length), bos = size, start_token(tokenizer)
+    (num_windows, length), bos = shape, start_token(tokenizer)
     if bos is None:
         raise UserError("--dataset self needs a tokenizer with a BOS or EOS token to start from: give a text instead")
     count = written_for(num_windows)
     begun, temperatures = _begun(tokenizer, bos, count, model.config.vocab_size)[:, :length], torch.tensor(TEMPERATURES)
     generator = torch.Generator(device=model.device)
     windows = [torch.zeros(0, length, dtype=torch.int64)]
-    for number in Deal(ranks, -(-count // SAMPLING_BATCH)).mine:
+    size = sampling_batch(model.config, length)
+    for number in Deal(ranks, -(-count // size)).mine:
         generator.manual_seed(seed_of(seed, number))
-        rows = torch.arange(number * SAMPLING_BATCH, min((number + 1) * SAMPLING_BATCH, count))
+        rows = torch.arange(number * size, min((number + 1) * size, count))
         heat = temperatures[rows % len(TEMPERATURES), None]
         windows.append(_sample(model, begun[rows], heat, length, generator))
         advance(len(rows))
     written = ranks.joined(torch.cat(windows)).cpu()
     return Windows(written[least_repeated(written, num_windows)], SELF, bos)
+
+
+def sampling_batch(config: PretrainedConfig, length: int) -> int:
+    """Windows of so many tokens that are written together: as many as MOST_CACHED keys and values allow."""
+    most = MOST_CACHED // (int(config.num_hidden_layers) * cached(config) * length)
+    return max(1, min(SAMPLING_BATCH, most))
+
+
+def cached(config: PretrainedConfig) -> int:
+    """Elements of the keys and values that a block keeps of a token."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(heads * width)
 
 
 def written_for(num_windows: int) -> int:

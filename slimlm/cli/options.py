@@ -39,6 +39,8 @@ SHOWN = {  # defaults that a field's own does not say
     "sparsity": "none; needed unless a pattern, widths or a recipe say it",
     "method": "slice",
     "allocation": "as in the method's paper",
+    "self_share": "0.5 for slice and slimlm, where half of the memory holds the model; else 0",
+    "refine": "4",
     "dataset": "self for the bundled model, else required",
     "max_seq_length": "the model's context, up to 2048",
     "eval_text": "the Python language reference",

@@ -2,18 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from slimlm.plain import Json
-from slimlm.recipe.step import REFINE, REFIT, SPARSITY, Step, require_share
+from slimlm.recipe.step import REFINE, REFIT, SPARSITY, UNSAID, Step, require_share
 
 CurvatureName = Literal["none", "diagonal", "gram", "gram+fisher", "fisher", "block-fisher"]
 MASKS = ("magnitude", "wanda", "obs", "columns", "greedy", "taylor", "random")
 UPDATES = ("none", "left-to-right", "summed", "joint")
 Allocation = Literal["uniform", "global", "owl", "alphapruning", "pq", "solved"]
-UNSAID: Any = None  # until the method's row has filled it in
 PATTERN = r"[1-9]\d*:([1-9]\d*)"
 TILE = r"([1-9]\d*)x([1-9]\d*)"
 
@@ -33,7 +32,7 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "slimlm": Row("gram", "columns", "joint", swaps=3, refits=True),
+    "slimlm": Row("gram", "columns", "joint", swaps=6, refits=True),
     "sparsegpt": Row("gram", "columns", "left-to-right"),
     "obc": Row("gram", "greedy", "joint"),
     "mfac": Row("fisher", "obs", "summed", allocation="global"),
@@ -89,7 +88,7 @@ class PruneStep(Step):
         description="pruning: times that a mask with a joint update is refined by swaps",
     )
     refit: bool = Field(True, description=REFIT)
-    refine: int = Field(0, ge=0, description=REFINE)
+    refine: int = Field(UNSAID, validate_default=False, ge=0, description=REFINE)
     reorder: bool = Field(
         True,
         description="pruning tiles: order the MLP's neurons by weight first, so that what is kept gathers (not with "
@@ -108,7 +107,7 @@ class PruneStep(Step):
 
     @property
     def repairs(self) -> bool:
-        """Whether kept weights aim at what the dense model computes, rather than at what they did themselves."""
+        """Only with the joint update."""
         return self.refit and self._can_refit
 
     @property
@@ -125,7 +124,7 @@ class PruneStep(Step):
             "allocation": self.pattern is not None,
             "swaps": self.update != "joint",
             "refit": not self._can_refit,
-            "refine": not (self._can_refit and self.refit),
+            "refine": not self.repairs,
             "reorder": self.tile is None or "fisher" in self.curvature,
             "fisher_damping": self.curvature not in FISHERS or self.mask == "taylor",
             **dict.fromkeys(("fisher_samples", "fisher_unit", "fisher_labels"), not self.needs_gradients),

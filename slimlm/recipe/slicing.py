@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from slimlm.recipe.step import REFINE, REFIT, SPARSITY, WEIGHTING, Step, require_share
+from slimlm.recipe.step import REFINE, REFIT, SPARSITY, UNSAID, WEIGHTING, Step, require_share
 
 
 class SliceStep(Step):
@@ -32,7 +32,7 @@ class SliceStep(Step):
         "all", description="slicing: spend the sparsity over all widths, or on hidden_size alone"
     )
     refit: bool = Field(True, description=REFIT)
-    refine: int = Field(0, ge=0, description=REFINE)
+    refine: int = Field(UNSAID, validate_default=False, ge=0, description=REFINE)
     weighting: Literal["loss", "none"] = Field("loss", description=WEIGHTING)
 
     unread_because: ClassVar[dict[str, str]] = {
@@ -41,10 +41,14 @@ class SliceStep(Step):
     }
 
     @property
+    def repairs(self) -> bool:
+        """Only what is refitted in one basis."""
+        return self.refit and self.basis == "shared"
+
+    @property
     def unread(self) -> set[str]:
         """The settings that decide nothing in this run."""
-        is_refined = self.refit and self.basis == "shared"
-        return {*super().unread, *(() if is_refined else ("refine",))}
+        return {*super().unread, *(() if self.repairs else ("refine",))}
 
     @property
     def share(self) -> float | None:

@@ -20,6 +20,7 @@ REFINE = (
     "slice, slimlm: passes over the data in which every block's weights are refined together, by gradient descent "
     "towards what the dense block gives; 0 for none"
 )
+UNSAID: Any = None  # until the method, or what it is to work on, has filled it in
 SELF = "self"
 
 
@@ -102,7 +103,8 @@ class Step(BaseModel):
         "or self: text the model writes itself; or several and their shares, as in notes.txt=0.7,code.jsonl=0.3",
     )
     self_share: float = Field(
-        0.0,
+        UNSAID,
+        validate_default=False,
         ge=0,
         lt=1,
         description="of all calibration windows, the share that the model writes itself, beside those of the dataset, "
@@ -128,6 +130,11 @@ class Step(BaseModel):
 
     max_shard_size: str = Field("5GB", description="largest weight file, as in 2GB or 500MB")
     output_dir: str | None = Field(None, description="where the result goes")
+
+    @property
+    def repairs(self) -> bool:
+        """Whether what is left of a model aims at what the dense one computes, rather than at what it did itself."""
+        return False
 
     @property
     def unread(self) -> set[str]:

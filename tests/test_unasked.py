@@ -1,0 +1,125 @@
+"""What `slice` and `slimlm` do unless they are told not to, and when they do not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import slimlm.unasked
+from slimlm.calibration import MOST_CACHED, cached, sampling_batch
+from slimlm.check import How, check
+from slimlm.checkpoint.skeleton import load_tokenizer
+from slimlm.progress import Progress
+from slimlm.recipe import make_recipe, one_step
+from slimlm.stages import compress, later_steps
+from slimlm.unasked import EPOCHS, unasked
+from tests.conftest import stream
+
+pytestmark = pytest.mark.usefixtures("as_shipped")
+GIVEN = {"num_calibration_samples": 12, "max_seq_length": 24, "batch_size": 6, "measure": False}
+
+
+class Lines(Progress):
+    """What is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"word{number} and some more of it." for number in range(2000)))
+    return path
+
+
+def checked(model: Path, output: Path, progress: Progress | None = None, **settings: Any) -> Any:
+    recipe = one_step(**{"model": str(model), "output_dir": str(output), **GIVEN, **settings})
+    return check(recipe.steps[0], How(progress=progress or Progress()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "epochs"),
+    [
+        ({"method": "slice", "sparsity": 0.2}, 12, EPOCHS),
+        ({"method": "slimlm", "pattern": "2:4"}, 12, EPOCHS),
+        ({"method": "slice", "sparsity": 0.2, "refine": 1}, 12, 1),
+        ({"method": "slimlm", "sparsity": 0.5, "self_share": 0.25, "refine": 0}, 4, 0),
+        ({"method": "slimlm", "sparsity": 0.5, "self_share": 0}, 0, EPOCHS),
+        ({"method": "slimlm", "sparsity": 0.5, "refit": False}, 0, 0),
+        ({"method": "slice", "widths": "hidden=24", "refit": False}, 0, 0),
+        ({"method": "slice", "widths": "hidden=16", "basis": "per-block"}, 0, 0),
+        ({"method": "sparsegpt", "sparsity": 0.5}, 0, 0),
+        ({"method": "wanda", "sparsity": 0.5}, 0, 0),
+    ],
+)
+def test_what_aims_at_the_dense_model_writes_and_is_refined(
+    tiny_llama: Path, tmp_path: Path, text: Path, settings: dict[str, Any], own: int, epochs: int
+):
+    step = checked(tiny_llama, tmp_path / "out", dataset=str(text), **settings).recipe
+    assert step.own_windows == own
+    assert step.num_windows == 12 + own
+    assert step.refine == epochs
+
+
+def test_a_mixture_is_taken_as_it_is_said(tiny_llama: Path, tmp_path: Path, text: Path):
+    mixed = [{"source": str(text), "share": 0.75}, {"source": "self", "share": 0.25}]
+    for dataset, own in ((mixed, 3), ("self", 12)):
+        step = checked(tiny_llama, tmp_path / "out", dataset=dataset, sparsity=0.2).recipe
+        assert step.own_windows == own
+
+
+def test_later_steps_do_as_the_first(tiny_llama: Path, tmp_path: Path, text: Path):
+    shared = {"model": str(tiny_llama), "output_dir": str(tmp_path / "out"), "dataset": str(text), **GIVEN}
+    pruning = [{"method": "slimlm", "sparsity": 0.5}, {"method": "sparsegpt", "sparsity": 0.6}]
+    recipe = make_recipe({**shared, "steps": [{"method": "slice", "sparsity": 0.2}, *pruning]})
+    later = later_steps(check(recipe.steps[0], How(progress=Progress())), recipe)
+    assert [(step.own_windows, step.refine) for step in later] == [(12, EPOCHS), (0, 0)]
+
+
+def test_what_there_is_no_memory_for_is_left_out_and_said(
+    tiny_llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(slimlm.unasked, "memory_size", lambda device: 10_000)
+    said = Lines()
+    step = checked(tiny_llama, tmp_path / "out", said, dataset=str(text), sparsity=0.2).recipe
+    assert (step.own_windows, step.refine) == (0, 0)
+    assert any(line.startswith("the model writes no calibration text beside the given: it would") for line in said.said)
+    assert any(line.startswith("blocks are not refined: it would take") for line in said.said)
+    for asked in ({"self_share": 0.5, "refine": 2}, {"self_share": 0, "refine": 0}):
+        said = Lines()
+        step = checked(tiny_llama, tmp_path / "out", said, dataset=str(text), sparsity=0.2, **asked).recipe
+        assert (bool(step.own_windows), step.refine) == (bool(asked["self_share"]), asked["refine"])
+        assert not any("beside the given" in line or "not refined" in line for line in said.said)
+
+
+def test_a_tokenizer_without_a_beginning_writes_nothing(tiny_llama: Path):
+    tokenizer = load_tokenizer(tiny_llama, False)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    can = unasked(stream(tiny_llama), tokenizer)
+    assert "no token to begin with" in can.why_not_written
+    assert not can.why_not_refined
+
+
+def test_keys_and_values_of_what_is_written_together_are_bounded():
+    wide = LlamaConfig(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, hidden_size=4096)
+    assert 1 < sampling_batch(wide, 2048) < 8
+    assert sampling_batch(wide, 2048) * 32 * cached(wide) * 2048 <= MOST_CACHED
+    assert sampling_batch(wide, 10**9) == 1
+
+
+def test_the_defaults_give_a_stock_model_and_say_what_they_did(tiny_llama: Path, tmp_path: Path, text: Path):
+    output = tmp_path / "out"
+    settings = {"model": str(tiny_llama), "output_dir": str(output), "dataset": str(text), "sparsity": 0.2, **GIVEN}
+    compress(one_step(**settings), progress=Progress())
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+    recipe = json.loads((output / "slimlm.json").read_text())["recipe"]
+    assert recipe["steps"][0]["refine"] == EPOCHS
+    assert [(source["source"], source["windows"]) for source in recipe["dataset"]] == [(str(text), 12), ("self", 12)]
