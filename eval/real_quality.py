@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/slimlm-quality"))
     parser.add_argument("--only", choices=ROWS, action="append", help="rows to run; all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--no-choices", action="store_true", help="texts alone, in half of the time to judge")
     parser.add_argument("--print", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,8 @@ def measured(
             "manifest": manifest,
         }
     judge = [sys.executable, str(Path(__file__).with_name("stock.py")), str(directory), "--texts", *map(str, texts)]
-    judge += [f"--piqa={arguments.data / 'piqa.jsonl'}", f"--blimp={arguments.data / 'blimp'}"]
+    if not arguments.no_choices:
+        judge += [f"--piqa={arguments.data / 'piqa.jsonl'}", f"--blimp={arguments.data / 'blimp'}"]
     if facts and facts["manifest"]["needs_remote_code"]:
         judge.append("--trust-remote-code")
     done = subprocess.run(judge, check=True, stdout=subprocess.PIPE, text=True)

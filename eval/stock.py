@@ -102,7 +102,9 @@ def questions(piqa: Path | None, blimp: Path | None) -> dict[str, list[Pair]]:
         lines = [
             line for path in sorted(blimp.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()
         ]
-        found["blimp"] = [("", *(json.loads(line)[f"sentence_{kind}"] for kind in ("good", "bad"))) for line in lines]
+        found["blimp"] = [
+            ("", *(" " + json.loads(line)[f"sentence_{kind}"] for kind in ("good", "bad"))) for line in lines
+        ]
     return found
 
 
@@ -122,8 +124,8 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if not prompt:
         return [start, *tokenizer(text, add_special_tokens=False).input_ids], 1
-    whole = tokenizer(prompt + text).input_ids
-    return whole, len(tokenizer(prompt).input_ids)
+    whole, before = (tokenizer(asked, add_special_tokens=False).input_ids for asked in (prompt + text, prompt))
+    return whole, len(before)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from slimlm.recipe import AnyStep, SliceStep
 from slimlm.resolve import output_of, resolve
 from slimlm.run import Plan
 from slimlm.unasked import Unasked, unasked
-from slimlm.windows import calibration_windows, evaluation_windows, require_held_out
+from slimlm.windows import beside_given, calibration_windows, evaluation_windows, require_held_out
 
 GRADIENT_BYTES = 2  # they are kept in bf16
 LARGE = 1 / 64  # of all memory: weights above which what is free is worth more than page faults
@@ -131,7 +131,7 @@ def check(step: AnyStep, how: How) -> Job:
     model = open_model(source.path, device, "fast", step.trust_remote_code)
     skip_modules(model, step.skip)
     tokenizer = load_tokenizer(source.path, step.trust_remote_code)
-    can, asked = how.ranks.agreed(unasked(model, tokenizer)), step
+    can, asked = unasked(step, model, tokenizer, how.ranks), step
     step, plan = planned(resolve(can.decided(step), source, model.config), model)
     _refuse_other_class(model, plan)
     how.progress.line(f"model: {source}")
@@ -141,6 +141,7 @@ def check(step: AnyStep, how: How) -> Job:
         how.progress.line(line)
     _check_tokenizer(step, tokenizer, model, plan)
     windows = calibration_windows(step, tokenizer, model.config.vocab_size)
+    step = beside_given(step, windows)
     test = evaluation_windows(step, tokenizer)
     require_held_out(step, windows)
     job = Job(step, source, output, model, tokenizer, plan, can, test, windows, started, memory_before)

@@ -114,14 +114,21 @@ def rounding(device: torch.device) -> dict[str, str | int]:
 
 
 @cache
-def _processor() -> str:
-    """The kind of processor, by which BLAS libraries choose their kernels."""
+def _processor(what: str = "model name") -> str:
+    """The kind of processor, by which BLAS libraries choose their kernels, or what else Linux says of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # no Linux
         lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith(what)]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What products of x: [...] for gradients are made in, sums in fp32: x's own, or bf16 where a CPU has instructions
+    for it, in half of the time."""
+    fast = x.device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & {*_processor("flags").split()}
+    return torch.bfloat16 if fast else x.dtype
 
 
 def resident_memory() -> int:

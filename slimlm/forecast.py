@@ -123,5 +123,6 @@ def require_room(job: Job, found: Forecast, work_dir: Path | None = None) -> Non
         if needed > available[where]:
             raise UserError(
                 f"the run needs {needed / 1e9:.2f} GB of {where} memory and {available[where] / 1e9:.2f} GB are free: "
-                "lower --batch-size, --max-seq-length or --stream-memory, or use a larger machine"
+                "lower --batch-size, --max-seq-length or --stream-memory, for slice and slimlm add --self-share 0 "
+                "--refine 0, or use a larger machine"
             )

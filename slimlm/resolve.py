@@ -42,9 +42,13 @@ def with_own_text(step: AnyStep) -> AnyStep:
     if not share or not isinstance(given, str) or given == SELF:
         return step
     count = step.num_calibration_samples
-    own = max(1, round(count * share / (1 - share)))
-    parts = [Source(source=given, windows=count), Source(source=SELF, windows=own)]
+    parts = [Source(source=given, windows=count), Source(source=SELF, windows=own_beside(count, share))]
     return step.model_copy(update={"dataset": parts})
+
+
+def own_beside(given: int, share: float) -> int:
+    """How many windows the model writes beside the given, to have that share of all."""
+    return max(1, round(given * share / (1 - share)))
 
 
 def output_of(steps: Sequence[AnyStep]) -> Path:

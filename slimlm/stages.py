@@ -14,7 +14,7 @@ from slimlm.check import How, Job, check, spilled
 from slimlm.checkpoint.disk import disk_errors
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.journal import Journal, finished_steps
-from slimlm.checkpoint.manifest import Manifest
+from slimlm.checkpoint.manifest import Manifest, Stage
 from slimlm.checkpoint.output import staged_output
 from slimlm.checkpoint.push import Push
 from slimlm.checkpoint.shared import shared
@@ -95,7 +95,9 @@ def compress(settings: CompressSettings) -> CompressResult:
     return result
 
 
-@out_of_memory("lower --batch-size or --max-seq-length; --dry-run says what a run needs")
+@out_of_memory(
+    "lower --batch-size or --max-seq-length, for slice and slimlm add --self-share 0 --refine 0; --dry-run says more"
+)
 def compress_recipe(recipe: Recipe, how: How) -> CompressResult:
     """The same where the process is one that slimlm works in. Raises UserError and RunFailure."""
     if len(recipe.steps) == 1:
@@ -126,6 +128,8 @@ def _first(recipe: Recipe, output: Path, how: How) -> Job:
     place = Staging(output).stages
     step = recipe.steps[0].model_copy(update={"output_dir": str(place / "1")})
     first = check(step, replace(how, overwrite=True))
+    for line in (line for later in recipe.steps[1:] for line in first.can.said(later)):
+        how.progress.line(line)
     check_output(output, how.may_replace(output), first.inputs, how.work_dir)
     if not how.is_there(output):  # all results stand until the last is done, none of them larger than the first
         needed = len(recipe.steps) * first.result_bytes - (size_of(place) if how.resume else 0)
@@ -274,18 +278,8 @@ def account_for(stages: list[Manifest], recipe: Recipe, manifest: Manifest) -> N
         manifest["calibration"] = own if own and last and own["sha256"] == last["sha256"] else last
     if manifest["measured"] and first["measured"]:
         manifest["measured"]["dense"] = first["measured"]["dense"]
-    manifest["stages"] = [
-        {
-            "recipe": stage["recipe"],
-            "sparsity": stage["sparsity"],
-            "bytes": stage["bytes"],
-            "changes": stage["changes"],
-            "method": stage["method"],
-            "measured": stage["measured"],
-            "run": stage["run"],
-        }
-        for stage in stages
-    ]
+    kept: Any = [{name: said for name, said in stage.items() if name in Stage.__annotations__} for stage in stages]
+    manifest["stages"] = kept
 
 
 def _changes(stages: list[Manifest]) -> dict[str, list[Any]]:

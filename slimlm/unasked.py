@@ -4,12 +4,15 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from slimlm.calibration import MOST_CACHED, start_token
+from slimlm.calibration import cached, sampling_batch, start_token
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.device import memory_size
+from slimlm.evaluation.text import DEFAULT_WINDOW
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
+from slimlm.ranks import Ranks
 from slimlm.recipe import AnyStep
+from slimlm.started import local_size
 
 OWN_SHARE = 0.5  # of calibration windows
 EPOCHS = 4  # of refinement
@@ -18,40 +21,44 @@ SHARE = 0.5  # of all memory, which either may take
 
 
 class Unasked(NamedTuple):
-    """Why a model does not write calibration text, or is not refined, unless it is told to; "" where nothing is in the
-    way."""
+    """By setting, why a model does not write calibration text, or is not refined, unless it is told to; "" where it may
+    be."""
 
-    why_not_written: str
-    why_not_refined: str
+    self_share: str
+    refine: str
 
     def decided(self, step: AnyStep) -> AnyStep:
         """The step with what it does not say: both for what aims at the dense model."""
-        found = {
-            "self_share": OWN_SHARE if step.repairs and not self.why_not_written else 0.0,
-            "refine": EPOCHS if step.repairs and not self.why_not_refined else 0,
-        }
-        return step.model_copy(update={name: value for name, value in found.items() if vars(step).get(name, 0) is None})
+        found = {"self_share": OWN_SHARE, "refine": EPOCHS}
+        allowed = {name: found[name] if step.repairs and not getattr(self, name) else 0 for name in self._unsaid(step)}
+        return step.model_copy(update=allowed)
 
     def said(self, step: AnyStep) -> list[str]:
         """What is left out of a step, not yet decided."""
-        if not step.repairs:
-            return []
         left = {
-            "the model writes no calibration text beside the given": (self.why_not_written, "self_share"),
-            "blocks are not refined": (self.why_not_refined, "refine"),
+            "self_share": "the model writes no calibration text beside the given",
+            "refine": "blocks are not refined",
         }
-        return [f"{what}: {why}" for what, (why, name) in left.items() if why and vars(step)[name] is None]
+        whys = [(left[name], getattr(self, name)) for name in self._unsaid(step) if step.repairs]
+        return [f"{what}: {why}" for what, why in whys if why]
+
+    def _unsaid(self, step: AnyStep) -> list[str]:
+        return [name for name in self._fields if name not in step.unread and vars(step).get(name, 0) is None]
 
 
-def unasked(model: StreamedModel, tokenizer: PreTrainedTokenizerBase) -> Unasked:
-    """What there is memory for on this machine, whatever else it does: a run that is resumed does what it did."""
-    size = memory_size(model.device)
-    whole = model.checkpoint.bytes_on_disk() + MOST_CACHED * model.checkpoint.main_dtype.itemsize
+def unasked(step: AnyStep, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> Unasked:
+    """What there is memory for on these machines, whatever else they do: a run that is resumed does what it did."""
+    size = memory_size(model.device) // (local_size() if model.device.type == "cpu" else 1)
+    context: int = getattr(model.config, "max_position_embeddings", DEFAULT_WINDOW)
+    length = step.max_seq_length or min(DEFAULT_WINDOW, context)
+    remembered = sampling_batch(model.config, length) * length * model.config.num_hidden_layers * cached(model.config)
+    whole = model.checkpoint.bytes_on_disk() + remembered * model.checkpoint.main_dtype.itemsize
     block = COPIES * 4 * max(every(model, lambda block: parameter_count(block.module)))
     not_written, not_refined = (
-        f"it would take {needed / 1e9:,.0f} GB, more than half of {size / 1e9:,.0f} GB" if needed > SHARE * size else ""
+        f"it would take {needed / 1e9:,.1f} GB, more than half of {size / 1e9:,.1f} GB" if needed > SHARE * size else ""
         for needed in (whole, block)
     )
     if start_token(tokenizer) is None:
         not_written = "the tokenizer has no token to begin with"
-    return Unasked(not_written, not_refined)
+    found = ranks.gather((not_written, not_refined))
+    return Unasked(*(max(whys) for whys in zip(*found, strict=True)))

@@ -20,6 +20,7 @@ from slimlm.methods import method_of
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
 from slimlm.recipe import SELF, AnyStep
+from slimlm.resolve import own_beside
 
 
 def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Windows | None:
@@ -39,6 +40,15 @@ def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocab
     if low < 0 or high >= vocabulary:
         raise UserError(f"calibration data {windows.source!r} holds tokens {low} to {high}; the model has {vocabulary}")
     return windows
+
+
+def beside_given(step: AnyStep, windows: Windows | None) -> AnyStep:
+    """The step with as much text of the model's own as its share is of the windows that the given text fills."""
+    if windows is None or not step.self_share or not isinstance(step.dataset, list):
+        return step
+    given, own = step.dataset
+    parts = [given, own.model_copy(update={"windows": own_beside(len(windows.tokens), step.self_share)})]
+    return step.model_copy(update={"dataset": parts})
 
 
 def evaluation_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase) -> TestWindows | None:

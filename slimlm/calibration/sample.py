@@ -15,7 +15,8 @@ from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import SELF
 
 SAMPLING_BATCH = 128
-MOST_CACHED = 1 << 31  # keys and values at once: 4 GB of them in bf16
+FEWEST = 16  # windows written together: fewer would read the weights too often
+MOST_CACHED = 1 << 31  # keys and values at once, but for those of the FEWEST: 4 GB of them in bf16
 SPARE = 1.25  # times as many windows are written as are kept
 TEMPERATURES = (1.0, 0.8, 0.9)
 FROM_NOTHING = 4  # every so-manieth window begins with BOS alone
@@ -59,9 +60,9 @@ def sample_windows(
 
 
 def sampling_batch(config: PretrainedConfig, length: int) -> int:
-    """Windows of so many tokens that are written together: as many as MOST_CACHED keys and values allow."""
+    """Windows of so many tokens that are written together: as many as MOST_CACHED keys and values allow, or FEWEST."""
     most = MOST_CACHED // (int(config.num_hidden_layers) * cached(config) * length)
-    return max(1, min(SAMPLING_BATCH, most))
+    return max(FEWEST, min(SAMPLING_BATCH, most))
 
 
 def cached(config: PretrainedConfig) -> int:
@@ -103,11 +104,13 @@ def _sample(model: PreTrainedModel, begun: Tensor, heat: Tensor, length: int, ge
     """[windows, length] tokens. begun: [windows, time], what they begin with. heat: [windows, 1] temperatures."""
     begun, heat = begun.to(model.device), heat.to(model.device)
     # transformers calls it `cache` since 5.24, and code that comes with a model may be older.
-    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    known = inspect.signature(type(model).forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     cache = None
     columns = [begun[:, :1]]
     for place in range(1, length):
-        out = model(input_ids=columns[-1], use_cache=True, logits_to_keep=1, **{name: cache})
+        out = model(input_ids=columns[-1], use_cache=True, **last, **{name: cache})
         cache = out[name]
         probabilities = (out.logits[:, -1].float() / heat).softmax(-1)
         column = torch.multinomial(probabilities, 1, generator=generator)

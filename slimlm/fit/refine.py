@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.deal import Deal, Parts, Sum, seed_of
+from slimlm.device import product_dtype
 from slimlm.fit.beside_dense import BlockPair
 from slimlm.linalg.softmax import cosine
 
@@ -136,7 +137,8 @@ class _Descent:
         small, stream = self.block.small, self.pair.streams["small"]
         stream.number, hidden = number, stream.hidden[number]
         call = stream.calls[number][small.index].of(windows, *hidden.shape[:2])
-        with torch.autocast(hidden.device.type, hidden.dtype, enabled=hidden.dtype != torch.float32):
+        dtype = product_dtype(hidden) if torch.is_grad_enabled() else hidden.dtype  # errors are compared exactly
+        with torch.autocast(hidden.device.type, dtype, enabled=dtype != torch.float32):
             out = small.module(hidden[windows], *call.args, **call.kwargs)
         out = out[0] if isinstance(out, tuple) else out
         wanted, weight = self.pair.wanted(self.pair.streams["dense"].hidden[number][windows].float())

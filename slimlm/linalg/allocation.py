@@ -13,8 +13,9 @@ ALPHA_SPAN = 0.3  # the same for AlphaPruning, as a share of the sparsity (secti
 LEAST_KEPT = 0.01  # of a matrix, whatever its figures say
 
 
-def pq_index(weight: Annotated[Tensor, "..."], p: float = 0.5, q: float = 1.0, with_zeros: bool = False) -> float:
-    """PQ Index (Diao et al., arXiv 2302.05601, definition 1) of d weights: 1 - d^(1/q - 1/p) ||w||_p / ||w||_q.
+def pq_index(weight: Annotated[Tensor, "..."], with_zeros: bool = False) -> float:
+    """PQ Index (Diao et al., arXiv 2302.05601, definition 1) of d weights: 1 - d^(1/q - 1/p) ||w||_p / ||w||_q,
+    with p = 1/2 and q = 1.
 
     0 when all weights are equal; the larger, the fewer weights carry the matrix. As in SAP (algorithm 1) the d weights
     are those that are still active, not zero, unless zeros are to count like the others.
@@ -25,13 +26,12 @@ def pq_index(weight: Annotated[Tensor, "..."], p: float = 0.5, q: float = 1.0, w
     if largest == 0:
         return 0.0
     size = size / largest
-    ratio = size.pow(p).sum() ** (1 / p) / size.pow(q).sum() ** (1 / q)
-    return float(1 - size.numel() ** (1 / q - 1 / p) * ratio)
+    return float(1 - size.numel() ** -1.0 * (size.sqrt().sum().square() / size.sum()))
 
 
-def pq_kept(index: float, p: float = 0.5, q: float = 1.0) -> float:
+def pq_kept(index: float) -> float:
     """The share of weights that a PQ index says to keep at least (theorem 2, eta = 0): (1 - I)^(pq / (q - p))."""
-    return float((1 - index) ** (p * q / (q - p)))
+    return 1 - index
 
 
 def pq_share(weight: Annotated[Tensor, "..."]) -> float:
@@ -63,23 +63,23 @@ def tail_exponent(energies: Annotated[Tensor, "n"]) -> float:
     return float(1 + half / tail.log().sum().clamp_min(1e-12))
 
 
-def outlier_ratio(scores: Annotated[Tensor, "..."], times: float = OUTLIER) -> float:
-    """Share of scores above so many times their mean (OWL, Yin et al., arXiv 2310.05175, eq. 1)."""
-    return float((scores > times * scores.mean()).double().mean())
+def outlier_ratio(scores: Annotated[Tensor, "..."]) -> float:
+    """Share of scores above OUTLIER times their mean (OWL, Yin et al., arXiv 2310.05175, eq. 1)."""
+    return float((scores > OUTLIER * scores.mean()).double().mean())
 
 
-def owl_shares(ratios: Sequence[float], sparsity: float, span: float = OWL_SPAN) -> list[float]:
-    """Sparsity of each block: more outliers, less of it; spread over 2 `span` around the mean (OWL, section 3.3)."""
+def owl_shares(ratios: Sequence[float], sparsity: float) -> list[float]:
+    """Sparsity of each block: more outliers, less of it; spread over 2 OWL_SPAN around the mean (OWL, section 3.3)."""
     low, high = min(ratios), max(ratios)
-    scaled = [(ratio - low) / max(high - low, 1e-30) * 2 * span for ratio in ratios]
+    scaled = [(ratio - low) / max(high - low, 1e-30) * 2 * OWL_SPAN for ratio in ratios]
     mean = sum(scaled) / len(scaled)
     return [sparsity + mean - value for value in scaled]
 
 
-def alpha_shares(alphas: Sequence[float], sparsity: float, span: float = ALPHA_SPAN) -> list[float]:
+def alpha_shares(alphas: Sequence[float], sparsity: float) -> list[float]:
     """Sparsity of each block before it is scaled to the total: linear in alpha (AlphaPruning, eq. 3)."""
     low, high = min(alphas), max(alphas)
-    return [sparsity * (1 - span + 2 * span * (alpha - low) / max(high - low, 1e-30)) for alpha in alphas]
+    return [sparsity * (1 - ALPHA_SPAN + 2 * ALPHA_SPAN * (alpha - low) / max(high - low, 1e-30)) for alpha in alphas]
 
 
 def exact_counts(

@@ -1,7 +1,7 @@
 """Low-rank Fisher matrices and their inverses: M-FAC without its loop.
 
-F = B + (1/m) G^T G, with G: [m, d] one gradient a row, and B a multiple of the identity (M-FAC, Frantar et al., arXiv
-2107.03356) or any matrix whose inverse is known. By Woodbury's identity, with
+F = B + (1/m) G^T G, with G: [m, d] one gradient a row, and B = lambda I (M-FAC, Frantar et al., arXiv 2107.03356). By
+Woodbury's identity, with
 
     K = m I + G B^-1 G^T = L L^T,   V = L^-1 G B^-1,   F^-1 = B^-1 - V^T V,
 
@@ -22,50 +22,43 @@ CHUNK_ELEMENTS = 1 << 24  # of the factors [rows, m, in] held at once
 
 @dataclass(frozen=True)
 class LowRankInverse:
-    """F^-1 = base - factor^T factor. base: 1 / lambda, or B^-1."""
+    """F^-1 = base I - factor^T factor. base: 1 / lambda."""
 
-    base: float | Annotated[Tensor, "d d"]
+    base: float
     factor: Annotated[Tensor, "... m d"]
 
     def diagonal(self) -> Annotated[Tensor, "... d"]:
         """Of F^-1, in O(d m)."""
-        base = self.base.diagonal() if isinstance(self.base, Tensor) else self.base
-        return base - self.factor.square().sum(-2)
+        return self.base - self.factor.square().sum(-2)
 
     def times(self, vector: Annotated[Tensor, "*rows d"]) -> Annotated[Tensor, "*rows d"]:
-        """F^-1 x, in O(d m) beside the base."""
+        """F^-1 x, in O(d m)."""
         inner = self.factor @ vector[..., None]
-        through_base = vector @ self.base if isinstance(self.base, Tensor) else vector * self.base
-        return through_base - (self.factor.mT @ inner)[..., 0]
+        return vector * self.base - (self.factor.mT @ inner)[..., 0]
 
     def matrix(self) -> Annotated[Tensor, "... d d"]:
         """F^-1 written out."""
         product = -(self.factor.mT @ self.factor)
-        if isinstance(self.base, Tensor):
-            return product + self.base
         product.diagonal(dim1=-2, dim2=-1).add_(self.base)
         return product
 
 
-def low_rank_inverse(gradients: Annotated[Tensor, "... m d"], base: float | Annotated[Tensor, "d d"]) -> LowRankInverse:
-    """The inverse of B + (1/m) G^T G. base: lambda, or B^-1.
+def low_rank_inverse(gradients: Annotated[Tensor, "... m d"], base: float) -> LowRankInverse:
+    """The inverse of B + (1/m) G^T G. base: lambda.
 
-    The restriction of F to some of its coordinates is that of G and B: `low_rank_inverse(gradients[..., kept], ...)`.
+    The restriction of F to some of its coordinates is that of G: `low_rank_inverse(gradients[..., kept], ...)`.
     Raises ValueError for a lambda that is not positive, or gradients that are not finite.
     """
-    if isinstance(base, Tensor):
-        through = gradients @ base
-        return LowRankInverse(base, _times_lower(_inverse_root(_lower_product(gradients, through)), through))
     if base <= 0:
         raise ValueError(f"the damping of a Fisher matrix must be positive, not {base:g}")
-    root = _inverse_root(_lower_product(gradients, gradients) / base)
+    root = _inverse_root(_lower_product(gradients) / base)
     return LowRankInverse(1 / base, _times_lower(root / base, gradients))
 
 
 def token_inverse(
     x: Annotated[Tensor, "m in"],
     delta: Annotated[Tensor, "m out"],
-    base: float | Annotated[Tensor, "in in"],
+    base: float,
     products: Annotated[Tensor, "m m"] | None = None,
 ) -> LowRankInverse:
     """The same for each row of a linear, from per-token gradients delta_tr x_t of row r: a factor [out, m, in].
@@ -73,12 +66,10 @@ def token_inverse(
     The tokens' inner products x x^T are shared by all rows, and may be given. Raises ValueError for gradients that are
     not finite.
     """
-    through = x @ base if isinstance(base, Tensor) else x / base
-    inverse = base if isinstance(base, Tensor) else 1 / base
-    scale = delta.T[..., None]
-    products = x @ through.T if products is None or isinstance(base, Tensor) else products / base
+    through, scale = x / base, delta.T[..., None]
+    products = x @ through.T if products is None else products / base
     root = _inverse_root(scale * products * scale.mT)
-    return LowRankInverse(inverse, (root * scale.mT) @ through)
+    return LowRankInverse(1 / base, (root * scale.mT) @ through)
 
 
 @dataclass(frozen=True)
@@ -140,12 +131,12 @@ def _lower_factor(system: Tensor) -> Tensor:
     return lower
 
 
-def _lower_product(a: Tensor, b: Tensor) -> Tensor:
-    """The lower triangle of the symmetric a b^T, by blocks: [..., m, m] for two [..., m, d]."""
+def _lower_product(a: Tensor) -> Tensor:
+    """The lower triangle of a a^T, by blocks: [..., m, m] for [..., m, d]."""
     product = a.new_zeros(*a.shape[:-1], a.shape[-2])
     for start in range(0, a.shape[-2], BLOCK):
         stop = start + BLOCK
-        product[..., start:stop, :stop] = a[..., start:stop, :] @ b[..., :stop, :].mT
+        product[..., start:stop, :stop] = a[..., start:stop, :] @ a[..., :stop, :].mT
     return product
 
 

@@ -78,33 +78,25 @@ class Gram:
         return matrix
 
 
-class Squares:
-    """Running sum of the squares of activations over tokens: [width] fp64, the diagonal of their Gram matrix."""
+class Squares(Gram):
+    """Of a Gram the diagonal alone, `matrix` [width] in fp64: the running sum of activations' squares over tokens."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(width, dtype=torch.float64, device=device)
+        self.matrix = torch.zeros(width, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, x: Annotated[Tensor, "tokens width"]) -> None:
         """Add activations."""
-        self.sums = self.sums + x.double().square().sum(0)
+        self.matrix = self.matrix + x.double().square().sum(0)
         self.tokens += len(x)
 
     def diagonal(self) -> Annotated[Tensor, "width"]:
         """The sums."""
-        return self.sums
-
-    def tensors(self) -> list[Sums]:
-        """The sums [width] and the number of tokens [1]."""
-        return [self.sums, torch.tensor([self.tokens])]
-
-    def replace(self, tensors: Sequence[Sums]) -> None:
-        """Hold these instead: [width] and [1]."""
-        self.sums, self.tokens = tensors[0], int(tensors[1])
+        return self.matrix
 
     def norms(self) -> Annotated[Tensor, "width"]:
         """Of the activations, fp32."""
-        return self.sums.sqrt().float()
+        return self.matrix.sqrt().float()
 
 
 def rms_normalise(

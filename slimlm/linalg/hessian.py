@@ -45,8 +45,8 @@ class Hessian:
         return self
 
     def to(self, dtype: torch.dtype) -> Self:
-        """The same in another precision."""
-        floats = ((name, value) for name, value in vars(self).items() if name not in ("dead", "damping"))
+        """The same in another precision, but for the factor."""
+        floats = ((name, value) for name, value in vars(self).items() if name not in ("dead", "damping", "upper"))
         return replace(self, **{name: value.to(dtype) for name, value in floats})
 
     def norms(self) -> Annotated[Tensor, "in"]:

@@ -146,7 +146,7 @@ def known(
 ) -> Iterator[tuple[Group, Curvature, Row]]:
     """The same for so few groups that their sums are in memory together, and without sharing what comes of it."""
     row, ranks = by[0], stream.deal.ranks
-    kind: Callable[[int, torch.device], Gram | Squares] = Squares if row.curvature == "diagonal" else Gram
+    kind: Callable[[int, torch.device], Gram] = Squares if row.curvature == "diagonal" else Gram
     owners = owners_of(ranks, few)
     sums = input_sums(block, stream, firsts(few), kind, owners=owners)
     for group in mine(ranks, few):
@@ -179,9 +179,7 @@ def share(ranks: Ranks, groups: Sequence[Group]) -> None:
         ranks.share(group.matrices, owner)
 
 
-def _curvature(
-    group: Group, found: Gram | Squares, row: Row, gradients: Gradients, figures: dict[str, float]
-) -> Curvature:
+def _curvature(group: Group, found: Gram, row: Row, gradients: Gradients, figures: dict[str, float]) -> Curvature:
     if isinstance(found, Squares):
         return Norms(found.norms())
     own = [gradients[name] for name in group.names if name in gradients]

@@ -41,7 +41,7 @@ def summed(weight: Tensor, curvature: obs.Inverse, quota: Quota, chosen: Chosen,
 def joint(weight: Tensor, curvature: Hessian, quota: Quota, chosen: Chosen, swaps: int) -> Chosen:
     """The exact minimiser [out, in] on the mask, which is refined by so many swaps before; some rows at a time.
 
-    In fp32: what fp64 factors of the curvature are rounded to only guides the iterations.
+    In fp32, from factors of the curvature that may be in fp64: what rounding it costs is far below what a mask does.
     """
     step = max(1, CHUNK_ELEMENTS // (weight.shape[1] * quota.tile[0])) * quota.tile[0]
     dtype, weight, curvature, start = weight.dtype, weight.float(), curvature.to(torch.float32), chosen[0].float()

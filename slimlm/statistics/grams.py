@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from slimlm.deal import Parts
 from slimlm.errors import RunFailure
-from slimlm.linalg.gram import gram_bytes, is_wide
+from slimlm.linalg.gram import Gram, gram_bytes, is_wide
 from slimlm.model.block import Block, Group
 from slimlm.model.stream import Stream
 
@@ -17,25 +17,7 @@ GRAM_BYTES = 1 << 30  # of experts' Grams, held at once; another pass of the blo
 FEW = 0.25  # tokens an expert must have seen for each of a matrix's inputs, else its statistics say too little
 
 
-class Sum(Protocol):
-    """A sum over tokens, as `linalg/gram.py` has them."""
-
-    tokens: int
-
-    def add(self, x: Tensor) -> None:
-        """x: [tokens, in]."""
-
-    def tensors(self) -> list[Tensor]:
-        """What it is held in, [...] each."""
-
-    def replace(self, tensors: Sequence[Tensor]) -> None:
-        """Hold these instead, [...] each."""
-
-    def diagonal(self) -> Tensor:
-        """[in]."""
-
-
-S = TypeVar("S", bound=Sum)
+S = TypeVar("S", bound=Gram)
 
 
 def input_sums(
