@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import slimlm
 from slimlm.checkpoint.pack import pack
-from slimlm.device import check_process, pick_device
+from slimlm.device import available_memory, check_process, memory_size, pick_device, product_dtype
 from slimlm.errors import RunFailure, UserError, out_of_memory
 from slimlm.inspection import inspect_model
 
@@ -140,3 +140,20 @@ def test_the_api_refuses_what_the_flags_refuse(settings: dict[str, int], words: 
     if ours.keys() <= {"windows", "window"}:
         with pytest.raises(UserError, match="give at least"):
             inspect_model("llama", **ours)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("fma avx512_bf16 avx2", torch.bfloat16), ("fma avx2", torch.float32)])
+def test_products_for_gradients_are_in_what_the_processor_has(monkeypatch, flags: str, expected: torch.dtype):
+    monkeypatch.setattr("slimlm.device._processor", lambda what: flags)
+    assert product_dtype(torch.zeros(2)) == expected
+    assert product_dtype(torch.zeros(2, device="meta")) == torch.float32
+    assert product_dtype(torch.zeros(2, dtype=torch.float16, device="meta")) == torch.float16
+
+
+def test_the_memory_there_is_does_not_hang_on_what_is_free(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("slimlm.device.CGROUPS", tmp_path)
+    whole = memory_size(torch.device("cpu"))
+    assert whole >= available_memory(torch.device("cpu"))["host"]
+    for limit, expected in ((f"{10**9}\n", 10**9), ("max\n", whole)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert memory_size(torch.device("cpu")) == expected
