@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from slicing import log_perplexities, mean, measured, measured_dense, parser_of, perplexities
+from slicing import CLOSED, log_perplexities, mean, measured, measured_dense, parser_of, perplexities
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -54,7 +54,7 @@ def report(arguments: argparse.Namespace, name: str) -> None:
     arguments.model = str(arguments.work / name)
     texts = [starting_alike(text) for text in measured_dense(arguments)[0]]
     dense = log_perplexities(Path(arguments.model), texts)
-    settings = {"sparsity": arguments.sparsity, "dtype": "float32"}
+    settings = {"sparsity": arguments.sparsity, "dtype": "float32", **CLOSED}
     found = [measured(arguments, arguments.work / "out", settings, seed, texts, dense) for seed in arguments.seeds]
     values = [mean([row["perplexities"][text] for _, row in found]) for text in range(len(texts))]
     kept = found[0][0]["method"]["massive_activations"]["directions"]

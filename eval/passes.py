@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slimlm import compression
 from slimlm.calibration import load_windows
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.writer import CheckpointWriter
-from slimlm.fit import beside_dense, lm_head
+from slimlm.fit import beside_dense, lm_head, refine
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.regression import Moments
 from slimlm.linalg.softmax import MapFit
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--method", default="slice")
     parser.add_argument("--sparsity", type=float, default=0.25)
+    parser.add_argument("--closed", action="store_true", help="slice, slimlm: --self-share 0 --refine 0")
     parser.add_argument("--no-plain", action="store_true")
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--window", type=int, default=256)
@@ -103,6 +105,8 @@ def main() -> None:
         ("gradients for the basis", slicing_run, "gradient_covariance"),
         ("choice of widths", curves.CutStreams, "curves"),
         ("choice of widths", curves, "choose"),
+        ("refinement", refine.Refiner, "refine"),
+        ("writing text", compression, "sampled_windows"),
     ):
         setattr(owner, name, timed(kind, getattr(owner, name)))
     with tempfile.TemporaryDirectory() as folder:
@@ -110,6 +114,7 @@ def main() -> None:
             model=arguments.model, dataset=arguments.calibration, method=arguments.method,
             sparsity=arguments.sparsity, measure=False,
             num_calibration_samples=arguments.windows, max_seq_length=arguments.window, output_dir=f"{folder}/out",
+            **({"self_share": 0, "refine": 0} if arguments.closed else {}),
         )  # fmt: skip
         start = time.perf_counter()
         compress(recipe, progress=Stages())

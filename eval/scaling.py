@@ -30,6 +30,7 @@ def command(what: str, arguments: argparse.Namespace, windows: int, target: Path
         "compress", f"--model={arguments.model}", f"--method={what}", f"--sparsity={sparsity}", "--no-measure",
         f"--dataset={arguments.dataset}", f"--num-calibration-samples={windows}",
         f"--max-seq-length={arguments.window}", f"--batch-size={arguments.batch_size}", f"--output-dir={target}",
+        *(["--self-share=0", "--refine=0"] if what == "slice" else []),
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@
         --texts ../shared/data/books_test.txt ../shared/data/docs_test.txt
 
 Arms: `shared` rotates and cuts hidden_size alone; `refit` refits that; `budget` also chooses the split over all widths;
+`refined` is the default: blocks refined, half of the windows the model's own;
 `per-block` is SliceGPT as published, its shortcuts counted. Every arm is given the sparsity of all parameters, and is
 measured in bf16 as stock transformers loads it. The figure is the rise of the mean log-perplexity over the texts, and
 its share of what `per-block` loses, interpolated to the same number of parameters. With `--reference` the published
@@ -30,10 +31,12 @@ from slimlm.evaluation.text import load_test_windows
 from slimlm.recipe import one_step
 from slimlm.stages import compress
 
+CLOSED = {"self_share": 0, "refine": 0}  # closed forms on the given text
 ARMS = {
     "shared": {"refit": False, "weighting": "none"},
-    "refit": {"weighting": "none", "budget": "hidden"},
-    "budget": {},
+    "refit": {"weighting": "none", "budget": "hidden", **CLOSED},
+    "budget": CLOSED,
+    "refined": {},
     "per-block": {"basis": "per-block", "round_to": 4},
 }
 

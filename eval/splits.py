@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from slicing import measured, measured_dense, parser_of
+from slicing import CLOSED, measured, measured_dense, parser_of
 
 from slimlm.check import open_model
 from slimlm.recipe import SliceStep
@@ -30,14 +30,14 @@ def main() -> None:
     shapes = Shapes(Layout(open_model(Path(arguments.model), torch.device("cpu"), "fast")))
     splits = candidates(shapes, SliceStep(model=arguments.model, sparsity=arguments.sparsity))
     seed = arguments.seeds[0]
-    manifest, row = measured(arguments, arguments.work, {"sparsity": arguments.sparsity}, seed, texts, dense)
+    manifest, row = measured(arguments, arguments.work, {"sparsity": arguments.sparsity, **CLOSED}, seed, texts, dense)
     chosen = manifest["method"]["widths"]
     print(f"| split | removed | rise of log-perplexity |\n| --- | --- | --- |\n| {chosen}, chosen | "
           f"{manifest['sparsity']['parameters_removed']:.1%} | {row['loss']:.4f} |", flush=True)  # fmt: skip
     losses = [row["loss"]]
     for split in splits[:: arguments.stride]:
         if str(split) != chosen:
-            manifest, row = measured(arguments, arguments.work, {"widths": str(split)}, seed, texts, dense)
+            manifest, row = measured(arguments, arguments.work, {"widths": str(split), **CLOSED}, seed, texts, dense)
             print(json.dumps({"split": str(split), **row}), file=sys.stderr, flush=True)
             removed = manifest["sparsity"]["parameters_removed"]
             print(f"| {split} | {removed:.1%} | {row['loss']:.4f} |", flush=True)

@@ -9,7 +9,7 @@ The figure is the rise of the mean log-perplexity over the texts.
 import argparse
 from pathlib import Path
 
-from slicing import measured, measured_dense, parser_of
+from slicing import CLOSED, measured, measured_dense, parser_of
 
 
 def main() -> None:
@@ -27,7 +27,12 @@ def main() -> None:
 def loss(arguments: argparse.Namespace, count: int, refit: bool, texts: list, dense: list[float]) -> float:
     arguments.windows = count
     _, row = measured(
-        arguments, arguments.work, {"widths": arguments.widths, "refit": refit}, arguments.seeds[0], texts, dense
+        arguments,
+        arguments.work,
+        {"widths": arguments.widths, "refit": refit, **(CLOSED if refit else {})},
+        arguments.seeds[0],
+        texts,
+        dense,
     )
     return float(row["loss"])
 
