@@ -29,10 +29,6 @@ UNLIKE = re.compile(
     r"|fingerprint/version slimlm)(/|$)"
 )
 TIMED = ("slimlm.json", "slimlm.log.jsonl", "README.md", "recipe.yaml")
-# What cases do without unless they say so; older trees have no such defaults.
-with suppress(ImportError):
-    unasked = importlib.import_module("slimlm.unasked")
-    unasked.EPOCHS = unasked.OWN_SHARE = 0  # type: ignore[attr-defined]
 WINDOW = [[2, 9, 4, 30, 3, 17, 56, 5]]
 
 
@@ -64,6 +60,10 @@ def model_at(place: Path, name: str) -> str:
 
 
 def recipe_of(place: Path, model: str, steps: tuple[Settings, ...], shared: Settings, output: Path) -> Recipe:
+    """Text of a model's own and refinement only where a case says so; older trees have no such defaults."""
+    with suppress(ImportError):
+        unasked = importlib.import_module("slimlm.unasked")
+        unasked.EPOCHS = unasked.OWN_SHARE = 0  # type: ignore[attr-defined]
     files = {key: str(place / value) for key, value in shared.items() if (place / str(value)).is_file()}
     write = stepwise if FORM == "steps" else flat
     return make_recipe(write(steps, {**shared, **files, "model": model, "output_dir": str(output)}))
