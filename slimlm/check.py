@@ -19,7 +19,7 @@ from slimlm.checkpoint.skeleton import auto_dtype, load_config, load_tokenizer, 
 from slimlm.checkpoint.staging import check_output, check_space
 from slimlm.checkpoint.task import refuse_other_task
 from slimlm.checkpoint.tokenizer import check_tokenizer
-from slimlm.device import forget_peak, memory_size, pick_device, resident_memory, return_memory_at_once
+from slimlm.device import forget_peak, is_large, pick_device, resident_memory, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows
 from slimlm.families import FAMILIES, family_of
@@ -37,7 +37,6 @@ from slimlm.unasked import Unasked, unasked
 from slimlm.windows import beside_given, calibration_windows, evaluation_windows, require_held_out
 
 GRADIENT_BYTES = 2  # they are kept in bf16
-LARGE = 1 / 64  # of all memory: weights above which what is free is worth more than page faults
 
 
 def require_less(step: AnyStep, model: StreamedModel, plan: Plan) -> None:
@@ -123,8 +122,7 @@ def check(step: AnyStep, how: How) -> Job:
     started, memory_before = time.perf_counter(), resident_memory()
     output = output_of([step])
     source = resolve_known(step.model, step.revision, step.trust_remote_code, how.access)
-    weights = sum(file.stat().st_size for file in source.path.glob("*.safetensors") if file.is_file())
-    if weights > LARGE * memory_size(torch.device("cpu")):
+    if is_large(sum(file.stat().st_size for file in source.path.glob("*.safetensors") if file.is_file())):
         return_memory_at_once()  # first of all: what is allocated before stays as it was
     check_output(output, how.may_replace(output), inputs_of(step, source), how.work_dir)
     device = how.ranks.device if how.ranks.size > 1 else pick_device(step.device)

@@ -15,6 +15,8 @@ from slimlm.errors import UserError, one_line
 from slimlm.started import world_size
 
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # glibc, malloc.h
+LARGE = 1 / 64  # of all memory
+MOST_KEPT = 32 * 1024 * 1024  # bytes of a freed block that glibc keeps
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat"),
@@ -171,15 +173,20 @@ def _left_in_container(root: Path = CGROUPS) -> int:
     return sys.maxsize
 
 
-def return_memory_at_once() -> None:
-    """Let glibc give every block above 1 MB back to the system when it is freed, and threads share what is smaller.
+def return_memory_at_once(above: int = 1024 * 1024) -> None:
+    """Let glibc give every block of more bytes back to the system when it is freed, and threads share what is smaller.
 
     It would keep up to 32 MB pieces for reuse, which for weights that come and go in many sizes means hundreds of
     megabytes of holes. Costs page faults, so it is for large models. Other C libraries are left as they are.
     """
     if libc := _glibc():
-        libc.mallopt(M_MMAP_THRESHOLD, 1024 * 1024)
+        libc.mallopt(M_MMAP_THRESHOLD, above)
         libc.mallopt(M_ARENA_MAX, 1)
+
+
+def is_large(weights: int) -> bool:
+    """Whether so many bytes make what is free worth more than page faults."""
+    return weights > LARGE * memory_size(torch.device("cpu"))
 
 
 def return_freed_memory() -> None:

@@ -128,8 +128,9 @@ def _first(recipe: Recipe, output: Path, how: How) -> Job:
     place = Staging(output).stages
     step = recipe.steps[0].model_copy(update={"output_dir": str(place / "1")})
     first = check(step, replace(how, overwrite=True))
-    for line in (line for later in recipe.steps[1:] for line in first.can.said(later)):
-        how.progress.line(line)
+    for later in recipe.steps[1:]:
+        for line in first.can.said(later):
+            how.progress.line(line)
     check_output(output, how.may_replace(output), first.inputs, how.work_dir)
     if not how.is_there(output):  # all results stand until the last is done, none of them larger than the first
         needed = len(recipe.steps) * first.result_bytes - (size_of(place) if how.resume else 0)

@@ -39,8 +39,8 @@ class Unasked(NamedTuple):
             "self_share": "the model writes no calibration text beside the given",
             "refine": "blocks are not refined",
         }
-        whys = [(left[name], getattr(self, name)) for name in self._unsaid(step) if step.repairs]
-        return [f"{what}: {why}" for what, why in whys if why]
+        unsaid = self._unsaid(step) if step.repairs else []
+        return [f"{left[name]}: {why}" for name in unsaid if (why := getattr(self, name))]
 
     def _unsaid(self, step: AnyStep) -> list[str]:
         return [name for name in self._fields if name not in step.unread and vars(step).get(name, 0) is None]
@@ -49,8 +49,7 @@ class Unasked(NamedTuple):
 def unasked(step: AnyStep, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> Unasked:
     """What there is memory for on these machines, whatever else they do: a run that is resumed does what it did."""
     size = memory_size(model.device) // (local_size() if model.device.type == "cpu" else 1)
-    context: int = getattr(model.config, "max_position_embeddings", DEFAULT_WINDOW)
-    length = step.max_seq_length or min(DEFAULT_WINDOW, context)
+    length = step.max_seq_length or DEFAULT_WINDOW  # at most
     remembered = sampling_batch(model.config, length) * length * model.config.num_hidden_layers * cached(model.config)
     whole = model.checkpoint.bytes_on_disk() + remembered * model.checkpoint.main_dtype.itemsize
     block = COPIES * 4 * max(every(model, lambda block: parameter_count(block.module)))

@@ -12,7 +12,7 @@ from slimlm.calibration import (
 )
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.skeleton import BUILDING
-from slimlm.device import placement
+from slimlm.device import MOST_KEPT, is_large, placement, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows, load_test_windows
 from slimlm.linalg.regression import HELD_EVERY
@@ -81,6 +81,7 @@ def sampled_windows(
     if sampled:
         return Windows(sampled[1]["tokens"].cpu(), SELF, start_token(tokenizer))
     progress.stage("sampling calibration text", written_for(step.own_windows))
+    return_memory_at_once()  # keys and values that grow with every token would leave holes everywhere
     with BUILDING:
         whole = AutoModelForCausalLM.from_pretrained(
             model.checkpoint.path,
@@ -90,5 +91,7 @@ def sampled_windows(
         )
     size = step.own_windows, step.max_seq_length
     windows = sample_windows(whole.eval(), tokenizer, size, step.seed, progress.step, journal.ranks)
+    if not is_large(model.checkpoint.bytes_on_disk()):
+        return_memory_at_once(MOST_KEPT)
     journal.keep("sampled", {"tokens": windows.tokens})
     return windows

@@ -133,12 +133,12 @@ def joint(
     `tolerance` of the root of its loss, whatever the others do: a good start saves iterations. Rows that do not get
     there in ITERATIONS are said in the log, with how far they came. A dead input's weight is zero.
     """
-    tiny, eps = torch.finfo(weight.dtype).tiny, torch.finfo(weight.dtype).eps
+    info = torch.finfo(weight.dtype)
     kept = (~(pruned | hessian.dead)).to(weight.dtype)
     found = (weight if start is None else start) * kept
     gradient = hessian.apply(weight - found)
     loss = ((weight - found) * gradient).sum(1)
-    rounding = (LEAST * eps) ** 2 * (weight.square() @ hessian.matrix.diagonal())
+    rounding = (LEAST * info.eps) ** 2 * (weight.square() @ hessian.matrix.diagonal())
     residual = gradient * kept
     direction = step = (residual @ hessian.inverse).mul_(kept)
     product = (residual * step).sum(1)
@@ -148,14 +148,14 @@ def joint(
         if not going.any():
             break
         image = hessian.apply(direction)
-        length = going * product / (direction * image).sum(1).clamp_min(tiny)
+        length = going * product / (direction * image).sum(1).clamp_min(info.tiny)
         found.addcmul_(length[:, None], direction)
         gradient.addcmul_(length[:, None], image, value=-1)
         loss = loss - length * product
         residual = torch.mul(gradient, kept, out=residual)
         step = (residual @ hessian.inverse).mul_(kept)
         before, product = product, (residual * step).sum(1)
-        direction = step.addcmul((product / before.clamp_min(tiny))[:, None], direction)
+        direction = step.addcmul((product / before.clamp_min(info.tiny))[:, None], direction)
     else:
         _say_unfinished(product, small, tolerance)
     return Solved(found, gradient, loss)
