@@ -48,10 +48,13 @@ class Unasked(NamedTuple):
 
 def unasked(step: AnyStep, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> Unasked:
     """What there is memory for on these machines, whatever else they do: a run that is resumed does what it did."""
-    size = memory_size(model.device) // (local_size() if model.device.type == "cpu" else 1)
+    size = memory_size(model.device)
+    if model.device.type == "cpu":
+        size //= local_size()
     length = step.max_seq_length or DEFAULT_WINDOW  # at most
-    remembered = sampling_batch(model.config, length) * length * model.config.num_hidden_layers * cached(model.config)
-    whole = model.checkpoint.bytes_on_disk() + remembered * model.checkpoint.main_dtype.itemsize
+    config, checkpoint = model.config, model.checkpoint
+    remembered = sampling_batch(config, length) * length * config.num_hidden_layers * cached(config)
+    whole = checkpoint.bytes_on_disk() + remembered * checkpoint.main_dtype.itemsize
     block = COPIES * 4 * max(every(model, lambda block: parameter_count(block.module)))
     not_written, not_refined = (
         f"it would take {needed / 1e9:,.1f} GB, more than half of {size / 1e9:,.1f} GB" if needed > SHARE * size else ""
@@ -59,5 +62,4 @@ def unasked(step: AnyStep, model: StreamedModel, tokenizer: PreTrainedTokenizerB
     )
     if start_token(tokenizer) is None:
         not_written = "the tokenizer has no token to begin with"
-    found = ranks.gather((not_written, not_refined))
-    return Unasked(*(max(whys) for whys in zip(*found, strict=True)))
+    return Unasked(*map(max, zip(*ranks.gather((not_written, not_refined)), strict=True)))

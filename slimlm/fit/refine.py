@@ -12,7 +12,7 @@ are held out say which epoch's weights stay, or that the closed form's do.
 
 import math
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -138,7 +138,7 @@ class _Descent:
         stream.number, hidden = number, stream.hidden[number]
         call = stream.calls[number][small.index].of(windows, *hidden.shape[:2])
         dtype = product_dtype(hidden) if torch.is_grad_enabled() else hidden.dtype  # errors are compared exactly
-        with torch.autocast(hidden.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(hidden.device.type, dtype) if dtype.itemsize < 4 else nullcontext():
             out = small.module(hidden[windows], *call.args, **call.kwargs)
         out = out[0] if isinstance(out, tuple) else out
         wanted, weight = self.pair.wanted(self.pair.streams["dense"].hidden[number][windows].float())
