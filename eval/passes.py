@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from slicing import CLOSED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimlm import compression
@@ -114,7 +115,7 @@ def main() -> None:
             model=arguments.model, dataset=arguments.calibration, method=arguments.method,
             sparsity=arguments.sparsity, measure=False,
             num_calibration_samples=arguments.windows, max_seq_length=arguments.window, output_dir=f"{folder}/out",
-            **({"self_share": 0, "refine": 0} if arguments.closed else {}),
+            **(CLOSED if arguments.closed else {}),
         )  # fmt: skip
         start = time.perf_counter()
         compress(recipe, progress=Stages())

@@ -30,7 +30,7 @@ ROWS: dict[str, list[str] | None] = {  # flags of `slimlm compress`; None for th
     "slice-25-given": ["--sparsity=0.25", "--self-share=0"],
     "slice-25-closed": ["--sparsity=0.25", "--refine=0"],
     "slice-25-neither": ["--sparsity=0.25", *PLAIN],
-    "slicegpt-25": ["--sparsity=0.25", "--basis=per-block", "--round-to=4"],
+    "slicegpt-25": ["--sparsity=0.25", "--set=basis=per-block", "--set=round_to=4"],
     "depth-25": ["--widths=blocks=21", "--no-refit"],
     "slimlm-50": ["--method=slimlm", "--sparsity=0.5"],
     "slimlm-50-neither": ["--method=slimlm", "--sparsity=0.5", *PLAIN],
@@ -59,7 +59,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     calibration, texts = split_texts(arguments.data, arguments.work)
     for row, seed in [] if arguments.print else itertools.product(arguments.only or ROWS, arguments.seeds):
-        kept = arguments.work / f"{row}-{0 if row == 'dense' else seed}.json"
+        (kept,) = paths(arguments.work, row, [seed])
         if not kept.exists():
             kept.write_text(json.dumps(measured(row, seed, arguments, calibration, texts), indent=2) + "\n")
             print(f"{row} done", flush=True)
@@ -89,12 +89,11 @@ def measured(
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(command, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        manifest = json.loads((directory / "slimlm.json").read_text())
         facts = {
             "command": " ".join(command[1:]),
             "seconds": time.perf_counter() - started,
             "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-            "manifest": manifest,
+            "manifest": json.loads((directory / "slimlm.json").read_text()),
         }
     judge = [sys.executable, str(Path(__file__).with_name("stock.py")), str(directory), "--texts", *map(str, texts)]
     if not arguments.no_choices:
@@ -141,8 +140,8 @@ def text_cell(runs: list[dict[str, Any]], dense: dict[str, Any] | None, text: st
 
 
 def lost_cell(runs: list[dict[str, Any]], dense: dict[str, Any] | None, task: str) -> str:
-    """Percent of the dense model's lead over chance that is gone, with the paired standard error of the first run; the
-    lead itself, in points, for the dense model."""
+    """Percent of the dense model's lead over chance that is gone, with the paired standard error of the first run; for
+    the dense model, percent that it gets right."""
     if dense is None or any(task not in run.get("right", {}) for run in (*runs, dense)):
         return ""
     before = [int(right) for right in dense["right"][task]]

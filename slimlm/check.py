@@ -122,7 +122,7 @@ def check(step: AnyStep, how: How) -> Job:
     started, memory_before = time.perf_counter(), resident_memory()
     output = output_of([step])
     source = resolve_known(step.model, step.revision, step.trust_remote_code, how.access)
-    if is_large(sum(file.stat().st_size for file in source.path.glob("*.safetensors") if file.is_file())):
+    if is_large(source.path):
         return_memory_at_once()  # first of all: what is allocated before stays as it was
     check_output(output, how.may_replace(output), inputs_of(step, source), how.work_dir)
     device = how.ranks.device if how.ranks.size > 1 else pick_device(step.device)

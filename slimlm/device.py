@@ -184,9 +184,10 @@ def return_memory_at_once(above: int = 1024 * 1024) -> None:
         libc.mallopt(M_ARENA_MAX, 1)
 
 
-def is_large(weights: int) -> bool:
-    """Whether so many bytes make what is free worth more than page faults."""
-    return weights > LARGE * memory_size(torch.device("cpu"))
+def is_large(checkpoint: Path) -> bool:
+    """Whether a directory's weights are so many bytes that what is free is worth more than page faults."""
+    files = filter(Path.is_file, checkpoint.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) > LARGE * memory_size(torch.device("cpu"))
 
 
 def return_freed_memory() -> None:

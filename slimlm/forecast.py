@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from slimlm.calibration import cached, sampling_batch, written_for
+from slimlm.calibration import remembered, written_for
 from slimlm.check import How, Job, journalled, spilled
 from slimlm.checkpoint.manifest import Manifest, Stage, stages_of, took
 from slimlm.checkpoint.skeleton import parameter_count
@@ -70,7 +70,10 @@ def forecast(job: Job, later: list[AnyStep], how: How, processes: int = 1) -> Fo
     if any("sampling" in stage["run"]["seconds"] for stage in stages_of(manifest)):
         # Sampling holds every block at once, and their keys and values.
         others = parameter_count(job.model.model) - manifest["parameters"]["dense"]
-        others += (len(kinds) - shown) * _cached(job)
+        step = job.recipe
+        assert step.max_seq_length is not None
+        each = remembered(job.model.config, written_for(step.own_windows), step.max_seq_length)
+        others += (len(kinds) - shown) * each
         memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
     result, scratch = _disk(job, later, stages_of(manifest))
     return Forecast(memory, result, scratch, _seconds(job, manifest, events, shown), processes)
@@ -104,14 +107,6 @@ def _disk(job: Job, later: list[AnyStep], probed: list[Stage]) -> tuple[int, int
     kept.append(journalled(job.recipe, job.model))
     written = job.result_bytes * sum(sizes) // sizes[0]
     return written + max(kept), max(*waiting, *(run["scratch_bytes"] for run in runs))
-
-
-def _cached(job: Job) -> int:
-    """Elements of the keys and values one block keeps while calibration text is sampled."""
-    config, step = job.model.config, job.recipe
-    assert step.max_seq_length is not None
-    batch = min(sampling_batch(config, step.max_seq_length), written_for(step.own_windows))
-    return cached(config) * batch * step.max_seq_length
 
 
 def require_room(job: Job, found: Forecast, work_dir: Path | None = None) -> None:

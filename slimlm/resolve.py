@@ -42,8 +42,8 @@ def with_own_text(step: AnyStep) -> AnyStep:
     if not share or not isinstance(given, str) or given == SELF:
         return step
     count = step.num_calibration_samples
-    parts = [Source(source=given, windows=count), Source(source=SELF, windows=own_beside(count, share))]
-    return step.model_copy(update={"dataset": parts})
+    own = Source(source=SELF, windows=own_beside(count, share))
+    return step.model_copy(update={"dataset": [Source(source=given, windows=count), own]})
 
 
 def own_beside(given: int, share: float) -> int:

@@ -128,14 +128,11 @@ def _first(recipe: Recipe, output: Path, how: How) -> Job:
     place = Staging(output).stages
     step = recipe.steps[0].model_copy(update={"output_dir": str(place / "1")})
     first = check(step, replace(how, overwrite=True))
-    for later in recipe.steps[1:]:
-        for line in first.can.said(later):
-            how.progress.line(line)
     check_output(output, how.may_replace(output), first.inputs, how.work_dir)
     if not how.is_there(output):  # all results stand until the last is done, none of them larger than the first
         needed = len(recipe.steps) * first.result_bytes - (size_of(place) if how.resume else 0)
         check_space(output, needed, how.work_dir, spilled(first.recipe, first.model), how.resume)
-    check_later(first, recipe)
+    check_later(first, recipe, how.progress)
     return first
 
 
@@ -165,8 +162,11 @@ def plans_of_later(first: Job, steps: list[AnyStep]) -> Iterator[tuple[AnyStep, 
         is_kept = plan is not None and plan.parameters == first.plan.parameters
 
 
-def check_later(first: Job, recipe: Recipe) -> None:
-    """Raises UserError for steps that cannot follow the first, the checked one."""
+def check_later(first: Job, recipe: Recipe, progress: Progress) -> None:
+    """Say what the steps after the first, the checked one, leave out. Raises UserError for one that cannot follow."""
+    for later in recipe.steps[1:]:
+        for line in first.can.said(later):
+            progress.line(line)
     slices = [step for step in [first.recipe] if isinstance(step, SliceStep)]
     for step, _ in plans_of_later(first, later_steps(first, recipe)):
         for slicing in slices:

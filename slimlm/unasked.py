@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from slimlm.calibration import cached, sampling_batch, start_token
+from slimlm.calibration import SAMPLING_BATCH, remembered, start_token
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.device import memory_size
 from slimlm.evaluation.text import DEFAULT_WINDOW
@@ -16,13 +16,13 @@ from slimlm.started import local_size
 
 OWN_SHARE = 0.5  # of calibration windows
 EPOCHS = 4  # of refinement
-COPIES = 8  # of a block in fp32, with what Adam and the gradients take
-SHARE = 0.5  # of all memory, which either may take
+BYTES = 32  # of each weight of a block that is refined: in fp32, with what Adam and the gradients take
+NOT_WRITTEN = "the model writes no calibration text beside the given"
 
 
 class Unasked(NamedTuple):
-    """By setting, why a model does not write calibration text, or is not refined, unless it is told to; "" where it may
-    be."""
+    """By setting, that a model does not write calibration text, or is not refined, unless it is told to, and why; ""
+    where nothing is in the way."""
 
     self_share: str
     refine: str
@@ -34,13 +34,9 @@ class Unasked(NamedTuple):
         return step.model_copy(update=allowed)
 
     def said(self, step: AnyStep) -> list[str]:
-        """What is left out of a step, not yet decided."""
-        left = {
-            "self_share": "the model writes no calibration text beside the given",
-            "refine": "blocks are not refined",
-        }
-        unsaid = self._unsaid(step) if step.repairs else []
-        return [f"{left[name]}: {why}" for name in unsaid if (why := getattr(self, name))]
+        """What is left out of a step, not yet decided, and why."""
+        whys = (getattr(self, name) for name in self._unsaid(step) if step.repairs)
+        return [why for why in whys if why]
 
     def _unsaid(self, step: AnyStep) -> list[str]:
         return [name for name in self._fields if name not in step.unread and vars(step).get(name, 0) is None]
@@ -51,15 +47,15 @@ def unasked(step: AnyStep, model: StreamedModel, tokenizer: PreTrainedTokenizerB
     size = memory_size(model.device)
     if model.device.type == "cpu":
         size //= local_size()
-    length = step.max_seq_length or DEFAULT_WINDOW  # at most
-    config, checkpoint = model.config, model.checkpoint
-    remembered = sampling_batch(config, length) * length * config.num_hidden_layers * cached(config)
-    whole = checkpoint.bytes_on_disk() + remembered * checkpoint.main_dtype.itemsize
-    block = COPIES * 4 * max(every(model, lambda block: parameter_count(block.module)))
-    not_written, not_refined = (
-        f"it would take {needed / 1e9:,.1f} GB, more than half of {size / 1e9:,.1f} GB" if needed > SHARE * size else ""
-        for needed in (whole, block)
+    cache = len(model.blocks) * remembered(model.config, SAMPLING_BATCH, step.max_seq_length or DEFAULT_WINDOW)
+    whole = model.checkpoint.bytes_on_disk() + cache * model.checkpoint.main_dtype.itemsize
+    block = BYTES * max(every(model, lambda block: parameter_count(block.module)))
+    written, refined = (
+        f"{what}: it would take {needed / 1e9:,.1f} GB, more than half of {size / 1e9:,.1f} GB"
+        if 2 * needed > size
+        else ""
+        for what, needed in ((NOT_WRITTEN, whole), ("blocks are not refined", block))
     )
     if start_token(tokenizer) is None:
-        not_written = "the tokenizer has no token to begin with"
-    return Unasked(*map(max, zip(*ranks.gather((not_written, not_refined)), strict=True)))
+        written = f"{NOT_WRITTEN}: the tokenizer has no token to begin with"
+    return Unasked(*map(max, zip(*ranks.gather((written, refined)), strict=True)))

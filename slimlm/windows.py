@@ -19,7 +19,7 @@ from slimlm.linalg.regression import HELD_EVERY
 from slimlm.methods import method_of
 from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
-from slimlm.recipe import SELF, AnyStep
+from slimlm.recipe import SELF, AnyStep, Source
 from slimlm.resolve import own_beside
 
 
@@ -46,9 +46,8 @@ def beside_given(step: AnyStep, windows: Windows | None) -> AnyStep:
     """The step with as much text of the model's own as its share is of the windows that the given text fills."""
     if windows is None or not step.self_share or not isinstance(step.dataset, list):
         return step
-    given, own = step.dataset
-    parts = [given, own.model_copy(update={"windows": own_beside(len(windows.tokens), step.self_share)})]
-    return step.model_copy(update={"dataset": parts})
+    own = Source(source=SELF, windows=own_beside(len(windows.tokens), step.self_share))
+    return step.model_copy(update={"dataset": [step.dataset[0], own]})
 
 
 def evaluation_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase) -> TestWindows | None:
@@ -91,7 +90,7 @@ def sampled_windows(
         )
     size = step.own_windows, step.max_seq_length
     windows = sample_windows(whole.eval(), tokenizer, size, step.seed, progress.step, journal.ranks)
-    if not is_large(model.checkpoint.bytes_on_disk()):
+    if not is_large(model.checkpoint.path):
         return_memory_at_once(MOST_KEPT)
     journal.keep("sampled", {"tokens": windows.tokens})
     return windows

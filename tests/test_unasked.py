@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import slimlm.unasked
-from slimlm.calibration import cached, sampling_batch
-from slimlm.calibration.sample import FEWEST, MOST_CACHED, SAMPLING_BATCH
+from slimlm.calibration import SAMPLING_BATCH, remembered
+from slimlm.calibration.sample import FEWEST, MOST_CACHED, sampling_batch
 from slimlm.check import How, check
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.progress import Progress
@@ -125,7 +125,8 @@ def test_a_tokenizer_without_a_beginning_writes_nothing(tiny_llama: Path):
 def test_keys_and_values_of_what_is_written_together_are_bounded():
     wide = LlamaConfig(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, hidden_size=4096)
     assert FEWEST < sampling_batch(wide, 256) < SAMPLING_BATCH
-    assert sampling_batch(wide, 256) * 32 * cached(wide) * 256 <= MOST_CACHED
+    assert 32 * remembered(wide, SAMPLING_BATCH, 256) <= MOST_CACHED
+    assert remembered(wide, 2, 256) == 2 * 2 * 32 * 128 * 256
     assert sampling_batch(wide, 2048) == FEWEST
     assert sampling_batch(wide, 8) == SAMPLING_BATCH
 

@@ -61,12 +61,16 @@ def sample_windows(
 
 def sampling_batch(config: PretrainedConfig, length: int) -> int:
     """Windows of so many tokens that are written together: as many as MOST_CACHED keys and values allow, or FEWEST."""
-    most = MOST_CACHED // (int(config.num_hidden_layers) * cached(config) * length)
-    return max(FEWEST, min(SAMPLING_BATCH, most))
+    return max(FEWEST, min(SAMPLING_BATCH, MOST_CACHED // (int(config.num_hidden_layers) * _cached(config) * length)))
 
 
-def cached(config: PretrainedConfig) -> int:
-    """Elements of the keys and values that a block keeps of a token."""
+def remembered(config: PretrainedConfig, windows: int, length: int) -> int:
+    """Elements of the keys and values that a block keeps while so many windows of so many tokens are written."""
+    return _cached(config) * min(sampling_batch(config, length), windows) * length
+
+
+def _cached(config: PretrainedConfig) -> int:
+    """The same of a token."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * int(heads * width)

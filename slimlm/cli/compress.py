@@ -136,7 +136,7 @@ def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
         before_work(options)
         how = how_of(replace(options, progress=progress))
         job = check(recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))}), how)
-        check_later(job, recipe)
+        check_later(job, recipe, progress)
         later = later_steps(job, recipe)
         found = forecast(job, later, how, options.num_processes or 1)
     print(forecast_summary(job, found, later, how.work_dir))

@@ -14,6 +14,7 @@ from slimlm.checkpoint.manifest import read_manifest
 from slimlm.errors import UserError
 from slimlm.forecast import forecast
 from slimlm.model.skip import skip_modules
+from slimlm.progress import Progress
 from slimlm.recipe import SliceStep, make_recipe, one_step
 from slimlm.stages import check_later, later_steps
 from tests.conftest import CONFIGS, SIZES, build_tiny, in_steps, stream
@@ -152,7 +153,7 @@ def test_a_dry_run_probes_the_blocks_that_it_shows(steps: list[dict[str, Any]], 
     recipe = make_recipe({**shared, "steps": steps})
     how = How()
     job = check(recipe.steps[0], how)
-    check_later(job, recipe)
+    check_later(job, recipe, Progress())
     assert forecast(job, later_steps(job, recipe), how).result > 0
 
 
