@@ -44,7 +44,7 @@ def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocab
 
 def beside_given(step: AnyStep, windows: Windows | None) -> AnyStep:
     """The step with as much text of the model's own as its share is of the windows that the given text fills."""
-    if windows is None or not step.self_share or not isinstance(step.dataset, list):
+    if windows is None or not step.own_windows or not step.self_share or not isinstance(step.dataset, list):
         return step
     own = Source(source=SELF, windows=own_beside(len(windows.tokens), step.self_share))
     return step.model_copy(update={"dataset": [step.dataset[0], own]})

@@ -93,6 +93,16 @@ def test_later_steps_do_as_the_first(tiny_llama: Path, tmp_path: Path, text: Pat
     assert [(step.own_windows, step.refine) for step in later] == [(12, EPOCHS), (0, None)]
 
 
+def test_the_text_of_the_first_step_serves_the_later_ones_as_it_is(tiny_llama: Path, tmp_path: Path, text: Path):
+    shared = {"model": str(tiny_llama), "output_dir": str(tmp_path / "out"), "dataset": str(text), **GIVEN}
+    steps = [{"method": "slimlm", "sparsity": 0.3}, {"method": "slimlm", "sparsity": 0.5}]
+    manifest = compress(make_recipe({**shared, "steps": steps}), progress=Progress()).manifest
+    recipe = (tmp_path / "out" / "recipe.yaml").read_text()
+    assert recipe.count("windows: 12\n") == 2
+    assert manifest["calibration"]["windows"] == 24
+    assert manifest["stages"][0]["recipe"]["dataset"] == manifest["recipe"]["dataset"]
+
+
 def test_what_there_is_no_memory_for_is_left_out_and_said(
     tiny_llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ):
