@@ -15,8 +15,9 @@ import torch
 from transformers import LlamaConfig
 
 from slimlm.checkpoint.resolve import BUNDLED
+from slimlm.checkpoint.shard import TensorSpec
 from slimlm.checkpoint.skeleton import build_skeleton
-from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
+from slimlm.checkpoint.writer import CheckpointWriter
 
 SHAPE = {"hidden": 2560, "mlp": 6912, "heads": 20, "kv-heads": 5, "vocab": 4096}
 

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.journal import Journal
-from slimlm.checkpoint.writer import TensorSpec
+from slimlm.checkpoint.shard import TensorSpec
 from slimlm.model.block import Block
 from slimlm.model.ends import embed
 from slimlm.model.hidden import Forgotten, HiddenStates, Scratch

@@ -20,9 +20,9 @@ from slimlm.checkpoint.disk import disk_errors
 from slimlm.checkpoint.kinds import INDEX_NAME, PACKED_NAME, SINGLE_NAME
 from slimlm.checkpoint.output import staged_output, unfinished
 from slimlm.checkpoint.reader import Checkpoint
-from slimlm.checkpoint.shard import StoredTensor
+from slimlm.checkpoint.shard import StoredTensor, TensorSpec
 from slimlm.checkpoint.staging import Staging
-from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
+from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.errors import UserError, out_of_memory
 
 FILES = "files"
@@ -53,7 +53,7 @@ def pack(source: Path, output: Path, advance: Advance = lambda tensors: None) ->
             specs |= parts
             shapes[name] = list(stored.shape)
         else:
-            specs[name] = TensorSpec(stored.shape, stored.dtype)
+            specs[name] = stored
     with staged_output(output) as staging:
         writer = CheckpointWriter(staging.model, specs)
         for name, stored in checkpoint.tensors.items():
@@ -90,7 +90,7 @@ def unpack(source: Path, output: Path, advance: Advance = lambda tensors: None) 
         if part == "values":
             specs[name] = TensorSpec(tuple(shapes[name]), stored.dtype)
         elif part != "mask":
-            specs[key] = TensorSpec(stored.shape, stored.dtype)
+            specs[key] = stored
     with staged_output(output) as staging:
         writer = CheckpointWriter(staging.model, specs)
         for name in specs:

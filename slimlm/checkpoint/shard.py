@@ -37,17 +37,23 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies. Indexing it reads it whole, which is all that transformers' loader asks of a lazy slice."""
+class TensorSpec:
+    """Shape and dtype of a tensor that lies in a file, or is to be written to one."""
 
-    path: Path
-    offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorSpec):
+    """Where a tensor lies. Indexing it reads it whole, which is all that transformers' loader asks of a lazy slice."""
+
+    path: Path
+    offset: int
 
     def __getitem__(self, everything: EllipsisType) -> Tensor:
         if everything is not Ellipsis:
@@ -140,5 +146,5 @@ def read_shard(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             unreadable[name] = f"tensor {name} in {path} is stored as {entry['dtype']}, which slimlm cannot compress"
             continue
         start = 8 + length + entry["data_offsets"][0]
-        tensors[name] = StoredTensor(path, start, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+        tensors[name] = StoredTensor(tuple(entry["shape"]), _DTYPES[entry["dtype"]], path, start)
     return tensors, unreadable

@@ -7,10 +7,8 @@ numbered shards with an index.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,22 +16,10 @@ from torch import Tensor
 
 from slimlm.checkpoint.disk import disk_errors, sync, write_whole
 from slimlm.checkpoint.kinds import INDEX_NAME, SINGLE_NAME
-from slimlm.checkpoint.shard import DTYPE_NAMES, StoredTensor, bytes_of
+from slimlm.checkpoint.shard import DTYPE_NAMES, StoredTensor, TensorSpec, bytes_of
 from slimlm.errors import RunFailure
 
 MAX_SHARD_BYTES = 5 * 10**9
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a tensor to be written."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class CheckpointWriter:
@@ -89,7 +75,7 @@ class CheckpointWriter:
                 file.truncate(len(front) + end)
         for name in names:
             spec = self.specs[name]
-            self.places[name] = StoredTensor(path, len(front) + offsets[name], spec.shape, spec.dtype)
+            self.places[name] = StoredTensor(spec.shape, spec.dtype, path, len(front) + offsets[name])
 
     def write(self, name: str, tensor: Tensor | Iterator[Tensor]) -> str:
         """Put one tensor, whole or in runs of rows, [rows, ...], in its place, cast to the planned dtype; its SHA-256.

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.journal import Journal
-from slimlm.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter, TensorSpec
+from slimlm.checkpoint.shard import TensorSpec
+from slimlm.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from slimlm.model.block import Block
 from slimlm.model.linears import is_turned
 from slimlm.model.stream import Stream

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from slimlm.checkpoint.kinds import INDEX_NAME
 from slimlm.checkpoint.reader import Checkpoint
-from slimlm.checkpoint.shard import DTYPE_NAMES
-from slimlm.checkpoint.writer import CheckpointWriter, TensorSpec
+from slimlm.checkpoint.shard import DTYPE_NAMES, TensorSpec
+from slimlm.checkpoint.writer import CheckpointWriter
 from slimlm.errors import RunFailure
 
 names = st.lists(st.text("abcdef.0123", min_size=1, max_size=12), min_size=1, max_size=6, unique=True)
