@@ -4,6 +4,7 @@ import glob
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,35 +43,29 @@ class HubModel:
 
         Raises LocalEntryNotFoundError, huggingface_hub's, where neither network nor cache has any of it.
         """
+        from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        try:
-            return self._snapshot(names, but, commit)
-        except LocalEntryNotFoundError as error:  # without the network, and what lacks may not be needed
-            logger.info("of %s the cache holds a part at most: %s", self.name, one_line(error))
-            try:
-                return self._snapshot(names, but, commit, local_files_only=True)
-            except LocalEntryNotFoundError as local:
-                partly = getattr(local, "snapshot_path", None)
-                if partly is None:
-                    raise error from None
-                return Path(partly)
-
-    def _snapshot(
-        self, names: Sequence[str], but: Sequence[str], commit: str | None, local_files_only: bool = False
-    ) -> Path:
-        from huggingface_hub import snapshot_download
-
-        found = snapshot_download(
+        download: Callable[..., str] = partial(
+            snapshot_download,
             self.name,
             revision=commit or self.revision,
             allow_patterns=list(names),
             ignore_patterns=list(but),
             token=self.access.token,
             cache_dir=self.access.cache_dir,
-            local_files_only=local_files_only,
         )
-        return Path(found)
+        try:
+            return Path(download())
+        except LocalEntryNotFoundError as error:  # without the network, and what lacks may not be needed
+            logger.info("of %s the cache holds a part at most: %s", self.name, one_line(error))
+            try:
+                return Path(download(local_files_only=True))
+            except LocalEntryNotFoundError as local:
+                partly = getattr(local, "snapshot_path", None)
+                if partly is None:
+                    raise error from None
+                return Path(partly)
 
     def files(self, commit: str) -> list[str]:
         """Names of everything in the repository."""
@@ -79,7 +74,7 @@ class HubModel:
         return HfApi(token=self.access.token).list_repo_files(self.name, revision=commit)
 
 
-def fetch_model(model: HubModel, accept: Callable[[Path], None], with_code: bool, hint: str = "") -> Path:
+def fetch_model(model: HubModel, accept: Callable[[Path], None], with_code: bool, hint: str) -> Path:
     """The directory of a model's snapshot, weights and all. Raises UserError in one line for all that can go wrong.
 
     accept: sees the directory before any weights are fetched. with_code: Python files, too. hint: what may be meant by

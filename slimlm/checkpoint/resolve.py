@@ -60,15 +60,12 @@ def resolve_model(
         resolved = ResolvedModel(model, BUNDLED[model], "bundled")
     else:
         refuse_no_directory(model)
-        return _from_hub(HubModel(model, revision, access or Access()), known, trust_remote_code)
+        asked = HubModel(model, revision, access or Access())
+        snapshot = fetch_model(asked, known, trust_remote_code, nearest(model, BUNDLED))
+        return ResolvedModel(model, snapshot, "hub", revision=snapshot.name)
     if revision is not None:
         raise UserError(f"--revision {revision!r} applies to hub ids only; {model!r} is a {resolved.origin} model")
     if not (resolved.path / CONFIG_NAME).is_file():
         raise other_kind(resolved.path, names_in(resolved.path))
     known(resolved.path)
     return resolved
-
-
-def _from_hub(model: HubModel, accept: Callable[[Path], None], with_code: bool) -> ResolvedModel:
-    path = fetch_model(model, accept, with_code, nearest(model.name, BUNDLED))
-    return ResolvedModel(model.name, path, "hub", revision=path.name)
