@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slimlm.device import resident_memory
@@ -45,14 +46,16 @@ class Progress:
                 self.log = None
 
 
+@dataclass
 class Switch:
     """A library's one switch for all threads: off while anybody wants it off, then as it was before the first did."""
 
-    def __init__(self, is_on: Callable[[], bool], turn_off: Callable[[], None], turn_on: Callable[[], None]) -> None:
-        self.is_on, self.turn_off, self.turn_on = is_on, turn_off, turn_on
-        self.lock = threading.Lock()
-        self.users = 0
-        self.was_on = False
+    is_on: Callable[[], bool]
+    turn_off: Callable[[], None]
+    turn_on: Callable[[], None]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    was_on: bool = False
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -39,21 +39,22 @@ class StreamMemory:
             self.used -= count
 
 
+@dataclass(frozen=True)
 class Taken:
     """A part of a memory, given back with the last reference to this."""
 
-    def __init__(self, memory: StreamMemory, count: int) -> None:
-        self._memory, self._count = memory, count
+    memory: StreamMemory
+    count: int
 
     def __del__(self) -> None:
-        self._memory._give_back(self._count)
+        self.memory._give_back(self.count)
 
 
+@dataclass(frozen=True)
 class BatchFile:
     """A file that batches are written to, and read from, at places of their own."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def begin(self) -> None:
         """Make it an empty one. Raises RunFailure on a full disk."""

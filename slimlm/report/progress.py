@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.progress import (
     BarColumn,
@@ -17,12 +18,12 @@ from slimlm.progress import Progress
 from slimlm.report.terminal import console
 
 
+@dataclass
 class BarProgress(Progress):
     """A bar with the time left for the stage at hand, and lines that stay above it."""
 
-    def __init__(self, bars: RichProgress) -> None:
-        self.bars = bars
-        self.current: TaskID | None = None
+    bars: RichProgress
+    current: TaskID | None = None
 
     def stage(self, name: str, total: int) -> None:
         if self.current is not None:
