@@ -164,8 +164,7 @@ def block_errors(job: Job, comparison: Comparison | None) -> list[BlockError]:
 def _run_figures(job: Job, staging: Staging, journal: Journal) -> RunFigures:
     """Bytes of work files are of all, and of the hidden states among them, which `--work-dir` puts elsewhere."""
     places = {staging.work, staging.scratch} if journal.ranks.writes else set()
-    found = {path for place in places for path in place.rglob("*") if path.is_file()}
-    files = {path: path.stat().st_size for path in found}
+    files = {path: path.stat().st_size for place in places for path in place.rglob("*") if path.is_file()}
     kept = sum(size for path, size in files.items() if path.suffix in (".safetensors", ".jsonl"))
     return {
         "seconds": {name: round(value, 3) for name, value in job.seconds.items()},

@@ -54,7 +54,7 @@ class MapFit:
         seen: Annotated[Tensor, "tokens in"],
     ) -> Annotated[Tensor, "out in"]:
         """The total with the gradient of tokens that the dense head sees as x and the other as `seen`."""
-        for target, source in self._chunks(x, seen @ self.whiten):
+        for target, source in self._chunks(x, seen):
             error = self._probabilities(source @ self.point.T)
             error -= self._probabilities(target)
             total += (error @ self.head).T @ source
@@ -77,15 +77,15 @@ class MapFit:
     def divergence(self, x: Annotated[Tensor, "tokens out"], seen: Annotated[Tensor, "tokens in"]) -> float:
         """Summed over tokens, KL(dense head on x || head on the mapped `seen`)."""
         total = 0.0
-        for target, source in self._chunks(x, seen @ self.whiten):
+        for target, source in self._chunks(x, seen):
             wanted = self._logits(target).log_softmax(-1)
             got = self._logits(source @ self.point.T).log_softmax(-1)
             total += float((wanted.exp() * (wanted - got)).sum(dtype=torch.float64))
         return total
 
-    def _chunks(self, x: Tensor, white: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _chunks(self, x: Tensor, seen: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = max(1, CHUNK_LOGITS // self.head.shape[0])
-        return list(zip(x.split(size), white.split(size), strict=True))
+        return list(zip(x.split(size), (seen @ self.whiten).split(size), strict=True))
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = x @ self.head.T

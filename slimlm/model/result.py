@@ -99,10 +99,9 @@ class Result:
             for _ in tensors:
                 continue
             return
-        hashes = {}
         assert self._carrier is not None
-        for key, tensor in _as_stored(self._carrier, model.fused, tensors):
-            hashes[key] = self.writer.write(key, tensor)
+        stored = _as_stored(self._carrier, model.fused, tensors)
+        hashes = {key: self.writer.write(key, tensor) for key, tensor in stored}
         self.settle()
         self._flushing.append(self._flusher.submit(self._flush, part, hashes))
 

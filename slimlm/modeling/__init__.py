@@ -43,6 +43,3 @@ def own_files(config: PretrainedConfig) -> tuple[Path, ...]:
         return ()
     config.auto_map = auto_map(type(config))
     return (Path(__file__).with_name(f"{type(config).__module__.rpartition('.')[2]}.py"),)
-
-
-__all__ = ["OWN_CLASSES", "auto_map", "own_files"]

@@ -167,9 +167,7 @@ def _with_mlp(shapes: Shapes, widths: Widths, target: float, granule: int) -> li
     return [replace(widths, mlp=mlp) for mlp in sorted(sizes)]
 
 
-def axes_of(layout: Layout, splits: list[Widths]) -> str:
+def axes_of(splits: list[Widths]) -> str:
     """The axes in which splits differ, for a message."""
-    varied = [
-        name for name in ("hidden", "mlp", "groups", "blocks", "tied") if len({split.of(name) for split in splits}) > 1
-    ]
-    return ", ".join(varied)
+    axes = ("hidden", "mlp", "groups", "blocks", "tied")
+    return ", ".join(name for name in axes if len({split.of(name) for split in splits}) > 1)

@@ -30,7 +30,7 @@ def plan_slice(model: StreamedModel, recipe: SliceStep) -> Plan:
     uneven = uneven_line(layout, splits)
     if len(splits) == 1:
         return replace(plan, remark=uneven)
-    remark = f"one of {len(splits)} splits over {axes_of(layout, splits)}, chosen by the loss on held-out windows"
+    remark = f"one of {len(splits)} splits over {axes_of(splits)}, chosen by the loss on held-out windows"
     remark += f"\n{uneven}" if uneven else ""
     whole = [split for split in splits if split.blocks == layout.dense.blocks] or splits
     return replace(plan, changes={}, remark=remark, widths="/".join(dict.fromkeys(split.inside for split in whole)))

@@ -33,10 +33,9 @@ class Shapes:
         """Raises UserError for weights the family does not declare."""
         model = self.model
         model.require_declared("slice")
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
         return [
-            (name, str(model.family.role(name)), name.removeprefix(model.family.blocks + "."), shape)
-            for name, shape in shapes.items()
+            (name, str(model.family.role(name)), name.removeprefix(model.family.blocks + "."), tuple(tensor.shape))
+            for name, tensor in model.model.state_dict().items()
         ]
 
     def of(self, widths: Widths) -> dict[str, Sizes]:
