@@ -148,14 +148,14 @@ def _shots_of(values: dict[str, Setting], source: str) -> list[AnyStep]:
     except ValidationError as error:
         raise _refusal(error, source, Shots) from error
     step = _step(values, source)
-    if shots.shots > 1 and not isinstance(step, PruneStep):
-        raise _error(f"shots are for methods that set weights to zero, not for {step.method}", source)
-    if shots.shots > 1 and isinstance(step, PruneStep) and step.pattern:
-        raise _error("a pattern is pruned in one shot: leave out shots", source)
-    if shots.shots == 1 and "schedule" in given:
-        raise _error("a schedule is of several shots: give shots, too", source)
-    if shots.shots == 1 or not isinstance(step, PruneStep):
+    if shots.shots == 1:
+        if "schedule" in given:
+            raise _error("a schedule is of several shots: give shots, too", source)
         return [step]
+    if not isinstance(step, PruneStep):
+        raise _error(f"shots are for methods that set weights to zero, not for {step.method}", source)
+    if step.pattern:
+        raise _error("a pattern is pruned in one shot: leave out shots", source)
     return [step.model_copy(update={"sparsity": step.sparsity * share}) for share in shots.grown]
 
 
