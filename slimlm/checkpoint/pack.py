@@ -104,7 +104,7 @@ def unpack(source: Path, output: Path, advance: Advance = lambda tensors: None) 
 
 def _refuse_partial(checkpoint: Checkpoint) -> None:
     """Raises UserError for a checkpoint that could not be given back as it is."""
-    if any("/" in file for file in (checkpoint.chosen, *checkpoint.files)) or checkpoint.chosen not in (
+    if any("/" in file for file in checkpoint.files) or checkpoint.chosen not in (
         SINGLE_NAME,
         INDEX_NAME,
     ):

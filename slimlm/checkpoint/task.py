@@ -11,6 +11,7 @@ from slimlm.errors import UserError
 from slimlm.families import FAMILIES
 from slimlm.plain import Json
 
+OF_PARTS = ("text_config", "vision_config", "audio_config")  # of a multimodal model
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 TEXT_PART = (
     'with `whole = AutoModelForImageTextToText.from_pretrained(DIR, dtype="auto"); text = '
@@ -34,7 +35,7 @@ def refuse_other_task(path: Path, values: Mapping[str, Json]) -> None:
         raise UserError(f"{path / CONFIG_NAME}: architectures is {listed!r:.60}, not a list of class names")
     architectures: list[str] = listed
     named = f"{model_type!r}{f' ({architectures[0]})' if architectures else ''}"
-    if isinstance(values.get("text_config"), dict) or _has_other_senses(values):
+    if any(isinstance(values.get(name), dict) for name in OF_PARTS):
         raise UserError(f"{path} is {named}, a multimodal model: {_text_part(values)}")
     if values.get("is_encoder_decoder") is True:
         raise UserError(f"{path} is {named}, an encoder-decoder: slimlm compresses decoder-only language models")
@@ -45,10 +46,6 @@ def refuse_other_task(path: Path, values: Mapping[str, Json]) -> None:
             f"{path} is {named}, a model for another task, whose head slimlm would lose: it compresses causal language "
             "models (...ForCausalLM)"
         )
-
-
-def _has_other_senses(values: Mapping[str, Json]) -> bool:
-    return any(isinstance(values.get(name), dict) for name in ("vision_config", "audio_config"))
 
 
 def _text_part(values: Mapping[str, Json]) -> str:
