@@ -44,10 +44,8 @@ def _by_hand(layout: Layout, recipe: SliceStep, given: dict[str, int]) -> Widths
             raise UserError(f"--widths {name}={width}: the model has {full or 'none that can be changed'}")
         if name in layout.fixed and width != full:
             raise UserError(f"--widths {name}: with --skip it stays as it is, since all blocks are cut alike")
-    blocks = tuple(range(given.get("blocks", len(dense.blocks))))
-    widths = Widths(
-        given.get("hidden", dense.hidden), given.get("mlp", dense.mlp), given.get("groups", dense.groups), blocks, tied
-    )
+    blocks = tuple(range(given.pop("blocks", len(dense.blocks))))
+    widths = replace(dense, **given, blocks=blocks, tied=tied)
     if not recipe.refit and (widths.mlp, widths.groups) != (dense.mlp, dense.groups):
         raise UserError("--widths mlp and groups need the refit that makes up for what goes: leave out --no-refit")
     if blocks != dense.blocks and layout.model.family.numbered:
