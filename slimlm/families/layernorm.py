@@ -56,19 +56,20 @@ STABLELM = replace(
         ({"use_parallel_residual": True}, STABLELM_PARALLEL),
     ),
 )
+UP, DOWN = ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)
 GPT_NEOX = Family(
     model_type="gpt_neox",
     blocks="gpt_neox.layers",
     embeddings=("gpt_neox.embed_in",),
     norms=(
         Norm("input_layernorm", ("attention.query_key_value",), ("attention.dense",)),
-        Norm("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+        Norm("post_attention_layernorm", UP, DOWN),
     ),
     final_norm="gpt_neox.final_layer_norm",
     head="lm_head",
     norm_eps="layer_norm_eps",
     centred=True,
-    mlp=Axis(("intermediate_size",), rows=("mlp.dense_h_to_4h",), columns=("mlp.dense_4h_to_h",)),
+    mlp=Axis(("intermediate_size",), rows=UP, columns=DOWN),
     groups=Axis(("num_attention_heads",), rows=("attention.query_key_value",), columns=("attention.dense",)),
     carrier=Carrier("narrow_gpt_neox", stock=False),
     variants=(({"use_parallel_residual": True}, {"parallel": True}),),
@@ -122,7 +123,6 @@ OPT = Family(
     ),
 )
 FUSED, DENSE = ("self_attention.query_key_value",), ("self_attention.dense",)
-UP, DOWN = ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)
 ONE_NORM = (Norm("input_layernorm", FUSED + UP, DENSE + DOWN),)
 TWO_NORMS = (Norm("input_layernorm", FUSED, DENSE), Norm("post_attention_layernorm", UP, DOWN))
 # The newer of its three layouts has a norm each for attention and MLP, the older one for both or a sequential block.

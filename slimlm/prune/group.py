@@ -23,7 +23,7 @@ from slimlm.prune.masks import Chosen, Mask
 from slimlm.prune.quota import Quota, Quotas
 from slimlm.prune.updates import Update
 from slimlm.ranks import Ranks
-from slimlm.recipe import CurvatureName
+from slimlm.recipe import FISHERS, GRAMS, CurvatureName
 from slimlm.statistics.grams import FEW, firsts, in_turn, input_sums
 from slimlm.statistics.token_gradients import TokenGradients
 
@@ -56,12 +56,12 @@ class Row:
     @property
     def sees_gram(self) -> bool:
         """Whether the inputs' Gram is looked at."""
-        return self.curvature in ("gram", "gram+fisher")
+        return self.curvature in GRAMS
 
     @property
     def sees_fisher(self) -> bool:
         """Whether nothing but gradients is looked at."""
-        return self.curvature in ("fisher", "block-fisher")
+        return self.curvature in FISHERS
 
     @property
     def sees_both(self) -> bool:
