@@ -72,7 +72,7 @@ def compress_command(options: CompressOptions) -> None:
         raise UserError("--private is for --push-to-hub REPO")
     if options.dry_run:
         _dry_run(recipe, options)
-    elif not in_processes(options.num_processes, recipe.steps[0].device, RESUME):
+    else:
         _run(recipe, options, PushSettings, options.verbose)
 
 
@@ -93,9 +93,7 @@ def rotate_command(options: RotateOptions) -> None:
     settings = with_assigned({**options.settings, "method": "rotate"}, options.assignments)
     if "model" not in settings:
         raise UserError("--model is missing: try `slimlm rotate --model llama`")
-    recipe = recipe_of_flags(settings)
-    if not in_processes(options.num_processes, recipe.steps[0].device, RESUME):
-        _run(recipe, options)
+    _run(recipe_of_flags(settings), options)
 
 
 def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
@@ -112,8 +110,10 @@ def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
     return recipe_of_flags(settings)
 
 
-def _run(recipe: Recipe, options: RunSettings, kind: type[RunSettings] = RunSettings, verbose: bool = False) -> None:
+def _run(recipe: Recipe, options: RotateOptions, kind: type[RunSettings] = RunSettings, verbose: bool = False) -> None:
     """kind: the settings among the options that say how the recipe is run."""
+    if in_processes(options.num_processes, recipe.steps[0].device, RESUME):
+        return
     with running(f"interrupted{RESUME}", verbose) as progress:
         from slimlm.stages import compress
 
