@@ -31,10 +31,13 @@ def gathered(block: Block, stream: Stream | None = None) -> dict[str, Tensor]:
         return {}
     seen = sorted({first[name] for name in linears})
     norms = {name: sums.norms() for name, sums in input_sums(block, stream, seen, Squares).items()} if stream else {}
-    of_rows = {name: _energies(weights, name, norms.get(first[name])).sum(1) for name in axis.rows}
-    of_columns = {name: _energies(weights, name, norms.get(first[name])).sum(0) for name in axis.columns}
+    energies = [
+        _energies(weights, name, norms.get(first[name])).sum(summed)
+        for names, summed in ((axis.rows, 1), (axis.columns, 0))
+        for name in names
+    ]
     neurons = block.matrix(axis.columns[0]).shape[1]
-    total = sum(energy.view(-1, neurons).sum(0) for energy in (*of_rows.values(), *of_columns.values()))
+    total = sum(energy.view(-1, neurons).sum(0) for energy in energies)
     assert isinstance(total, Tensor)
     order = total.argsort(descending=True, stable=True)
     moved = {f"{name}.weight": weights[f"{name}.weight"][:, order] for name in axis.columns}
