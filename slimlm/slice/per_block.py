@@ -54,14 +54,14 @@ def plan_per_block(model: StreamedModel, recipe: SliceStep) -> Plan:
         raise UserError("basis: per-block needs biases and gains, which this model has not")
     if model.family.why_not is not None:
         raise UserError(f"this {model.config.model_type!r} cannot be sliced: {model.family.why_not}")
-    if recipe.widths and [set(choice) for choice in recipe.width_choices] != [{"hidden"}]:
-        raise UserError("--widths: with basis per-block only hidden can be changed, to one width")
     hidden, dense = model.config.hidden_size, parameter_count(model.model)
     multiple = recipe.round_to or 8
-    given = recipe.width_choices[0]["hidden"] if recipe.widths else None
-    if given is not None and not 0 < given <= hidden:
-        raise UserError(f"--widths hidden={given}: the model has {hidden}")
-    if given:
+    if recipe.widths:
+        if [set(choice) for choice in recipe.width_choices] != [{"hidden"}]:
+            raise UserError("--widths: with basis per-block only hidden can be changed, to one width")
+        given = recipe.width_choices[0]["hidden"]
+        if given > hidden:
+            raise UserError(f"--widths hidden={given}: the model has {hidden}")
         return _plan(model, given, recipe)
 
     def removed(width: int) -> float:
