@@ -76,13 +76,10 @@ def _in_memory(
             result.output_dir, dtype="auto", trust_remote_code=result.manifest["needs_remote_code"]
         )
     found.config.name_or_path = model.config.name_or_path  # the directory it came from is gone
-    found.slimlm = {**result.manifest, "model": {**result.manifest["model"], "name": _name_of(model), "path": None}}
+    name = str(model.config.name_or_path or type(model).__name__)
+    found.slimlm = {**result.manifest, "model": {**result.manifest["model"], "name": name, "path": None}}
     moved: PreTrainedModel = found.to(model.device).eval()
     return moved
-
-
-def _name_of(model: PreTrainedModel) -> str:
-    return str(model.config.name_or_path or type(model).__name__)
 
 
 def _data_at(dataset: Data, place: Path) -> str:
