@@ -48,12 +48,12 @@ def _by_hand(layout: Layout, recipe: SliceStep, given: dict[str, int]) -> Widths
     widths = replace(dense, **given, blocks=blocks, tied=tied)
     if not recipe.refit and (widths.mlp, widths.groups) != (dense.mlp, dense.groups):
         raise UserError("--widths mlp and groups need the refit that makes up for what goes: leave out --no-refit")
-    if blocks != dense.blocks and layout.model.family.numbered:
+    if blocks != dense.blocks and layout.family.numbered:
         raise UserError("--widths blocks: what a block of this model computes depends on its number")
     if widths.mlp != dense.mlp and widths.mlp % layout.mlp_divisor:
         raise UserError(f"--widths mlp={widths.mlp}: experts' width is a multiple of {layout.mlp_divisor}")
     divisor = layout.divisor(widths.groups)
-    if widths.hidden != dense.hidden and not layout.model.family.rotates:
+    if widths.hidden != dense.hidden and not layout.family.rotates:
         raise UserError(
             f"--widths hidden={widths.hidden}: hidden_size stays {dense.hidden}, as {layout.model.why_not_rotated}"
         )
@@ -65,7 +65,7 @@ def _by_hand(layout: Layout, recipe: SliceStep, given: dict[str, int]) -> Widths
 def _nearest(shapes: Shapes, recipe: SliceStep) -> str:
     """How near one can come, as a hint."""
     layout = shapes.layout
-    if not layout.model.family.rotates and not recipe.refit:
+    if not layout.family.rotates and not recipe.refit:
         why = layout.model.why_not_rotated
         return f"{why}; what is left to cut needs the refit that makes up for it: leave out --no-refit"
     near: list[Widths] = []
@@ -131,7 +131,7 @@ def _splits(shapes: Shapes, sparsity: float, granule: int) -> Iterator[Widths]:
 def _stacks(layout: Layout, sparsity: float, granule: int) -> Iterator[tuple[int, int, int]]:
     """Blocks, key/value groups and hidden_size that a split may leave."""
     dense, blocks = layout.dense, len(layout.dense.blocks)
-    whole = layout.model.family.numbered or "blocks" in layout.fixed
+    whole = layout.family.numbered or "blocks" in layout.fixed
     least = blocks if whole else max(1, math.ceil(blocks * (1 - sparsity)))
     fewest = dense.groups if "groups" in layout.fixed else 1
     can_narrow = narrows(layout)

@@ -74,7 +74,7 @@ def _leave_out_blocks(layout: Layout, config: PretrainedConfig, blocks: tuple[in
 def narrows(layout: Layout) -> bool:
     """Whether hidden_size can be cut: the stream can be rotated, and the config's class allows for it."""
     narrower = replace(layout.dense, hidden=math.lcm(8, layout.divisor(layout.dense.groups)))
-    return layout.model.family.rotates and "hidden" not in layout.fixed and refused(config_of(layout, narrower)) is None
+    return layout.family.rotates and "hidden" not in layout.fixed and refused(config_of(layout, narrower)) is None
 
 
 def plan_widths(shapes: Shapes, widths: Widths, dtype: str) -> Plan:

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from slimlm.families import FAMILIES, Axis, Carrier
+from slimlm.families import FAMILIES, Axis, Carrier, Family
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
 
@@ -55,6 +55,11 @@ class Layout:
     model: StreamedModel
     turns: bool = False
 
+    @property
+    def family(self) -> Family:
+        """The model's."""
+        return self.model.family
+
     @cached_property
     def fixed(self) -> frozenset[str]:
         """Axes that cannot be cut, for modules that are to stay as they are: all blocks are cut alike."""
@@ -84,25 +89,25 @@ class Layout:
     @property
     def ties_rotated(self) -> bool:
         """Whether one table can serve a rotated stream and its head: not with a norm in it that the head has not."""
-        return self.model.head_is_tied and self.model.family.embedding_norm is None
+        return self.model.head_is_tied and self.family.embedding_norm is None
 
     def folds(self, widths: Widths) -> bool:
         """Whether the embedding's norm goes into its table."""
-        return self.model.family.embedding_norm is not None and not self.stays(widths)
+        return self.family.embedding_norm is not None and not self.stays(widths)
 
     @cached_property
     def is_even(self) -> bool:
         """Whether the final norm scales all directions alike, and adds nothing."""
-        if self.model.family.centred:
+        if self.family.centred:
             return False
-        gain = self.model.checkpoint_tensor(f"{self.model.family.final_norm}.weight")
+        gain = self.model.checkpoint_tensor(f"{self.family.final_norm}.weight")
         return bool((gain == gain[0]).all())
 
     @property
     def axes(self) -> dict[str, Axis]:
         """What can be deleted inside a block, by name."""
-        family = self.model.family
-        return {name: axis for name, axis in (("mlp", family.mlp), ("groups", family.groups)) if axis is not None}
+        axes = {"mlp": self.family.mlp, "groups": self.family.groups}
+        return {name: axis for name, axis in axes.items() if axis is not None}
 
     @cached_property
     def dense(self) -> Widths:
@@ -130,7 +135,7 @@ class Layout:
 
         They do where as large a share of the heads goes as of the stream.
         """
-        carrier, dense = self.model.family.carrier, self.dense
+        carrier, dense = self.family.carrier, self.dense
         if carrier is None or self.folds(widths):
             return carrier
         in_proportion = widths.hidden * dense.groups == dense.hidden * widths.groups
@@ -144,17 +149,17 @@ class Layout:
 
     def divisor(self, groups: int) -> int:
         """What hidden_size must be a multiple of."""
-        if self.model.family.experts:
+        if self.family.experts:
             return GROUPED
-        carrier = self.model.family.carrier
-        if not self.model.family.heads or (carrier and not FAMILIES[carrier.model_type].heads):
+        carrier = self.family.carrier
+        if not self.family.heads or (carrier and not FAMILIES[carrier.model_type].heads):
             return 1
-        heads: int = getattr(self.model.config, self.model.family.heads)
+        heads: int = getattr(self.model.config, self.family.heads)
         return heads * groups // self.dense.groups if self.dense.groups else heads
 
     def attention(self, groups: int) -> int:
         """Inputs of the linear behind attention, with so many key/value groups."""
-        axis = self.model.family.groups
+        axis = self.family.groups
         return self._inputs_of(axis) // self.dense.groups * groups if axis else 0
 
     def _rows(self, widths: Widths) -> dict[str, int]:
@@ -175,4 +180,4 @@ class Layout:
     @property
     def mlp_divisor(self) -> int:
         """What the MLP's width must be a multiple of."""
-        return GROUPED if self.model.family.experts else 1
+        return GROUPED if self.family.experts else 1
