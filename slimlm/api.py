@@ -78,8 +78,7 @@ def _in_memory(
     found.config.name_or_path = model.config.name_or_path  # the directory it came from is gone
     name = str(model.config.name_or_path or type(model).__name__)
     found.slimlm = {**result.manifest, "model": {**result.manifest["model"], "name": name, "path": None}}
-    moved: PreTrainedModel = found.to(model.device).eval()
-    return moved
+    return found.to(model.device).eval()
 
 
 def _data_at(dataset: Data, place: Path) -> str:

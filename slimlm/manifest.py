@@ -47,8 +47,7 @@ def fingerprint_of(job: Job, ranks: Ranks) -> Fingerprint:
     own = [*job.model.checkpoint.sizes.values(), job.windows.sha256 if job.windows else None]
     if any(other != own for other in ranks.gather(own)):
         raise UserError("the processes of this run read different models or calibration data: give all the same")
-    found: Fingerprint = ranks.decided(lambda: _fingerprint(job, hashes, ranks.size))
-    return found
+    return ranks.decided(lambda: _fingerprint(job, hashes, ranks.size))
 
 
 def _fingerprint(job: Job, hashes: Mapping[str, str], count: int) -> Fingerprint:
