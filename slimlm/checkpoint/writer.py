@@ -83,18 +83,19 @@ class CheckpointWriter:
         Raises ValueError for another shape than planned, RunFailure for NaN or Inf in that dtype and on a full disk.
         """
         place = self.places[name]
+        planned = (place.shape or (1,))[0]
         digest = hashlib.sha256()
         rows = 0
         with disk_errors(place.path), place.path.open("r+b") as file:
             file.seek(place.offset)
             for chunk in [tensor] if isinstance(tensor, Tensor) else tensor:
                 rows += chunk.shape[0] if chunk.ndim else 1
-                if chunk.shape[1:] != place.shape[1:] or rows > (place.shape or (1,))[0]:
+                if chunk.shape[1:] != place.shape[1:] or rows > planned:
                     raise ValueError(f"tensor {name} has shape {list(chunk.shape)}, planned {list(place.shape)}")
                 data = bytes_of(self._cast(name, chunk))
                 file.write(data)
                 digest.update(data)
-        if rows != (place.shape or (1,))[0]:
+        if rows != planned:
             raise ValueError(f"tensor {name} has {rows} rows, planned {list(place.shape)}")
         self.missing.discard(name)
         return digest.hexdigest()

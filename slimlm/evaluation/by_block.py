@@ -28,8 +28,8 @@ def has_no_room(path: Path, settings: EvalSettings, ranks: Ranks) -> bool:
     is_known = load_config(path, settings.trust_remote_code).model_type in FAMILIES
     if settings.tasks or settings.device_map or not is_known:
         return False
-    sharing = ranks.gather((ranks.host, str(ranks.device))).count((ranks.host, str(ranks.device)))
-    wanted = HEADROOM * sharing * Checkpoint(path).elements * _dtype(path, settings).itemsize
+    place = ranks.host, str(ranks.device)
+    wanted = HEADROOM * ranks.gather(place).count(place) * Checkpoint(path).elements * _dtype(path, settings).itemsize
     room = available_memory(ranks.device)
     return any(ranks.gather(wanted > room.get("gpu", room["host"])))
 

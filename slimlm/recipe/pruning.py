@@ -165,12 +165,10 @@ class PruneStep(Step):
     @classmethod
     def _sparsity_of_pattern(cls, values: Json) -> Json:
         """A pattern says how sparse; a sparsity given beside it must be the same."""
-        pattern = values.get("pattern") if isinstance(values, Mapping) else None
-        if (
-            pattern is None
-            or not isinstance(values, Mapping)
-            or (isinstance(pattern, str) and re.fullmatch(TILE, pattern))
-        ):
+        if not isinstance(values, Mapping):
+            return values
+        pattern = values.get("pattern")
+        if pattern is None or (isinstance(pattern, str) and re.fullmatch(TILE, pattern)):
             return values
         if not isinstance(pattern, str) or not re.fullmatch(PATTERN, pattern):
             raise ValueError(f"pattern {pattern!r} is neither N:M, as in 2:4, nor tiles of RxC, as in 16x16")
