@@ -9,7 +9,7 @@ from torch import Tensor
 from slimlm.errors import UserError
 from slimlm.evaluation.perplexity import LogLikelihood
 from slimlm.model.ends import embed, nll
-from slimlm.model.hidden import HiddenStates, InMemory
+from slimlm.model.hidden import HiddenStates
 from slimlm.model.stream import Stream
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import walk
@@ -67,7 +67,7 @@ def compare_streamed(
         raise UserError(
             f"models of {len(dense.blocks)} and {len(compressed.blocks)} blocks cannot be compared by block"
         )
-    places = hidden or (InMemory(), InMemory())
+    places = hidden or (None, None)
     streams = embed(dense, batches, places[0], ranks), embed(compressed, batches, places[1], ranks)
     length = batches[0].shape[1]
     errors: list[float] = []

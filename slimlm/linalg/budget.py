@@ -42,9 +42,8 @@ class LossCurve:
         cls, losses: Sequence[tuple[int, Annotated[Tensor, "windows"]]], before: Annotated[Tensor, "windows"]
     ) -> "LossCurve":
         """From the loss of each window, with so many units removed and with none."""
-        rises = [rise_of(loss, before) for _, loss in losses]
-        points = [(units, rise) for (units, _), (rise, _) in zip(losses, rises, strict=True)]
-        return cls(points, [error for _, error in rises])
+        rises = [(units, *rise_of(loss, before)) for units, loss in losses]
+        return cls([(units, rise) for units, rise, _ in rises], [error for *_, error in rises])
 
     def scaled(self, factor: float) -> "LossCurve":
         """The curve of so many times the loss."""
