@@ -10,6 +10,7 @@ from slimlm.errors import UserError, nearest, one_line
 from slimlm.plain import Json
 from slimlm.recipe import SELF
 
+Document = str | list[int]  # text, or tokens
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 HUB_SHORT_NAMES: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},  # one row a line
@@ -20,7 +21,7 @@ HUB_SHORT_NAMES: dict[str, dict[str, Any]] = {
 JOINED = ("wikitext2",)  # the rows, in order and with blank lines between them, are one document, as everyone has it
 
 
-def documents_of(dataset: str, path: Path, text_column: str, seed: int) -> Iterator[str | list[int]]:
+def documents_of(dataset: str, path: Path, text_column: str, seed: int) -> Iterator[Document]:
     """Documents of a source, a local file's shuffled by the seed. Raises UserError for one that cannot be read."""
     if path.is_file():
         documents = [document for document in _local_documents(path, text_column) if document]
@@ -34,7 +35,7 @@ def documents_of(dataset: str, path: Path, text_column: str, seed: int) -> Itera
     return iter(["\n\n".join(str(row) for row in rows)]) if dataset in JOINED else rows
 
 
-def _local_documents(path: Path, text_column: str) -> list[str | list[int]]:
+def _local_documents(path: Path, text_column: str) -> list[Document]:
     reader = _FILE_READERS.get(path.suffix)
     if reader is None:
         raise UserError(f"calibration file {path} is none of {', '.join(sorted([*_FILE_READERS, '.npy']))}")
@@ -44,23 +45,23 @@ def _local_documents(path: Path, text_column: str) -> list[str | list[int]]:
         raise UserError(f"calibration file {path} cannot be read: {one_line(error)}") from error
 
 
-def _read_text(path: Path, text_column: str) -> list[str | list[int]]:
-    return split_documents(path.read_text(encoding="utf-8"))
+def _read_text(path: Path, text_column: str) -> list[Document]:
+    return [*split_documents(path.read_text(encoding="utf-8"))]
 
 
-def split_documents(text: str) -> list[str | list[int]]:
+def split_documents(text: str) -> list[str]:
     """Documents of a plain text, separated by lines that hold only `<|endoftext|>`; one where there are none."""
     documents = ("\n" + text + "\n").split(f"\n{DOCUMENT_SEPARATOR}\n")
     return [document.strip("\n") for document in documents if document.strip()]
 
 
-def _read_jsonl(path: Path, text_column: str) -> list[str | list[int]]:
+def _read_jsonl(path: Path, text_column: str) -> list[Document]:
     with path.open(encoding="utf-8") as file:
         rows = (json.loads(line) for line in file if line.strip())
         return [_row_content(row, text_column, str(path)) for row in rows]
 
 
-def _read_parquet(path: Path, text_column: str) -> list[str | list[int]]:
+def _read_parquet(path: Path, text_column: str) -> list[Document]:
     import pyarrow.parquet
 
     columns = pyarrow.parquet.read_schema(path).names
@@ -71,21 +72,21 @@ def _read_parquet(path: Path, text_column: str) -> list[str | list[int]]:
     return [_checked(content, column, str(path)) for content in table.column(column).to_pylist()]
 
 
-_FILE_READERS: dict[str, Callable[[Path, str], list[str | list[int]]]] = {
+_FILE_READERS: dict[str, Callable[[Path, str], list[Document]]] = {
     ".txt": _read_text,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
 
 
-def _row_content(row: Json, text_column: str, source: str) -> str | list[int]:
+def _row_content(row: Json, text_column: str, source: str) -> Document:
     if not isinstance(row, dict) or (text_column not in row and "input_ids" not in row):
         raise _no_column(text_column, row if isinstance(row, dict) else [], source)
     column = text_column if text_column in row else "input_ids"
     return _checked(row[column], column, source)
 
 
-def _checked(content: Json, column: str, source: str) -> str | list[int]:
+def _checked(content: Json, column: str, source: str) -> Document:
     """A text or a list of tokens; a missing value is an empty text."""
     if content is None:
         return ""
@@ -131,7 +132,7 @@ def _load_hub(dataset: str, seed: int) -> Any:
 
 def _dataset_rows(
     dataset: str, rows: Iterable[Json] | Mapping[str, Iterable[Json]], text_column: str
-) -> Iterator[str | list[int]]:
+) -> Iterator[Document]:
     """Rows of a datasets.Dataset, or of the one or train split of a DatasetDict."""
     if isinstance(rows, Mapping):
         rows = rows["train"] if "train" in rows else next(iter(rows.values()))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimlm.calibration.sources import documents_of
+from slimlm.calibration.sources import Document, documents_of
 from slimlm.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _cut(pool: Tensor, num_windows: int, length: int, seed: int, source: str) ->
     return grid[order[:num_windows].sort().values].contiguous()
 
 
-def _tokenised(documents: Iterable[str | list[int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def _tokenised(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     for document in documents:
         if isinstance(document, str):
             yield tokenizer(document, add_special_tokens=False, verbose=False).input_ids

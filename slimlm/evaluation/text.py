@@ -74,7 +74,7 @@ def load_test_windows(
 
 def _read_documents(path: Path) -> list[str]:
     try:
-        return [str(document) for document in split_documents(path.read_text(encoding="utf-8"))]
+        return split_documents(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"test text {path} cannot be read: {reason}") from error
