@@ -13,6 +13,8 @@ from slimlm.slice.widths import Layout, Widths
 
 _RESIDUAL_AXIS = {"embedding": -1, "norm": 0, "reader": -1, "writer": -2, "final_norm": 0, "head": -1}
 Sizes = tuple[int, ...]
+Powers = tuple[int, int, int]  # of hidden, mlp and groups
+Polynomial = dict[Powers, int]  # how many parameters go with which
 Shape = tuple[str, str, str, Sizes]  # name, role, module within its block, sizes
 
 
@@ -101,12 +103,12 @@ class Shapes:
         return [entry for entry in self._dense_shapes if entry[0] == entry[2]]
 
     @cached_property
-    def _polynomials(self) -> dict[tuple[int, ...], dict[tuple[int, int, int], int]]:
+    def _polynomials(self) -> dict[tuple[int, ...], Polynomial]:
         return {}
 
-    def _polynomial(self, blocks: tuple[int, ...]) -> dict[tuple[int, int, int], int]:
+    def _polynomial(self, blocks: tuple[int, ...]) -> Polynomial:
         """Parameters inside some blocks, by powers of hidden, MLP and groups."""
-        total: Counter[tuple[int, int, int]] = Counter()
+        total: Counter[Powers] = Counter()
         for kind, count in Counter(picked(self._kinds, blocks)).items():
             total.update({powers: count * one for powers, one in self._corners[kind].items()})
         return {powers: count for powers, count in total.items() if count}
@@ -125,9 +127,9 @@ class Shapes:
         return {kind: inside[str(self._kinds.index(kind))] for kind in self._kinds}
 
     @cached_property
-    def _corners(self) -> dict[Kind, dict[tuple[int, int, int], int]]:
+    def _corners(self) -> dict[Kind, Polynomial]:
         """Parameters of each kind of block as a polynomial, no power above one, in hidden, MLP and groups."""
-        found: dict[Kind, dict[tuple[int, int, int], int]] = {}
+        found: dict[Kind, Polynomial] = {}
         for kind, entries in self._of_kind.items():
             values = {
                 (h, m, g): sum(math.prod(self._shape_of(entry, Widths(h, m, g, ()))) for entry in entries)
