@@ -25,7 +25,7 @@ from slimlm.errors import RunFailure
 from slimlm.families import Norm
 from slimlm.fit.ridge import ridge
 from slimlm.linalg.gram import is_wide
-from slimlm.linalg.regression import Add, Regression, Rows, held_out, keeps_rows
+from slimlm.linalg.regression import Add, Regression, Rows, held_out, judging, keeps_rows
 from slimlm.linalg.ridge import GUESS, Fit
 from slimlm.model.block import Block
 from slimlm.model.hidden import HiddenStates
@@ -52,8 +52,9 @@ class Pair:
     """The dense model and the compressed one, and their `streams`, whose figures have the strengths of the ridge by
     linear or norm. basis: [hidden, width], fp32.
 
-    between: for the dense stream behind a writer, which the next norm in the block reads. dtype: to write in; as the
-    compressed model has its weights.
+    between: for the dense stream behind a writer, which the next norm in the block reads. judges: whether some windows
+    are kept from regressions, to judge by what comes after. dtype: to write in; as the compressed model has its
+    weights.
     """
 
     dense: StreamedModel
@@ -61,6 +62,7 @@ class Pair:
     basis: Tensor
     streams: Streams
     between: HiddenStates
+    judges: bool = False
     dtype: str = "auto"
 
     @property
@@ -71,13 +73,26 @@ class Pair:
     @cached_property
     def held_of_all(self) -> list[Tensor]:
         """Per batch, which of its windows are held out: [windows] bool, on the CPU."""
-        counts = self.deal.ranks.chained([len(batch) for batch in self.streams["dense"].tokens])
-        return list(held_out(sum(counts)).split(counts))
+        return self._by_batch(held_out)
 
     @cached_property
     def held(self) -> list[Tensor]:
         """The same of this rank's: [windows] bool."""
         return [held.to(self.dense.device) for held in self.deal.pick(self.held_of_all)]
+
+    @cached_property
+    def judging_of_all(self) -> list[Tensor]:
+        """Per batch, which of its windows [windows] bool, on the CPU, no regression sees: none of too few."""
+        return self._by_batch(lambda count: judging(count) & self.judges)
+
+    @cached_property
+    def seen(self) -> list[Tensor]:
+        """By how much tokens of this rank's windows count in regressions: [windows, 1], 0 or 1."""
+        return [(~judging).float()[:, None].to(self.dense.device) for judging in self.deal.pick(self.judging_of_all)]
+
+    def _by_batch(self, chosen: Callable[[int], Tensor]) -> list[Tensor]:
+        counts = self.deal.ranks.chained([len(batch) for batch in self.streams["dense"].tokens])
+        return list(chosen(sum(counts)).split(counts))
 
     def regression(self, inputs: int, outputs: int, show: Callable[[AddOf], None]) -> Regression:
         """What `show` gives to functions like `Regression.add`, asked for by the number of a batch: of all ranks for
@@ -213,7 +228,7 @@ class BlockPair:
                     else:
                         dense = self.dense.inputs(self.pair.streams["dense"], number, [seen])[seen]
                     small = self.small.inputs(self.pair.streams["small"], number, [seen])
-                    add_of(number)(small[seen], dense, held, None)
+                    add_of(number)(small[seen], dense, held, self.pair.seen[number].expand(dense.shape[:2]))
 
         return self.pair.regression(width, hidden, show)
 
@@ -235,7 +250,7 @@ class BlockPair:
                         wanted = (wanted - before) / small.residual_scale
                     if f"{name}.bias" in tensors:
                         wanted = wanted - tensors[f"{name}.bias"].to(wanted)
-                    add_of(number)(x, wanted, held, weight)
+                    add_of(number)(x, wanted, held, weight * self.pair.seen[number])
 
         return self.pair.regression(tensors[f"{name}.weight"].shape[1], self.pair.basis.shape[1], show)
 

@@ -7,7 +7,7 @@ with the whole block, towards the dense stream behind it:
 
 x' being the compressed stream, what went wrong before is repaired as far as the block can (BRECQ, arXiv 2102.05426,
 reconstructs block by block for rounding, from the dense stream). Tokens are weighed as the next norm does. Windows that
-are held out say which epoch's weights stay, or that the closed form's do.
+neither has seen say which epoch's weights stay, or that the closed forms do.
 """
 
 import math
@@ -36,7 +36,7 @@ Few = tuple[int, Tensor]  # number of one of this rank's batches, and numbers of
 class Refiner:
     """How blocks are refined.
 
-    epochs: over the windows that are not held out. seed: of their order. keeps_zeros: whether zeros of matrices stay.
+    epochs: over the windows that do not judge. seed: of their order. keeps_zeros: whether zeros of matrices stay.
     """
 
     epochs: int
@@ -44,8 +44,8 @@ class Refiner:
     keeps_zeros: bool = False
 
     def refine(self, block: BlockPair) -> None:
-        """Change a block's `tensors` to what is better on the windows that are held out, if anything is. The dense
-        stream is behind the block."""
+        """Change a block's `tensors` to what is better on the windows that judge, if anything is. The dense stream is
+        behind the block."""
         if self.epochs:
             _Descent(block, self).run()
 
@@ -56,6 +56,8 @@ class _Descent:
     def __init__(self, block: BlockPair, how: Refiner) -> None:
         self.block, self.how = block, how
         self.pair, self.ranks = block.pair, block.pair.deal.ranks
+        judging, held = self.pair.judging_of_all, self.pair.held_of_all
+        self.judging = judging if any(batch.any() for batch in judging) else held
 
     def run(self) -> None:
         """Leave the best weights there were in the block's tensors."""
@@ -109,12 +111,12 @@ class _Descent:
     def _few_of(self, lane: int, numbers: range, epoch: int) -> list[Few]:
         """Windows of a lane's batches, in an order of the epoch's own, as many at a time as make a batch with those of
         the other lanes."""
-        held, deal, few = self.pair.held_of_all, self.pair.deal, list[Few]()
-        size = max(1, max(map(len, held)) // len(deal.lanes))
+        judging, deal, few = self.judging, self.pair.deal, list[Few]()
+        size = max(1, max(map(len, judging)) // len(deal.lanes))
         generator = torch.Generator()
         generator.manual_seed(seed_of(seed_of(seed_of(self.how.seed, self.block.dense.index), epoch), lane))
         for number in numbers:
-            learned = (~held[number]).nonzero().flatten()
+            learned = (~judging[number]).nonzero().flatten()
             mixed = learned[torch.randperm(len(learned), generator=generator)]
             few += [(number - deal.mine.start, part) for part in mixed.split(size) if len(part)]
         return [few[index] for index in torch.randperm(len(few), generator=generator).tolist()]
@@ -148,12 +150,12 @@ class _Descent:
         return (error.square().mean(-1) * weight).sum(), weight.numel()
 
     def _error(self, tensors: dict[str, Tensor]) -> float:
-        """Of a token of the windows that are held out, relative to the dense stream, with these tensors."""
+        """Of a token of the windows that judge, relative to the dense stream, with these tensors."""
         own = list[tuple[float, int]]()
         with self.block.small.placed(tensors):
-            for number, held in enumerate(self.pair.deal.pick(self.pair.held_of_all)):
-                if held.any():
-                    total, tokens = self._loss(number, held.nonzero().flatten())
+            for number, judges in enumerate(self.pair.deal.pick(self.judging)):
+                if judges.any():
+                    total, tokens = self._loss(number, judges.nonzero().flatten())
                     own.append((float(total), tokens))
         return self.ranks.mean(own)
 

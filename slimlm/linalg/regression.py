@@ -13,6 +13,7 @@ from slimlm.linalg.gram import Sums, add_products, gram_dtype
 WIDEST = 4096  # inputs above which second moments of held-out tokens are not kept
 HELD_ELEMENTS = 1 << 24  # of the inputs of held-out tokens, kept as they are instead
 HELD_EVERY = 5
+JUDGING_EVERY = 3 * HELD_EVERY
 ROWS = 256  # at a time, of half a symmetric matrix
 Batch = Annotated[Tensor, "batch time", int]  # of windows' tokens
 
@@ -20,6 +21,11 @@ Batch = Annotated[Tensor, "batch time", int]  # of windows' tokens
 def held_out(windows: int, start: int = 0) -> Annotated[Tensor, "{windows}", bool]:
     """Which of `windows` calibration windows, the first being number `start` of all, are held out: every fifth."""
     return torch.arange(start, start + windows) % HELD_EVERY == HELD_EVERY - 1
+
+
+def judging(windows: int) -> Annotated[Tensor, "{windows}", bool]:
+    """Which of those held out no fit is to see in the end either, since they judge between it and another: a third."""
+    return torch.arange(windows) % JUDGING_EVERY == JUDGING_EVERY - 1
 
 
 def learn_and_test(batches: Sequence[Batch], most: int) -> tuple[list[Batch], list[Batch]]:

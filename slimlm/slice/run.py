@@ -178,8 +178,9 @@ def _refit_blocks(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Pla
         return block.index not in becomes or result.written(becomes[block.index].path)
 
     streams = run.streams("refit", {"dense": model, "small": small}, leading(model, is_whole))
-    pair = Pair(model, small, basis.to(model.device), streams, run.scratch.hidden("between"))
-    refit = Refit(layout, widths, pair, Refiner(run.recipe.refine, run.recipe.seed))
+    refiner = Refiner(run.recipe.refine, run.recipe.seed)
+    pair = Pair(model, small, basis.to(model.device), streams, run.scratch.hidden("between"), bool(refiner.epochs))
+    refit = Refit(layout, widths, pair, refiner)
     for dense in run.walk("refitting", streams):
         if dense.index in becomes:
             block = becomes[dense.index]

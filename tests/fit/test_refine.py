@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from slimlm.fit import refine
-from slimlm.linalg.regression import held_out
+from slimlm.linalg.regression import judging
 from slimlm.model.skip import skipping
+from slimlm.run import Outcome
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.families.configs import family_config
 from tests.helpers import inputs_of, run, stock
@@ -17,44 +18,57 @@ SLICE = {"method": "slice", "widths": "mlp=32"}
 
 
 def error_by_hand(dense: Path, small: Path, tokens: torch.Tensor) -> float:
-    """Of the first block's output on the windows that are held out, relative to the dense one's."""
-    held = tokens[held_out(len(tokens))]
+    """Of the first block's output on the windows that judge, relative to the dense one's."""
+    held = tokens[judging(len(tokens))]
     (wanted,), (found,) = (inputs_of(stock(path), held, ["model.layers.1.input_layernorm"]) for path in (dense, small))
     wanted, found = wanted.flatten(0, -2).double(), found.flatten(0, -2).double()
     scale = wanted.square().mean(-1) + stock(dense).config.rms_norm_eps
     return float(((found - wanted).square().mean(-1) / scale).mean())
 
 
-def test_the_first_block_gets_better_on_held_out_windows_by_what_is_said(tmp_path: Path):
+def closed(tokens: torch.Tensor, path: Path, into: Path, **step: object) -> dict[str, torch.Tensor]:
+    """A run whose refinement beats nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refine, "RATE", 3.0)
+        tensors, outcome, _ = run(stream(path), tokens, into, **step, refine=2)
+    assert set(by_block(outcome).values()) == {1.0}
+    return tensors
+
+
+def by_block(outcome: Outcome) -> dict[str, float]:
+    found: dict[str, float] = outcome.notes.get("refit", outcome.notes)["refined"]
+    return found
+
+
+def test_the_first_block_gets_better_on_windows_that_nothing_saw_by_what_is_said(tmp_path: Path):
     path, tokens = build_tiny(CONFIGS["llama"], tmp_path / "dense"), random_tokens(200, 32)
-    errors = []
-    for epochs in (0, 8):
-        _, outcome, _ = run(stream(path), tokens, tmp_path / str(epochs), **SLICE, refine=epochs)
-        errors.append(error_by_hand(path, tmp_path / str(epochs) / "model", tokens))
-    said = outcome.notes["refit"]["refined"]
-    assert errors[1] < 0.97 * errors[0]
-    assert said["0"] == pytest.approx(errors[1] / errors[0], rel=1e-3)
+    closed(tokens, path, tmp_path / "closed", **SLICE)
+    _, outcome, _ = run(stream(path), tokens, tmp_path / "refined", **SLICE, refine=8)
+    before, after = (error_by_hand(path, tmp_path / name / "model", tokens) for name in ("closed", "refined"))
+    said = by_block(outcome)
+    assert after < 0.97 * before
+    assert said["0"] == pytest.approx(after / before, rel=1e-3)
     assert len(said) == 3
     assert max(said.values()) <= 1
 
 
-def test_the_closed_form_stays_where_it_is_not_beaten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(refine, "RATE", 3.0)
+@pytest.mark.parametrize("step", [SLICE, {"method": "slimlm", "sparsity": 0.5}])
+def test_no_closed_form_sees_the_windows_that_judge(tmp_path: Path, step: dict[str, object]):
     path, tokens = build_tiny(CONFIGS["llama"], tmp_path / "dense"), random_tokens(40, 16)
-    plain, *_ = run(stream(path), tokens, tmp_path / "plain", **SLICE)
-    refined, outcome, _ = run(stream(path), tokens, tmp_path / "refined", **SLICE, refine=2)
-    assert all(torch.equal(refined[name], tensor) for name, tensor in plain.items())
-    assert set(outcome.notes["refit"]["refined"].values()) == {1.0}
+    others = torch.where(judging(len(tokens))[:, None], random_tokens(40, 16, seed=2), tokens)
+    first = closed(tokens, path, tmp_path / "first", **step)
+    second = closed(others, path, tmp_path / "second", **step)
+    assert not torch.equal(tokens, others)
+    blocks = [name for name in first if ".layers." in name]
+    assert blocks
+    assert all(torch.equal(first[name], second[name]) for name in blocks)
 
 
 @pytest.mark.parametrize("pattern", [{"sparsity": 0.5}, {"pattern": "2:4"}])
 def test_zeros_stay_and_what_is_left_moves(tmp_path: Path, pattern: dict[str, object]):
     path, tokens = build_tiny(CONFIGS["llama-biased"], tmp_path / "dense"), random_tokens(200, 32)
-    runs = [
-        run(stream(path), tokens, tmp_path / str(epochs), method="slimlm", **pattern, refine=epochs)
-        for epochs in (0, 4)
-    ]
-    (plain, _, _), (refined, outcome, _) = runs
+    plain = closed(tokens, path, tmp_path / "closed", method="slimlm", **pattern)
+    refined, outcome, _ = run(stream(path), tokens, tmp_path / "refined", method="slimlm", **pattern, refine=4)
     assert outcome.zeros == pytest.approx(0.5, abs=1e-3)
     name = "model.layers.0.mlp.down_proj.weight"  # later blocks see another stream
     assert torch.equal(plain[name] == 0, refined[name] == 0)
