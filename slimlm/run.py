@@ -168,15 +168,17 @@ class Run(Generic[S]):
     def streams(self, name: str, models: Mapping[str, StreamedModel], whole: int | None = None) -> Streams:
         """Streams for the calibration's batches through models, by label, at the first block or where an earlier
         process left off, unless that is beyond the `whole` leading blocks whose results are known to be intact."""
-        hidden = {label: self.scratch.resumable(f"{name}-{label}") for label in models}
         record = self.journal.last(f"streams {name}")
+        how = self.journal, self.result.settle, self.scratch.means.saver
         if record is not None and (whole is None or record["block"] < whole):
+            hidden = {label: self.scratch.resumable(f"{name}-{label}") for label in models}
             started = {label: self._embed(model, Forgotten()) for label, model in models.items()}
-            found = Streams(name, started, self.journal, self.result.settle, self.scratch.means.saver)
+            found = Streams(name, started, *how)
             if found.load(record, {label: (hidden[label], model.dtype) for label, model in models.items()}):
                 for label, stream in started.items():
                     stream.hidden = hidden[label]
                 return found
-            hidden = {label: self.scratch.resumable(f"{name}-{label}") for label in models}
-        started = {label: self._embed(model, hidden[label]) for label, model in models.items()}
-        return Streams(name, started, self.journal, self.result.settle, self.scratch.means.saver)
+        begun = {
+            label: self._embed(model, self.scratch.resumable(f"{name}-{label}")) for label, model in models.items()
+        }
+        return Streams(name, begun, *how)

@@ -265,7 +265,7 @@ class Scratch:
 
     def hidden(self, name: str) -> Spilled:
         """Hidden states that `clear` lets go of, for stages that start over when they are interrupted."""
-        return Spilled(self.directory / f"scratch-{name}", self.device, self.means)
+        return self.resumable(f"scratch-{name}")
 
     def resumable(self, name: str) -> Spilled:
         """Hidden states that another process can take over."""

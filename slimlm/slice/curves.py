@@ -127,14 +127,15 @@ class CutStreams:
         model = self.layout.model
         if cut.axis == "tied":
             gain = tied_gain(model).to(model.device, model.dtype)
-            for number, hidden in enumerate(stream.hidden):
-                stream.hidden.replace(number, hidden * gain)
-            stream.hidden.turn()
-        if cut.axis == "hidden":
-            kept = self.found.of(self.layout.dense.hidden - cut.removed).to(model.device, model.dtype)
-            for number, hidden in enumerate(stream.hidden):
-                stream.hidden.replace(number, hidden @ kept @ kept.T)
-            stream.hidden.turn()
+            changed = (hidden * gain for hidden in stream.hidden)
+        elif cut.axis == "hidden":
+            kept = self._directions(cut)
+            changed = (hidden @ kept @ kept.T for hidden in stream.hidden)
+        else:
+            return
+        for number, hidden in enumerate(changed):
+            stream.hidden.replace(number, hidden)
+        stream.hidden.turn()
 
     def _through(self, block: Block) -> None:
         """Every stream past a block, its weights loaded, cut as the stream says."""
@@ -156,14 +157,17 @@ class CutStreams:
         for cut, stream in self.cut.items():
             if cut and (cut.axis in orders or (cut.axis == "blocks" and block.index not in self._left(cut))):
                 continue
-            with block.placed(self._projected(block, cut.removed) if cut and cut.axis == "hidden" else {}):
+            with block.placed(self._projected(block, cut) if cut and cut.axis == "hidden" else {}):
                 block.advance(stream)
 
-    def _projected(self, block: Block, removed: int) -> dict[str, Tensor]:
-        """What writes to the stream in a block, by name within it, without the last so many directions."""
+    def _directions(self, cut: Cut) -> Tensor:
+        """Those that a cut of the stream leaves: [hidden, width]."""
         model = self.layout.model
-        kept = self.found.of(len(self.found.vectors) - removed).to(model.device, model.dtype)
-        weights = block.weights()
+        return self.found.of(self.layout.dense.hidden - cut.removed).to(model.device, model.dtype)
+
+    def _projected(self, block: Block, cut: Cut) -> dict[str, Tensor]:
+        """What writes to the stream in a block, by name within it, in the directions that a cut leaves."""
+        kept, weights = self._directions(cut), block.weights()
         return {name: kept @ (kept.T @ weights[name]) for name in block.family.writing if name in weights}
 
     def _left(self, cut: Cut) -> tuple[int, ...]:
