@@ -7,15 +7,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from slimlm.modeling import modeling_narrow, modeling_sliced
 
 OWN_CLASSES: dict[type[PretrainedConfig], type[PreTrainedModel]] = {
-    modeling_sliced.SlicedLlamaConfig: modeling_sliced.SlicedLlamaForCausalLM,
-    modeling_sliced.SlicedOPTConfig: modeling_sliced.SlicedOPTForCausalLM,
-    modeling_sliced.SlicedPhiConfig: modeling_sliced.SlicedPhiForCausalLM,
-    modeling_narrow.NarrowOPTConfig: modeling_narrow.NarrowOPTForCausalLM,
-    modeling_narrow.NarrowGPT2Config: modeling_narrow.NarrowGPT2LMHeadModel,
-    modeling_narrow.NarrowGPTNeoXConfig: modeling_narrow.NarrowGPTNeoXForCausalLM,
-    modeling_narrow.NarrowStableLmConfig: modeling_narrow.NarrowStableLmForCausalLM,
-    modeling_narrow.NarrowFalconConfig: modeling_narrow.NarrowFalconForCausalLM,
-    modeling_narrow.NarrowBloomConfig: modeling_narrow.NarrowBloomForCausalLM,
+    model.config_class: model
+    for model in (
+        modeling_sliced.SlicedLlamaForCausalLM,
+        modeling_sliced.SlicedOPTForCausalLM,
+        modeling_sliced.SlicedPhiForCausalLM,
+        modeling_narrow.NarrowOPTForCausalLM,
+        modeling_narrow.NarrowGPT2LMHeadModel,
+        modeling_narrow.NarrowGPTNeoXForCausalLM,
+        modeling_narrow.NarrowStableLmForCausalLM,
+        modeling_narrow.NarrowFalconForCausalLM,
+        modeling_narrow.NarrowBloomForCausalLM,
+    )
 }
 
 for _config, _model in OWN_CLASSES.items():
