@@ -122,6 +122,10 @@ class Pair:
         """The dense stream x: [..., hidden] in the basis: [..., width]."""
         return x if self._stays else x @ self.basis
 
+    def back(self, y: Tensor) -> Tensor:
+        """The compressed stream y: [..., width] out of the basis: [..., hidden]."""
+        return y if self._stays else y @ self.basis.T
+
     def wanted(self, stream: Tensor) -> tuple[Tensor, Tensor]:
         """The dense stream [..., hidden] in the basis, and the square of what its next norm multiplies it by: [...]."""
         centred = stream - stream.mean(-1, keepdim=True) if self.small.family.centred else stream

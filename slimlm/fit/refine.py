@@ -6,13 +6,15 @@ with the whole block, towards the dense stream behind it:
     min sum ||block(x') - S^T x_after||^2 / ms(x_after)
 
 x' being the compressed stream, what went wrong before is repaired as far as the block can (BRECQ, arXiv 2102.05426,
-reconstructs block by block for rounding, from the dense stream). Tokens are weighed as the next norm does. Windows that
-neither has seen say which epoch's weights stay, or that the closed forms do.
+reconstructs block by block for rounding, from the dense stream). Tokens are weighed as the next norm does. Where a head
+is tied to the embedding, so that it cannot be fitted to the dense model's predictions, the last block is: to what the
+head says to what it gives, in KL divergence. Windows that no fit has seen say which epoch's weights stay, or that the
+closed forms do.
 """
 
 import math
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -24,6 +26,7 @@ from slimlm.deal import Deal, Parts, Sum, seed_of
 from slimlm.device import product_dtype
 from slimlm.fit.beside_dense import BlockPair
 from slimlm.linalg.softmax import cosine
+from slimlm.model.ends import divergences, head_loaded
 
 RATE = 0.01  # of a tensor's root mean square, what a weight moves in a step at most
 WARM_UP = 0.1  # of all steps
@@ -47,7 +50,9 @@ class Refiner:
         """Change a block's `tensors` to what is better on the windows that judge, if anything is. The dense stream is
         behind the block."""
         if self.epochs:
-            _Descent(block, self).run()
+            descent = _Descent(block, self)
+            with head_loaded(block.pair.dense) if descent.by_head else nullcontext():
+                descent.run()
 
 
 class _Descent:
@@ -57,7 +62,9 @@ class _Descent:
         self.block, self.how = block, how
         self.pair, self.ranks = block.pair, block.pair.deal.ranks
         judging, held = self.pair.judging_of_all, self.pair.held_of_all
-        self.judging = judging if any(batch.any() for batch in judging) else held
+        self.judging = judging if any(map(torch.any, judging)) else held
+        ends = all(one is one.model.blocks[-1] for one in (block.dense, block.small))
+        self.by_head = ends and self.pair.small.head_is_tied  # others are fitted to predictions themselves
 
     def run(self) -> None:
         """Leave the best weights there were in the block's tensors."""
@@ -128,35 +135,50 @@ class _Descent:
             part = parts.at(number)
             if windows is not None:
                 with torch.enable_grad():
-                    total, tokens = self._loss(*windows)
-                    part.add(torch.autograd.grad(total / tokens, changed, allow_unused=True))
+                    out = self._out(*windows)
+                    at = out.detach().requires_grad_()
+                    for loss in self._losses(at, *windows):
+                        (loss / at[..., 0].numel()).backward()
+                    part.add(torch.autograd.grad(out, changed, at.grad, allow_unused=True))
         shared = parts.shared()
         assert shared is not None
         return shared.totals
 
-    def _loss(self, number: int, windows: Tensor) -> tuple[Tensor, int]:
-        """Of some windows of a batch, summed over tokens, and how many these are."""
+    def _out(self, number: int, windows: Tensor) -> Tensor:
+        """What the compressed block gives for some windows of a batch: [windows, time, width]."""
         small, stream = self.block.small, self.pair.streams["small"]
         stream.number, hidden = number, stream.hidden[number]
         call = stream.calls[number][small.index].of(windows, *hidden.shape[:2])
-        dtype = product_dtype(hidden) if torch.is_grad_enabled() else hidden.dtype  # errors are compared exactly
-        with torch.autocast(hidden.device.type, dtype) if dtype.itemsize < 4 else nullcontext():
-            out = small.module(hidden[windows], *call.args, **call.kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        wanted, weight = self.pair.wanted(self.pair.streams["dense"].hidden[number][windows].float())
-        error = out.float() - wanted
-        if small.family.centred:  # norms do not see the mean
+        with self._in_products(hidden):
+            found = small.module(hidden[windows], *call.args, **call.kwargs)
+        out: Tensor = found[0] if isinstance(found, tuple) else found
+        return out.float()
+
+    def _in_products(self, like: Tensor) -> AbstractContextManager[None]:
+        """Inside, products for gradients are in what is fastest; errors are compared exactly."""
+        dtype = product_dtype(like) if torch.is_grad_enabled() else like.dtype
+        return torch.autocast(like.device.type, dtype) if dtype.itemsize < 4 else nullcontext()
+
+    def _losses(self, out: Tensor, number: int, windows: Tensor) -> Iterator[Tensor]:
+        """What the block gives is off by, summed over some tokens at a time."""
+        x = self.pair.streams["dense"].hidden[number][windows]
+        if self.by_head:
+            yield from divergences(self.pair.dense, x, self.pair.back(out), partial(self._in_products, x))
+            return
+        wanted, weight = self.pair.wanted(x.float())
+        error = out - wanted
+        if self.block.small.family.centred:  # norms do not see the mean
             error = error - error.mean(-1, keepdim=True)
-        return (error.square().mean(-1) * weight).sum(), weight.numel()
+        yield (error.square().mean(-1) * weight).sum()
 
     def _error(self, tensors: dict[str, Tensor]) -> float:
-        """Of a token of the windows that judge, relative to the dense stream, with these tensors."""
+        """Of a token of the windows that judge, with these tensors."""
         own = list[tuple[float, int]]()
         with self.block.small.placed(tensors):
             for number, judges in enumerate(self.pair.deal.pick(self.judging)):
                 if judges.any():
-                    total, tokens = self._loss(number, judges.nonzero().flatten())
-                    own.append((float(total), tokens))
+                    out = self._out(number, chosen := judges.nonzero().flatten())
+                    own.append((sum(map(float, self._losses(out, number, chosen))), out[..., 0].numel()))
         return self.ranks.mean(own)
 
 

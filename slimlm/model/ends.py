@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 from slimlm.checkpoint.lookup import looked_up
 from slimlm.deal import Deal
@@ -121,7 +122,7 @@ def logits(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, slice, T
 
     As many positions at a time as make up to LARGE_LOGITS bytes in fp32, of each batch in turn.
     """
-    with _head_loaded(model):
+    with head_loaded(model):
         for number, start, part in _pieces(model, stream):
             with torch.no_grad():
                 found = _around_blocks(model, part)
@@ -131,7 +132,7 @@ def logits(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, slice, T
 
 def differentiable_logits(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(batch number, states [batch, positions, hidden], logits): the logits as a function of the hidden states."""
-    with _head_loaded(model):
+    with head_loaded(model):
         for number, _, part in _pieces(model, stream):
             leaf = part.detach().clone().requires_grad_()
             with torch.enable_grad():
@@ -139,16 +140,37 @@ def differentiable_logits(model: StreamedModel, stream: Stream) -> Iterator[tupl
             yield number, leaf, found
 
 
-def _head_loaded(model: StreamedModel) -> AbstractContextManager[None]:
+def divergences(
+    model: StreamedModel, x: Tensor, y: Tensor, context: Callable[[], AbstractContextManager[None]]
+) -> Iterator[Tensor]:
+    """KL divergences of what the head says to y from what it says to x, states [windows, time, hidden] behind the last
+    block: summed over some tokens at a time. The head is loaded. context: to compute logits in."""
+    step = _positions(model, len(x))
+    for one, other in zip(x.split(step, 1), y.split(step, 1), strict=True):
+        with context():
+            with torch.no_grad():
+                wanted = _around_blocks(model, one).float().log_softmax(-1)
+            got = _around_blocks(model, other).float().log_softmax(-1)
+        yield kl_div(got, wanted, reduction="sum", log_target=True)
+        del wanted, got  # before the next are computed
+
+
+def head_loaded(model: StreamedModel) -> AbstractContextManager[None]:
+    """Inside, what is behind the blocks has its weights."""
     others = [part for part in model.outside if part not in (model.family.embeddings[0], *model.head_parts)]
     return model.loaded([*others, *model.head_parts])
 
 
 def _pieces(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, int, Tensor]]:
     for number, hidden in enumerate(stream.hidden):
-        step = max(1, LARGE_LOGITS // (4 * hidden.shape[0] * model.config.vocab_size))
+        step = _positions(model, len(hidden))
         for start in range(0, hidden.shape[1], step):
             yield number, start, hidden[:, start : start + step]
+
+
+def _positions(model: StreamedModel, windows: int) -> int:
+    """At a time, of so many windows."""
+    return max(1, int(LARGE_LOGITS // (4 * windows * model.config.vocab_size)))
 
 
 def _around_blocks(model: StreamedModel, hidden: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Refinement of a block at a time: better on what was held out or nothing, and nothing that is to stay moved."""
 
+import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,15 @@ from safetensors.torch import load_file
 
 from slimlm.fit import refine
 from slimlm.linalg.regression import judging
+from slimlm.model.ends import divergences, head_loaded
 from slimlm.model.skip import skipping
 from slimlm.run import Outcome
-from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
-from tests.families.configs import family_config
+from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
+from tests.families.configs import SETTINGS, family_config
 from tests.helpers import inputs_of, run, stock
 
 SLICE = {"method": "slice", "widths": "mlp=32"}
+PRUNE = {"method": "slimlm", "sparsity": 0.5}
 
 
 def error_by_hand(dense: Path, small: Path, tokens: torch.Tensor) -> float:
@@ -52,7 +56,35 @@ def test_the_first_block_gets_better_on_windows_that_nothing_saw_by_what_is_said
     assert max(said.values()) <= 1
 
 
-@pytest.mark.parametrize("step", [SLICE, {"method": "slimlm", "sparsity": 0.5}])
+@pytest.mark.parametrize("step", [SLICE, {**SLICE, "widths": "hidden=24,tied=1"}, PRUNE])
+def test_the_last_block_gets_nearer_to_what_a_tied_head_says_by_what_is_said(tmp_path: Path, step: dict[str, object]):
+    config = copy.deepcopy(CONFIGS["llama-tied"])
+    config.num_hidden_layers = 1
+    path, tokens = build_tiny(config, tmp_path / "dense"), random_tokens(200, 32)
+    closed(tokens, path, tmp_path / "closed", **step)
+    _, outcome, _ = run(stream(path), tokens, tmp_path / "refined", **step, refine=8)
+    shown = tokens[judging(len(tokens))]
+    wanted, before, after = (
+        logits_of(at, shown).double().log_softmax(-1)
+        for at in (path, tmp_path / "closed" / "model", tmp_path / "refined" / "model")
+    )
+    before, after = ((wanted.exp() * (wanted - got)).sum(-1).mean() for got in (before, after))
+    assert after < 0.97 * before
+    assert by_block(outcome)["0"] == pytest.approx(float(after / before), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_what_the_head_says_of_equal_states_is_equal(tmp_path: Path, family: str):
+    model = stream(build_tiny(family_config(family), tmp_path))
+    states = torch.randn(3, 8, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with head_loaded(model):
+        (same,) = divergences(model, states, states, nullcontext)
+        (other,) = divergences(model, states, states.flip(0), nullcontext)
+    assert float(same) == pytest.approx(0, abs=1e-4)
+    assert float(other) > 0.1
+
+
+@pytest.mark.parametrize("step", [SLICE, PRUNE])
 def test_no_closed_form_sees_the_windows_that_judge(tmp_path: Path, step: dict[str, object]):
     path, tokens = build_tiny(CONFIGS["llama"], tmp_path / "dense"), random_tokens(40, 16)
     others = torch.where(judging(len(tokens))[:, None], random_tokens(40, 16, seed=2), tokens)

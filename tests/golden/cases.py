@@ -91,7 +91,7 @@ PRUNING = [
     Case("slimlm 2:4", "gpt2 tied", (step("slimlm", pattern="2:4"),)),
     Case("slimlm tiles", "gpt2", (step("slimlm", 0.5, pattern="4x4"),)),
     Case("slimlm tiles as they are", "llama", (step("slimlm", 0.4, pattern="8x8", reorder=False),), is_stored=True),
-    Case("slimlm refined", "opt", (step("slimlm", 0.5, refine=2),)),
+    Case("slimlm refined", "opt tied", (step("slimlm", 0.5, refine=2),)),
     Case("slimlm no refit", "phi", (step("slimlm", 0.5, refit=False),)),
     Case("slimlm mixtral", "mixtral", (step("slimlm", 0.4),)),
     Case("slimlm olmo2", "olmo2", (step("slimlm", 0.5, skip=["*.q_proj"]),)),
