@@ -166,9 +166,7 @@ def inputs_of(step: AnyStep, source: ResolvedModel) -> list[Path]:
     return [source.path, *(Path(name) for name in names if Path(name).exists())]
 
 
-def resolve_known(
-    model: str, revision: str | None, trust_remote_code: bool, access: Access | None = None
-) -> ResolvedModel:
+def resolve_known(model: str, revision: str | None, trust_remote_code: bool, access: Access) -> ResolvedModel:
     """A model's directory, nothing large fetched for a family that is not known. Raises UserError."""
 
     def accept(path: Path) -> None:

@@ -25,7 +25,7 @@ _groups = count()
 
 
 @contextmanager
-def start_ranks(device: str = "auto") -> Iterator[Ranks]:
+def start_ranks(device: str) -> Iterator[Ranks]:
     """This process's place among those that torchrun, accelerate or slimlm itself started, alone where nobody did; at
     the end all wait for each other and part.
 

@@ -159,9 +159,7 @@ def _whole_records(path: Path) -> tuple[list[Record], int]:
     return (records, kept) if records and records[0]["step"] == START else ([], kept)
 
 
-def compare_fingerprints(
-    before: Mapping[str, Json], now: Mapping[str, Json], anyway: bool = False
-) -> dict[str, list[Any]]:
+def compare_fingerprints(before: Mapping[str, Json], now: Mapping[str, Json], anyway: bool) -> dict[str, list[Any]]:
     """What differs between the run that was and the one that is, [before, now] by key.
 
     Raises UserError naming it, unless nothing but the machine and versions differ and that is accepted (`anyway`):

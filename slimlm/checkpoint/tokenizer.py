@@ -83,7 +83,7 @@ def _name_older_class(tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
         write_whole(target / TOKENIZER_CONFIG, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
 
 
-def differs(tokenizer: PreTrainedTokenizerBase, target: Path, trust_remote_code: bool = False) -> str | None:
+def differs(tokenizer: PreTrainedTokenizerBase, target: Path, trust_remote_code: bool) -> str | None:
     """The first text that the tokenizer in a directory does not treat like `tokenizer`; None when there is none."""
     try:
         other = load_tokenizer(target, trust_remote_code)

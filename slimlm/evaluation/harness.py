@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.evaluation.quiet import quiet as _quiet
 from slimlm.evaluation.tasks import TASKS_PATH
-from slimlm.ranks import ALONE, Ranks
+from slimlm.ranks import Ranks
 from slimlm.settings import EvalSettings
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def run_tasks(
     tokenizer: PreTrainedTokenizerBase,
     manager: "TaskManager",
     settings: EvalSettings,
-    ranks: Ranks = ALONE,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """lm-eval on a model in memory, or on one of each rank; for all what `lm_eval.simple_evaluate` returns."""
     with _quiet(), ExitStack() as stack:

@@ -24,7 +24,7 @@ class Fit:
     strength: float
 
 
-def chosen_strength(data: Regression, metric: Metric | None = None, guess: float = GUESS) -> float:
+def chosen_strength(data: Regression, metric: Metric | None, guess: float) -> float:
     """That of the ridge for data that are centred; infinite where the prior is to stay."""
     metric = None if metric is None else metric.to(data.fit.xy)
     strength = _strength(data.through(_sketch(data.fit.xy, metric)), guess)

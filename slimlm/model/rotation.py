@@ -60,7 +60,7 @@ def sliced_norm(norm: Mapping[str, Tensor], family: Family, basis: Tensor) -> di
 
 
 def slice_block(
-    weights: Mapping[str, Tensor], family: Family, basis: Tensor, zeros: tuple[str, ...] = ()
+    weights: Mapping[str, Tensor], family: Family, basis: Tensor, zeros: tuple[str, ...]
 ) -> Iterator[tuple[str, Tensor]]:
     """One block's parameters, (name within the block, tensor) each, in the basis: [hidden, width].
 
@@ -104,7 +104,7 @@ def _tied_map(model: StreamedModel, basis: Tensor) -> Tensor:
     return moved if bias is None else moved + bias.to(basis)[:, None] / (CONSTANT * basis.shape[1])
 
 
-def slice_embedding(model: StreamedModel, name: str, basis: Tensor, tied: bool = False) -> Iterator[tuple[str, Rows]]:
+def slice_embedding(model: StreamedModel, name: str, basis: Tensor, tied: bool) -> Iterator[tuple[str, Rows]]:
     """An embedding's table in the basis: [hidden, width], in runs of rows [tokens, width].
 
     tied: whether the table of tokens is to be the head's as well, with the final norm's gain and bias in it."""

@@ -38,8 +38,8 @@ class StreamedModel:
         checkpoint: Checkpoint,
         config: PretrainedConfig,
         family: Family,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: torch.device | str,
+        dtype: torch.dtype,
         trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
@@ -127,7 +127,7 @@ class StreamedModel:
         """A parameter by its module name, as stored, in runs [rows, ...]. For those the file holds as they are."""
         return self.checkpoint.tensors[self.key_of[name]].chunks()
 
-    def stored_dtype(self, key: str, requested: str = "auto") -> torch.dtype:
+    def stored_dtype(self, key: str, requested: str) -> torch.dtype:
         """dtype to write a tensor in: the requested one, or what the checkpoint has it (or most of itself) in."""
         if requested != "auto":
             dtype: torch.dtype = getattr(torch, requested)

@@ -29,7 +29,7 @@ def compress_summary(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def forecast_summary(job: Job, found: Forecast, later: Sequence[AnyStep] = (), work_dir: Path | None = None) -> str:
+def forecast_summary(job: Job, found: Forecast, later: Sequence[AnyStep], work_dir: Path | None) -> str:
     """Every shape before and after, and what the run will take.
 
     later: the steps that follow it, which the forecast includes. work_dir: where hidden states are to wait.

@@ -78,7 +78,7 @@ class StreamStatistics:
             self.massive.add(normalised[massive])
 
 
-def collected(model: StreamedModel, walk: Iterable[Block], streams: Streams, norms: bool = True) -> StreamStatistics:
+def collected(model: StreamedModel, walk: Iterable[Block], streams: Streams, norms: bool) -> StreamStatistics:
     """Of the stream "dense", which moves through the blocks of a walk, its `state` being kept up. For all ranks.
 
     norms: whether what enters the blocks' norms is looked at, or only what leaves the last block.
