@@ -94,17 +94,17 @@ class NarrowBloomConfig(BloomConfig):
 
 @contextmanager
 def _one_head(config: PretrainedConfig) -> Iterator[tuple[int, int]]:
-    """Inside, the stock classes find heads that divide hidden_size; the real numbers of heads and key/value heads."""
-    real = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    """Inside, the stock classes find heads that divide hidden_size; their real number, and their width together."""
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     config.num_attention_heads = 1
     if hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = 1
     try:
-        yield real
+        yield heads, heads * config.head_dim
     finally:
-        config.num_attention_heads = real[0]
+        config.num_attention_heads = heads
         if hasattr(config, "num_key_value_heads"):
-            config.num_key_value_heads = real[1]
+            config.num_key_value_heads = groups or heads
 
 
 def _resize(module: nn.Module, names: str, inputs: int, outputs: int) -> None:
@@ -117,9 +117,8 @@ class NarrowOPTForCausalLM(OPTForCausalLM):
     config_class = NarrowOPTConfig
 
     def __init__(self, config: NarrowOPTConfig) -> None:
-        with _one_head(config) as (heads, _):
+        with _one_head(config) as (heads, width):
             super().__init__(config)
-        width = heads * config.head_dim
         for layer in self.model.decoder.layers:
             attention = layer.self_attn
             attention.num_heads, attention.head_dim = heads, config.head_dim
@@ -136,9 +135,8 @@ class NarrowGPT2LMHeadModel(GPT2LMHeadModel):
 
     def __init__(self, config: NarrowGPT2Config) -> None:
         _require_release_5(self)
-        with _one_head(config) as (heads, _):
+        with _one_head(config) as (heads, width):
             super().__init__(config)
-        width = heads * config.head_dim
         for layer in self.transformer.h:
             attention = layer.attn
             attention.scaling *= (config.head_dim / attention.head_dim) ** -0.5 if config.scale_attn_weights else 1.0
@@ -152,9 +150,8 @@ class NarrowGPTNeoXForCausalLM(GPTNeoXForCausalLM):
 
     def __init__(self, config: NarrowGPTNeoXConfig) -> None:
         _name_head_as_in_files()
-        with _one_head(config) as (heads, _):
+        with _one_head(config) as (_, width):
             super().__init__(config)
-        width = heads * config.head_dim
         for layer in self.gpt_neox.layers:
             attention = layer.attention
             attention.head_size, attention.scaling = config.head_dim, config.head_dim**-0.5
@@ -168,26 +165,26 @@ class NarrowStableLmForCausalLM(StableLmForCausalLM):
 
     def __init__(self, config: NarrowStableLmConfig) -> None:
         _require_release_5(self)
-        with _one_head(config) as (heads, groups):
+        with _one_head(config) as (heads, width):
             super().__init__(config)
+        groups = config.num_key_value_heads
         for layer in self.model.layers:
             attention = layer.self_attn
             attention.num_heads, attention.num_key_value_heads = heads, groups
             attention.num_key_value_groups = heads // groups
             attention.head_dim, attention.scaling = config.head_dim, config.head_dim**-0.5
             attention.rotary_ndims = int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
-            _resize(attention, "q_proj", config.hidden_size, heads * config.head_dim)
+            _resize(attention, "q_proj", config.hidden_size, width)
             _resize(attention, "k_proj v_proj", config.hidden_size, groups * config.head_dim)
-            _resize(attention, "o_proj", heads * config.head_dim, config.hidden_size)
+            _resize(attention, "o_proj", width, config.hidden_size)
 
 
 class NarrowFalconForCausalLM(FalconForCausalLM):
     config_class = NarrowFalconConfig
 
     def __init__(self, config: NarrowFalconConfig) -> None:
-        with _one_head(config) as (heads, _):
+        with _one_head(config) as (heads, width):
             super().__init__(config)
-        width = heads * config.head_dim
         self.transformer.num_heads = heads
         if config.alibi:  # divides by the square root of a head's size, which it derives from these
             self.transformer.config = copy.copy(config)
@@ -205,9 +202,8 @@ class NarrowBloomForCausalLM(BloomForCausalLM):
     config_class = NarrowBloomConfig
 
     def __init__(self, config: NarrowBloomConfig) -> None:
-        with _one_head(config) as (heads, _):
+        with _one_head(config) as (heads, width):
             super().__init__(config)
-        width = heads * config.head_dim
         self.transformer.num_heads = heads
         if not config.embedding_norm:
             self.transformer.word_embeddings_layernorm = nn.Identity()
