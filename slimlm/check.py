@@ -257,4 +257,4 @@ def open_model(
     dtype = auto_dtype(config, checkpoint)
     if precision == "fast" and (device.type == "cpu" or dtype == torch.float16):
         dtype = torch.float32
-    return StreamedModel(checkpoint, config, family_of(config), device, dtype, trust_remote_code)
+    return StreamedModel(checkpoint, config, device, dtype, trust_remote_code)

@@ -19,7 +19,6 @@ check_linalg()  # before slimlm is imported
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_config
-from slimlm.families import family_of
 from slimlm.model.streamed import StreamedModel
 from slimlm.recipe import Recipe, Step, make_recipe
 from slimlm.unasked import EPOCHS, OWN_SHARE
@@ -113,8 +112,7 @@ def tiny_llama(tmp_path: Path) -> Path:
 
 
 def stream(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StreamedModel:
-    config = load_config(path)
-    return StreamedModel(Checkpoint(path), config, family_of(config), device, dtype)
+    return StreamedModel(Checkpoint(path), load_config(path), device, dtype)
 
 
 def random_tokens(count: int = 5, length: int = 24, seed: int = 1) -> torch.Tensor:

@@ -11,7 +11,7 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import auto_dtype, load_config
 from slimlm.device import available_memory, return_memory_at_once
 from slimlm.evaluation.perplexity import LogLikelihood, counted
-from slimlm.families import FAMILIES, family_of
+from slimlm.families import FAMILIES
 from slimlm.model.ends import embed, nll
 from slimlm.model.hidden import Scratch
 from slimlm.model.streamed import StreamedModel
@@ -52,7 +52,7 @@ def measure_by_block(
     return_memory_at_once()
     config = load_config(path, settings.trust_remote_code)
     dtype = _dtype(path, settings)
-    model = StreamedModel(Checkpoint(path), config, family_of(config), ranks.device, dtype, settings.trust_remote_code)
+    model = StreamedModel(Checkpoint(path), config, ranks.device, dtype, settings.trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="slimlm-") as place, Scratch(Path(place), ranks.device) as scratch:
         stream = embed(model, windows.split(settings.batch_size), scratch.hidden("dense"), ranks)
         for block in walk(model, progress, f"perplexity of {path.name}, block by block"):

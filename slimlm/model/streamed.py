@@ -20,7 +20,7 @@ from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, refuse_absurd_sizes, use_only_known
 from slimlm.errors import UserError
-from slimlm.families import Family, family_of
+from slimlm.families import family_of
 from slimlm.model.block import Block, Group
 from slimlm.model.linears import is_turned
 from slimlm.model.stream import owner_of, put, set_parameter
@@ -37,13 +37,13 @@ class StreamedModel:
         self,
         checkpoint: Checkpoint,
         config: PretrainedConfig,
-        family: Family,
         device: torch.device | str,
         dtype: torch.dtype,
         trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
+        family = family_of(config)
         # A class that comes with the checkpoint may compute something else than what would stand in for it.
         self.family = replace(family, carrier=None) if is_own_class(config) else family
         self.device = torch.device(device)
@@ -68,7 +68,7 @@ class StreamedModel:
 
     def another(self, checkpoint: Checkpoint, config: PretrainedConfig) -> "StreamedModel":
         """A model beside this one, computed in the same way."""
-        return StreamedModel(checkpoint, config, family_of(config), self.device, self.dtype, self.trust_remote_code)
+        return StreamedModel(checkpoint, config, self.device, self.dtype, self.trust_remote_code)
 
     def _assign_keys(self) -> dict[str, list[str]]:
         """File names of tensors by the part they belong to: a block's path, or the module's own path outside blocks."""
