@@ -46,7 +46,7 @@ class Progress:
                 self.log = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Switch:
     """A library's one switch for all threads: off while anybody wants it off, then as it was before the first did."""
 

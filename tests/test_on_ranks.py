@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive
 QUICK = ("slice", "slimlm", "sparsegpt", "magnitude")
 # All that ranks do: curves, gradients, experts, statistics and scores for allocations, sampling, several steps.
 MORE = (
-    "slice mixture", "slice refined", "slimlm refined",
+    "slice mixture", "slice refined", "slimlm refined", "slimlm refined tied", "slice two batches",
     "slice tied", "slice self", "slice mixtral", "slice qwen2_moe", "slice no refit", "slice per-block", "slice gpt2",
     "rotate", "slice rotated", "slimlm fisher", "slimlm qwen2_moe", "slimlm solved", "slimlm owl", "slimlm global",
     "slimlm tiles", "sparsegpt pq", "sparsegpt mixtral", "obc", "mfac", "mfac mixtral", "mfac sequence", "woodfisher",

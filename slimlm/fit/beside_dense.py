@@ -62,8 +62,8 @@ class Pair:
     basis: Tensor
     streams: Streams
     between: HiddenStates
-    judges: bool = False
     dtype: str = "auto"
+    judges: bool = False
 
     @property
     def deal(self) -> Deal:
@@ -82,13 +82,15 @@ class Pair:
 
     @cached_property
     def judging_of_all(self) -> list[Tensor]:
-        """Per batch, which of its windows [windows] bool, on the CPU, no regression sees: none of too few."""
+        """Per batch, which of its windows [windows] bool, on the CPU, no regression sees (but a mixture's experts do);
+        of too few, none."""
         return self._by_batch(lambda count: judging(count) & self.judges)
 
     @cached_property
-    def seen(self) -> list[Tensor]:
-        """By how much tokens of this rank's windows count in regressions: [windows, 1], 0 or 1."""
-        return [(~judging).float()[:, None].to(self.dense.device) for judging in self.deal.pick(self.judging_of_all)]
+    def seen(self) -> list[Tensor | slice]:
+        """Which of this rank's windows regressions see: [windows] bool, or all."""
+        judging = self.deal.pick(self.judging_of_all)
+        return [~batch.to(self.dense.device) if batch.any() else slice(None) for batch in judging]
 
     def _by_batch(self, chosen: Callable[[int], Tensor]) -> list[Tensor]:
         counts = self.deal.ranks.chained([len(batch) for batch in self.streams["dense"].tokens])
@@ -221,18 +223,18 @@ class BlockPair:
     def reader_data(self, norm: Norm) -> Regression:
         """What readers of a norm see in the compressed block, and saw in the dense one."""
         hidden, width = self.pair.basis.shape
-        seen = f"{norm.name}>" if norm.name else norm.readers[0]
+        shown = f"{norm.name}>" if norm.name else norm.readers[0]
         is_between = norm.name in self.dense.family.between.values()
 
         def show(add_of: AddOf) -> None:
-            with self._running(seen):
-                for number, held in enumerate(self.pair.held):
+            with self._running(shown):
+                for number, (held, seen) in enumerate(zip(self.pair.held, self.pair.seen, strict=True)):
                     if is_between:
                         dense = self.dense.module.get_submodule(norm.name)(self.pair.between[number])
                     else:
-                        dense = self.dense.inputs(self.pair.streams["dense"], number, [seen])[seen]
-                    small = self.small.inputs(self.pair.streams["small"], number, [seen])
-                    add_of(number)(small[seen], dense, held, self.pair.seen[number].expand(dense.shape[:2]))
+                        dense = self.dense.inputs(self.pair.streams["dense"], number, [shown])[shown]
+                    small = self.small.inputs(self.pair.streams["small"], number, [shown])
+                    add_of(number)(small[shown][seen], dense[seen], held[seen], None)
 
         return self.pair.regression(width, hidden, show)
 
@@ -243,7 +245,7 @@ class BlockPair:
 
         def show(add_of: AddOf) -> None:
             with self._running(name):
-                for number, held in enumerate(self.pair.held):
+                for number, (held, seen) in enumerate(zip(self.pair.held, self.pair.seen, strict=True)):
                     before, x = self.small.before(stream, number, [] if matched else self._earlier(name), name)
                     assert x is not None
                     wanted, weight = self.pair.wanted(writing.target(number).float())
@@ -254,7 +256,7 @@ class BlockPair:
                         wanted = (wanted - before) / small.residual_scale
                     if f"{name}.bias" in tensors:
                         wanted = wanted - tensors[f"{name}.bias"].to(wanted)
-                    add_of(number)(x, wanted, held, weight * self.pair.seen[number])
+                    add_of(number)(x[seen], wanted[seen], held[seen], weight[seen])
 
         return self.pair.regression(tensors[f"{name}.weight"].shape[1], self.pair.basis.shape[1], show)
 

@@ -7,9 +7,9 @@ with the whole block, towards the dense stream behind it:
 
 x' being the compressed stream, what went wrong before is repaired as far as the block can (BRECQ, arXiv 2102.05426,
 reconstructs block by block for rounding, from the dense stream). Tokens are weighed as the next norm does. Where a head
-is tied to the embedding, so that it cannot be fitted to the dense model's predictions, the last block is: to what the
-head says to what it gives, in KL divergence. Windows that no fit has seen say which epoch's weights stay, or that the
-closed forms do.
+is not fitted to the dense model's predictions itself, most often since it is tied to the embedding, the last block is:
+to what the head says to what it gives, in KL divergence. Windows that no fit has seen say which epoch's weights stay,
+or that the closed forms do; where they are too few, those that strengths of a ridge are chosen by.
 """
 
 import math
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from slimlm.deal import Deal, Parts, Sum, seed_of
 from slimlm.device import product_dtype
 from slimlm.fit.beside_dense import BlockPair
+from slimlm.fit.lm_head import fits_head
 from slimlm.linalg.softmax import cosine
 from slimlm.model.ends import divergences, head_loaded
 
@@ -61,10 +62,11 @@ class _Descent:
     def __init__(self, block: BlockPair, how: Refiner) -> None:
         self.block, self.how = block, how
         self.pair, self.ranks = block.pair, block.pair.deal.ranks
-        judging, held = self.pair.judging_of_all, self.pair.held_of_all
-        self.judging = judging if any(map(torch.any, judging)) else held
+        judging = self.pair.judging_of_all
+        self.judging = judging if any(map(torch.any, judging)) else self.pair.held_of_all
         ends = all(one is one.model.blocks[-1] for one in (block.dense, block.small))
-        self.by_head = ends and self.pair.small.head_is_tied  # others are fitted to predictions themselves
+        # Other heads are fitted to predictions themselves.
+        self.by_head = ends and (self.pair.small.head_is_tied or not fits_head(self.pair.dense))
 
     def run(self) -> None:
         """Leave the best weights there were in the block's tensors."""
@@ -145,17 +147,18 @@ class _Descent:
         return shared.totals
 
     def _out(self, number: int, windows: Tensor) -> Tensor:
-        """What the compressed block gives for some windows of a batch: [windows, time, width]."""
+        """What the compressed block gives for some windows of a batch: [windows, time, width], or [..., hidden] where
+        the head is to read it."""
         small, stream = self.block.small, self.pair.streams["small"]
         stream.number, hidden = number, stream.hidden[number]
         call = stream.calls[number][small.index].of(windows, *hidden.shape[:2])
         with self._in_products(hidden):
             found = small.module(hidden[windows], *call.args, **call.kwargs)
         out: Tensor = found[0] if isinstance(found, tuple) else found
-        return out.float()
+        return self.pair.back(out.float()) if self.by_head else out.float()
 
     def _in_products(self, like: Tensor) -> AbstractContextManager[None]:
-        """Inside, products for gradients are in what is fastest; errors are compared exactly."""
+        """Inside, products for gradients are in what is fastest; errors are in the model's own dtype."""
         dtype = product_dtype(like) if torch.is_grad_enabled() else like.dtype
         return torch.autocast(like.device.type, dtype) if dtype.itemsize < 4 else nullcontext()
 
@@ -163,7 +166,7 @@ class _Descent:
         """What the block gives is off by, summed over some tokens at a time."""
         x = self.pair.streams["dense"].hidden[number][windows]
         if self.by_head:
-            yield from divergences(self.pair.dense, x, self.pair.back(out), partial(self._in_products, x))
+            yield from divergences(self.pair.dense, x, out, partial(self._in_products, x))
             return
         wanted, weight = self.pair.wanted(x.float())
         error = out - wanted

@@ -14,6 +14,7 @@ WIDEST = 4096  # inputs above which second moments of held-out tokens are not ke
 HELD_ELEMENTS = 1 << 24  # of the inputs of held-out tokens, kept as they are instead
 HELD_EVERY = 5
 JUDGING_EVERY = 3 * HELD_EVERY
+LEAST_JUDGING = 4
 ROWS = 256  # at a time, of half a symmetric matrix
 Batch = Annotated[Tensor, "batch time", int]  # of windows' tokens
 
@@ -24,8 +25,10 @@ def held_out(windows: int, start: int = 0) -> Annotated[Tensor, "{windows}", boo
 
 
 def judging(windows: int) -> Annotated[Tensor, "{windows}", bool]:
-    """Which of those held out no fit is to see in the end either, since they judge between it and another: a third."""
-    return torch.arange(windows) % JUDGING_EVERY == JUDGING_EVERY - 1
+    """Which of those held out no fit is to see in the end either, since they judge between it and another: a third, or
+    none where that is too few."""
+    chosen = torch.arange(windows) % JUDGING_EVERY == JUDGING_EVERY - 1
+    return chosen & (windows >= LEAST_JUDGING * JUDGING_EVERY)
 
 
 def learn_and_test(batches: Sequence[Batch], most: int) -> tuple[list[Batch], list[Batch]]:

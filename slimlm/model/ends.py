@@ -145,12 +145,10 @@ def divergences(
 ) -> Iterator[Tensor]:
     """KL divergences of what the head says to y from what it says to x, states [windows, time, hidden] behind the last
     block: summed over some tokens at a time. The head is loaded. context: to compute logits in."""
-    step = _positions(model, len(x))
+    step = _positions(model, 4 * len(x))  # so many tensors of this size are there at once
     for one, other in zip(x.split(step, 1), y.split(step, 1), strict=True):
         with context():
-            with torch.no_grad():
-                wanted = _around_blocks(model, one).float().log_softmax(-1)
-            got = _around_blocks(model, other).float().log_softmax(-1)
+            wanted, got = (_around_blocks(model, states).float().log_softmax(-1) for states in (one, other))
         yield kl_div(got, wanted, reduction="sum", log_target=True)
         del wanted, got  # before the next are computed
 

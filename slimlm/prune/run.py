@@ -236,8 +236,9 @@ def _prune_beside_dense(run: Run[PruneStep], row: Row, quotas: Quotas) -> dict[s
     small = model.another(model.checkpoint, copy.deepcopy(model.config))
     streams = run.streams("pruned", {"dense": model, "small": small}, run.result.leading(model))
     refiner = Refiner(run.recipe.refine, run.recipe.seed, keeps_zeros=True)
-    between, judges = run.scratch.hidden("between"), bool(refiner.epochs)
-    pair = Pair(model, small, eye, streams, between, judges, run.recipe.dtype)
+    pair = Pair(
+        model, small, eye, streams, run.scratch.hidden("between"), run.recipe.dtype, judges=bool(refiner.epochs)
+    )
     for dense in run.walk("pruning", streams):
         tensors = dense.weights() | (gathered(dense, streams["dense"]) if reorders(run.recipe, row) else {})
         beside = BlockPair(pair, dense, small.blocks[dense.index], tensors)

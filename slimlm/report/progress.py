@@ -18,7 +18,7 @@ from slimlm.progress import Progress
 from slimlm.report.terminal import console
 
 
-@dataclass
+@dataclass(eq=False)
 class BarProgress(Progress):
     """A bar with the time left for the stage at hand, and lines that stay above it."""
 

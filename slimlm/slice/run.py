@@ -179,7 +179,9 @@ def _refit_blocks(run: Run[SliceStep], layout: Layout, widths: Widths, plan: Pla
 
     streams = run.streams("refit", {"dense": model, "small": small}, leading(model, is_whole))
     refiner = Refiner(run.recipe.refine, run.recipe.seed)
-    pair = Pair(model, small, basis.to(model.device), streams, run.scratch.hidden("between"), bool(refiner.epochs))
+    pair = Pair(
+        model, small, basis.to(model.device), streams, run.scratch.hidden("between"), judges=bool(refiner.epochs)
+    )
     refit = Refit(layout, widths, pair, refiner)
     for dense in run.walk("refitting", streams):
         if dense.index in becomes:

@@ -15,13 +15,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from slimlm.linalg import regression
 from slimlm.meeting import start_ranks
 from slimlm.model.saving import Saver
 from slimlm.model.walk import Streams
 from slimlm.progress import Progress
 from slimlm.stages import compress
 from slimlm.started import local_rank
-from tests.golden.cases import CASES, Case, step
+from tests.golden.cases import CASES, SHARED, Case, step
 from tests.golden.models import write_data
 from tests.golden.run import files_of, manifest_of, model_at, recipe_of
 
@@ -36,8 +37,13 @@ EXPERTS = [
 ]
 
 
+TWO_BATCHES = Case("slice two batches", "llama", (step("slice", 0.25, refine=1),), {**SHARED, "batch_size": 12})
+
+
 def on_ranks(case: Case) -> Case:
-    """The case, its calibration in batches that several ranks have some of each."""
+    """The case, its calibration in batches that several ranks have some of each; but one, for ranks without any."""
+    if case is TWO_BATCHES:
+        return case
     batches = {"text.txt": FEWER, None: {}}.get(case.shared.get("dataset"), BATCHES)
     return dataclasses.replace(case, shared={**case.shared, **batches})
 
@@ -72,7 +78,7 @@ def die_at(number: int) -> None:
 
 def main(place: str, results: str, *names: str) -> None:
     home = Path(place)
-    known = [case for case in [*CASES.values(), *EXPERTS] if not case.stops]
+    known = [case for case in [*CASES.values(), *EXPERTS, TWO_BATCHES] if not case.stops]
     cases = [on_ranks(case) for case in known if not names or case.name in names]
     if local_rank() == 0:  # before there are ranks: transformers saves a model on the first of them only
         home.mkdir(exist_ok=True, parents=True)
@@ -80,6 +86,7 @@ def main(place: str, results: str, *names: str) -> None:
         for case in cases:
             model_at(home, case.model)
     Saver.seconds = 0.0
+    regression.JUDGING_EVERY, regression.LEAST_JUDGING = 10, 1  # so that of few windows several ranks have some
     with start_ranks("cpu") as ranks:
         if "DIE_AT" in os.environ and ranks.rank == ranks.size - 1:
             die_at(int(os.environ["DIE_AT"]))
