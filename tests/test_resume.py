@@ -539,8 +539,8 @@ def test_streams_of_another_dtype_are_computed_again(recipe: Recipe, monkeypatch
     killed_halfway(recipe, monkeypatch, 12)
     original = StreamedModel.__init__
 
-    def finer(self, checkpoint, config, family, device="cpu", dtype=torch.float32, *rest) -> None:
-        original(self, checkpoint, config, family, device, torch.float64, *rest)
+    def finer(self, checkpoint, config, device, dtype, *rest) -> None:
+        original(self, checkpoint, config, device, torch.float64, *rest)
 
     monkeypatch.setattr(StreamedModel, "__init__", finer)
     compress(recipe, resume=True)
