@@ -50,7 +50,8 @@ def unasked(step: AnyStep, model: StreamedModel, tokenizer: PreTrainedTokenizerB
     cache = len(model.blocks) * remembered(model.config, SAMPLING_BATCH, step.max_seq_length or DEFAULT_WINDOW)
     whole = model.checkpoint.bytes_on_disk() + cache * model.checkpoint.main_dtype.itemsize
     block = BYTES * max(every(model, lambda block: parameter_count(block.module)))
-    block += model.dtype.itemsize * parameter_count(model.model.get_submodule(model.family.head))  # reads the last one
+    if model.head_is_tied:  # the last block is refined by what it says
+        block += model.dtype.itemsize * parameter_count(model.model.get_submodule(model.family.head))
     written, refined = (
         f"{what}: it would take {needed / 1e9:,.1f} GB, more than half of {size / 1e9:,.1f} GB"
         if 2 * needed > size

@@ -87,10 +87,11 @@ class Pair:
         return self._by_batch(lambda count: judging(count) & self.judges)
 
     @cached_property
-    def seen(self) -> list[Tensor | slice]:
-        """Which of this rank's windows regressions see: [windows] bool, or all."""
+    def held_and_seen(self) -> list[tuple[Tensor, Tensor | slice]]:
+        """Per batch of this rank's, which windows are held out, [windows] bool, and which regressions see, or all."""
         judging = self.deal.pick(self.judging_of_all)
-        return [~batch.to(self.dense.device) if batch.any() else slice(None) for batch in judging]
+        seen = (~batch.to(self.dense.device) if batch.any() else slice(None) for batch in judging)
+        return list(zip(self.held, seen, strict=True))
 
     def _by_batch(self, chosen: Callable[[int], Tensor]) -> list[Tensor]:
         counts = self.deal.ranks.chained([len(batch) for batch in self.streams["dense"].tokens])
@@ -228,7 +229,7 @@ class BlockPair:
 
         def show(add_of: AddOf) -> None:
             with self._running(shown):
-                for number, (held, seen) in enumerate(zip(self.pair.held, self.pair.seen, strict=True)):
+                for number, (held, seen) in enumerate(self.pair.held_and_seen):
                     if is_between:
                         dense = self.dense.module.get_submodule(norm.name)(self.pair.between[number])
                     else:
@@ -245,7 +246,7 @@ class BlockPair:
 
         def show(add_of: AddOf) -> None:
             with self._running(name):
-                for number, (held, seen) in enumerate(zip(self.pair.held, self.pair.seen, strict=True)):
+                for number, (held, seen) in enumerate(self.pair.held_and_seen):
                     before, x = self.small.before(stream, number, [] if matched else self._earlier(name), name)
                     assert x is not None
                     wanted, weight = self.pair.wanted(writing.target(number).float())

@@ -57,6 +57,16 @@ def test_the_first_block_gets_better_on_windows_that_nothing_saw_by_what_is_said
     assert max(said.values()) <= 1
 
 
+def test_the_closed_form_stays_where_it_is_not_beaten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of so few windows none is kept from it: it is what there is without refinement."""
+    monkeypatch.setattr(refine, "RATE", 3.0)
+    path, tokens = build_tiny(CONFIGS["llama"], tmp_path / "dense"), random_tokens(40, 16)
+    plain, *_ = run(stream(path), tokens, tmp_path / "plain", **SLICE)
+    refined, outcome, _ = run(stream(path), tokens, tmp_path / "refined", **SLICE, refine=2)
+    assert all(torch.equal(refined[name], tensor) for name, tensor in plain.items())
+    assert set(by_block(outcome).values()) == {1.0}
+
+
 @pytest.mark.parametrize("step", [SLICE, {**SLICE, "widths": "hidden=24,tied=1"}, PRUNE])
 def test_the_last_block_gets_nearer_to_what_a_tied_head_says_by_what_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: dict[str, object]
