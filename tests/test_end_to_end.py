@@ -21,7 +21,7 @@ from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.evaluation.text import python_reference
 from tests.conftest import CONFIGS, build_tiny, logits_of
 
-QUICK = ["--num-calibration-samples", "8", "--max-seq-length", "64", "--eval-windows", "4"]
+QUICK = ["--num-calibration-samples", "32", "--max-seq-length", "64", "--eval-windows", "4"]
 
 
 def slimlm(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from slimlm.calibration.decoding import decode_fast, draw
 from slimlm.calibration.openings import OPENINGS
 from slimlm.calibration.windows import Windows, start_token
 from slimlm.deal import Deal, seed_of
@@ -42,6 +43,7 @@ def sample_windows(
     Raises UserError for a tokenizer with neither BOS nor EOS.
     """
     (num_windows, length), bos = shape, start_token(tokenizer)
+    decode_fast(model)
     if bos is None:
         raise UserError("--dataset self needs a tokenizer with a BOS or EOS token to start from: give a text instead")
     count = written_for(num_windows)
@@ -117,7 +119,7 @@ def _sample(model: PreTrainedModel, begun: Tensor, heat: Tensor, length: int, ge
         out = model(input_ids=columns[-1], use_cache=True, **last, **{name: cache})
         cache = out[name]
         probabilities = (out.logits[:, -1].float() / heat).softmax(-1)
-        column = torch.multinomial(probabilities, 1, generator=generator)
+        column = draw(probabilities, generator)
         if place < begun.shape[1]:
             column = torch.where(begun[:, place, None] == NOTHING, column, begun[:, place, None])
         columns.append(column)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from slimlm.calibration.sample import _sample
+from slimlm.calibration import sample
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
 from slimlm.recipe import SliceStep
@@ -133,7 +133,7 @@ def nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
 
 
-def test_the_split_is_the_one_that_measures_best(tmp_path: Path):
+def test_the_split_is_the_one_that_measures_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A model whose stream lives in half its directions: cutting hidden_size costs nothing, neurons something."""
     path = large_blocks("llama", tmp_path / "model")
     tensors = load_file(path / "model.safetensors")
@@ -144,9 +144,10 @@ def test_the_split_is_the_one_that_measures_best(tmp_path: Path):
             tensor[16:] = 0
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     whole = AutoModelForCausalLM.from_pretrained(path).eval()
+    monkeypatch.setattr(sample, "draw", lambda odds, generator: torch.multinomial(odds, 1, generator=generator))
     begun, heat = torch.zeros(20, 1, dtype=torch.int64), torch.ones(20, 1)  # text of the model's own distribution
     with torch.no_grad():
-        batches = list(_sample(whole, begun, heat, 24, torch.Generator().manual_seed(0)).split(4))
+        batches = list(sample._sample(whole, begun, heat, 24, torch.Generator().manual_seed(0)).split(4))
     model = stream(path)
     run, shapes = run_at(model, batches, tmp_path / "run", sparsity=0.4), Shapes(Layout(model))
     basis, splits = slicing._new_basis(run), candidates(shapes, run.recipe)
