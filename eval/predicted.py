@@ -17,12 +17,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from slimlm.calibration import load_windows
-from slimlm.check import open_model
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.linalg.hessian import hessian
 from slimlm.model.hidden import Scratch
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import backwards, walk
+from slimlm.models import open_model
 from slimlm.progress import Progress
 from slimlm.prune import masks, updates
 from slimlm.prune.group import Row, prune

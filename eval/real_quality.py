@@ -8,7 +8,8 @@ its last tenth, on a novel and on documentation (64 windows of 512 tokens each, 
 that cannot import slimlm), and by PIQA and BLiMP: of what the dense model gets right beyond chance, the share that is
 lost, with the standard error of the difference on the same questions. A row takes 2 to 60 minutes on two cores;
 finished rows are kept in the work directory and not run again, and one that was interrupted is resumed. `--only ROW`
-runs one, `--seeds` several times with other draws, `--print` just prints the table of those that are there.
+runs one, `--seeds` several times with other draws, `--print` just prints the table of those that are there. Rows
+ending in `-recovered` train the result of another row, which has to be there.
 """
 
 import argparse
@@ -43,6 +44,8 @@ ROWS: dict[str, list[str] | None] = {  # flags of `slimlm compress`; None for th
     "sparsegpt-2-4": ["--method=sparsegpt", "--pattern=2:4"],
     "wanda-2-4": ["--method=wanda", "--pattern=2:4"],
 }
+RECOVERED = {"slice-25-recovered": "slice-25", "slimlm-2-4-recovered": "slimlm-2-4"}  # from which row
+ROWS |= {row: ["--tokens=600000"] for row in RECOVERED}  # of `slimlm recover`
 TEXTS = ("wikitext2", "books_test", "docs_test")
 
 
@@ -83,8 +86,12 @@ def measured(
     flags, directory, facts = ROWS[row], arguments.model, {}
     if flags is not None:
         directory = arguments.work / f"{row}-{seed}"
-        command = [sys.executable, "-m", "slimlm", "compress", f"--model={arguments.model}", f"--dataset={calibration}"]
-        command += ["--num-calibration-samples=128", "--max-seq-length=256", f"--seed={seed}"]
+        command = [sys.executable, "-m", "slimlm"]
+        if row in RECOVERED:
+            command += ["recover", str(arguments.work / f"{RECOVERED[row]}-{seed}"), f"--teacher={arguments.model}"]
+        else:
+            command += ["compress", f"--model={arguments.model}", "--num-calibration-samples=128"]
+        command += [f"--dataset={calibration}", "--max-seq-length=256", f"--seed={seed}"]
         command += ["--no-measure", "--resume", f"--output-dir={directory}", *flags]
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(command, check=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from slicing import CLOSED, measured, measured_dense, parser_of
 
-from slimlm.check import open_model
+from slimlm.models import open_model
 from slimlm.recipe import SliceStep
 from slimlm.slice.candidates import candidates
 from slimlm.slice.shapes import Shapes

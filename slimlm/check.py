@@ -4,39 +4,34 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from slimlm.calibration import Windows
 from slimlm.checkpoint.code import is_own_class
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.manifest import MANIFEST_NAME
-from slimlm.checkpoint.reader import Checkpoint, read_config
-from slimlm.checkpoint.resolve import ResolvedModel, resolve_model
-from slimlm.checkpoint.skeleton import auto_dtype, load_config, load_tokenizer, parameter_count
+from slimlm.checkpoint.resolve import ResolvedModel
+from slimlm.checkpoint.skeleton import load_tokenizer, parameter_count
 from slimlm.checkpoint.staging import check_output, check_space
-from slimlm.checkpoint.task import refuse_other_task
 from slimlm.checkpoint.tokenizer import check_tokenizer
 from slimlm.device import forget_peak, is_large, pick_device, resident_memory, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows
-from slimlm.families import FAMILIES, family_of
 from slimlm.method import Method
 from slimlm.methods import method_of
 from slimlm.model.hidden import sides
 from slimlm.model.skip import skip_modules
 from slimlm.model.streamed import StreamedModel
+from slimlm.models import open_model, resolve_known, teacher_of
 from slimlm.progress import LogProgress, Progress
 from slimlm.ranks import ALONE, Ranks
-from slimlm.recipe import AnyStep, SliceStep
+from slimlm.recipe import AnyStep, RecoverStep, SliceStep
 from slimlm.resolve import output_of, resolve
 from slimlm.run import Plan
 from slimlm.unasked import Unasked, unasked
 from slimlm.windows import beside_given, calibration_windows, evaluation_windows, require_held_out
-
-GRADIENT_BYTES = 2  # they are kept in bf16
 
 
 def require_less(step: AnyStep, model: StreamedModel, plan: Plan) -> None:
@@ -77,6 +72,7 @@ class How:
 @dataclass
 class Job:
     """Everything a run needs, checked. windows: those given; None where there are none. can: what it does unasked.
+    teacher: the dense model, where the one to work on is not.
 
     recipe: the step, resolved. started, memory_before: the clock's seconds and the process's resident bytes when all
     this began. seconds: what each stage took so far.
@@ -89,6 +85,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
     can: Unasked
+    teacher: StreamedModel | None
     test: TestWindows | None
     windows: Windows | None
     started: float
@@ -102,9 +99,14 @@ class Job:
         return method_of(self.recipe)
 
     @property
+    def dense(self) -> StreamedModel:
+        """What the result is to be like."""
+        return self.teacher or self.model
+
+    @property
     def inputs(self) -> list[Path]:
         """Files and directories that are read."""
-        return inputs_of(self.recipe, self.source)
+        return [*inputs_of(self.recipe, self.source), *([self.teacher.checkpoint.path] if self.teacher else [])]
 
     @property
     def result_bytes(self) -> int:
@@ -129,8 +131,9 @@ def check(step: AnyStep, how: How) -> Job:
     model = open_model(source.path, device, "fast", step.trust_remote_code)
     skip_modules(model, step.skip)
     tokenizer = load_tokenizer(source.path, step.trust_remote_code)
-    can, asked = unasked(step, model, tokenizer, how.ranks), step
-    step, plan = planned(resolve(can.decided(step), source, model.config), model)
+    teacher = _teacher(step, model, output, how) if isinstance(step, RecoverStep) else None
+    can, asked = unasked(step, teacher or model, tokenizer, how.ranks), step
+    step, plan = planned(resolve(can.decided(step), source, model.config, (teacher or model).config), model)
     _refuse_other_class(model, plan)
     how.progress.line(f"model: {source}")
     for require in how.checks:
@@ -142,14 +145,27 @@ def check(step: AnyStep, how: How) -> Job:
     step = beside_given(step, windows)
     test = evaluation_windows(step, tokenizer)
     require_held_out(step, windows)
-    job = Job(step, source, output, model, tokenizer, plan, can, test, windows, started, memory_before)
+    job = Job(step, source, output, model, tokenizer, plan, can, teacher, test, windows, started, memory_before)
     _check_room(job, how)
     how.progress.stage("checking weights", parameter_count(model.model))
     start = time.perf_counter()
     model.checkpoint.check_finite(how.progress.step, how.ranks)
+    if teacher is not None:
+        teacher.checkpoint.check_finite(lambda count: None, how.ranks)
     job.seconds["checking"] = time.perf_counter() - start  # the one part of this that grows with the model
     forget_peak(model.device)  # that of the run is from here on
     return job
+
+
+def _teacher(step: RecoverStep, model: StreamedModel, output: Path, how: How) -> StreamedModel:
+    """What a model is to be like. Raises UserError for one that it cannot be trained towards."""
+    teacher = teacher_of(step, model, how.access)
+    path = teacher.checkpoint.path
+    if path == model.checkpoint.path:
+        raise UserError(f"{step.model} cannot be trained towards itself: give --teacher, the dense model")
+    check_output(output, how.may_replace(output), [path], how.work_dir)
+    how.progress.line(f"towards: {path}")
+    return teacher
 
 
 def planned(step: AnyStep, model: StreamedModel) -> tuple[AnyStep, Plan]:
@@ -164,22 +180,6 @@ def inputs_of(step: AnyStep, source: ResolvedModel) -> list[Path]:
     """Files and directories that a run reads."""
     names = [*(name for name, _ in step.parts), *([step.eval_text] if step.eval_text else [])]
     return [source.path, *(Path(name) for name in names if Path(name).exists())]
-
-
-def resolve_known(model: str, revision: str | None, trust_remote_code: bool, access: Access) -> ResolvedModel:
-    """A model's directory, nothing large fetched for a family that is not known. Raises UserError."""
-
-    def accept(path: Path) -> None:
-        values = read_config(path)
-        refuse_other_task(path, values)
-        if values.get("auto_map") and values["model_type"] not in FAMILIES:
-            raise UserError(
-                f"{path} is {values['model_type']!r}, which comes with Python code of its own: slimlm knows no such "
-                "architecture, with --trust-remote-code or without (`slimlm models` lists those it knows)"
-            )
-        family_of(load_config(path, trust_remote_code))
-
-    return resolve_model(model, revision, accept, trust_remote_code, access)
 
 
 def _refuse_other_class(model: StreamedModel, plan: Plan) -> None:
@@ -227,8 +227,8 @@ def describe(step: AnyStep, model: StreamedModel, plan: Plan) -> list[str]:
 
 
 def journalled(step: AnyStep, model: StreamedModel) -> int:
-    """Bytes of gradients that lie beside the result while it is made."""
-    return GRADIENT_BYTES * method_of(step).gradients(step, model) if step.dataset else 0
+    """Bytes that lie beside the result while it is made."""
+    return method_of(step).kept(step, model) if step.dataset else 0
 
 
 def spilled(step: AnyStep, model: StreamedModel) -> int:
@@ -242,19 +242,3 @@ def spilled(step: AnyStep, model: StreamedModel) -> int:
     calibrating = 2 * (count + scratch) + saved if step.dataset else 0
     measuring = 2 * 2 * step.eval_windows if step.measure else 0
     return per_window * (calibrating + measuring)
-
-
-def open_model(
-    path: Path, device: torch.device, precision: Literal["fast", "stock"], trust_remote_code: bool = False
-) -> StreamedModel:
-    """A checkpoint directory, ready to stream.
-
-    precision: what it computes in. "stock" is what `from_pretrained(dtype="auto")` would take; "fast" is that too on a
-    GPU, but float32 for float16, in which small gradients are zero; and float32 on a CPU, where it costs nothing.
-    """
-    checkpoint = Checkpoint(path)
-    config = load_config(path, trust_remote_code)
-    dtype = auto_dtype(config, checkpoint)
-    if precision == "fast" and (device.type == "cpu" or dtype == torch.float16):
-        dtype = torch.float32
-    return StreamedModel(checkpoint, config, device, dtype, trust_remote_code)

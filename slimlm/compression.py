@@ -102,7 +102,7 @@ def carry_out(job: Job, fingerprint: Fingerprint, staging: Staging, how: How) ->
         windows = job.windows
         if job.recipe.own_windows:
             with _timed(job, "sampling"):
-                own = sampled_windows(job.recipe, job.model, job.tokenizer, journal, how.progress)
+                own = sampled_windows(job.recipe, job.dense, job.tokenizer, journal, how.progress)
             windows = interleaved([windows, own] if windows else [own])
         with _timed(job, "compressing"):
             outcome = _run(job, windows, result, staging, how)
@@ -120,7 +120,10 @@ def carry_out(job: Job, fingerprint: Fingerprint, staging: Staging, how: How) ->
 def _run(job: Job, windows: Windows | None, result: Result, staging: Staging, how: How) -> Outcome:
     batches = windows.batches(job.recipe.batch_size) if windows else []
     with Scratch(scratch_of(how.ranks, staging), job.model.device, how.stream_memory) as scratch:
-        return job.method.run(Run(job.recipe, job.model, job.plan, batches, result, scratch, how.progress, how.ranks))
+        run = Run(
+            job.recipe, job.model, job.plan, batches, result, scratch, how.progress, how.ranks, windows, job.teacher
+        )
+        return job.method.run(run)
 
 
 def _furnish(job: Job, plan: Plan, target: Path) -> None:

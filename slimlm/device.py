@@ -133,6 +133,14 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.bfloat16 if fast else x.dtype
 
 
+def training_dtype(device: torch.device) -> torch.dtype:
+    """What products are made in while a whole model is trained, its masters in fp32: bf16 where there are instructions
+    for it."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return product_dtype(torch.empty(0, device=device))
+
+
 def resident_memory() -> int:
     """Bytes of this process that are in memory now."""
     return int(psutil.Process().memory_info().rss)

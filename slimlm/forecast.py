@@ -23,7 +23,7 @@ from slimlm.errors import UserError
 from slimlm.methods import method_of
 from slimlm.model.walk import every
 from slimlm.probe import Event, probe, shown_keys
-from slimlm.recipe import AnyStep
+from slimlm.recipe import AnyStep, RecoverStep
 
 LEAST = 2  # blocks to probe: the first of a process is slow, and a GPU has the next one in memory, too
 MOST = 8  # of them; a kind that comes later is taken to be like the slowest of them
@@ -50,11 +50,14 @@ class Forecast:
 
 
 def forecast(job: Job, later: list[AnyStep], how: How, processes: int = 1) -> Forecast:
-    """Probe the first blocks of a checked run, in a directory beside its output. Raises RunFailure when that fails.
+    """Probe the first blocks of a checked run, in a directory beside its output. Raises RunFailure when that fails, and
+    UserError for training, of which first blocks tell nothing.
 
     later: the steps after the checked one, which are probed, too, each on what the one before gives. processes: that
     are to share the run on this machine, which is probed in one.
     """
+    if any(isinstance(step, RecoverStep) for step in (job.recipe, *later)):
+        raise UserError("--dry-run cannot tell what `recover` takes: leave that step out")
     how.progress.stage("probing the first blocks", 1)
     kinds = every(job.model, lambda block: block.kind)
     shown = min(MOST, len(kinds), max(LEAST, *(kinds.index(kind) + 1 for kind in kinds)))

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from slimlm.calibration import load_windows
-from slimlm.check import open_model, resolve_known
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.device import check_process, pick_device
@@ -16,6 +15,7 @@ from slimlm.linalg.gram import Gram
 from slimlm.linalg.hessian import SingularCurvature, hessian
 from slimlm.model.ends import embed
 from slimlm.model.walk import untold, walk
+from slimlm.models import open_model, resolve_known
 from slimlm.plain import Json
 from slimlm.progress import Progress
 from slimlm.settings import InspectSettings, by_name

@@ -20,6 +20,7 @@ from slimlm.checkpoint.manifest import (
     Origin,
     RunFigures,
     Sparsity,
+    read_manifest,
     versions,
     write_manifest,
 )
@@ -36,14 +37,16 @@ from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped, ste
 from slimlm.run import Outcome
 
 # What a step says of how and where it is run, and of what is done with the result: none of it decides a bit.
-UNDECISIVE = {"model", "revision", "output_dir", "measure", "eval_text", "eval_windows", "device"}
+UNDECISIVE = {"model", "revision", "output_dir", "measure", "eval_text", "eval_windows", "device", "teacher"}
 Fingerprint = dict[str, str | int | float | list[str] | None]
 
 
 def fingerprint_of(job: Job, ranks: Ranks) -> Fingerprint:
     """Everything that decides the weights to the last bit: what was read by its hash, not by its name. For all ranks,
     as the first one has it. Raises UserError where they did not read the same."""
-    hashes = job.model.checkpoint.hashes(ranks)
+    hashes = {f"model {name}": digest for name, digest in job.model.checkpoint.hashes(ranks).items()}
+    if job.teacher:
+        hashes |= {f"teacher {name}": digest for name, digest in job.teacher.checkpoint.hashes(ranks).items()}
     own = [*job.model.checkpoint.sizes.values(), job.windows.sha256 if job.windows else None]
     if any(other != own for other in ranks.gather(own)):
         raise UserError("the processes of this run read different models or calibration data: give all the same")
@@ -56,7 +59,7 @@ def _fingerprint(job: Job, hashes: Mapping[str, str], count: int) -> Fingerprint
         settings["dataset"] = job.recipe.own_windows
     found, trusted = versions(), code_files(job.source.path) if job.recipe.trust_remote_code else []
     return {
-        **{f"model {name}": digest for name, digest in hashes.items()},
+        **hashes,
         **{f"code {file.name}": file_hash(file) for file in trusted},
         **{f"file {file.name}": file_hash(file) for file in companions(job.source.path)},
         **{f"recipe {name}": value for name, value in settings.items()},
@@ -82,7 +85,7 @@ def manifest_of(
     comparison: Comparison | None,
 ) -> Manifest:
     """Everything there is to say of a run whose tensors are all written."""
-    dense, plan = parameter_count(job.model.model), outcome.plan
+    dense, plan = parameter_count(job.dense.model), outcome.plan
     return {
         "model": _origin(job),
         "recipe": dumped(Recipe(steps=[job.recipe])),
@@ -91,7 +94,7 @@ def manifest_of(
         "sparsity": _sparsity(job, outcome),
         "parameters": {"dense": dense, "compressed": plan.parameters},
         "bytes": {
-            "dense": job.model.checkpoint.bytes_on_disk(),
+            "dense": job.dense.checkpoint.bytes_on_disk(),
             "compressed": Checkpoint(staging.model).bytes_on_disk(),
         },
         "skipped": {"modules": len(job.model.skipped), "weights": sum(job.model.skipped.values())},
@@ -119,7 +122,10 @@ def _origin(job: Job) -> Origin:
 
 
 def _sparsity(job: Job, outcome: Outcome) -> Sparsity:
-    removed = 1 - outcome.plan.parameters / parameter_count(job.model.model)
+    removed = 1 - outcome.plan.parameters / parameter_count(job.dense.model)
+    before = read_manifest(job.source.path) if job.teacher else None
+    if before is not None:  # what compression did is still so
+        return {**before["sparsity"], "parameters_removed": removed}
     return {
         "requested": removed if job.recipe.share is None else job.recipe.share,
         "of": job.method.sparsity_of,

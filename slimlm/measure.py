@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from slimlm.check import How, Job, open_model
+from slimlm.check import How, Job
 from slimlm.checkpoint.manifest import Manifest, stages_of
 from slimlm.checkpoint.output import held
 from slimlm.checkpoint.shared import scratch_of, shared
@@ -12,6 +12,7 @@ from slimlm.errors import RunFailure, out_of_memory
 from slimlm.evaluation.streamed import Comparison, Kinship, compare_streamed
 from slimlm.manifest import block_errors, measured, write_account
 from slimlm.model.hidden import Scratch
+from slimlm.models import open_model
 from slimlm.run import Outcome
 
 MEASURING = {"measure", "eval_text", "eval_windows"}
@@ -33,9 +34,13 @@ def compare(
     if job.test is None:
         return None
     device, trusted = job.model.device, job.recipe.trust_remote_code
-    models = (open_model(job.source.path, device, "stock", trusted), open_model(compressed, device, "stock", trusted))
-    blocks, basis = (outcome.blocks, outcome.basis) if outcome else (tuple(range(len(models[1].blocks))), None)
-    kinship = Kinship(basis, blocks, compares_blocks)
+    models = (
+        open_model(job.dense.checkpoint.path, device, "stock", trusted),
+        open_model(compressed, device, "stock", trusted),
+    )
+    own = tuple(range(len(models[1].blocks)))
+    blocks, basis = (outcome.blocks, outcome.basis) if outcome and job.teacher is None else (own, None)
+    kinship = Kinship(basis, blocks, compares_blocks and job.teacher is None)
     batches = list(job.test.tokens.split(job.recipe.batch_size))
     try:
         with (

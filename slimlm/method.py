@@ -20,7 +20,7 @@ class Method(Generic[S]):
     calibrates(recipe, path): whether it looks at data, for the model in a directory.
     scratch(recipe, model): windows whose hidden states wait on disk at once while it runs, beside the calibration's.
     holds_out(recipe): whether it chooses something on windows it holds out, and so needs a few.
-    gradients(recipe, model): numbers of gradients that are kept beside the result while it runs.
+    kept(recipe, model): bytes, of gradients most often, that lie beside the result while it runs.
     """
 
     name: str
@@ -33,5 +33,5 @@ class Method(Generic[S]):
     calibrates: Callable[[S, Path], bool]
     scratch: Callable[[S, StreamedModel], int]
     holds_out: Callable[[S], bool]
-    gradients: Callable[[S, StreamedModel], int] = lambda recipe, model: 0
+    kept: Callable[[S, StreamedModel], int] = lambda recipe, model: 0
     row: Row | None = None

@@ -7,6 +7,7 @@ function of `prune/masks.py`) and what those that stay do about it (a function o
 from pathlib import Path
 from typing import Any
 
+from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.method import Method
 from slimlm.model.streamed import StreamedModel
 from slimlm.prune import solved
@@ -15,13 +16,16 @@ from slimlm.prune.masks import MASKS
 from slimlm.prune.plan import plan_prune
 from slimlm.prune.run import run_prune
 from slimlm.prune.updates import UPDATES
-from slimlm.recipe import ROWS, Allocation, AnyStep, PruneStep, RotateStep, SliceStep, Step
+from slimlm.recipe import ROWS, Allocation, AnyStep, PruneStep, RecoverStep, RotateStep, SliceStep, Step
 from slimlm.recipe import Row as StepRow
+from slimlm.recover.run import KEPT, plan_recover, run_recover
 from slimlm.slice import curves
 from slimlm.slice.plan import plan_rotate, plan_slice, rotated_influence
 from slimlm.slice.run import run_rotate, run_slice
 from slimlm.statistics.sweep import swept_windows
 from slimlm.statistics.token_gradients import Sample
+
+GRADIENT_BYTES = 2  # they are kept in bf16
 
 
 def _sweep(recipe: Step, model: StreamedModel) -> int:
@@ -50,12 +54,12 @@ def _pruning_scratch(recipe: PruneStep, model: StreamedModel) -> int:
     return max(streams, _sweep(recipe, model)) if recipe.needs_gradients else streams
 
 
-def _pruning_gradients(recipe: PruneStep, model: StreamedModel) -> int:
+def _pruning_kept(recipe: PruneStep, model: StreamedModel) -> int:
     if not recipe.needs_gradients:
         return 0
     assert recipe.max_seq_length is not None
     sample = Sample(recipe.fisher_samples, recipe.fisher_unit == "sequence", recipe.seed)
-    return sample.numbers(model, recipe.max_seq_length)
+    return GRADIENT_BYTES * sample.numbers(model, recipe.max_seq_length)
 
 
 def pruning(
@@ -80,7 +84,7 @@ def pruning(
         calibrates=lambda recipe, path: recipe.curvature != "none" or recipe.allocation in ("owl", "solved"),
         scratch=_pruning_scratch,
         holds_out=lambda recipe: recipe.repairs,
-        gradients=_pruning_gradients,
+        kept=_pruning_kept,
         row=row,
     )
     OwnStep.own_method = method
@@ -118,6 +122,19 @@ TABLE: tuple[Method[Any], ...] = (
         calibrates=lambda recipe, path: True,
         scratch=_slicing_scratch,
         holds_out=lambda recipe: False,
+    ),
+    Method[RecoverStep](
+        "recover",
+        "train what is left of a model towards the dense one; its zeros and widths stay",
+        "https://arxiv.org/abs/1503.02531",
+        RecoverStep,
+        sparsity_of="parameters",
+        plan=plan_recover,
+        run=run_recover,
+        calibrates=lambda recipe, path: True,
+        scratch=lambda recipe, model: 0,
+        holds_out=lambda recipe: True,
+        kept=lambda recipe, model: KEPT * parameter_count(model.model),
     ),
     # SparseGPT's mask, refined; the exact minimiser on it, as in OBC, aimed at the dense model (`towards_dense.py`).
     _known(

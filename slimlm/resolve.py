@@ -5,11 +5,12 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from slimlm.checkpoint.manifest import read_manifest
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel
 from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW
 from slimlm.methods import method_of
-from slimlm.recipe import SELF, AnyStep, Source
+from slimlm.recipe import SELF, AnyStep, RecoverStep, Source
 
 NO_DATA = (
     "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
@@ -17,23 +18,30 @@ NO_DATA = (
 )
 
 
-def resolve(step: AnyStep, source: ResolvedModel, config: PretrainedConfig) -> AnyStep:
+def resolve(step: AnyStep, source: ResolvedModel, *configs: PretrainedConfig) -> AnyStep:
     """The step with its data, the length of its windows and its output. Raises UserError where there are none.
 
-    No data where the method does not look at any.
+    No data where the method does not look at any. configs: of all models that are to read the windows.
     """
     dataset = step.dataset or (SELF if source.origin == "bundled" else None)
     if not method_of(step).calibrates(step, source.path):
         dataset = None
     elif dataset is None:
         raise UserError(NO_DATA)
-    context: int = getattr(config, "max_position_embeddings", DEFAULT_WINDOW)
+    context: int = min(getattr(one, "max_position_embeddings", DEFAULT_WINDOW) for one in configs)
     default = BUNDLED_CONTEXT if source.origin == "bundled" else min(DEFAULT_WINDOW, context)
-    length = step.max_seq_length or default
+    length = step.max_seq_length or _as_calibrated(step, source) or default
     if length > context:
         raise UserError(f"--max-seq-length {length} is beyond the model's context of {context} tokens")
     step = step.model_copy(update={"dataset": dataset, "max_seq_length": length, "output_dir": str(output_of([step]))})
-    return with_own_text(step)
+    return with_own_text(step.beside())
+
+
+def _as_calibrated(step: AnyStep, source: ResolvedModel) -> int | None:
+    """Tokens of the windows that a model to be recovered was compressed with."""
+    manifest = read_manifest(source.path) if isinstance(step, RecoverStep) else None
+    calibration = manifest and manifest["calibration"]
+    return calibration["window"] if calibration else None
 
 
 def with_own_text(step: AnyStep) -> AnyStep:

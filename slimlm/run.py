@@ -1,5 +1,6 @@
 """One run of a method: what it gets, what it plans before any work, what it found out after it."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from slimlm.calibration import Windows
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.shard import TensorSpec
@@ -62,6 +64,13 @@ class Plan:
         parameters = sum(torch.Size(spec.shape).numel() for spec in specs.values())
         return cls(config, specs, parameters, carrier, files=own_files(config))
 
+    @classmethod
+    def like(cls, model: StreamedModel, dtype: str) -> "Plan":
+        """Of the same tensors with other numbers."""
+        tied = model.model.all_tied_weights_keys
+        named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in tied}
+        return cls.of(model, copy.deepcopy(model.config), model.model, named, dtype)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -93,7 +102,8 @@ def nothing(index: int) -> Known:
 class Run(Generic[S]):
     """What a method carries out: a resolved recipe, on a model, with calibration windows in batches [batch, time], into
     a result; hidden states that wait are in `scratch`. All ranks have the same batches, and their streams some of them.
-    Only a wing's `run.py` takes one."""
+    windows: those in the batches; None where there are none. dense: what the result is to be like, where the model is
+    not the dense one itself. Only a wing's `run.py` takes one."""
 
     recipe: S
     model: StreamedModel
@@ -103,6 +113,8 @@ class Run(Generic[S]):
     scratch: Scratch
     progress: Progress
     ranks: Ranks = ALONE
+    windows: Windows | None = None
+    dense: StreamedModel | None = None
 
     @cached_property
     def journal(self) -> Journal:

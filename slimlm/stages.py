@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from slimlm.check import How, Job, check, spilled
+from slimlm.check import How, Job, check, journalled, spilled
 from slimlm.checkpoint.disk import disk_errors
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.journal import Journal, finished_steps
@@ -34,10 +34,11 @@ from slimlm.manifest import Fingerprint, decisive, fingerprint_of
 from slimlm.meeting import start_ranks
 from slimlm.methods import method_of
 from slimlm.model.skip import skipping
+from slimlm.models import teacher_of
 from slimlm.progress import LogProgress, Progress
 from slimlm.prune.plan import require_room_later
 from slimlm.ranks import ALONE, Ranks
-from slimlm.recipe import SELF, AnyStep, PruneStep, Recipe, SliceStep, Source, dumped
+from slimlm.recipe import SELF, AnyStep, PruneStep, Recipe, RecoverStep, SliceStep, Source, dumped
 from slimlm.resolve import NO_DATA, output_of, with_own_text
 from slimlm.run import Plan
 from slimlm.settings import CompressSettings, PushSettings, RunSettings, by_name
@@ -130,9 +131,10 @@ def _first(recipe: Recipe, output: Path, how: How) -> Job:
     first = check(step, replace(how, overwrite=True))
     check_output(output, how.may_replace(output), first.inputs, how.work_dir)
     if not how.is_there(output):  # all results stand until the last is done, none of them larger than the first
-        needed = len(recipe.steps) * first.result_bytes - (size_of(place) if how.resume else 0)
+        kept = max(journalled(step, first.model) for step in later_steps(first, recipe))
+        needed = len(recipe.steps) * first.result_bytes + kept - (size_of(place) if how.resume else 0)
         check_space(output, needed, how.work_dir, spilled(first.recipe, first.model), how.resume)
-    check_later(first, recipe, how.progress)
+    check_later(first, recipe, how.progress, how.access)
     return first
 
 
@@ -143,9 +145,9 @@ def later_steps(first: Job, recipe: Recipe) -> list[AnyStep]:
     window = first.recipe.max_seq_length
     return [
         with_own_text(
-            first.can.decided(step).model_copy(
-                update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)}
-            )
+            first.can.decided(step)
+            .model_copy(update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)})
+            .beside()
         )
         for step in recipe.steps[1:]
     ]
@@ -162,7 +164,7 @@ def plans_of_later(first: Job, steps: list[AnyStep]) -> Iterator[tuple[AnyStep, 
         is_kept = plan is not None and plan.parameters == first.plan.parameters
 
 
-def check_later(first: Job, recipe: Recipe, progress: Progress) -> None:
+def check_later(first: Job, recipe: Recipe, progress: Progress, access: Access | None = None) -> None:
     """Say what the steps after the first, the checked one, leave out. Raises UserError for one that cannot follow."""
     for later in recipe.steps[1:]:
         for line in first.can.said(later):
@@ -172,6 +174,8 @@ def check_later(first: Job, recipe: Recipe, progress: Progress) -> None:
         for slicing in slices:
             if isinstance(step, PruneStep):
                 require_room_later(first.model, slicing, step)
+        if isinstance(step, RecoverStep) and step.teacher:
+            teacher_of(step, first.model, access or Access())
         if step.dataset is None and method_of(step).calibrates(step, first.source.path):
             raise UserError(f"{NO_DATA}, for the {step.method} that comes later, too")
         slices += [step] if isinstance(step, SliceStep) else []
@@ -185,6 +189,8 @@ def fingerprint_of_all(first: Job, recipe: Recipe, ranks: Ranks) -> Fingerprint:
     found = fingerprint_of(first, ranks)
     for number, step in enumerate(later_steps(first, recipe), start=2):
         found |= {f"recipe {name} of run {number}": value for name, value in decisive(step).items()}
+        if isinstance(step, RecoverStep):
+            found[f"recipe teacher of run {number}"] = step.teacher
         if not method_of(step).calibrates(step, first.source.path):
             continue
         windows = calibration_windows(step, first.tokenizer, first.model.config.vocab_size)
@@ -230,7 +236,7 @@ class _Several:
         before, place, step = self.places[:number], self.places[number], self.steps[number]
         settings: dict[str, Any] = {"output_dir": str(place), "model": str(before[-1]), "revision": None}
         sampled = [where / CALIBRATION_NAME for where in before if (where / CALIBRATION_NAME).exists()]
-        if sampled and step.own_windows:
+        if sampled and step.own_windows and not isinstance(step, RecoverStep):
             count, length = numpy.load(sampled[0], mmap_mode="r").shape
             known = {SELF: Source(source=str(sampled[0]), windows=count)}
             sources = [known.get(source) or Source(source=source, windows=windows) for source, windows in step.parts]
@@ -249,7 +255,7 @@ class _Several:
         with shared(how.ranks, place, how.work_dir, own) as staging:
             made = carry_out(job, fingerprint, staging, how)
             written = made.journal.recall("sampled")
-            if written is not None and how.ranks.writes:
+            if written is not None and how.ranks.writes and not isinstance(job.recipe, RecoverStep):
                 with disk_errors(staging.model):
                     numpy.save(staging.model / CALIBRATION_NAME, written[1]["tokens"].numpy())
             publish(made, staging, how, job.source.path / LOG_NAME if number else None)
@@ -272,6 +278,8 @@ def account_for(stages: list[Manifest], recipe: Recipe, manifest: Manifest) -> N
     manifest["model"] = first["model"]
     manifest["parameters"]["dense"] = first["parameters"]["dense"]
     manifest["bytes"]["dense"] = first["bytes"]["dense"]
+    removing = [stage for stage in (*stages, manifest) if stage["recipe"]["steps"][-1]["method"] != "recover"]
+    manifest["sparsity"] = {**removing[-1]["sparsity"]} if removing else manifest["sparsity"]
     manifest["sparsity"]["parameters_removed"] = 1 - manifest["parameters"]["compressed"] / first["parameters"]["dense"]
     manifest["changes"] = _changes([*stages, manifest])
     for stage in reversed(stages):  # where tokens came from that a later step got by a file

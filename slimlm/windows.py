@@ -1,6 +1,8 @@
 """The tokens a run sees: calibration windows, loaded or written by the model itself, and those it is measured on."""
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from collections import Counter
+
+from transformers import PreTrainedTokenizerBase
 
 from slimlm.calibration import (
     Windows,
@@ -11,15 +13,15 @@ from slimlm.calibration import (
     written_for,
 )
 from slimlm.checkpoint.journal import Journal
-from slimlm.checkpoint.skeleton import BUILDING
-from slimlm.device import MOST_KEPT, is_large, placement, return_memory_at_once
+from slimlm.device import MOST_KEPT, is_large, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows, load_test_windows
 from slimlm.linalg.regression import HELD_EVERY
 from slimlm.methods import method_of
 from slimlm.model.streamed import StreamedModel
+from slimlm.model.whole import whole
 from slimlm.progress import Progress
-from slimlm.recipe import SELF, AnyStep, Source
+from slimlm.recipe import SELF, AnyStep, RecoverStep, Source
 from slimlm.resolve import own_beside
 
 
@@ -60,11 +62,16 @@ def evaluation_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase) -> Tes
 
 def require_held_out(step: AnyStep, windows: Windows | None) -> None:
     """Raises UserError where there are too few windows to hold some out, and the method does."""
-    count = (len(windows.tokens) if windows else 0) + step.own_windows
-    if method_of(step).holds_out(step) and count < HELD_EVERY:
+    counts = Counter((windows.origins or (windows.source,) * len(windows.tokens)) if windows else ())
+    counts[SELF] += step.own_windows
+    judges_each = isinstance(step, RecoverStep)
+    least = min(filter(None, counts.values()), default=0) if judges_each else counts.total()
+    if method_of(step).holds_out(step) and least < HELD_EVERY:
+        of_what = " of a source" if judges_each else ""
         raise UserError(
-            f"the refit holds out every {HELD_EVERY}th calibration window and there are {count}: "
-            "raise --num-calibration-samples, give more text, or add --no-refit"
+            f"every {HELD_EVERY}th calibration window is held out and there are {least}{of_what}: raise "
+            f"--{'tokens' if judges_each else 'num-calibration-samples'}, give more text, or add "
+            f"--{'self-share 0' if judges_each else 'no-refit'}"
         )
 
 
@@ -81,15 +88,8 @@ def sampled_windows(
         return Windows(sampled[1]["tokens"].cpu(), SELF, start_token(tokenizer))
     progress.stage("sampling calibration text", written_for(step.own_windows))
     return_memory_at_once()  # keys and values that grow with every token would leave holes everywhere
-    with BUILDING:
-        whole = AutoModelForCausalLM.from_pretrained(
-            model.checkpoint.path,
-            dtype="auto",
-            trust_remote_code=step.trust_remote_code,
-            device_map=placement(model.device),
-        )
     size = step.own_windows, step.max_seq_length
-    windows = sample_windows(whole.eval(), tokenizer, size, step.seed, progress.step, journal.ranks)
+    windows = sample_windows(whole(model), tokenizer, size, step.seed, progress.step, journal.ranks)
     if not is_large(model.checkpoint.path):
         return_memory_at_once(MOST_KEPT)
     journal.keep("sampled", {"tokens": windows.tokens})

@@ -24,10 +24,10 @@ ORDER = [
     {"statistics"},
     {"fit"},
     {"run", "evaluation"},
-    {"slice", "prune"},
+    {"slice", "prune", "recover"},
     {"method"},
     {"methods"},
-    {"resolve", "unasked"},
+    {"resolve", "unasked", "models"},
     {"windows"},
     {"check"},
     {"manifest", "inspection"},
@@ -90,7 +90,15 @@ def handles_a_run(tree: ast.AST) -> bool:
 def test_only_what_carries_out_a_method_takes_a_run():
     found = {str(path.relative_to(ROOT)) for path in FILES if handles_a_run(ast.parse(path.read_text()))}
     assert {"slice/run.py", "prune/run.py", "compression.py"} <= found
-    assert found <= {"slice/run.py", "prune/run.py", "method.py", "methods.py", "compression.py", "api.py"}
+    assert found <= {
+        "slice/run.py",
+        "prune/run.py",
+        "recover/run.py",
+        "method.py",
+        "methods.py",
+        "compression.py",
+        "api.py",
+    }
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ MORE = (
     "slice tied", "slice self", "slice mixtral", "slice qwen2_moe", "slice no refit", "slice per-block", "slice gpt2",
     "rotate", "slice rotated", "slimlm fisher", "slimlm qwen2_moe", "slimlm solved", "slimlm owl", "slimlm global",
     "slimlm tiles", "sparsegpt pq", "sparsegpt mixtral", "obc", "mfac", "mfac mixtral", "mfac sequence", "woodfisher",
-    "wanda", "magnitude global", "slice then slimlm", "shots", "bundled slice", "bundled slimlm 2:4",
+    "wanda", "magnitude global", "slice then slimlm", "slice then recover",
+    "slimlm then recover", "shots", "bundled slice", "bundled slimlm 2:4",
 )  # fmt: skip
 
 

@@ -25,11 +25,13 @@ POOL_FACTOR = 16  # windows are picked from this many times as many, where the s
 
 @dataclass(frozen=True)
 class Windows:
-    """tokens: [n, time]. source: where they came from. bos: the token each document starts with, or None."""
+    """tokens: [n, time]. source: where they came from. bos: the token each document starts with, or None. origins: the
+    source of each, where there are several."""
 
     tokens: Tensor
     source: str
     bos: int | None
+    origins: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -51,7 +53,9 @@ def interleaved(parts: Sequence[Windows]) -> Windows:
     places = [(torch.arange(len(part.tokens)) + 0.5) / len(part.tokens) for part in parts]
     order = torch.cat(places).argsort(stable=True)
     tokens = torch.cat([part.tokens for part in parts])[order]
-    return Windows(tokens, ", ".join(part.source for part in parts), parts[0].bos)
+    origins = [name for part in parts for name in part.origins or (part.source,) * len(part.tokens)]
+    source = ", ".join(part.source for part in parts)
+    return Windows(tokens, source, parts[0].bos, tuple(origins[index] for index in order))
 
 
 def load_windows(

@@ -135,8 +135,9 @@ def _row(label: str, pair: tuple[float, float], form: str) -> str:
 
 def _loss(manifest: Manifest) -> str:
     measured = manifest["measured"]
+    trained = "".join(f"\n{line}\n" for line in recovered(manifest))
     if measured is None:
-        return "## What was lost\n\nNot measured: run `slimlm eval` on this directory.\n"
+        return f"## What was lost\n\nNot measured: run `slimlm eval` on this directory.\n{trained}"
     dense, compressed = measured["dense"], measured["compressed"]
     error = ""
     if manifest["blocks"]:
@@ -146,8 +147,23 @@ def _loss(manifest: Manifest) -> str:
         "## What was lost\n\n| | dense | compressed | change |\n| --- | ---: | ---: | ---: |\n"
         + _row("perplexity", (dense["perplexity"], compressed["perplexity"]), "{:.2f}")
         + f"\nOn {measured['text']}: {measured['windows']} windows of {measured['window']} tokens, stride "
-        f"{measured['stride']}, BOS {measured['bos']}, computed in {dtypes_of(measured)}.{error}\n"
+        f"{measured['stride']}, BOS {measured['bos']}, computed in {dtypes_of(measured)}.{error}\n" + trained
     )
+
+
+def recovered(manifest: Manifest) -> list[str]:
+    """What training brought, in a sentence, where there was any."""
+    history = manifest.get("method", {}).get("history")
+    if not history:
+        return []
+    first, last = history[0], next(one for one in history if one["step"] == manifest["method"]["best_step"])
+    kept = "" if last["step"] else "; nothing was better, so the weights are those that came in"
+    texts = [name for name in first if name.startswith("held out ")]
+    changes = ", ".join(f"{name.removeprefix('held out ')} {first[name]:.4f} -> {last[name]:.4f}" for name in texts)
+    return [
+        f"Trained on {manifest['method']['trained_tokens']:,} tokens; divergence from the dense model on held-out "
+        f"text, in nats a token: {changes}{kept}."
+    ]
 
 
 def dtypes_of(measured: Measured) -> str:

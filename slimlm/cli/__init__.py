@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from slimlm.cli.compress import compress_command, rotate_command
+from slimlm.cli.compress import compress_command, recover_command, rotate_command
 from slimlm.cli.evaluate import eval_command
 from slimlm.cli.inspect import inspect_command
 from slimlm.cli.others import methods_command, models_command, pack_command, recipes_command, unpack_command
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("compress")(compress_command)
 app.command("rotate")(rotate_command)
+app.command("recover")(recover_command)
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
 app.command("pack")(pack_command)

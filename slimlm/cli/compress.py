@@ -9,7 +9,7 @@ from slimlm.cli.launch import in_processes
 from slimlm.cli.options import ORDER, ManyProcesses, Value, command
 from slimlm.cli.running import running
 from slimlm.errors import UserError
-from slimlm.recipe import FLAGS, Recipe, Step, load_recipe, recipe_of_flags
+from slimlm.recipe import FLAGS, OF_RECOVERY, Recipe, Step, load_recipe, recipe_of_flags
 from slimlm.settings import PushSettings, RunSettings, described
 from slimlm.started import own_rank
 
@@ -22,6 +22,12 @@ ROTATE_FLAGS = [
     name
     for name in COMPRESS_FLAGS
     if name in Step.model_fields.keys() - {"method", "skip", "measure", "eval_text", "eval_windows", "max_shard_size"}
+]
+
+RECOVER_FLAGS = [
+    name
+    for name in ORDER
+    if name in OF_RECOVERY | Step.model_fields.keys() - {"model", "revision", "method", "num_calibration_samples"}
 ]
 
 
@@ -42,6 +48,13 @@ class CompressOptions(RotateOptions, PushSettings):
     recipe: str | None = described(None, "YAML file, or name of a shipped recipe; other flags override it")
     dry_run: bool = described(False, "say what would happen and what it would take, from a probe")
     verbose: bool = described(False, "log what happens inside")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions(RotateOptions, PushSettings):
+    """How a recipe is run that recovers a model."""
+
+    model: str = field(metadata={"description": "directory of the compressed model"})
 
 
 @command(CompressOptions, COMPRESS_FLAGS)
@@ -96,12 +109,34 @@ def rotate_command(options: RotateOptions) -> None:
     _run(recipe_of_flags(settings), options)
 
 
+@command(RecoverOptions, RECOVER_FLAGS)
+def recover_command(options: RecoverOptions) -> None:
+    """Train back what compression lost, towards the dense model.
+
+    All weights of a sliced or pruned model are trained on what the dense model predicts; zeros stay zero, widths stay,
+    and the result is a stock checkpoint like the one that went in. Both models are in memory. By default half of the
+    text is the one given, and half is written by the dense model, so that the model stays itself beyond that text; what
+    is held out of both says which weights stay, and that the old ones do where nothing is better.
+
+    Examples:
+
+        slimlm recover llama-slice-25 --tokens 500000
+
+        slimlm recover smaller --teacher meta-llama/Llama-3.2-3B --dataset wikitext2 -o recovered
+
+        slimlm recover smaller --dataset notes.txt --minutes 60
+    """
+    settings = with_assigned({**options.settings, "model": options.model, "method": "recover"}, options.assignments)
+    _run(recipe_of_flags(settings), options, PushSettings)
+
+
 def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
     """The recipe of a name with settings that override it, or that of the settings alone. Raises UserError."""
     if name is not None:
         return load_recipe(name, settings)
-    if settings.get("method") == "rotate":
-        raise UserError("rotating has a command of its own: try `slimlm rotate --model llama`")
+    if settings.get("method") in ("rotate", "recover"):
+        method = settings["method"]
+        raise UserError(f"{method} has a command of its own: try `slimlm {method} --help`")
     for needed in ("model", "sparsity"):
         if needed not in settings and not (needed == "sparsity" and {"pattern", "widths"} & settings.keys()):
             raise UserError(
@@ -136,7 +171,7 @@ def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
         before_work(options)
         how = how_of(replace(options, progress=progress))
         job = check(recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))}), how)
-        check_later(job, recipe, progress)
+        check_later(job, recipe, progress, how.access)
         later = later_steps(job, recipe)
         found = forecast(job, later, how, options.num_processes or 1)
     print(forecast_summary(job, found, later, how.work_dir))

@@ -19,7 +19,7 @@ Value = str | int | float | bool | list[str] | None
 PANELS = {  # of the commands that run a recipe, in the order of their help; other commands have the order only
     "What to do": (
         "model", "sparsity", "method", "pattern", "recipe", "revision", "widths", "skip", "refit", "refine",
-        "allocation", "assignments",
+        "allocation", "teacher", "tokens", "minutes", "lora", "learning_rate", "objective", "assignments",
     ),
     "Calibration data": ("dataset", "self_share", "text_column", "num_calibration_samples", "max_seq_length", "seed"),
     "How to run": (
@@ -42,6 +42,9 @@ SHOWN = {  # defaults that a field's own does not say
     "self_share": "0.5 for slice and slimlm, where it takes less than half of the memory; else 0",
     "refine": "4; 0 where nothing is refitted",
     "dataset": "self for the bundled model, else required",
+    "teacher": "the model that slimlm.json names",
+    "minutes": "no limit",
+    "learning_rate": "0.0002, with --lora 0.002",
     "max_seq_length": "the model's context, up to 2048",
     "eval_text": "the Python language reference",
     "output_dir": "MODEL-METHOD-PERCENT, or MODEL-rotate",

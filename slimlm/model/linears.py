@@ -29,7 +29,8 @@ def turned_shape(module: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[
 
 def canonical(module: nn.Module, name: str) -> Tensor:
     """A parameter by its name within `module`; a linear's weight as [out, in]. A view: writing to it writes there."""
-    parameter = module.get_parameter(name).detach()
+    owner, _, leaf = name.rpartition(".")
+    parameter: Tensor = getattr(module.get_submodule(owner), leaf).detach()
     return parameter.T if is_turned(module, name) else parameter
 
 

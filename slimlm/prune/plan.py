@@ -1,6 +1,5 @@
 """What pruning is going to do, and what it cannot do, before any work."""
 
-import copy
 import math
 from dataclasses import replace
 
@@ -29,9 +28,7 @@ def plan_prune(model: StreamedModel, recipe: PruneStep) -> Plan:
         raise UserError(f"sparsity {recipe.sparsity:g} is less than one tile of {recipe.pattern}")
     if recipe.needs_gradients and recipe.fisher_unit == "sequence" and model.family.experts:
         raise UserError("fisher_unit sequence: an expert sees single tokens, not sequences")
-    tied = model.model.all_tied_weights_keys
-    named = {name: tensor for name, tensor in model.model.state_dict().items() if name not in tied}
-    return Plan.of(model, copy.deepcopy(model.config), model.model, named, recipe.dtype)
+    return Plan.like(model, recipe.dtype)
 
 
 def require_room(name: str, shape: torch.Size, recipe: PruneStep) -> None:

@@ -13,6 +13,7 @@ from slimlm.recipe.pruning import (
 from slimlm.recipe.recipe import (
     FIELDS,
     FLAGS,
+    OF_RECOVERY,
     AnyStep,
     Recipe,
     Setting,
@@ -23,6 +24,7 @@ from slimlm.recipe.recipe import (
     recipe_of_flags,
     steps_of,
 )
+from slimlm.recipe.recovering import RecoverStep
 from slimlm.recipe.slicing import RotateStep, SliceStep
 from slimlm.recipe.step import SELF, Source, Step
 
@@ -31,6 +33,7 @@ __all__ = [
     "FISHERS",
     "FLAGS",
     "GRAMS",
+    "OF_RECOVERY",
     "RAN_REMOTE_CODE",
     "ROWS",
     "SELF",
@@ -39,6 +42,7 @@ __all__ = [
     "CurvatureName",
     "PruneStep",
     "Recipe",
+    "RecoverStep",
     "RotateStep",
     "Row",
     "Setting",

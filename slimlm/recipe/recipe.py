@@ -10,14 +10,16 @@ from pydantic.fields import FieldInfo
 from slimlm.errors import UserError, nearest
 from slimlm.plain import Json
 from slimlm.recipe.pruning import ROWS, PruneStep
+from slimlm.recipe.recovering import RecoverStep
 from slimlm.recipe.slicing import RotateStep, SliceStep
 from slimlm.recipe.step import HasSteps, Step
 
-AnyStep = SliceStep | PruneStep | RotateStep
+AnyStep = SliceStep | PruneStep | RotateStep | RecoverStep
 METHODS: dict[str, type[AnyStep]] = {
     "slice": SliceStep,
     **dict.fromkeys(ROWS, PruneStep),
     "rotate": RotateStep,
+    "recover": RecoverStep,
 }
 Setting = Json | HasSteps  # a method may be given itself
 SHARED = [name for name in Step.model_fields if name != "method"]
@@ -61,14 +63,16 @@ FIELDS: dict[str, FieldInfo] = {  # what a setting is, of whichever steps have i
     **Shots.model_fields,
     **PruneStep.model_fields,
     **SliceStep.model_fields,
+    **RecoverStep.model_fields,
     **Step.model_fields,
 }
 FLAGS = {*Step.model_fields, "sparsity", "pattern", "widths", "refit", "refine", "allocation"}
+OF_RECOVERY = {"teacher", "objective", "tokens", "minutes", "lora", "learning_rate"}
 
 
 def flag_of(name: str) -> str:
     """How a setting is given at the command line: most by a flag of their own, those of experts by `--set`."""
-    return f"--{name.replace('_', '-')}" if name in FLAGS else f"--set {name}"
+    return f"--{name.replace('_', '-')}" if name in FLAGS | OF_RECOVERY else f"--set {name}"
 
 
 def make_recipe(values: Mapping[str, Json], source: str = "recipe") -> Recipe:

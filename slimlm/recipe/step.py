@@ -148,9 +148,9 @@ class Step(BaseModel):
     def parts(self) -> list[tuple[str, int]]:
         """The sources of calibration windows, and how many are of each."""
         if not isinstance(self.dataset, list):
-            return [(self.dataset, self.num_calibration_samples)] if self.dataset else []
+            return [(self.dataset, self.num_calibration_samples or 0)] if self.dataset else []
         shares = sum(source.share or 0.0 for source in self.dataset)
-        left = max(0, self.num_calibration_samples - sum(source.windows or 0 for source in self.dataset))
+        left = max(0, (self.num_calibration_samples or 0) - sum(source.windows or 0 for source in self.dataset))
         return [
             (part.source, part.windows or max(1, round(left * (part.share or 0) / shares))) for part in self.dataset
         ]
@@ -174,6 +174,10 @@ class Step(BaseModel):
     def share(self) -> float | None:
         """The sparsity asked for; None where widths are."""
         return 0.0
+
+    def beside(self) -> Self:
+        """The step, whose windows' length is known, with what follows from it."""
+        return self
 
     @property
     def extent(self) -> str:

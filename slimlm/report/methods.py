@@ -37,6 +37,7 @@ SLICED = (
     "everything: a smaller dense model",
     "text; none for a rotated model with `--no-refit`",
 )
+RECOVERED = ("nothing", "none", "that there is", "AdamW, towards the dense model", "nothing more", "text")
 ROTATED = ("nothing", "Gram of the stream, gradients", "none", "none", "nothing", "text")
 
 
@@ -63,7 +64,7 @@ def methods_table() -> str:
 
 
 def _row(name: str) -> tuple[str, ...]:
-    cells = _zeros(ROWS[name]) if name in ROWS else {"slice": SLICED, "rotate": ROTATED}[name]
+    cells = _zeros(ROWS[name]) if name in ROWS else {"slice": SLICED, "rotate": ROTATED, "recover": RECOVERED}[name]
     return f"`{name}`", *cells, METHODS[name].paper.removeprefix(ARXIV)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slimlm.check import Job
-from slimlm.checkpoint.card import dtypes_of
+from slimlm.checkpoint.card import dtypes_of, recovered
 from slimlm.checkpoint.manifest import Manifest, WindowFigures, took
 from slimlm.forecast import Forecast
 from slimlm.recipe import AnyStep
@@ -22,6 +22,7 @@ def compress_summary(manifest: Manifest) -> str:
     ]
     if sparsity["zeros_in_pruned_matrices"] is not None:
         lines.append("zeros neither shrink nor speed up a stock checkpoint")
+    lines += recovered(manifest)
     if manifest["measured"]:
         measured = manifest["measured"]
         lines.append(_windows_line(measured, dtypes_of(measured)))

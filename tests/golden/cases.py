@@ -121,12 +121,15 @@ PRUNING = [
     Case("magnitude pattern", "llama tied", (step("magnitude", pattern="1:4"),), {**MEASURED, "max_seq_length": 24}),
 ]
 SLICED, SPARSE = step("slice", widths="hidden=24,mlp=40"), step("slimlm", pattern="2:4")
+RECOVERED = step("recover", tokens=1152, self_share=0.25, batch_size=4, learning_rate=0.003)
 SHOTS = step("sparsegpt", 0.6, shots=3, schedule="cubic")
 STAGES = [
     Case("slice then slimlm", "llama", (SLICED, SPARSE)),
     Case("slice then tiles", "qwen2", (step("slice", 0.25), step("sparsegpt", 0.5, pattern="4x4")), is_stored=True),
     Case("magnitude then slice", "gpt2", (step("magnitude", 0.3), step("slice", 0.2))),
     Case("shots", "llama", (SHOTS,)),
+    Case("slice then recover", "llama tied", (SLICED, RECOVERED)),
+    Case("slimlm then recover", "mixtral", (SPARSE, RECOVERED)),
     Case("shots then wanda", "opt", (step("magnitude", 0.4, shots=2, schedule="linear"), step("wanda", 0.6))),
 ]
 RESUMED = [
@@ -137,6 +140,7 @@ RESUMED = [
     Case("sparsegpt resumed", "llama", (step("sparsegpt", 0.5),), stops=(3,)),
     Case("mfac resumed", "llama", (step("mfac", 0.5, fisher_samples=96),), stops=(4, 8)),
     Case("slice then slimlm resumed", "llama", (SLICED, SPARSE), stops=(11, 15)),
+    Case("slice then recover resumed", "llama", (SLICED, RECOVERED), stops=(11, 15, 8)),
     Case("shots resumed", "llama", (SHOTS,), stops=(11,)),
 ]
 REAL = {"num_calibration_samples": 16, "max_seq_length": 64, "eval_windows": 4, "dataset": "text.txt"}

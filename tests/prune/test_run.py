@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slimlm.calibration import load_windows
-from slimlm.check import open_model
 from slimlm.checkpoint.journal import Journal
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import load_tokenizer
@@ -21,6 +20,7 @@ from slimlm.linalg.hessian import SingularCurvature, hessian, with_gradients
 from slimlm.linalg.masks import pooled
 from slimlm.model.ends import embed
 from slimlm.model.saving import Saver
+from slimlm.models import open_model
 from slimlm.prune import masks, updates
 from slimlm.prune import run as pruning
 from slimlm.prune.curvature import row_fisher

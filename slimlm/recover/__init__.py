@@ -1,0 +1,1 @@
+"""Training of a whole compressed model towards the dense one, in memory; what compression made of it stays."""

@@ -1,0 +1,276 @@
+"""AdamW on all of a model's weights at once, towards a teacher beside it.
+
+Masters and sums are fp32; products are bf16 where the device has instructions for it. What is zero in a matrix stays
+zero. Windows that nothing learns from say how good the weights are, each kind of text counting the same; the best there
+were stay, and those that came in are among them. A step's windows are dealt out in lanes (`deal.py`), so that 1, 2 and
+4 ranks come to the same bits; everything a process needs to go on is kept whenever the weights are judged.
+"""
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimlm.calibration import Windows
+from slimlm.deal import Deal, Parts, seed_of
+from slimlm.device import training_dtype
+from slimlm.errors import RunFailure
+from slimlm.linalg.softmax import cosine
+from slimlm.model.linears import canonical
+from slimlm.progress import Progress
+from slimlm.ranks import Ranks
+from slimlm.recover.losses import divergence, text_loss
+from slimlm.recover.low_rank import adapt
+
+BETAS = (0.9, 0.95)
+WARM_UP = 0.05  # of all steps
+LARGEST_NORM = 1.0  # of all gradients together
+JUDGED = 8  # times that held-out windows are looked at on the way
+PATIENCE = 3  # of them in a row that may bring nothing
+HELD = 32  # windows of each kind that are held out, at most,
+HELD_EVERY = 5  # and every fifth where that is fewer
+LOGITS = 1 << 28  # bytes of fp32 logits at once
+TIMED = 2  # steps that say how long one takes, after a first one
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Tokens = Annotated[Tensor, "windows time"]
+Named = Mapping[str, Annotated[Tensor, "..."]]
+
+
+class Gradients:
+    """A sum of gradients, of parameters like these; the first ones are taken as they are."""
+
+    def __init__(self, like: Iterable[Tensor]) -> None:
+        self.like, self.sums = like, list[Tensor]()
+
+    def add(self, found: Sequence[Tensor]) -> None:
+        """Use up some more, [...] each."""
+        self.sums = [a.add_(b) for a, b in zip(self.sums, found, strict=True)] if self.sums else list(found)
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, [...] each."""
+        self.sums = self.sums or list(map(torch.zeros_like, self.like))
+        return self.sums
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Hold these instead, [...] each."""
+        self.sums = list(tensors)
+
+
+@dataclass(frozen=True)
+class Text:
+    """tokens: [windows, time] to learn from. held: those of each kind that judge, by its name."""
+
+    tokens: Tensor
+    held: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, windows: Windows) -> "Text":
+        """Of every kind some are held out, evenly spread over it."""
+        held, learned = dict[str, Tensor](), torch.ones(len(windows.tokens), dtype=torch.bool)
+        origins = windows.origins or (windows.source,) * len(windows.tokens)
+        for origin in dict.fromkeys(origins):
+            own = torch.tensor([index for index, other in enumerate(origins) if other == origin])
+            count = min(HELD, len(own) // HELD_EVERY)
+            if count:
+                chosen = own[torch.arange(count) * len(own) // count]
+                name = Path(origin).name
+                held[origin if name in held else name] = windows.tokens[chosen]
+                learned[chosen] = False
+        return cls(windows.tokens[learned], held)
+
+    def of_step(self, step: int, size: int, seed: int) -> Tokens:
+        """The windows of a step: the text again and again, each time in an order of its own."""
+        count = len(self.tokens)
+        places = range(step * size, (step + 1) * size)
+        orders = {
+            again: torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, again)))
+            for again in {place // count for place in places}
+        }
+        return self.tokens[torch.stack([orders[place // count][place % count] for place in places])]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train. size: windows of a step. rate: the highest learning rate. is_kl: towards the teacher's predictions,
+    or else the text's tokens. rank: of what is added to matrices, where not all of their numbers are to change."""
+
+    steps: int
+    size: int
+    rate: float
+    seed: int
+    is_kl: bool = True
+    rank: int = 0
+
+
+@dataclass
+class State:
+    """Where a training stands. step: done so far. best_step: after which the best weights were. history: step, loss
+    since the one before, and of every kind of held-out windows the divergence, each time that these were looked at."""
+
+    step: int = 0
+    best_step: int = 0
+    best: float = math.inf
+    worse: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Training:
+    """A student in fp32, which is changed, beside its teacher.
+
+    stays: parameters of which some rows are not to be changed, or, where none are named, all. matrices: linears, which
+    alone are changed where the schedule says by what rank. best: what is changed as it was best, by name; linears' as
+    [out, in].
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, text: Text, schedule: Schedule, ranks: Ranks,
+        stays: Mapping[str, list[int]] | None = None, matrices: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self.student, self.teacher, self.text, self.schedule, self.ranks = student, teacher, text, schedule, ranks
+        self.device, self.dtype = student.device, training_dtype(student.device)
+        student.requires_grad_(False)
+        stays = stays or {}
+        self.named = [name for name, _ in student.named_parameters() if stays.get(name) != []]
+        masks = {name: one == 0 for name in self.named if (one := student.get_parameter(name)).dim() > 1}
+        self.zeros = sum(int(mask.sum()) for mask in masks.values())
+        for name in stays.keys() & masks.keys():
+            masks[name][stays[name]] = True
+        self.fixed = {name: mask for name, mask in masks.items() if mask.any()}
+        if schedule.rank:
+            self.named = [f"{name}.weight" for name in matrices if f"{name}.weight" in self.named]
+            self.changed = adapt(
+                student, [name.removesuffix(".weight") for name in self.named], schedule.rank, schedule.seed
+            )
+        else:
+            self.changed = {name: student.get_parameter(name).requires_grad_(True) for name in self.named}
+        self.adam = torch.optim.AdamW(
+            self.changed.values(), lr=schedule.rate, betas=BETAS, weight_decay=0.0, fused=True
+        )
+        self.best: dict[str, Tensor] = {}
+        self.state = State()
+
+    def run(self, keep: Callable[[], None], progress: Progress) -> None:
+        """Train to the end, or until it brings nothing. keep: called when there is something to lose."""
+        state, steps = self.state, self.schedule.steps
+        every = -(-steps // JUDGED)
+        if not state.history:
+            self._judge([], progress, 0.0)
+        losses, start = list[float](), time.perf_counter()
+        while state.step < steps and state.worse < PATIENCE:
+            losses.append(self._step())
+            progress.step()
+            if state.step % every == 0 or state.step == steps:
+                self._judge(losses, progress, time.perf_counter() - start)
+                keep()
+                losses, start = [], time.perf_counter()
+
+    def seconds(self) -> tuple[float, float]:
+        """Of a step, and of judging; nothing is changed."""
+        self._gradients(0)  # the first of a process is slow
+        start = time.perf_counter()
+        for step in range(TIMED):
+            self._gradients(step)
+        done = time.perf_counter()
+        self._divergences()
+        return (done - start) / TIMED, time.perf_counter() - done
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """What AdamW remembers after a step, by kind and parameter: [...] each."""
+        return {what: {name: self.adam.state[one][what] for name, one in self.changed.items()} for what in MOMENTS}
+
+    @torch.no_grad()
+    def go_on(self, state: State, weights: Named, best: Named, moments: Mapping[str, Named]) -> None:
+        """From where another process was, with its weights and moments."""
+        self.state, self.best = state, dict(best)
+        for name, one in self.changed.items():
+            one.copy_(weights[name])
+            own = {what: found[name].to(one.device) for what, found in moments.items()}
+            self.adam.state[one] = {"step": torch.tensor(float(state.step), device=one.device), **own}
+
+    def _step(self) -> float:
+        """The loss before it."""
+        state, schedule = self.state, self.schedule
+        loss, gradients = self._gradients(state.step)
+        done = state.step / schedule.steps
+        for group in self.adam.param_groups:
+            group["lr"] = schedule.rate * min(1.0, (state.step + 1) / (WARM_UP * schedule.steps)) * cosine(done)
+        for (name, one), gradient in zip(self.changed.items(), gradients, strict=True):
+            one.grad = gradient.masked_fill_(self.fixed[name], 0) if name in self.fixed else gradient
+        nn.utils.clip_grad_norm_(self.changed.values(), LARGEST_NORM)
+        self.adam.step()
+        self.adam.zero_grad()
+        state.step += 1
+        return loss
+
+    def _gradients(self, step: int) -> tuple[float, list[Tensor]]:
+        """The loss of a token of a step's windows, and its gradients."""
+        tokens = self.text.of_step(step, self.schedule.size, self.schedule.seed)
+        deal, own = Deal(self.ranks, len(tokens)), list[tuple[float, int]]()
+        parts = Parts(deal, partial(Gradients, self.changed.values()))
+        self.ranks.note("windows", len(deal.mine))
+        for lane in deal.own_lanes:
+            for start in deal.lanes[lane][:: self._few]:
+                some = tokens[start : min(start + self._few, deal.lanes[lane].stop)].to(self.device)
+                part = parts.at(start - deal.mine.start)  # which adds up lanes that are done
+                with torch.enable_grad():
+                    loss = self._loss(some, self.schedule.is_kl)
+                    found = torch.autograd.grad(loss / tokens.numel(), [*self.changed.values()], materialize_grads=True)
+                part.add(found)
+                own.append((float(loss.detach()), some.numel()))
+                del loss, found
+        shared = parts.shared()
+        assert shared is not None
+        return self.ranks.mean(own), shared.sums
+
+    @property
+    def _few(self) -> int:
+        """Windows that go through the models at a time."""
+        return max(1, LOGITS // int(4 * self.text.tokens.shape[1] * self.student.config.vocab_size))
+
+    def _loss(self, tokens: Tokens, is_kl: bool) -> Tensor:
+        """Of some windows, summed over tokens."""
+        tokens = tokens.to(torch.int64)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.student(input_ids=tokens, use_cache=False).logits
+            if not is_kl:
+                return text_loss(logits, tokens)
+            with torch.no_grad():
+                wanted = self.teacher(input_ids=tokens, use_cache=False).logits
+        return divergence(logits, wanted)
+
+    def _judge(self, losses: Sequence[float], progress: Progress, seconds: float) -> None:
+        """Look at held-out windows, and take the weights if they are the best. losses, seconds: of the steps since the
+        last time. Raises RunFailure where the models diverge by no finite number from the start."""
+        state, found = self.state, self._divergences()
+        now = sum(found.values()) / len(found)
+        state.worse += 1
+        if now < state.best:
+            state.best, state.best_step, state.worse = now, state.step, 0
+            self.best = {name: canonical(self.student, name).clone() for name in self.named}
+        if not self.best:
+            raise RunFailure(f"the model and its teacher diverge by {now} on held-out text: one of them is broken")
+        if not math.isfinite(now):
+            state.worse = PATIENCE
+        learned = {"loss": sum(losses) / len(losses)} if losses else {}
+        facts = {**learned, **{f"held out {name}": value for name, value in found.items()}}
+        finite = {name: value for name, value in facts.items() if math.isfinite(value)}
+        state.history.append({"step": state.step, **finite})
+        progress.done("recovering", f"step {state.step} of {self.schedule.steps}", seconds, **facts)
+
+    @torch.no_grad()
+    def _divergences(self) -> dict[str, float]:
+        """From the teacher, of a token of each kind of held-out windows, in nats."""
+        found = dict[str, float]()
+        for name, tokens in self.text.held.items():
+            batches, own = tokens.split(self._few), list[tuple[float, int]]()
+            for batch in Deal(self.ranks, len(batches)).pick(batches):
+                own.append((float(self._loss(batch.to(self.device), True)), batch.numel()))
+            found[name] = self.ranks.mean(own)
+        return found
