@@ -105,9 +105,8 @@ def _staying(model: StreamedModel) -> dict[str, list[int]]:
 def _require_memory(run: Run[RecoverStep]) -> None:
     """Raises RunFailure where both models, and what training one takes, are more than is free."""
     assert run.dense is not None
-    needed = (LOW_RANK_BYTES if run.recipe.lora else BYTES) * parameter_count(
-        run.model.model
-    ) + run.dense.checkpoint.bytes_on_disk()
+    each = LOW_RANK_BYTES if run.recipe.lora else BYTES
+    needed = each * parameter_count(run.model.model) + run.dense.checkpoint.bytes_on_disk()
     where = "gpu" if run.model.device.type == "cuda" else "host"
     free = available_memory(run.model.device)[where] // (local_size() if where == "host" else 1)
     if needed > free:
