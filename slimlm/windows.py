@@ -62,7 +62,7 @@ def evaluation_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase) -> Tes
 
 def require_held_out(step: AnyStep, windows: Windows | None) -> None:
     """Raises UserError where there are too few windows to hold some out, and the method does."""
-    counts = Counter((windows.origins or (windows.source,) * len(windows.tokens)) if windows else ())
+    counts = Counter(windows.of_each if windows else ())
     counts[SELF] += step.own_windows
     judges_each = isinstance(step, RecoverStep)
     least = min(filter(None, counts.values()), default=0) if judges_each else counts.total()

@@ -34,6 +34,11 @@ class Windows:
     origins: tuple[str, ...] = ()
 
     @property
+    def of_each(self) -> tuple[str, ...]:
+        """The source of each window."""
+        return self.origins or (self.source,) * len(self.tokens)
+
+    @property
     def sha256(self) -> str:
         """Hash of shape and tokens."""
         digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
@@ -53,7 +58,7 @@ def interleaved(parts: Sequence[Windows]) -> Windows:
     places = [(torch.arange(len(part.tokens)) + 0.5) / len(part.tokens) for part in parts]
     order = torch.cat(places).argsort(stable=True)
     tokens = torch.cat([part.tokens for part in parts])[order]
-    origins = [name for part in parts for name in part.origins or (part.source,) * len(part.tokens)]
+    origins = [name for part in parts for name in part.of_each]
     source = ", ".join(part.source for part in parts)
     return Windows(tokens, source, parts[0].bos, tuple(origins[index] for index in order))
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 LOSS_CHUNK = 2048
 
@@ -22,3 +22,13 @@ def window_nll(
             sum(cross_entropy(part.float(), target, reduction="none").double().sum() for part, target in parts)
         )
     return torch.stack([torch.as_tensor(window, dtype=torch.float64) for window in windows])
+
+
+def divergence(
+    logits: Annotated[Tensor, "windows time vocabulary"], wanted: Annotated[Tensor, "windows time vocabulary"]
+) -> Annotated[Tensor, ""]:
+    """KL(wanted || logits) of next-token distributions, summed over all positions, in fp32 and nats (distillation,
+    arXiv 1503.02531, at temperature 1)."""
+    got, target = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
+    total: Tensor = kl_div(got, target, reduction="sum", log_target=True)
+    return total

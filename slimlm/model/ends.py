@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
 from slimlm.checkpoint.lookup import looked_up
 from slimlm.deal import Deal
 from slimlm.errors import UserError
-from slimlm.linalg.likelihood import window_nll
+from slimlm.linalg.likelihood import divergence, window_nll
 from slimlm.model.block import Block
 from slimlm.model.hidden import HiddenStates, InMemory
 from slimlm.model.stream import BlockCall, Stop, Stream, reuse
@@ -148,8 +147,8 @@ def divergences(
     step = _positions(model, 4 * len(x))  # so many tensors of this size are there at once
     for one, other in zip(x.split(step, 1), y.split(step, 1), strict=True):
         with context():
-            wanted, got = (_around_blocks(model, states).float().log_softmax(-1) for states in (one, other))
-        yield kl_div(got, wanted, reduction="sum", log_target=True)
+            wanted, got = (_around_blocks(model, states) for states in (one, other))
+        yield divergence(got, wanted)
         del wanted, got  # before the next are computed
 
 

@@ -19,9 +19,7 @@ from slimlm.recover.training import JUDGED, MOMENTS, Schedule, State, Text, Trai
 from slimlm.run import Outcome, Plan, Run
 from slimlm.started import local_size
 
-BYTES = (
-    27  # of each parameter while it is trained: fp32 itself, moments, best, two lanes' gradients; bf16 itself; a mask
-)
+BYTES = 27  # of each parameter in training: itself, moments, best, gradients of two lanes in fp32; bf16 copy; mask
 LOW_RANK_BYTES = 12  # and where changes of low rank are: itself, itself changed, the best
 SIDES = ("a", "b")  # of what is kept to go on from, by turns: one is whole while the other is written
 KEPT = 16 * len(SIDES) + 4  # bytes of each parameter for it, and of what was found

@@ -22,11 +22,13 @@ from slimlm.calibration import Windows
 from slimlm.deal import Deal, Parts, seed_of
 from slimlm.device import training_dtype
 from slimlm.errors import RunFailure
+from slimlm.linalg.likelihood import divergence
+from slimlm.linalg.regression import HELD_EVERY
 from slimlm.linalg.softmax import cosine
 from slimlm.model.linears import canonical
 from slimlm.progress import Progress
 from slimlm.ranks import Ranks
-from slimlm.recover.losses import divergence, text_loss
+from slimlm.recover.losses import text_loss
 from slimlm.recover.low_rank import adapt
 
 BETAS = (0.9, 0.95)
@@ -34,8 +36,7 @@ WARM_UP = 0.05  # of all steps
 LARGEST_NORM = 1.0  # of all gradients together
 JUDGED = 8  # times that held-out windows are looked at on the way
 PATIENCE = 3  # of them in a row that may bring nothing
-HELD = 32  # windows of each kind that are held out, at most,
-HELD_EVERY = 5  # and every fifth where that is fewer
+HELD = 32  # windows of each kind that are held out, at most, and one of HELD_EVERY where that is fewer
 LOGITS = 1 << 28  # bytes of fp32 logits at once
 TIMED = 2  # steps that say how long one takes, after a first one
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -74,7 +75,7 @@ class Text:
     def of(cls, windows: Windows) -> "Text":
         """Of every kind some are held out, evenly spread over it."""
         held, learned = dict[str, Tensor](), torch.ones(len(windows.tokens), dtype=torch.bool)
-        origins = windows.origins or (windows.source,) * len(windows.tokens)
+        origins = windows.of_each
         for origin in dict.fromkeys(origins):
             own = torch.tensor([index for index, other in enumerate(origins) if other == origin])
             count = min(HELD, len(own) // HELD_EVERY)

@@ -8,11 +8,12 @@ from transformers.pytorch_utils import Conv1D
 
 from slimlm.calibration import Windows
 from slimlm.errors import RunFailure
+from slimlm.linalg.likelihood import divergence
 from slimlm.linalg.softmax import cosine
 from slimlm.progress import Progress
 from slimlm.ranks import ALONE
 from slimlm.recover import training as module
-from slimlm.recover.losses import divergence, text_loss
+from slimlm.recover.losses import text_loss
 from slimlm.recover.training import BETAS, WARM_UP, Schedule, Text, Training
 from tests.conftest import CONFIGS, random_tokens
 from tests.families.configs import family_config
