@@ -16,7 +16,15 @@ from slimlm.checkpoint.resolve import ResolvedModel
 from slimlm.checkpoint.skeleton import load_tokenizer, parameter_count
 from slimlm.checkpoint.staging import check_output, check_space
 from slimlm.checkpoint.tokenizer import check_tokenizer
-from slimlm.device import forget_peak, is_large, pick_device, resident_memory, return_memory_at_once
+from slimlm.device import (
+    LEAST_RETURNED,
+    MOST_KEPT,
+    forget_peak,
+    is_large,
+    pick_device,
+    resident_memory,
+    return_memory_at_once,
+)
 from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows
 from slimlm.method import Method
@@ -124,8 +132,8 @@ def check(step: AnyStep, how: How) -> Job:
     started, memory_before = time.perf_counter(), resident_memory()
     output = output_of([step])
     source = resolve_known(step.model, step.revision, step.trust_remote_code, how.access)
-    if is_large(source.path):
-        return_memory_at_once()  # first of all: what is allocated before stays as it was
+    # First of all: what is allocated before stays as it was.
+    return_memory_at_once(LEAST_RETURNED if is_large(source.path) else MOST_KEPT)
     check_output(output, how.may_replace(output), inputs_of(step, source), how.work_dir)
     device = how.ranks.device if how.ranks.size > 1 else pick_device(step.device)
     model = open_model(source.path, device, "fast", step.trust_remote_code)

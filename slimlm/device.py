@@ -14,9 +14,11 @@ import torch
 from slimlm.errors import UserError, one_line
 from slimlm.started import world_size
 
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # glibc, malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # glibc, malloc.h
 LARGE = 1 / 64  # of all memory
+LEAST_RETURNED = 1024 * 1024  # bytes of a freed block that a large model is to leave to others
 MOST_KEPT = 32 * 1024 * 1024  # bytes of a freed block that glibc keeps
+MOST_MAPPED = 65536  # blocks with pages of their own, as many as glibc has unless told otherwise
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat"),
@@ -181,15 +183,25 @@ def _left_in_container(root: Path = CGROUPS) -> int:
     return sys.maxsize
 
 
-def return_memory_at_once(above: int = 1024 * 1024) -> None:
+def return_memory_at_once(above: int = LEAST_RETURNED) -> None:
     """Let glibc give every block of more bytes back to the system when it is freed, and threads share what is smaller.
 
     It would keep up to 32 MB pieces for reuse, which for weights that come and go in many sizes means hundreds of
     megabytes of holes. Costs page faults, so it is for large models. Other C libraries are left as they are.
     """
     if libc := _glibc():
+        libc.mallopt(M_MMAP_MAX, MOST_MAPPED)
         libc.mallopt(M_MMAP_THRESHOLD, above)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * above)
         libc.mallopt(M_ARENA_MAX, 1)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep all that is freed, where the same sizes come again and again and the system would clear every page
+    of the largest each time. Sizes that grow leave holes."""
+    if libc := _glibc():
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def is_large(checkpoint: Path) -> bool:

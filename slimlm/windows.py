@@ -13,7 +13,6 @@ from slimlm.calibration import (
     written_for,
 )
 from slimlm.checkpoint.journal import Journal
-from slimlm.device import MOST_KEPT, is_large, return_memory_at_once
 from slimlm.errors import UserError
 from slimlm.evaluation.text import TestWindows, load_test_windows
 from slimlm.linalg.regression import HELD_EVERY
@@ -87,10 +86,7 @@ def sampled_windows(
     if sampled:
         return Windows(sampled[1]["tokens"].cpu(), SELF, start_token(tokenizer))
     progress.stage("sampling calibration text", written_for(step.own_windows))
-    return_memory_at_once()  # keys and values that grow with every token would leave holes everywhere
     size = step.own_windows, step.max_seq_length
     windows = sample_windows(whole(model), tokenizer, size, step.seed, progress.step, journal.ranks)
-    if not is_large(model.checkpoint.path):
-        return_memory_at_once(MOST_KEPT)
     journal.keep("sampled", {"tokens": windows.tokens})
     return windows

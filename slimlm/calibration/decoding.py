@@ -1,16 +1,20 @@
-"""What writing a text token by token spends its time on, as CPUs do it fast: attention of one query, and a draw.
+"""What writing a text token by token spends its time on, made fast: attention of one query on CPUs, keys and values
+that are not copied, and a draw.
 
 PyTorch's attention of a single query in bf16, and its multinomial draw, take most of the time of a small model's
 decoding there; matrix products in fp32, and sums, take a fraction of it.
 """
 
 from functools import cache
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 NAME = "slimlm-one-query"
+CACHED = 1 << 19  # keys, or logits, at a time, in fp32: what stays in a cache
 SDPA = "sdpa"
 
 
@@ -43,18 +47,64 @@ def one_query(
         found: tuple[Tensor, None] = AttentionInterface()[SDPA](module, query, key, value, attention_mask, **settings)
         return found
     scaling = settings.get("scaling")
-    # In fp32: oneDNN, which has bf16's products, would keep code for every length there is.
-    scores = query.reshape(batch, groups, heads // groups, size).float() @ key.float().transpose(-1, -2)
-    scores = scores * (size**-0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        is_bool = attention_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attention_mask, -torch.inf) if is_bool else scores + attention_mask
-    out = scores.softmax(-1) @ value.float()
-    return out.to(value.dtype).reshape(batch, 1, heads, value.shape[-1]), None
+    query = query.reshape(batch, groups, heads // groups, size).float() * (size**-0.5 if scaling is None else scaling)
+    rows = max(1, CACHED // key[0].numel())
+    masks = [None] * batch if attention_mask is None else attention_mask.expand(batch, -1, -1, -1).split(rows)
+    parts = zip(query.split(rows), key.split(rows), value.split(rows), masks, strict=False)
+    out = torch.cat([_attended(*part) for part in parts])
+    return out.reshape(batch, 1, heads, value.shape[-1]), None
 
 
-def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One of each row's outcomes: [rows, outcomes] -> [rows, 1]. By where a uniform number falls among their sums."""
-    sums = probabilities.cumsum(-1)
-    place = sums[:, -1:] * torch.rand(len(sums), 1, generator=generator, device=sums.device)
-    return (sums <= place).sum(-1, keepdim=True).clamp_max(sums.shape[-1] - 1)
+def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Of some of the batch, [batch, groups, heads of a group, size]. In fp32: oneDNN, which has bf16's products, would
+    keep code for every length there is."""
+    scores = query @ key.float().transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1) @ value.float()).to(value.dtype)
+
+
+def reserve(cache: Cache, length: int) -> None:
+    """Have a cache that has begun go on in memory for so many tokens, where it keeps them all."""
+    for number, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = Reserved(layer, length)
+
+
+class Reserved(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """Keys and values that are written where they belong: transformers' are copied, all of them, for every token."""
+
+    def __init__(self, begun: DynamicLayer, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.update(begun.keys, begun.values)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Tensor, **settings: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """All that there are, [batch, groups, time, size], with new ones behind."""
+        new = key_states, value_states
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+            self.room = [one.new_empty(*one.shape[:2], self.length, one.shape[3]) for one in new]
+            self.filled = 0
+        start, self.filled = self.filled, self.filled + key_states.shape[2]
+        for room, one in zip(self.room, new, strict=True):
+            room[:, :, start : self.filled] = one
+        self.keys, self.values = (room[:, :, : self.filled] for room in self.room)
+        return self.keys, self.values
+
+
+def draw(
+    logits: Annotated[Tensor, "rows outcomes"], heat: Annotated[Tensor, "rows 1"], generator: torch.Generator
+) -> Annotated[Tensor, "rows 1"]:
+    """One of each row's outcomes at its temperature: where a uniform number falls among the sums of probabilities."""
+    places = torch.rand(len(logits), 1, dtype=torch.float32, generator=generator, device=logits.device)
+    rows = max(1, CACHED // logits.shape[1])
+    parts = zip(*(one.split(rows) for one in (logits, heat, places)), strict=True)
+    return torch.cat([_drawn(*part) for part in parts])
+
+
+def _drawn(logits: Tensor, heat: Tensor, places: Tensor) -> Tensor:
+    sums = (logits.float() / heat).softmax(-1).cumsum(-1)
+    return (sums <= sums[:, -1:] * places).sum(-1, keepdim=True).clamp_max(sums.shape[-1] - 1)

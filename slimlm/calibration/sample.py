@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimlm.calibration.decoding import decode_fast, draw
+from slimlm.calibration.decoding import decode_fast, draw, reserve
 from slimlm.calibration.openings import OPENINGS
 from slimlm.calibration.windows import Windows, start_token
 from slimlm.deal import Deal, seed_of
@@ -117,9 +117,10 @@ def _sample(model: PreTrainedModel, begun: Tensor, heat: Tensor, length: int, ge
     columns = [begun[:, :1]]
     for place in range(1, length):
         out = model(input_ids=columns[-1], use_cache=True, **last, **{name: cache})
+        if cache is None:
+            reserve(out[name], length)
         cache = out[name]
-        probabilities = (out.logits[:, -1].float() / heat).softmax(-1)
-        column = draw(probabilities, generator)
+        column = draw(out.logits[:, -1], heat, generator)
         if place < begun.shape[1]:
             column = torch.where(begun[:, place, None] == NOTHING, column, begun[:, place, None])
         columns.append(column)

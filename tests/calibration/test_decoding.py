@@ -8,14 +8,19 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
-from slimlm.calibration.decoding import NAME, decode_fast, draw, one_query
+from slimlm.calibration import decoding
+from slimlm.calibration.decoding import NAME, Reserved, decode_fast, draw, one_query, reserve
 from tests.conftest import random_tokens
 from tests.families.configs import SETTINGS, family_config
 
 
 @pytest.mark.parametrize("masked", [None, "bool", "added"])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_one_query_attends_as_pytorch_does(masked: str | None, scaling: float | None):
+@pytest.mark.parametrize("cached", [1, 170, 1 << 20])
+def test_one_query_attends_as_pytorch_does(
+    masked: str | None, scaling: float | None, cached: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(decoding, "CACHED", cached)
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 4)
     mask = torch.rand(3, 1, 1, 5) < 0.7
@@ -48,9 +53,31 @@ def test_every_family_writes_what_it_wrote(name: str):
         known = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         for column in tokens.split(1, 1):
             out = model(input_ids=column, use_cache=True, **{known: cache})
+            if cache is None:
+                reserve(out[known], tokens.shape[1])
             cache = out[known]
             logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_keys_and_values_are_written_into_memory_that_is_there():
+    model = AutoModelForCausalLM.from_config(family_config("qwen2")).float().eval()
+    tokens = random_tokens(2, 6)
+    with torch.no_grad():
+        cache = model(input_ids=tokens[:, :2], use_cache=True).cache
+        plain = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        reserve(cache, 6)
+        assert all(type(layer) is Reserved for layer in cache.layers)
+        assert all(
+            torch.equal(mine, own)
+            for layer, both in zip(cache.layers, plain, strict=True)
+            for mine, own in zip((layer.keys, layer.values), both, strict=True)
+        )
+        places = {layer.keys.data_ptr() for layer in cache.layers}
+        for column in tokens[:, 2:].split(1, 1):
+            model(input_ids=column, use_cache=True, cache=cache)
+        assert cache.get_seq_length() == 6
+        assert {layer.keys.data_ptr() for layer in cache.layers} == places
 
 
 def test_a_llama_is_one_that_takes_it():
@@ -61,16 +88,16 @@ def test_a_llama_is_one_that_takes_it():
 
 def test_draws_come_as_often_as_is_likely():
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    generator = torch.Generator().manual_seed(0)
-    found = draw(probabilities.expand(20000, 6), generator).flatten()
+    generator, heat = torch.Generator().manual_seed(0), torch.full((20000, 1), 0.5)
+    found = draw(probabilities.sqrt().log().expand(20000, 6), heat, generator).flatten()
     shares = found.bincount(minlength=6) / 20000
     assert shares[probabilities == 0].sum() == 0
     torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
 
 
 def test_draws_are_the_generators():
-    probabilities = torch.rand(50, 9).softmax(-1)
-    first, again, other = (draw(probabilities, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    logits, heat = torch.rand(50, 9), torch.ones(50, 1)
+    first, again, other = (draw(logits, heat, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.shape == (50, 1)

@@ -144,7 +144,11 @@ def test_the_split_is_the_one_that_measures_best(tmp_path: Path, monkeypatch: py
             tensor[16:] = 0
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     whole = AutoModelForCausalLM.from_pretrained(path).eval()
-    monkeypatch.setattr(sample, "draw", lambda odds, generator: torch.multinomial(odds, 1, generator=generator))
+    monkeypatch.setattr(
+        sample,
+        "draw",
+        lambda logits, heat, generator: torch.multinomial((logits.float() / heat).softmax(-1), 1, generator=generator),
+    )
     begun, heat = torch.zeros(20, 1, dtype=torch.int64), torch.ones(20, 1)  # text of the model's own distribution
     with torch.no_grad():
         batches = list(sample._sample(whole, begun, heat, 24, torch.Generator().manual_seed(0)).split(4))
