@@ -75,7 +75,8 @@ def undisturbed(place: Path) -> tuple[dict[str, bytes], float, float]:
 
 
 def result(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in TIMED}
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name not in TIMED]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def end(process: subprocess.Popen[str], victim: int | None) -> bool:

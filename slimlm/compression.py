@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from slimlm.calibration import Windows, interleaved
 from slimlm.check import How, Job, check
 from slimlm.checkpoint.code import copy_code
@@ -14,6 +17,7 @@ from slimlm.checkpoint.companions import copy_companions
 from slimlm.checkpoint.config_file import move_generation_settings, write_config
 from slimlm.checkpoint.disk import disk_errors, write_whole
 from slimlm.checkpoint.journal import COMPLETE, Journal, compare_fingerprints
+from slimlm.checkpoint.kin import MOVING, Kin, read_kin, write_kin
 from slimlm.checkpoint.manifest import Manifest, read_manifest
 from slimlm.checkpoint.output import clear_leftovers, staged_output
 from slimlm.checkpoint.shared import scratch_of, shared
@@ -25,7 +29,7 @@ from slimlm.measure import compare, measured_later
 from slimlm.model.hidden import Scratch
 from slimlm.model.result import Result
 from slimlm.recipe import AnyStep
-from slimlm.run import Outcome, Plan, Run
+from slimlm.run import Outcome, Run
 from slimlm.windows import sampled_windows
 
 LOG_NAME = "slimlm.log.jsonl"
@@ -108,7 +112,7 @@ def carry_out(job: Job, fingerprint: Fingerprint, staging: Staging, how: How) ->
             outcome = _run(job, windows, result, staging, how)
         result.finish()
     if how.ranks.writes:
-        _furnish(job, outcome.plan, staging.model)
+        _furnish(job, outcome, staging.model)
     how.ranks.meet()
     with _timed(job, "measuring"):
         comparison = compare(job, staging, staging.model, how, outcome)
@@ -126,9 +130,9 @@ def _run(job: Job, windows: Windows | None, result: Result, staging: Staging, ho
         return job.method.run(run)
 
 
-def _furnish(job: Job, plan: Plan, target: Path) -> None:
+def _furnish(job: Job, outcome: Outcome, target: Path) -> None:
     """Everything beside the weights that makes them a model."""
-    source = job.source.path
+    source, plan, kin = job.source.path, outcome.plan, _kin(job, outcome)
     write_config(plan.config, source, target)
     copy_companions(source, target)
     with disk_errors(target):
@@ -137,6 +141,19 @@ def _furnish(job: Job, plan: Plan, target: Path) -> None:
         copy_code(source, target)
     move_generation_settings(source, target)
     keep_tokenizer(job.tokenizer, target, job.recipe.trust_remote_code)
+    if kin is not None:
+        write_kin(kin, target)
+
+
+def _kin(job: Job, outcome: Outcome) -> Kin | None:
+    """What the result is of the first dense model; None where the same, unknown, or another in every block."""
+    hidden, blocks = job.model.config.hidden_size, range(len(job.model.blocks))
+    found = read_kin(job.source.path, hidden, len(blocks))
+    if isinstance(outcome.basis, Tensor) and found:
+        found = found.of(Kin(outcome.basis.cpu(), torch.tensor(list(outcome.blocks or blocks))))
+    if found is None or callable(outcome.basis) or (found.is_same and job.recipe.method not in MOVING):
+        return None  # which is taken for the same where no method moves anything
+    return found
 
 
 def publish(made: Made, staging: Staging, how: How, before: Path | None = None) -> None:

@@ -187,7 +187,7 @@ def return_memory_at_once(above: int = LEAST_RETURNED) -> None:
     """Let glibc give every block of more bytes back to the system when it is freed, and threads share what is smaller.
 
     It would keep up to 32 MB pieces for reuse, which for weights that come and go in many sizes means hundreds of
-    megabytes of holes. Costs page faults, so it is for large models. Other C libraries are left as they are.
+    megabytes of holes. Costs page faults, so large models give back more. Other C libraries are left as they are.
     """
     if libc := _glibc():
         libc.mallopt(M_MMAP_MAX, MOST_MAPPED)
@@ -201,7 +201,7 @@ def keep_freed_memory() -> None:
     of the largest each time. Sizes that grow leave holes."""
     if libc := _glibc():
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def is_large(checkpoint: Path) -> bool:

@@ -12,6 +12,7 @@ from slimlm.checkpoint.code import code_files, is_own_class
 from slimlm.checkpoint.companions import companions
 from slimlm.checkpoint.disk import write_whole
 from slimlm.checkpoint.journal import Journal
+from slimlm.checkpoint.kin import kin_files
 from slimlm.checkpoint.manifest import (
     BlockError,
     Calibration,
@@ -37,7 +38,10 @@ from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped, ste
 from slimlm.run import Outcome
 
 # What a step says of how and where it is run, and of what is done with the result: none of it decides a bit.
-UNDECISIVE = {"model", "revision", "output_dir", "measure", "eval_text", "eval_windows", "device", "teacher"}
+UNDECISIVE = {
+    "model", "revision", "output_dir", "measure", "eval_text", "eval_windows", "device", "teacher",
+    "gradient_checkpointing",
+}  # fmt: skip
 Fingerprint = dict[str, str | int | float | list[str] | None]
 
 
@@ -61,7 +65,9 @@ def _fingerprint(job: Job, hashes: Mapping[str, str], count: int) -> Fingerprint
     return {
         **hashes,
         **{f"code {file.name}": file_hash(file) for file in trusted},
-        **{f"file {file.name}": file_hash(file) for file in companions(job.source.path)},
+        **{
+            f"file {file.name}": file_hash(file) for file in [*companions(job.source.path), *kin_files(job.source.path)]
+        },
         **{f"recipe {name}": value for name, value in settings.items()},
         **{f"version {name}": found.get(name) for name in ("python", "slimlm", "torch", "transformers")},
         **{f"machine {name}": value for name, value in rounding(job.model.device).items()},

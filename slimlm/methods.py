@@ -7,7 +7,6 @@ function of `prune/masks.py`) and what those that stay do about it (a function o
 from pathlib import Path
 from typing import Any
 
-from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.method import Method
 from slimlm.model.streamed import StreamedModel
 from slimlm.prune import solved
@@ -18,7 +17,8 @@ from slimlm.prune.run import run_prune
 from slimlm.prune.updates import UPDATES
 from slimlm.recipe import ROWS, Allocation, AnyStep, PruneStep, RecoverStep, RotateStep, SliceStep, Step
 from slimlm.recipe import Row as StepRow
-from slimlm.recover.run import KEPT, plan_recover, run_recover
+from slimlm.recover.needs import kept_bytes
+from slimlm.recover.run import plan_recover, run_recover
 from slimlm.slice import curves
 from slimlm.slice.plan import plan_rotate, plan_slice, rotated_influence
 from slimlm.slice.run import run_rotate, run_slice
@@ -134,7 +134,7 @@ TABLE: tuple[Method[Any], ...] = (
         calibrates=lambda recipe, path: True,
         scratch=lambda recipe, model: 0,
         holds_out=lambda recipe: True,
-        kept=lambda recipe, model: KEPT * parameter_count(model.model),
+        kept=kept_bytes,
     ),
     # SparseGPT's mask, refined; the exact minimiser on it, as in OBC, aimed at the dense model (`towards_dense.py`).
     _known(

@@ -77,14 +77,14 @@ class Outcome:
     """What a run found out.
 
     plan: what it carried out, in which widths may have been settled that were still open. notes: figures for the
-    manifest. basis(block): [hidden, width], where the stream leaving a block was moved to, if it was. blocks: the dense
-    model's blocks that are still there, by number; None for all. zeros: share of zeros in the matrices a method prunes,
-    counted on disk; None for one that prunes none.
+    manifest. basis: [hidden, width], where the stream was moved to, if it was; of each block's end, by number, where it
+    is not everywhere the same. blocks: the dense model's blocks that are still there, by number; None for all. zeros:
+    share of zeros in the matrices a method prunes, counted on disk; None for one that prunes none.
     """
 
     plan: Plan
     notes: dict[str, Any] = field(default_factory=dict)
-    basis: Callable[[int], Tensor] | None = None
+    basis: Tensor | Callable[[int], Tensor] | None = None
     blocks: tuple[int, ...] | None = None
     zeros: float | None = None
 

@@ -22,7 +22,7 @@ CEILINGS = {
     "Any arguments": 14,
     "object arguments": 4,
     "casts": 1,
-    "type: ignore": 7,
+    "type: ignore": 9,  # two of them subclasses or calls of what torch and transformers do not type
     "without shapes": 0,
     "without errors": 4,
     "without docstring": 31,
@@ -30,7 +30,7 @@ CEILINGS = {
     "rooms that know Conv1D": 2,
     "functions sparsity passes": 35,
     "files sparsity passes": 17,
-    "syntax tokens": 143300,  # of which recover and what came with it have 6300
+    "syntax tokens": 148500,  # of which recover and what came with it have 11200
 }
 
 

@@ -23,7 +23,8 @@ MORE = (
     "rotate", "slice rotated", "slimlm fisher", "slimlm qwen2_moe", "slimlm solved", "slimlm owl", "slimlm global",
     "slimlm tiles", "sparsegpt pq", "sparsegpt mixtral", "obc", "mfac", "mfac mixtral", "mfac sequence", "woodfisher",
     "wanda", "magnitude global", "slice then slimlm", "slice then recover",
-    "slimlm then recover", "shots", "bundled slice", "bundled slimlm 2:4",
+    "slimlm then recover", "slice then recover by mfac", "slimlm then recover remembered", "shots", "bundled slice",
+    "bundled slimlm 2:4",
 )  # fmt: skip
 
 

@@ -53,9 +53,9 @@ def recipe(tmp_path: Path, text: Path) -> Recipe:
 def result(directory: Path) -> dict[str, bytes]:
     """Everything that must be the same: all files but those that hold times."""
     return {
-        path.name: path.read_bytes()
-        for path in sorted(directory.iterdir())
-        if path.name not in ("slimlm.json", "slimlm.log.jsonl", "README.md", "recipe.yaml")
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in ("slimlm.json", "slimlm.log.jsonl", "README.md", "recipe.yaml")
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from slimlm.checkpoint.companions import CODE, FOREIGN, TEMPLATES
+from slimlm.checkpoint.kin import KIN
 from slimlm.checkpoint.kinds import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, other_kind
 from slimlm.checkpoint.reader import read_index, stated_weights
 from slimlm.errors import UserError, one_line
@@ -128,7 +129,7 @@ def _fetch_weights(model: HubModel, path: Path) -> None:
     """What `from_pretrained` would read, in its order, by commit: a branch that moves meanwhile mixes no versions."""
     stated = stated_weights(path)
     for name in (stated,) if stated else (SINGLE_NAME, INDEX_NAME):
-        model.fetch([glob.escape(name), f"{TEMPLATES}/*"], commit=path.name)
+        model.fetch([glob.escape(name), f"{TEMPLATES}/*", KIN.as_posix()], commit=path.name)
         if not (path / name).is_file():
             continue
         if name.endswith(".safetensors"):

@@ -144,6 +144,11 @@ def stages_of(manifest: Manifest) -> list[Stage]:
     return [*manifest.get("stages", []), manifest]
 
 
+def steps_in(manifest: Manifest | None) -> list[dict[str, Any]]:
+    """The settings of each step of all its runs; none of no manifest."""
+    return [step for stage in stages_of(manifest) for step in stage["recipe"]["steps"]] if manifest else []
+
+
 def took(manifest: Manifest) -> tuple[float, dict[str, int]]:
     """Seconds and peak memory ("host" and where there is one "gpu", in bytes) of all the runs of a recipe."""
     peaks: dict[str, int] = {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+from slimlm.checkpoint.kin import KIN
 from slimlm.errors import RunFailure, UserError, one_line
 
 # What an earlier upload left there would be read beside what is new: one file before an index, an adapter, a template.
@@ -52,7 +53,7 @@ class Push:
         api = HfApi(token=self.token)
         try:
             where = api.create_repo(self.repo, private=self.private or None, exist_ok=True)
-            there = [name for name in api.list_repo_files(where.repo_id) if "/" not in name]
+            there = [name for name in api.list_repo_files(where.repo_id) if "/" not in name or name == KIN.as_posix()]
             stale = [name for name in there if any(fnmatch(name, pattern) for pattern in READ)]
             api.upload_folder(
                 repo_id=where.repo_id,

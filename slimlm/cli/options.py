@@ -19,13 +19,13 @@ Value = str | int | float | bool | list[str] | None
 PANELS = {  # of the commands that run a recipe, in the order of their help; other commands have the order only
     "What to do": (
         "model", "sparsity", "method", "pattern", "recipe", "revision", "widths", "skip", "refit", "refine",
-        "allocation", "teacher", "tokens", "minutes", "lora", "learning_rate", "objective", "assignments",
+        "allocation", "teacher", "tokens", "minutes", "lora", "learning_rate", "objective", "optimizer",
+        "hidden_weight", "assignments",
     ),
     "Calibration data": ("dataset", "self_share", "text_column", "num_calibration_samples", "max_seq_length", "seed"),
     "How to run": (
         "batch_size", "device", "num_processes", "work_dir", "stream_memory", "trust_remote_code", "token", "cache_dir",
-        "measure",
-        "eval_text", "eval_windows",
+        "gradient_checkpointing", "teacher_top_k", "measure", "eval_text", "eval_windows",
     ),
     "Output": (
         "output_dir", "overwrite", "resume", "resume_anyway", "dry_run", "dtype", "max_shard_size", "push_to_hub",
@@ -44,7 +44,7 @@ SHOWN = {  # defaults that a field's own does not say
     "dataset": "self for the bundled model, else required",
     "teacher": "the model that slimlm.json names",
     "minutes": "no limit",
-    "learning_rate": "0.0002, with --lora 0.002",
+    "learning_rate": "0.0002, with --lora 0.002, with mfac 0.001",
     "max_seq_length": "the model's context, up to 2048",
     "eval_text": "the Python language reference",
     "output_dir": "MODEL-METHOD-PERCENT, or MODEL-rotate",

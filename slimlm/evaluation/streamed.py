@@ -30,18 +30,19 @@ class Comparison:
 class Kinship:
     """What of the dense model a compressed one's stream is.
 
-    basis(block): [hidden, width] says where the stream lives in the dense one's space after a block (None: it is the
-    same space). blocks: the dense model's blocks, by number, that there still are (None: all). is_known: whether basis
-    is known, so that the streams can be compared block by block.
+    basis: [hidden, width], where the stream lives in the dense one's space (None: it is the same space), or that after
+    each block, by number. blocks: the dense model's blocks, by number, that there still are (None: all). is_known:
+    whether basis is known, so that the streams can be compared block by block.
     """
 
-    basis: Callable[[int], Tensor] | None = None
+    basis: Tensor | Callable[[int], Tensor] | None = None
     blocks: Sequence[int] | None = None
     is_known: bool = True
 
     def error(self, dense: Stream, compressed: Stream, index: int, centred: bool) -> float:
         """The relative error after a block, by number."""
-        return relative_error(dense, compressed, None if self.basis is None else self.basis(index), centred)
+        basis = self.basis(index) if callable(self.basis) else self.basis
+        return relative_error(dense, compressed, basis, centred)
 
 
 SAME = Kinship()

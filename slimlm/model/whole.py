@@ -1,6 +1,11 @@
 """A checkpoint's model whole in memory, as stock transformers loads it."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slimlm.checkpoint.skeleton import BUILDING
@@ -18,3 +23,11 @@ def whole(model: StreamedModel, dtype: torch.dtype | str = "auto") -> PreTrained
             device_map=placement(model.device),
         )
     return found.eval()
+
+
+def recompute(parts: Iterable[nn.Module]) -> None:
+    """Have parts of a model, most often its layers, keep nothing but what enters them for a gradient, and compute the
+    rest again (arXiv 1604.06174). transformers' own way is for models in train mode, in which dropout acts."""
+    for part in parts:
+        again: Callable[..., object] = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+        part.forward = again

@@ -67,7 +67,10 @@ FIELDS: dict[str, FieldInfo] = {  # what a setting is, of whichever steps have i
     **Step.model_fields,
 }
 FLAGS = {*Step.model_fields, "sparsity", "pattern", "widths", "refit", "refine", "allocation"}
-OF_RECOVERY = {"teacher", "objective", "tokens", "minutes", "lora", "learning_rate"}
+OF_RECOVERY = {
+    "teacher", "objective", "tokens", "minutes", "lora", "learning_rate", "optimizer", "hidden_weight", "teacher_top_k",
+    "gradient_checkpointing",
+}  # fmt: skip
 
 
 def flag_of(name: str) -> str:

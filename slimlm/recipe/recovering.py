@@ -1,17 +1,22 @@
 """The step that trains what is left of a model."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
 from slimlm.recipe.step import SELF, UNSAID, Step
 
 TOKENS = 2_000_000
-RATE, LORA_RATE = 2e-4, 2e-3  # a change of low rank takes about ten times as much
+RATE, LORA_RATE, MFAC_RATE = 2e-4, 2e-3, 1e-3  # a change of low rank takes about ten times as much
 
 
 class RecoverStep(Step):
     """The weights of a compressed model trained towards the dense one; its zeros and widths stay."""
+
+    unread_because: ClassVar[dict[str, str]] = {
+        **Step.unread_because,
+        **dict.fromkeys(("mfac_gradients", "mfac_damping", "mfac_block"), "the optimizer is AdamW: add optimizer=mfac"),
+    }
 
     method: Literal["recover"] = "recover"
     teacher: str | None = Field(
@@ -31,16 +36,50 @@ class RecoverStep(Step):
         ge=0,
         description="recover: train a change of this rank of every linear, merged in the end, instead of all weights",
     )
+    optimizer: Literal["adamw", "mfac"] = Field(
+        "adamw",
+        description="recover: AdamW, or M-FAC, which steps by the inverse Fisher matrix of the last gradients and has "
+        "them all in memory",
+    )
+    mfac_gradients: int = Field(32, ge=1, description="M-FAC as optimizer: gradients in its window")
+    mfac_damping: float = Field(
+        1e-4, gt=0, allow_inf_nan=False, description="M-FAC as optimizer: lambda, what is added to its Fisher matrix"
+    )
+    mfac_block: int = Field(
+        0, ge=0, description="M-FAC as optimizer: neighbouring weights whose correlations count; 0 for all"
+    )
+    hidden_weight: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="recover: what the streams behind the blocks count for beside predictions",
+    )
+    teacher_top_k: int = Field(
+        0,
+        ge=0,
+        description="recover: keep so many of the likeliest tokens of every prediction of the teacher, and train "
+        "without it in memory; 0: all of them, the teacher beside",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recover: compute blocks once more for gradients, in less memory"
+    )
     learning_rate: float = Field(
         UNSAID,
         validate_default=False,
         gt=0,
         allow_inf_nan=False,
-        description="recover: of AdamW, at its highest",
+        description="recover: of the optimizer, at its highest",
     )
     num_calibration_samples: int = Field(
         UNSAID, validate_default=False, ge=1, description="recover: windows of text; as many as the tokens fill"
     )
+
+    @property
+    def unread(self) -> set[str]:
+        """What every step says, and M-FAC's settings where it is not the optimizer."""
+        if self.optimizer == "mfac":
+            return super().unread
+        return super().unread | {name for name in self.unread_because if name.startswith("mfac_")}
 
     @property
     def repairs(self) -> bool:
@@ -51,9 +90,12 @@ class RecoverStep(Step):
         return f"{self.method}, {self.tokens:,} tokens"
 
     def fill(self) -> None:
-        """Text that the teacher writes, where none is given, and a rate."""
+        """The teacher's own text, where none is given, and a rate. Raises ValueError."""
+        if self.hidden_weight and self.teacher_top_k:
+            raise ValueError("hidden_weight needs the teacher beside: leave out teacher_top_k")
         vars(self)["dataset"] = self.dataset or SELF
-        vars(self)["learning_rate"] = self.learning_rate or (LORA_RATE if self.lora else RATE)
+        own = LORA_RATE if self.lora else RATE
+        vars(self)["learning_rate"] = self.learning_rate or (own if self.optimizer == "adamw" else MFAC_RATE)
 
     def beside(self) -> Self:
         """The step, whose windows' length is known, with as many of them as it trains on, where it does not say."""

@@ -1,28 +1,32 @@
 """Recovery as a run: two models in memory, and what training found written as the result."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimlm.checkpoint.skeleton import parameter_count
-from slimlm.device import available_memory
+from slimlm.checkpoint.kin import KIN, Kin, read_kin
+from slimlm.deal import Deal
+from slimlm.device import available_memory, keep_freed_memory, training_dtype
 from slimlm.errors import RunFailure, UserError
+from slimlm.linalg.likelihood import Likeliest
 from slimlm.model.result import Rows
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
-from slimlm.model.whole import whole
+from slimlm.model.whole import recompute, whole
 from slimlm.recipe import RecoverStep
-from slimlm.recover.training import JUDGED, MOMENTS, Schedule, State, Text, Training
+from slimlm.recover.losses import StreamLoss
+from slimlm.recover.needs import SIDES, memory_needed
+from slimlm.recover.optimizers import MFAC, Adam, Changed, Optimizer
+from slimlm.recover.teacher import Beside, Remembered, Teacher, likeliest_of
+from slimlm.recover.text import Text
+from slimlm.recover.training import JUDGED, Schedule, State, Training
 from slimlm.run import Outcome, Plan, Run
 from slimlm.started import local_size
 
-BYTES = 27  # of each parameter in training: itself, moments, best, gradients of two lanes in fp32; bf16 copy; mask
-LOW_RANK_BYTES = 12  # and where changes of low rank are: itself, itself changed, the best
-SIDES = ("a", "b")  # of what is kept to go on from, by turns: one is whole while the other is written
-KEPT = 16 * len(SIDES) + 4  # bytes of each parameter for it, and of what was found
 Found = tuple[dict[str, Any], dict[str, Tensor]]  # notes for the manifest, and trained parameters by name
 
 
@@ -67,14 +71,16 @@ def _trained(run: Run[RecoverStep]) -> Found:
     assert run.dense is not None
     assert run.windows is not None
     text = Text.of(run.windows)
-    if not text.held or not len(text.tokens):
+    if not text.held or not len(text.learned):
         raise RunFailure(f"{len(run.windows.tokens)} windows are too few to learn from some and judge by others")
     _require_memory(run)
+    keep_freed_memory()
     progress = run.progress
-    progress.stage("loading both models", 2)
-    student, teacher = whole(run.model, torch.float32), whole(run.dense)
-    stays = _staying(run.model)
-    training = Training(student, teacher, text, _schedule(run, text), run.ranks, stays, run.model.matrices)
+    teacher, student = _teacher(run, text), whole(run.model, torch.float32)
+    if run.recipe.gradient_checkpointing:
+        recompute(every(run.model, lambda block: student.get_submodule(block.path)))
+    schedule, stays = _schedule(run, text), _staying(run.model)
+    training = Training(student, teacher, text, schedule, run.ranks, stays, run.model.matrices, _streams(run))
     if run.recipe.minutes is not None:
         training.schedule = _in_time(run, training)
     _go_on(run, training)
@@ -85,6 +91,47 @@ def _trained(run: Run[RecoverStep]) -> Found:
     notes = {"teacher": str(run.dense.checkpoint.path), **_notes(training)}
     run.journal.keep("recovered", training.best, notes=notes)
     return notes, training.best
+
+
+def _teacher(run: Run[RecoverStep], text: Text) -> Teacher:
+    """The model beside it, or what that one said, by an earlier process even."""
+    assert run.dense is not None
+    count, recalled = run.recipe.teacher_top_k, run.journal.recall("teacher")
+    if not count:
+        return Beside(whole(run.dense))
+    if recalled is None:
+        run.progress.stage("asking the teacher", len(Deal(run.ranks, len(text.tokens)).mine))
+        model, dtype = whole(run.dense), training_dtype(run.model.device)
+        likeliest = likeliest_of(model, text.tokens, count, dtype, run.ranks, run.progress)
+        run.journal.keep("teacher", likeliest._asdict())
+        return Remembered(likeliest)
+    return Remembered(Likeliest(**{name: one.cpu() for name, one in recalled[1].items()}))
+
+
+def kin_of(model: StreamedModel, dense: StreamedModel) -> Kin:
+    """What a model's stream is of its dense one's. Raises UserError where nothing says so."""
+    path, blocks = model.checkpoint.path, len(dense.blocks)
+    found = read_kin(path, model.config.hidden_size, len(model.blocks))
+    if len(model.blocks) < 2:
+        raise UserError("--hidden-weight: there is nothing behind a single block but the head: leave it out")
+    if found is None:
+        raise UserError(f"--hidden-weight: no {KIN} in {path} says what its stream is of the dense one's: leave it out")
+    if found.basis.shape[0] != dense.config.hidden_size or int(found.blocks.max()) >= blocks:
+        raise UserError(
+            f"--hidden-weight: {path / KIN} is of a dense model of width {found.basis.shape[0]}, and "
+            f"{dense.checkpoint.path} has {dense.config.hidden_size} and {blocks} blocks: leave it out"
+        )
+    return found
+
+
+def _streams(run: Run[RecoverStep]) -> StreamLoss | None:
+    """What the streams are to count for, beside predictions."""
+    assert run.dense is not None
+    if not run.recipe.hidden_weight:
+        return None
+    kin = kin_of(run.model, run.dense)
+    kin = kin._replace(basis=kin.basis.to(run.model.device))
+    return StreamLoss(run.recipe.hidden_weight, kin, run.model.family.centred)
 
 
 def _staying(model: StreamedModel) -> dict[str, list[int]]:
@@ -103,21 +150,30 @@ def _staying(model: StreamedModel) -> dict[str, list[int]]:
 def _require_memory(run: Run[RecoverStep]) -> None:
     """Raises RunFailure where both models, and what training one takes, are more than is free."""
     assert run.dense is not None
-    each = LOW_RANK_BYTES if run.recipe.lora else BYTES
-    needed = each * parameter_count(run.model.model) + run.dense.checkpoint.bytes_on_disk()
+    needed = memory_needed(run.recipe, run.model, run.dense)
     where = "gpu" if run.model.device.type == "cuda" else "host"
     free = available_memory(run.model.device)[where] // (local_size() if where == "host" else 1)
     if needed > free:
         raise RunFailure(
-            f"training takes {needed / 1e9:,.1f} GB of {where} memory for weights and what AdamW remembers, and "
-            f"{free / 1e9:,.1f} GB are free: use a larger machine"
+            f"training takes {needed / 1e9:,.1f} GB of {where} memory for weights and what the optimizer remembers, "
+            f"and {free / 1e9:,.1f} GB are free: use a larger machine, --lora, --teacher-top-k or fewer mfac_gradients"
         )
 
 
 def _schedule(run: Run[RecoverStep], text: Text) -> Schedule:
     recipe = run.recipe
     steps = max(1, recipe.tokens // (recipe.batch_size * text.tokens.shape[1]))
-    return Schedule(steps, recipe.batch_size, recipe.learning_rate, recipe.seed, recipe.objective == "kl", recipe.lora)
+    towards = recipe.objective == "kl"
+    return Schedule(
+        steps, recipe.batch_size, recipe.learning_rate, recipe.seed, towards, recipe.lora, _optimizer(recipe)
+    )
+
+
+def _optimizer(recipe: RecoverStep) -> Callable[[Changed], Optimizer]:
+    """Of parameters, [...] by name."""
+    if recipe.optimizer == "adamw":
+        return Adam
+    return partial(MFAC, count=recipe.mfac_gradients, damping=recipe.mfac_damping, size=recipe.mfac_block)
 
 
 def _in_time(run: Run[RecoverStep], training: Training) -> Schedule:
@@ -139,7 +195,7 @@ def _keep(run: Run[RecoverStep], training: Training) -> None:
     last = run.journal.last("training")
     side = SIDES[0] if last is None or last["side"] == SIDES[1] else SIDES[1]
     weights = {name: one.detach() for name, one in training.changed.items()}
-    for what, tensors in (("weights", weights), ("best", training.best), *training.moments().items()):
+    for what, tensors in (("weights", weights), ("best", training.best), *training.optimizer.memory().items()):
         run.journal.keep(f"{what} {side}", tensors)
     run.journal.commit("training", side=side, state=asdict(training.state))
 
@@ -149,7 +205,8 @@ def _go_on(run: Run[RecoverStep], training: Training) -> None:
     last = run.journal.last("training")
     if last is None:
         return
-    found = {what: run.journal.recall(f"{what} {last['side']}") for what in ("weights", "best", *MOMENTS)}
+    kinds = ("weights", "best", *training.optimizer.remembers)
+    found = {what: run.journal.recall(f"{what} {last['side']}") for what in kinds}
     kept = {what: one[1] for what, one in found.items() if one is not None}
     if len(kept) == len(found):
         training.go_on(State(**last["state"]), kept.pop("weights"), kept.pop("best"), kept)
@@ -163,7 +220,7 @@ def _notes(training: Training) -> dict[str, Any]:
     tokens = state.step * schedule.size * training.text.tokens.shape[1]
     return {
         "steps": state.step, "best_step": state.best_step, "trained_tokens": tokens, "zeros_kept": training.zeros,
-        "learning_rate": schedule.rate, "windows": len(training.text.tokens), "history": state.history,
-        "held_out_windows": {name: len(tokens) for name, tokens in training.text.held.items()},
+        "learning_rate": schedule.rate, "windows": len(training.text.learned), "history": state.history,
+        "held_out_windows": {name: len(numbers) for name, numbers in training.text.held.items()},
         "compute_dtype": str(training.dtype).removeprefix("torch."),
     }  # fmt: skip

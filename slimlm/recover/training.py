@@ -1,4 +1,4 @@
-"""AdamW on all of a model's weights at once, towards a teacher beside it.
+"""Training of all of a model's weights at once, towards a teacher beside it.
 
 Masters and sums are fp32; products are bf16 where the device has instructions for it. What is zero in a matrix stays
 zero. Windows that nothing learns from say how good the weights are, each kind of text counting the same; the best there
@@ -10,38 +10,31 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Annotated
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimlm.calibration import Windows
-from slimlm.deal import Deal, Parts, seed_of
+from slimlm.deal import Deal, Parts
 from slimlm.device import training_dtype
 from slimlm.errors import RunFailure
 from slimlm.linalg.likelihood import divergence
-from slimlm.linalg.regression import HELD_EVERY
 from slimlm.linalg.softmax import cosine
 from slimlm.model.linears import canonical
 from slimlm.progress import Progress
 from slimlm.ranks import Ranks
-from slimlm.recover.losses import text_loss
+from slimlm.recover.losses import StreamLoss, text_loss
 from slimlm.recover.low_rank import adapt
+from slimlm.recover.optimizers import Adam, Changed, Named, Optimizer
+from slimlm.recover.teacher import Teacher, few, products
+from slimlm.recover.text import Numbers, Text
 
-BETAS = (0.9, 0.95)
 WARM_UP = 0.05  # of all steps
 LARGEST_NORM = 1.0  # of all gradients together
 JUDGED = 8  # times that held-out windows are looked at on the way
 PATIENCE = 3  # of them in a row that may bring nothing
-HELD = 32  # windows of each kind that are held out, at most, and one of HELD_EVERY where that is fewer
-LOGITS = 1 << 28  # bytes of fp32 logits at once
 TIMED = 2  # steps that say how long one takes, after a first one
-MOMENTS = ("exp_avg", "exp_avg_sq")
-Tokens = Annotated[Tensor, "windows time"]
-Named = Mapping[str, Annotated[Tensor, "..."]]
 
 
 class Gradients:
@@ -65,42 +58,10 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class Text:
-    """tokens: [windows, time] to learn from. held: those of each kind that judge, by its name."""
-
-    tokens: Tensor
-    held: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, windows: Windows) -> "Text":
-        """Of every kind some are held out, evenly spread over it."""
-        held, learned = dict[str, Tensor](), torch.ones(len(windows.tokens), dtype=torch.bool)
-        origins = windows.of_each
-        for origin in dict.fromkeys(origins):
-            own = torch.tensor([index for index, other in enumerate(origins) if other == origin])
-            count = min(HELD, len(own) // HELD_EVERY)
-            if count:
-                chosen = own[torch.arange(count) * len(own) // count]
-                name = Path(origin).name
-                held[origin if name in held else name] = windows.tokens[chosen]
-                learned[chosen] = False
-        return cls(windows.tokens[learned], held)
-
-    def of_step(self, step: int, size: int, seed: int) -> Tokens:
-        """The windows of a step: the text again and again, each time in an order of its own."""
-        count = len(self.tokens)
-        places = range(step * size, (step + 1) * size)
-        orders = {
-            again: torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, again)))
-            for again in {place // count for place in places}
-        }
-        return self.tokens[torch.stack([orders[place // count][place % count] for place in places])]
-
-
-@dataclass(frozen=True)
 class Schedule:
     """How to train. size: windows of a step. rate: the highest learning rate. is_kl: towards the teacher's predictions,
-    or else the text's tokens. rank: of what is added to matrices, where not all of their numbers are to change."""
+    or else the text's tokens. rank: of what is added to matrices, where not all of their numbers are to change.
+    optimizer: of parameters by name."""
 
     steps: int
     size: int
@@ -108,6 +69,7 @@ class Schedule:
     seed: int
     is_kl: bool = True
     rank: int = 0
+    optimizer: Callable[[Changed], Optimizer] = Adam
 
 
 @dataclass
@@ -126,16 +88,17 @@ class Training:
     """A student in fp32, which is changed, beside its teacher.
 
     stays: parameters of which some rows are not to be changed, or, where none are named, all. matrices: linears, which
-    alone are changed where the schedule says by what rank. best: what is changed as it was best, by name; linears' as
-    [out, in].
+    alone are changed where the schedule says by what rank. streams: what their streams count for, if anything. best:
+    what is changed as it was best, by name; linears' as [out, in].
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, text: Text, schedule: Schedule, ranks: Ranks,
-        stays: Mapping[str, list[int]] | None = None, matrices: Collection[str] = (),
+        self, student: PreTrainedModel, teacher: Teacher, text: Text, schedule: Schedule, ranks: Ranks,
+        stays: Mapping[str, list[int]] | None = None, matrices: Collection[str] = (), streams: StreamLoss | None = None,
     ) -> None:  # fmt: skip
         self.student, self.teacher, self.text, self.schedule, self.ranks = student, teacher, text, schedule, ranks
         self.device, self.dtype = student.device, training_dtype(student.device)
+        self.streams = streams
         student.requires_grad_(False)
         stays = stays or {}
         self.named = [name for name, _ in student.named_parameters() if stays.get(name) != []]
@@ -151,9 +114,7 @@ class Training:
             )
         else:
             self.changed = {name: student.get_parameter(name).requires_grad_(True) for name in self.named}
-        self.adam = torch.optim.AdamW(
-            self.changed.values(), lr=schedule.rate, betas=BETAS, weight_decay=0.0, fused=True
-        )
+        self.optimizer = schedule.optimizer(self.changed)
         self.best: dict[str, Tensor] = {}
         self.state = State()
 
@@ -165,7 +126,11 @@ class Training:
             self._judge([], progress, 0.0)
         losses, start = list[float](), time.perf_counter()
         while state.step < steps and state.worse < PATIENCE:
-            losses.append(self._step())
+            try:
+                losses.append(self._step())
+            except ValueError as error:  # of M-FAC, which cannot make a step; the best weights are there
+                progress.line(f"training ends after step {state.step}: {error}")
+                break
             progress.step()
             if state.step % every == 0 or state.step == steps:
                 self._judge(losses, progress, time.perf_counter() - start)
@@ -182,69 +147,63 @@ class Training:
         self._divergences()
         return (done - start) / TIMED, time.perf_counter() - done
 
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        """What AdamW remembers after a step, by kind and parameter: [...] each."""
-        return {what: {name: self.adam.state[one][what] for name, one in self.changed.items()} for what in MOMENTS}
-
     @torch.no_grad()
-    def go_on(self, state: State, weights: Named, best: Named, moments: Mapping[str, Named]) -> None:
-        """From where another process was, with its weights and moments."""
+    def go_on(self, state: State, weights: Named, best: Named, memory: Mapping[str, Named]) -> None:
+        """From where another process was, with its weights, [...] each, and what its optimizer remembered."""
         self.state, self.best = state, dict(best)
         for name, one in self.changed.items():
             one.copy_(weights[name])
-            own = {what: found[name].to(one.device) for what, found in moments.items()}
-            self.adam.state[one] = {"step": torch.tensor(float(state.step), device=one.device), **own}
+        self.optimizer.go_on(state.step, memory)
 
     def _step(self) -> float:
         """The loss before it."""
         state, schedule = self.state, self.schedule
         loss, gradients = self._gradients(state.step)
         done = state.step / schedule.steps
-        for group in self.adam.param_groups:
-            group["lr"] = schedule.rate * min(1.0, (state.step + 1) / (WARM_UP * schedule.steps)) * cosine(done)
+        rate = schedule.rate * min(1.0, (state.step + 1) / (WARM_UP * schedule.steps)) * cosine(done)
         for (name, one), gradient in zip(self.changed.items(), gradients, strict=True):
             one.grad = gradient.masked_fill_(self.fixed[name], 0) if name in self.fixed else gradient
         nn.utils.clip_grad_norm_(self.changed.values(), LARGEST_NORM)
-        self.adam.step()
-        self.adam.zero_grad()
+        self.optimizer.update(rate)
+        for one in self.changed.values():
+            one.grad = None
         state.step += 1
         return loss
 
     def _gradients(self, step: int) -> tuple[float, list[Tensor]]:
         """The loss of a token of a step's windows, and its gradients."""
-        tokens = self.text.of_step(step, self.schedule.size, self.schedule.seed)
-        deal, own = Deal(self.ranks, len(tokens)), list[tuple[float, int]]()
+        schedule = self.schedule
+        numbers = self.text.of_step(step, schedule.size, schedule.seed)
+        deal, own = Deal(self.ranks, len(numbers)), list[tuple[float, int]]()
         parts = Parts(deal, partial(Gradients, self.changed.values()))
+        tokens = len(numbers) * self.text.tokens.shape[1]
         self.ranks.note("windows", len(deal.mine))
         for lane in deal.own_lanes:
             for start in deal.lanes[lane][:: self._few]:
-                some = tokens[start : min(start + self._few, deal.lanes[lane].stop)].to(self.device)
+                some = numbers[start : min(start + self._few, deal.lanes[lane].stop)]
                 part = parts.at(start - deal.mine.start)  # which adds up lanes that are done
                 with torch.enable_grad():
-                    loss = self._loss(some, self.schedule.is_kl)
-                    found = torch.autograd.grad(loss / tokens.numel(), [*self.changed.values()], materialize_grads=True)
+                    loss = self._loss(some, schedule.is_kl, self.streams)
+                    found = torch.autograd.grad(loss / tokens, [*self.changed.values()], materialize_grads=True)
                 part.add(found)
-                own.append((float(loss.detach()), some.numel()))
+                own.append((float(loss.detach()), some.numel() * self.text.tokens.shape[1]))
                 del loss, found
         shared = parts.shared()
         assert shared is not None
         return self.ranks.mean(own), shared.sums
 
-    @property
+    @cached_property
     def _few(self) -> int:
-        """Windows that go through the models at a time."""
-        return max(1, LOGITS // int(4 * self.text.tokens.shape[1] * self.student.config.vocab_size))
+        return few(self.student, self.text.tokens.shape[1])
 
-    def _loss(self, tokens: Tokens, is_kl: bool) -> Tensor:
+    def _loss(self, numbers: Numbers, is_kl: bool, streams: StreamLoss | None = None) -> Tensor:
         """Of some windows, summed over tokens."""
-        tokens = tokens.to(torch.int64)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.student(input_ids=tokens, use_cache=False).logits
-            if not is_kl:
-                return text_loss(logits, tokens)
-            with torch.no_grad():
-                wanted = self.teacher(input_ids=tokens, use_cache=False).logits
-        return divergence(logits, wanted)
+        tokens, looks = self.text.tokens[numbers].to(self.device, torch.int64), streams is not None
+        with products(self.device, self.dtype):
+            found = self.student(input_ids=tokens, use_cache=False, output_hidden_states=looks)
+            said = self.teacher(numbers, tokens, looks) if is_kl or looks else None
+        loss = divergence(found.logits, said.predictions) if said and is_kl else text_loss(found.logits, tokens)
+        return loss + streams(found.hidden_states, said.states) if said and streams else loss
 
     def _judge(self, losses: Sequence[float], progress: Progress, seconds: float) -> None:
         """Look at held-out windows, and take the weights if they are the best. losses, seconds: of the steps since the
@@ -269,9 +228,9 @@ class Training:
     def _divergences(self) -> dict[str, float]:
         """From the teacher, of a token of each kind of held-out windows, in nats."""
         found = dict[str, float]()
-        for name, tokens in self.text.held.items():
-            batches, own = tokens.split(self._few), list[tuple[float, int]]()
+        for name, numbers in self.text.held.items():
+            batches, own = numbers.split(self._few), list[tuple[float, int]]()
             for batch in Deal(self.ranks, len(batches)).pick(batches):
-                own.append((float(self._loss(batch.to(self.device), True)), batch.numel()))
+                own.append((float(self._loss(batch, True)), len(batch) * self.text.tokens.shape[1]))
             found[name] = self.ranks.mean(own)
         return found

@@ -63,7 +63,7 @@ def run_slice(run: Run[SliceStep]) -> Outcome:
         _rotate(run, layout, widths, basis)
     run.result.settle()
     kept = widths.blocks if len(widths.blocks) < len(model.blocks) else None
-    return Outcome(plan, {**notes, "widths": str(widths)}, lambda block: basis, kept)
+    return Outcome(plan, {**notes, "widths": str(widths)}, basis, kept)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def run_rotate(run: Run[RotateStep]) -> Outcome:
     run.result.lay_out(run.plan.tensors, run.plan.carrier)
     _rotate(run, layout, layout.dense, basis)
     run.result.settle()
-    return Outcome(run.plan, {**found.notes, "influence": found.influence.tolist()}, lambda block: basis)
+    return Outcome(run.plan, {**found.notes, "influence": found.influence.tolist()}, basis)
 
 
 def _basis(run: Run[SliceStep], layout: Layout, splits: list[Widths]) -> Basis:

@@ -26,7 +26,8 @@ TRAVELLING = (
     "chat_template.jinja",
     "own.vocabulary",
 )
-IN_PLACE = ("additional_chat_templates/tools.jinja", "README.md")
+BASIS = "slimlm/basis.safetensors"
+IN_PLACE = ("additional_chat_templates/tools.jinja", BASIS, "README.md")
 UNWANTED = (
     *("original/params.json", "original/tokenizer.model", "onnx/config.json", "onnx/model.onnx", ".gitattributes"),
     *("openvino/openvino_model.xml", "tiny.Q4.gguf", "pytorch_model.bin", "consolidated.safetensors", "tf_model.h5"),
@@ -89,12 +90,12 @@ def test_shards_are_fetched_by_the_index_and_one_file_is_preferred(repository: P
     keys = split(repository, *shards)
     with serving(Hub(repository), monkeypatch) as hub:
         resolved = resolve_model("someone/tiny", access=Access(cache_dir=tmp_path / "cache"))
-    assert {name for name in hub.fetched if name.endswith(".safetensors")} == {*shards}
+    assert {name for name in hub.fetched if name.endswith(".safetensors")} == {*shards, BASIS}
     assert Checkpoint(resolved.path).tensors.keys() == keys
     shutil.copy(tmp_path / "model.safetensors", whole)
     with serving(Hub(repository), monkeypatch) as hub:
         resolve_model("someone/tiny", access=Access(cache_dir=tmp_path / "other"))
-    assert {name for name in hub.fetched if name.endswith(".safetensors")} == {"model.safetensors"}
+    assert {name for name in hub.fetched if name.endswith(".safetensors")} == {"model.safetensors", BASIS}
 
 
 def test_a_cache_without_what_nobody_needs_is_enough_offline(repository: Path, tmp_path: Path, monkeypatch):
@@ -145,7 +146,8 @@ def test_what_a_repository_is_instead_is_said(repository: Path, tmp_path: Path, 
         with pytest.raises(UserError, match=message) as caught:
             resolve_model("someone/tiny", access=Access(cache_dir=tmp_path / "cache"))
     assert "\n" not in str(caught.value)
-    assert not [name for name in hub.fetched if name.endswith((".safetensors", ".gguf", ".bin"))]
+    weights = [name for name in hub.fetched if name.endswith((".safetensors", ".gguf", ".bin"))]
+    assert set(weights) <= {BASIS}
 
 
 def test_a_gated_model_says_where_its_licence_is(repository: Path, tmp_path: Path, monkeypatch):

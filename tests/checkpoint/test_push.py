@@ -36,7 +36,11 @@ def hub(monkeypatch) -> dict[str, Any]:
         if seen["fails"]:
             raise seen["fails"]
         assert (folder_path / MANIFEST_NAME).is_file()
-        assert sorted(delete_patterns) == ["adapter_config.json", "model-00001-of-00002.safetensors"]
+        assert sorted(delete_patterns) == [
+            "adapter_config.json",
+            "model-00001-of-00002.safetensors",
+            "slimlm/basis.safetensors",
+        ]
         seen["done"].append(("upload", repo_id, folder_path.name, sorted(path.name for path in folder_path.iterdir())))
 
     def list_repo_files(self: HfApi, repo_id: str) -> list[str]:
@@ -46,6 +50,7 @@ def hub(monkeypatch) -> dict[str, Any]:
             "model-00001-of-00002.safetensors",
             "adapter_config.json",
             "fp16/a.safetensors",
+            "slimlm/basis.safetensors",
         ]
 
     for method in (whoami, create_repo, upload_folder, list_repo_files):
@@ -64,8 +69,8 @@ def test_a_whole_result_is_uploaded(repo: str, hub: dict[str, Any], tiny_llama: 
     assert created == ("create", repo, True, "hf_secret")
     assert uploaded[:3] == ("upload", repo if "/" in repo else "me/smaller", "out")
     assert {"model.safetensors", "README.md", "config.json"} <= set(uploaded[3])
-    for file in (tmp_path / "out").iterdir():
-        assert b"hf_secret" not in file.read_bytes()
+    for file in (tmp_path / "out").rglob("*"):
+        assert file.is_dir() or b"hf_secret" not in file.read_bytes()
     assert "hf_secret" not in repr(Push(repo, token="hf_secret"))
 
 

@@ -19,7 +19,7 @@ def test_every_linear_is_the_least_squares_fit_for_what_the_sliced_model_brings_
     path, tokens = uneven(build_tiny(config, tmp_path / "model")), random_tokens(60, 16)
     _, outcome, _ = run(stream(path), tokens, tmp_path / "run", method="slice", widths="hidden=24")
     dense, small = map(stock, (path, tmp_path / "run" / "model"))
-    basis, scale = outcome.basis(0).double(), getattr(config, "residual_multiplier", 1.0)
+    basis, scale = outcome.basis.double(), getattr(config, "residual_multiplier", 1.0)
     strengths: dict[str, float] = {}
     for block in range(3):
         part = f"model.layers.{block}"

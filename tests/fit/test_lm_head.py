@@ -54,7 +54,7 @@ def test_the_head_is_fitted_to_the_predictions_and_says_how_far_from_them_it_is(
     (y,), (x,) = (inputs_of(model, tokens, ["lm_head"]) for model in (dense, small))
     head, gain = dense.lm_head.weight.double(), dense.model.norm.weight.double()
     if settings["method"] == "slice":
-        prior = gain[:, None] * outcome.basis(0).double() * 2**0.5
+        prior = gain[:, None] * outcome.basis.double() * 2**0.5
     else:
         prior = torch.eye(32).double()
     onto, _ = ridge_by_hand(x, y, prior, metric=head.T @ head)

@@ -121,6 +121,7 @@ PRUNING = [
     Case("magnitude pattern", "llama tied", (step("magnitude", pattern="1:4"),), {**MEASURED, "max_seq_length": 24}),
 ]
 SLICED, SPARSE = step("slice", widths="hidden=24,mlp=40"), step("slimlm", pattern="2:4")
+MFAC = {"optimizer": "mfac", "mfac_gradients": 4, "mfac_damping": 0.01, "hidden_weight": 0.5}
 RECOVERED = step("recover", tokens=1152, self_share=0.25, batch_size=4, learning_rate=0.003)
 SHOTS = step("sparsegpt", 0.6, shots=3, schedule="cubic")
 STAGES = [
@@ -130,6 +131,8 @@ STAGES = [
     Case("shots", "llama", (SHOTS,)),
     Case("slice then recover", "llama tied", (SLICED, RECOVERED)),
     Case("slimlm then recover", "mixtral", (SPARSE, RECOVERED)),
+    Case("slice then recover by mfac", "llama", (SLICED, RECOVERED | MFAC)),
+    Case("slimlm then recover remembered", "llama", (SPARSE, RECOVERED | {"teacher_top_k": 16})),
     Case("shots then wanda", "opt", (step("magnitude", 0.4, shots=2, schedule="linear"), step("wanda", 0.6))),
 ]
 RESUMED = [

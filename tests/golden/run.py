@@ -119,8 +119,8 @@ def manifest_of(output: Path, place: Path) -> dict[str, Any]:
 def files_of(output: Path) -> dict[str, str]:
     """SHA-256 of the files that are the same whenever they are written."""
     return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(output.iterdir())
+        str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(output.rglob("*"))
         if file.is_file() and file.name not in TIMED
     }
 

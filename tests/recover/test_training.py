@@ -1,5 +1,7 @@
 """Training of a whole model towards another, in memory."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,14 +9,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slimlm.calibration import Windows
+from slimlm.checkpoint.kin import Kin
 from slimlm.errors import RunFailure
 from slimlm.linalg.likelihood import divergence
 from slimlm.linalg.softmax import cosine
+from slimlm.model.whole import recompute
 from slimlm.progress import Progress
 from slimlm.ranks import ALONE
 from slimlm.recover import training as module
-from slimlm.recover.losses import text_loss
-from slimlm.recover.training import BETAS, WARM_UP, Schedule, Text, Training
+from slimlm.recover.losses import StreamLoss, text_loss
+from slimlm.recover.optimizers import BETAS, MFAC
+from slimlm.recover.teacher import Beside, Remembered, likeliest_of
+from slimlm.recover.text import Text
+from slimlm.recover.training import WARM_UP, Schedule, Training
 from tests.conftest import CONFIGS, random_tokens
 from tests.families.configs import family_config
 
@@ -37,7 +44,7 @@ def text(windows: int = 20) -> Text:
 
 
 def trained(schedule: Schedule = STEPS, student: PreTrainedModel | None = None, **how) -> Training:
-    found = Training(student or model(1), model(0), text(), schedule, ALONE, **how)
+    found = Training(student or model(1), Beside(model(0)), text(), schedule, ALONE, **how)
     found.run(lambda: None, Progress())
     return found
 
@@ -47,7 +54,7 @@ def by_hand(student: PreTrainedModel, teacher: PreTrainedModel, schedule: Schedu
     own = text()
     adam = torch.optim.AdamW(student.parameters(), lr=1.0, betas=BETAS, weight_decay=0)
     for step in range(schedule.steps):
-        tokens = own.of_step(step, schedule.size, schedule.seed)
+        tokens = own.tokens[own.of_step(step, schedule.size, schedule.seed)]
         if schedule.is_kl:
             wanted = teacher(input_ids=tokens).logits.detach().softmax(-1)
             logs = student(input_ids=tokens).logits.log_softmax(-1)
@@ -69,7 +76,7 @@ def by_hand(student: PreTrainedModel, teacher: PreTrainedModel, schedule: Schedu
 def test_it_is_adamw_on_the_mean_loss_of_a_step(name: str, is_kl: bool):
     schedule = Schedule(40, STEPS.size, STEPS.rate, STEPS.seed, is_kl)
     assert WARM_UP * schedule.steps > 1
-    found = Training(model(1, name), model(0, name), text(), schedule, ALONE)
+    found = Training(model(1, name), Beside(model(0, name)), text(), schedule, ALONE)
     for _ in range(schedule.steps):
         found._step()
     expected = by_hand(model(1, name), model(0, name), schedule)
@@ -145,7 +152,7 @@ def test_models_that_diverge_by_no_number_are_refused():
     with torch.no_grad():
         teacher.get_parameter("model.norm.weight")[0] = torch.nan
     with pytest.raises(RunFailure, match="one of them is broken"):
-        Training(model(1), teacher, text(), STEPS, ALONE).run(lambda: None, Progress())
+        Training(model(1), Beside(teacher), text(), STEPS, ALONE).run(lambda: None, Progress())
 
 
 def test_a_training_that_breaks_ends_and_leaves_numbers_only(monkeypatch: pytest.MonkeyPatch):
@@ -175,7 +182,7 @@ def test_it_gets_better_and_the_best_weights_are_the_ones_judged_best():
     with torch.no_grad():
         losses = [
             float(divergence(student(input_ids=tokens).logits, model(0)(input_ids=tokens).logits)) / tokens.numel()
-            for tokens in found.text.held.values()
+            for tokens in (found.text.tokens[numbers] for numbers in found.text.held.values())
         ]
     assert sum(losses) / 2 == pytest.approx(found.state.best, rel=1e-4)
 
@@ -189,7 +196,7 @@ def test_a_rate_that_ruins_it_stops_early_and_leaves_what_came_in():
 
 
 def test_every_window_is_seen_once_before_any_is_again():
-    own = Text(torch.arange(10)[:, None], {})
+    own = Text(torch.zeros(20, 1), torch.arange(10), {})
     seen = torch.cat([own.of_step(step, 4, 7).flatten() for step in range(5)])
     assert sorted(seen[:10].tolist()) == list(range(10))
     assert sorted(seen[10:].tolist()) == list(range(10))
@@ -201,9 +208,9 @@ def test_windows_of_every_kind_are_held_out_and_not_learned_from():
     tokens = torch.arange(40)[:, None].expand(40, 3).contiguous()
     own = Text.of(Windows(tokens, "x", None, ("/some/a.txt",) * 25 + ("self",) * 10 + ("/other/a.txt",) * 5))
     assert {name: len(held) for name, held in own.held.items()} == {"a.txt": 5, "self": 2, "/other/a.txt": 1}
-    held = torch.cat(list(own.held.values()))[:, 0].tolist()
-    assert sorted(held + own.tokens[:, 0].tolist()) == list(range(40))
-    assert max(own.held["a.txt"][:, 0]) < 25 <= min(own.held["self"][:, 0])
+    held = torch.cat(list(own.held.values())).tolist()
+    assert sorted(held + own.learned.tolist()) == list(range(40))
+    assert max(own.held["a.txt"]) < 25 <= min(own.held["self"])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -222,7 +229,8 @@ def test_changes_of_low_rank_are_merged_into_what_they_computed(name: str):
     before = {key: one.detach().clone() for key, one in student.state_dict().items()}
     teacher = model(0) if name == "llama" else AutoModelForCausalLM.from_config(student.config).float().eval()
     schedule = Schedule(6, 4, 1e-2, 0, rank=2)
-    found = Training(student, teacher, text(), schedule, ALONE, stays={f"{matrices[0]}.weight": []}, matrices=matrices)
+    stays = {f"{matrices[0]}.weight": list[int]()}
+    found = Training(student, Beside(teacher), text(), schedule, ALONE, stays, matrices)
     found.run(lambda: None, Progress())
     tokens = random_tokens(2, 12)
     found.state.best = float("inf")
@@ -242,3 +250,108 @@ def test_changes_of_low_rank_are_merged_into_what_they_computed(name: str):
             owner.weight.copy_(new)
         torch.testing.assert_close(merged(input_ids=tokens).logits, trained, rtol=0, atol=1e-5)
     assert not torch.equal(merged.state_dict()[f"{matrices[1]}.weight"], before[f"{matrices[1]}.weight"])
+
+
+def first_gradients(found: Training) -> dict[str, Tensor]:
+    return dict(zip(found.changed, found._gradients(0)[1], strict=True))
+
+
+def test_a_teacher_that_is_remembered_is_the_one_beside_where_all_tokens_are():
+    teacher, own = model(0), text()
+    count = teacher.config.vocab_size
+    remembered = Remembered(likeliest_of(teacher, own.tokens, count, torch.float32, ALONE, Progress()))
+    wanted = first_gradients(Training(model(1), Beside(teacher), own, STEPS, ALONE))
+    same = first_gradients(Training(model(1), remembered, own, STEPS, ALONE))
+    for name, gradient in wanted.items():
+        assert (same[name] - gradient).norm() < 0.01 * gradient.norm(), name
+
+
+def test_what_is_computed_again_gives_the_same_gradients():
+    student = model(1)
+    calls = []
+    recompute(student.model.layers)
+    student.model.layers[0].self_attn.register_forward_hook(lambda *given: calls.append(torch.is_grad_enabled()))
+    again = first_gradients(Training(student, Beside(model(0)), text(), STEPS, ALONE))
+    once = first_gradients(Training(model(1), Beside(model(0)), text(), STEPS, ALONE))
+    assert len(calls) == 2 * 4  # of four lanes
+    for name, gradient in once.items():
+        assert torch.equal(again[name], gradient), name
+
+
+@pytest.mark.parametrize("block", [0, 100])
+def test_mfac_steps_by_the_inverse_fisher_matrix_of_its_gradients(block: int):
+    count, damping, rate = 3, 0.01, 0.05
+    schedule = Schedule(7, 4, rate, 0, optimizer=partial(MFAC, count=count, damping=damping, size=block))
+    found = Training(model(1), Beside(model(0)), text(), schedule, ALONE)
+    average, rows, eye = 0.0, torch.zeros(0), torch.eye(count, dtype=torch.float64)
+    for step in range(schedule.steps):
+        gradient = torch.cat([one.flatten() for one in found._gradients(step)[1]]).double()
+        gradient /= max(1.0, float(gradient.norm()))
+        rows = rows if len(rows) else torch.zeros(count, len(gradient), dtype=torch.float64)
+        rows[step % count] = gradient
+        size = block or len(gradient)
+        moved = torch.cat(
+            [
+                (own - part.T @ torch.linalg.solve(damping * count * eye + part @ part.T, part @ own)) / damping
+                for part, own in zip(rows.split(size, 1), gradient.split(size), strict=True)
+            ]
+        )
+        average = 0.9 * average + 0.1 * moved
+        before = torch.cat([one.detach().flatten() for one in found.changed.values()]).double()
+        found._step()
+        after = torch.cat([one.detach().flatten() for one in found.changed.values()]).double()
+        now = rate * min(1.0, (step + 1) / (WARM_UP * schedule.steps)) * cosine(step / schedule.steps)
+        torch.testing.assert_close(after - before, -now * average, rtol=1e-3, atol=1e-6)
+
+
+def test_streams_count_in_the_basis_they_were_cut_by():
+    states = [torch.randn(2, 3, 4) for _ in range(4)]
+    wanted = [torch.randn(2, 3, 6) for _ in range(6)]
+    basis = torch.linalg.qr(torch.randn(6, 4))[0]
+    kin = Kin(basis, torch.tensor([0, 2, 4]))
+    pairs = [(1, 1), (2, 3)]  # behind the student's blocks 0 and 1; the last block's is behind the norm
+    errors = [
+        (states[own][w, t] - wanted[other][w, t] @ basis).square().sum() / (wanted[other][w, t] @ basis).square().sum()
+        for own, other in pairs for w in range(2) for t in range(3)
+    ]  # fmt: skip
+    torch.testing.assert_close(StreamLoss(0.5, kin, False)(states, wanted), 0.5 * sum(errors) / 2)
+    moved = [one + 3.0 for one in states]
+    eye = Kin(torch.eye(4), torch.arange(4))
+    centred = StreamLoss(1.0, eye, True)
+    torch.testing.assert_close(centred(moved, states), torch.tensor(0.0), rtol=0, atol=1e-5)
+    assert StreamLoss(1.0, eye, False)(moved, states) > 1
+
+
+def test_streams_come_nearer_where_they_count():
+    def distance(found: Training) -> float:
+        with torch.no_grad():
+            tokens = found.text.tokens[:4].long()
+            ends = [one(input_ids=tokens, output_hidden_states=True) for one in (found.student, model(0))]
+        return float(StreamLoss(1.0, kin, False)(*(one.hidden_states for one in ends)))
+
+    student = model(0)
+    kin = Kin(torch.eye(student.config.hidden_size), torch.arange(len(student.model.layers)))
+    schedule = Schedule(30, 4, 1e-3, 0)
+    alone = trained(schedule)
+    looked = trained(schedule, streams=StreamLoss(1.0, kin, False))
+    assert distance(looked) < 0.8 * distance(alone)
+
+
+def test_mfac_that_can_make_no_step_leaves_what_was_best():
+    schedule = Schedule(16, 4, 1e-3, 0, optimizer=partial(MFAC, count=2, damping=1e-3))
+    found = Training(model(1), Beside(model(0)), text(), schedule, ALONE)
+    real, lines = found._gradients, list[str]()
+
+    def broken(step: int) -> tuple[float, list[Tensor]]:
+        loss, gradients = real(step)
+        return loss, [one * torch.nan if step == 3 else one for one in gradients]
+
+    class Told(Progress):
+        def line(self, text: str) -> None:
+            lines.append(text)
+
+    found._gradients = broken  # type: ignore[method-assign]
+    found.run(lambda: None, Told())
+    assert found.state.step == 3
+    assert "ends after step 3: a Fisher matrix is not positive definite" in lines[-1]
+    assert all(one.isfinite().all() for one in found.best.values())

@@ -85,7 +85,7 @@ def test_slicing_is_exact_where_the_stream_lives_in_fewer_directions(tiny: Path,
     directions = confined(tiny, 20)
     model, tokens = stream(tiny), random_tokens(8, 32)
     outcome = carried_out(run_at(model, [tokens], tmp_path / "run", **HOW, widths="hidden=20"))
-    basis = outcome.basis(0)
+    basis = outcome.basis
     assert outcome.notes["calibration_tokens_per_norm"] == tokens.numel()
     assert torch.allclose(basis @ basis.T, (directions @ directions.T).float(), atol=1e-5)
     sliced = written(model, basis, tmp_path / "sliced")
@@ -142,7 +142,7 @@ def test_a_tied_head_stays_tied_when_the_final_gain_is_constant(tmp_path: Path):
     plan = run.plan
     assert plan.config.tie_word_embeddings
     assert "lm_head.weight" not in plan.tensors
-    basis = carried_out(run).basis(0)
+    basis = carried_out(run).basis
     sliced = written(model, basis, tmp_path / "sliced")
     assert plan.config.hidden_size == 20
     assert (logits_of(path, tokens) - logits_of(sliced, tokens)).abs().max() < 1e-4
