@@ -46,6 +46,8 @@ WAYS: dict[str, dict[str, object]] = {
     "lora": {"lora": 16},
     "mfac": {"optimizer": "mfac"},
 }
+OF_TEXT = ("dense", "tokens", "window", "seed")  # what decides it, and, but for way, rate and model, an arm
+OF_ARMS = (*OF_TEXT, "calibration", "texts", "judged", "set")
 RATES = {"lora": 2e-3, "mfac": 1e-3}  # where an arm says none
 
 
@@ -79,7 +81,7 @@ def main() -> None:
 
 def written_once(arguments: argparse.Namespace) -> Path:
     """Windows that the dense model writes, half of all tokens: [n, window], in a file."""
-    path: Path = arguments.work / f"written-{asked(arguments)}.npy"
+    path: Path = arguments.work / f"written-{asked(arguments, OF_TEXT)}.npy"
     if not path.exists():
         model = AutoModelForCausalLM.from_pretrained(arguments.dense, dtype="auto").eval()
         tokenizer = AutoTokenizer.from_pretrained(arguments.dense)
@@ -89,15 +91,16 @@ def written_once(arguments: argparse.Namespace) -> Path:
     return path
 
 
-def asked(arguments: argparse.Namespace) -> str:
-    """What decides an arm besides its way, its rate and its model, in a few letters."""
-    names = ("dense", "calibration", "texts", "tokens", "window", "seed", "judged", "set")
+def asked(arguments: argparse.Namespace, names: tuple[str, ...]) -> str:
+    """What decides it, in a few letters."""
     return hashlib.sha256(repr([str(getattr(arguments, name)) for name in names]).encode()).hexdigest()[:8]
 
 
 def kept(arguments: argparse.Namespace, way: str, rate: float, model: Path, text: Path) -> dict:
     """A row of the table, from the work directory where it is there."""
-    name = "-".join(filter(None, [model.name, way.replace(" ", "-"), f"{rate:g}" if rate else "", asked(arguments)]))
+    name = "-".join(
+        filter(None, [model.name, way.replace(" ", "-"), f"{rate:g}" if rate else "", asked(arguments, OF_ARMS)])
+    )
     place = arguments.work / name
     file = place.with_suffix(place.suffix + ".json")
     if not file.exists():

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from slimlm.calibration import Windows, interleaved
 from slimlm.check import How, Job, check
@@ -17,7 +16,7 @@ from slimlm.checkpoint.companions import copy_companions
 from slimlm.checkpoint.config_file import move_generation_settings, write_config
 from slimlm.checkpoint.disk import disk_errors, write_whole
 from slimlm.checkpoint.journal import COMPLETE, Journal, compare_fingerprints
-from slimlm.checkpoint.kin import MOVING, Kin, read_kin, write_kin
+from slimlm.checkpoint.kin import Kin, is_moved, kept_kin, write_kin
 from slimlm.checkpoint.manifest import Manifest, read_manifest
 from slimlm.checkpoint.output import clear_leftovers, staged_output
 from slimlm.checkpoint.shared import scratch_of, shared
@@ -147,13 +146,14 @@ def _furnish(job: Job, outcome: Outcome, target: Path) -> None:
 
 def _kin(job: Job, outcome: Outcome) -> Kin | None:
     """What the result is of the first dense model; None where the same, unknown, or another in every block."""
-    hidden, blocks = job.model.config.hidden_size, range(len(job.model.blocks))
-    found = read_kin(job.source.path, hidden, len(blocks))
-    if isinstance(outcome.basis, Tensor) and found:
-        found = found.of(Kin(outcome.basis.cpu(), torch.tensor(list(outcome.blocks or blocks))))
-    if found is None or callable(outcome.basis) or (found.is_same and job.recipe.method not in MOVING):
-        return None  # which is taken for the same where no method moves anything
-    return found
+    path, hidden, blocks = job.source.path, job.model.config.hidden_size, range(len(job.model.blocks))
+    kept = kept_kin(path, hidden, len(blocks))
+    if outcome.basis is None:
+        return kept
+    if callable(outcome.basis) or (kept is None and is_moved(path)):
+        return None
+    own = Kin(outcome.basis.cpu(), torch.tensor(list(outcome.blocks or blocks)))
+    return own if kept is None else kept.of(own)
 
 
 def publish(made: Made, staging: Staging, how: How, before: Path | None = None) -> None:

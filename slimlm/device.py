@@ -4,7 +4,7 @@ import ctypes
 import os
 import platform
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 
@@ -141,6 +141,12 @@ def training_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return product_dtype(torch.empty(0, device=device))
+
+
+def products_in(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Inside, products are made in a dtype of fewer bytes than fp32's, where it is one."""
+    found: AbstractContextManager[None] = torch.autocast(device.type, dtype) if dtype.itemsize < 4 else nullcontext()
+    return found
 
 
 def resident_memory() -> int:

@@ -24,13 +24,6 @@ class Kin(NamedTuple):
     basis: Annotated[Tensor, "hidden width"]
     blocks: Annotated[Tensor, "blocks", torch.int64]
 
-    @property
-    def is_same(self) -> bool:
-        """Whether it is the dense one's."""
-        hidden, width = self.basis.shape
-        moved = hidden != width or not torch.equal(self.basis, torch.eye(hidden, dtype=self.basis.dtype))
-        return not moved and torch.equal(self.blocks, torch.arange(len(self.blocks)))
-
     def of(self, later: "Kin") -> "Kin":
         """What a model is of the dense one that a third was made of, which is `self` of it, and the model `later` of
         that third."""
@@ -42,14 +35,24 @@ def kin_files(directory: Path) -> list[Path]:
     return [path for path in [directory / KIN] if path.is_file()]
 
 
-def read_kin(directory: Path, hidden: int, blocks: int) -> Kin | None:
-    """That of a checkpoint, of a width and so many blocks: what it says, or the same as before where nothing was moved
-    or left out. None where it was and nothing says where to, or says it of other shapes."""
+def kept_kin(directory: Path, hidden: int, blocks: int) -> Kin | None:
+    """What the file of a checkpoint of a width and so many blocks says; None without one, or of other shapes."""
     for path in kin_files(directory):
         kin = Kin(**load_file(path))
         return kin if (kin.basis.shape[1], len(kin.blocks)) == (hidden, blocks) else None
-    if any(step["method"] in MOVING for step in steps_in(read_manifest(directory))):
-        return None
+    return None
+
+
+def is_moved(directory: Path) -> bool:
+    """Whether a checkpoint's stream is another one than the dense model's, or may be."""
+    return bool(kin_files(directory)) or any(step["method"] in MOVING for step in steps_in(read_manifest(directory)))
+
+
+def read_kin(directory: Path, hidden: int, blocks: int) -> Kin | None:
+    """What the file says, or the same as before where nothing was moved or left out; None where nobody knows."""
+    kept = kept_kin(directory, hidden, blocks)
+    if kept is not None or is_moved(directory):
+        return kept
     return Kin(torch.eye(hidden, dtype=torch.float32), torch.arange(blocks))
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.deal import Deal, Parts, Sum, seed_of
-from slimlm.device import product_dtype
+from slimlm.device import product_dtype, products_in
 from slimlm.fit.beside_dense import BlockPair
 from slimlm.fit.lm_head import fits_head
 from slimlm.linalg.softmax import cosine
@@ -159,8 +159,7 @@ class _Descent:
 
     def _in_products(self, like: Tensor) -> AbstractContextManager[None]:
         """Inside, products for gradients are in what is fastest; errors are in the model's own dtype."""
-        dtype = product_dtype(like) if torch.is_grad_enabled() else like.dtype
-        return torch.autocast(like.device.type, dtype) if dtype.itemsize < 4 else nullcontext()
+        return products_in(like.device, product_dtype(like) if torch.is_grad_enabled() else like.dtype)
 
     def _losses(self, out: Tensor, number: int, windows: Tensor) -> Iterator[Tensor]:
         """What the block gives is off by, summed over some tokens at a time."""

@@ -35,19 +35,24 @@ class GradientWindow:
         self.products = like.new_zeros(blocks, count, count, dtype=torch.float64)
         self._factor: Tensor | None = None
 
-    def replace(self, place: int, gradient: Annotated[Tensor, "d"]) -> None:
-        """One of the m gradients by another one: O(d m)."""
+    def replace(self, place: int, gradient: Annotated[Tensor, "d"]) -> Annotated[Tensor, "blocks m"]:
+        """One of the m gradients by another one: O(d m). Its products with all, itself among them."""
         parts = self._in_blocks(gradient)
         self.gradients[:, place] = parts
         row = self._inner(parts)
         self.products[:, place] = row
         self.products[:, :, place] = row
         self._factor = None
+        return row
 
-    def times(self, vector: Annotated[Tensor, "d"]) -> Annotated[Tensor, "d"]:
-        """F^-1 x. Raises ValueError for gradients that are not finite, or whose rounding is above lambda."""
+    def times(
+        self, vector: Annotated[Tensor, "d"], inner: Annotated[Tensor, "blocks m"] | None = None
+    ) -> Annotated[Tensor, "d"]:
+        """F^-1 x. inner: G x, where it is known. Raises ValueError for gradients that are not finite, or whose rounding
+        is above lambda."""
         parts = self._in_blocks(vector)
-        solved = torch.cholesky_solve(self._inner(parts)[..., None], self.factor())
+        inner = self._inner(parts) if inner is None else inner
+        solved = torch.cholesky_solve(inner[..., None], self.factor())
         inside = self.gradients.mT @ solved.to(parts.dtype)
         return ((parts - inside[..., 0]) / self.damping).flatten()[: self.length]
 

@@ -16,8 +16,7 @@ def changed_count(recipe: RecoverStep, model: StreamedModel) -> int:
     """Numbers that are trained."""
     if not recipe.lora:
         return parameter_count(model.model)
-    shapes = [model.model.get_parameter(f"{name}.weight").shape for name in model.matrices]
-    return recipe.lora * sum(map(sum, shapes))
+    return recipe.lora * sum(map(sum, model.matrices.values()))
 
 
 def remembered_bytes(recipe: RecoverStep, changed: int) -> int:

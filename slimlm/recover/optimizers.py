@@ -76,8 +76,8 @@ class MFAC:
         """A step by the gradients that the parameters hold. Raises ValueError for any that are not finite."""
         parameters = self.parameters.values()
         gradient = torch.cat([one.grad.flatten() for one in parameters if one.grad is not None])
-        self.window.replace(self.step % self.window.count, gradient)
-        self.average.lerp_(self.window.times(gradient), 1 - self.momentum)
+        inner = self.window.replace(self.step % self.window.count, gradient)
+        self.average.lerp_(self.window.times(gradient, inner), 1 - self.momentum)
         self.step += 1
         for one, change in zip(parameters, self.average.split([one.numel() for one in parameters]), strict=True):
             one.sub_(change.view_as(one), alpha=rate)

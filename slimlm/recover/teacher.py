@@ -1,7 +1,6 @@
 """What a student is to be like: a model beside it, or what that one said once."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimlm.deal import Deal
+from slimlm.device import products_in
 from slimlm.linalg.likelihood import Likeliest
 from slimlm.progress import Progress
 from slimlm.ranks import Ranks
@@ -72,14 +72,8 @@ def likeliest_of(
     found = [Likeliest.of(torch.empty(0, time, model.config.vocab_size, device=place), count)]
     mine = Deal(ranks, len(tokens)).mine
     for batch in tokens[mine.start : mine.stop].split(few(model, time)):
-        with products(device, dtype):
+        with products_in(device, dtype):
             logits = model(input_ids=batch.to(device, torch.int64), use_cache=False).logits
         found.append(Likeliest(*(one.to(place) for one in Likeliest.of(logits, count))))
         progress.step(len(batch))
     return Likeliest(*(ranks.joined(torch.cat(parts)).cpu() for parts in zip(*found, strict=True)))
-
-
-def products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Inside, products are in a dtype, or fp32 where it is that."""
-    found: AbstractContextManager[None] = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    return found

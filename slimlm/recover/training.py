@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlm.deal import Deal, Parts
-from slimlm.device import training_dtype
+from slimlm.device import products_in, training_dtype
 from slimlm.errors import RunFailure
 from slimlm.linalg.likelihood import divergence
 from slimlm.linalg.softmax import cosine
@@ -27,7 +27,7 @@ from slimlm.ranks import Ranks
 from slimlm.recover.losses import StreamLoss, text_loss
 from slimlm.recover.low_rank import adapt
 from slimlm.recover.optimizers import Adam, Changed, Named, Optimizer
-from slimlm.recover.teacher import Teacher, few, products
+from slimlm.recover.teacher import Teacher, few
 from slimlm.recover.text import Numbers, Text
 
 WARM_UP = 0.05  # of all steps
@@ -199,7 +199,7 @@ class Training:
     def _loss(self, numbers: Numbers, is_kl: bool, streams: StreamLoss | None = None) -> Tensor:
         """Of some windows, summed over tokens."""
         tokens, looks = self.text.tokens[numbers].to(self.device, torch.int64), streams is not None
-        with products(self.device, self.dtype):
+        with products_in(self.device, self.dtype):
             found = self.student(input_ids=tokens, use_cache=False, output_hidden_states=looks)
             said = self.teacher(numbers, tokens, looks) if is_kl or looks else None
         loss = divergence(found.logits, said.predictions) if said and is_kl else text_loss(found.logits, tokens)

@@ -45,13 +45,14 @@ def test_it_is_the_published_recursion_at_every_step_of_a_sliding_window(damping
     rows, x = rows.double(), random(length, seed=1)
     for step in range(3 * count):
         gradient = random(length, seed=step + 2)
-        window.replace(step % count, gradient)
+        inner = window.replace(step % count, gradient)
         rows[step % count] = gradient
         for vector in (x, gradient):
             found = window.times(vector)
             scale = float(found.abs().max())
             torch.testing.assert_close(found, recursion(rows, damping) @ vector, rtol=0, atol=1e-10 * scale)
             torch.testing.assert_close(found, dynamic(rows, damping, vector), rtol=0, atol=1e-10 * scale)
+        assert torch.equal(window.times(gradient, inner), window.times(gradient))
 
 
 def test_any_gradient_can_be_replaced():
