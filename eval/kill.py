@@ -110,8 +110,8 @@ def kill_once(place: Path, instant: float, reference: dict[str, bytes], victim: 
     lines = journals[-1].read_text().splitlines(keepends=True) if journals else []
     run = journals[-1].relative_to(place / "out.partial").parts[-3:-2] if journals else ()
     steps = ["none", *(" ".join([json.loads(line)["step"], *run]) for line in lines if line.endswith("\n"))]
-    standing = sorted(path.name for path in (place / "out").iterdir()) if (place / "out").exists() else []
-    whole = set(reference) <= set(standing) and not {"work", "lock"} & set(standing)
+    standing = {str(path.relative_to(place / "out")) for path in (place / "out").rglob("*")}
+    whole = reference.keys() <= standing and not {"work", "lock"} & standing
     subprocess.run(command("--resume"), cwd=place, check=True, capture_output=True)
     same = result(place / "out") == reference and not (place / "out.partial").exists()
     under = "nothing" if not standing else "the whole result" if whole else "LEFTOVERS"
