@@ -103,25 +103,46 @@ class ModelSettings(HubSettings):
 
 @dataclass(frozen=True)
 class EvalSettings(ModelSettings):
-    """What `evaluate` measures, and how; num_windows None takes the whole text, tasks None slimlm's own."""
+    """What `evaluate` measures, and how; tasks None takes slimlm's own."""
 
-    model: str = field(metadata={"description": "directory, hub id, or `llama`"})
+    model: str | Sequence[str] = field(metadata={"description": "directories, hub ids, or `llama`"})
     against: str | None = described(None, "dense model to compare with, on identical windows and questions")
     _: KW_ONLY
     against_revision: str | None = described(None, "hub revision of the model to compare with")
     tasks: Sequence[str] | None = described(
         None,
-        "tasks of lm-eval by name or YAML path, comma-separated; `none` for perplexity only",
+        "tasks of lm-eval by name or YAML path, comma-separated; `none` for texts only",
         "python_reference_continuation, which needs no network",
     )
-    text: str | None = described(None, "text file for perplexity", "the Python language reference")
-    num_windows: int | None = described(128, "perplexity windows, evenly spaced over the text; 0 takes all", least=0)
+    text: str | Sequence[str] | None = described(
+        None,
+        "texts for perplexity, comma-separated: files, `wikitext2` and `c4` as papers take them, `python-reference`, "
+        "`python-sources`",
+        "the last two: documentation and code, of the Python that runs this",
+    )
+    num_windows: int | None = described(
+        None, "windows of each text, evenly spaced; 0 takes all", "128; of wikitext2 and c4 all", least=0
+    )
     window: int | None = described(
         None, "tokens in a window", "as compressed with, else the model's context up to 2048", least=2
     )
-    batch_size: int = described(8, "windows or questions at a time", least=1)
+    corrupt: Sequence[str] | None = described(
+        None, "measure corrupted texts too, comma-separated: `typos`, `drop`, `case`"
+    )
+    batch_size: int | str = described(8, "windows or questions at a time; `auto` has lm-eval find out for questions")
     limit: float | None = described(None, "questions per task: a number, or a share below 1")
     num_fewshot: int | None = described(None, "examples shown before each question", least=0)
+    apply_chat_template: bool = described(False, "put questions and prompts into the tokenizer's chat template")
+    system_instruction: str | None = described(None, "what a system turn says before each question")
+    gen_kwargs: str | None = described(None, "how tasks that generate text do so, as lm-eval takes it: `temperature=0`")
+    seed: int | None = described(None, "of draws, corruptions and few-shot examples", "0, and lm-eval's own", least=0)
+    generate: int = described(48, "tokens that each model writes on from each of 16 prompts; 0 for none", least=0)
+    fragile: int = described(
+        0, "name so many documents of each text and task that the model lost, worst first", least=0
+    )
+    log_samples: Path | None = described(
+        None, "new directory for what was measured of every token, question and continuation"
+    )
     dtype: str = described("auto", "dtype to compute in: auto (as stored), float32, bfloat16 or float16")
     stream: bool = described(
         False, "with `--tasks none`, one block at a time, as is done by itself where the model does not fit into memory"

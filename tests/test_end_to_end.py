@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slimlm.checkpoint.resolve import BUNDLED
-from slimlm.evaluation.text import python_reference
+from slimlm.evaluation.sources import python_reference
 from tests.conftest import CONFIGS, build_tiny, logits_of
 
 QUICK = ["--num-calibration-samples", "32", "--max-seq-length", "64", "--eval-windows", "4"]
@@ -121,7 +121,8 @@ def test_compress_and_eval_report_the_same_perplexity(compressed: Path, tmp_path
     measured = json.loads((compressed / "slimlm.json").read_text())["measured"]
     models = json.loads((tmp_path / "e.json").read_text())["models"]
     for entry, side in zip(models, ("compressed", "dense"), strict=True):
-        assert entry["perplexity"] == pytest.approx(measured[side]["perplexity"], rel=1e-9)
+        found = entry["texts"]["python-reference"]["perplexity"]
+        assert found == pytest.approx(measured[side]["perplexity"], rel=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +307,9 @@ def test_the_python_api_is_the_same_verbs(tmp_path: Path):
     evaluation = slimlm.evaluate(str(result.output_dir), against="llama", tasks=(), num_windows=2)
     compressed, dense = evaluation.models
     assert compressed["parameters"] == 0.875 * dense["parameters"]
-    assert compressed["perplexity"] > dense["perplexity"]
+    change = evaluation.pairs[0]["texts"]["python-reference"]["log_perplexity_change"]
+    before, after = (one["texts"]["python-reference"]["log_perplexity"] for one in (dense, compressed))
+    assert 0 < change == pytest.approx(after - before, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -333,11 +336,10 @@ def test_every_kind_of_checkpoint_goes_all_the_way(tmp_path: Path, name: str, dt
     assert manifest["measured"]["compressed"]["dtype"] == dtype
     assert manifest["measured"]["dense"]["dtype"] == str(model.dtype).removeprefix("torch.")
     assert manifest["parameters"]["compressed"] < manifest["parameters"]["dense"]
-    models = slimlm.evaluate(
-        str(tmp_path / "out"), against=str(tmp_path / "sharded"), tasks=(), num_windows=2, batch_size=8
-    ).models
-    for entry, side in zip(models, ("compressed", "dense"), strict=True):
-        assert entry["perplexity"] == pytest.approx(manifest["measured"][side]["perplexity"], rel=1e-9)
+    for name, side in (("out", "compressed"), ("sharded", "dense")):
+        (entry,) = slimlm.evaluate(str(tmp_path / name), tasks=(), num_windows=2, batch_size=8).models
+        found = entry["texts"]["python-reference"]["perplexity"]
+        assert found == pytest.approx(manifest["measured"][side]["perplexity"], rel=1e-9)
 
 
 def test_the_seed_decides_what_is_sampled(tmp_path: Path):

@@ -1,7 +1,7 @@
 """Text the model writes itself."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def sample_windows(
         generator.manual_seed(seed_of(seed, number))
         rows = torch.arange(number * size, min((number + 1) * size, count))
         heat = temperatures[rows % len(TEMPERATURES), None]
-        windows.append(_sample(model, begun[rows], heat, length, generator))
+        windows.append(go_on(model, begun[rows], heat, length, generator))
         advance(len(rows))
     written = ranks.joined(torch.cat(windows)).cpu()
     return Windows(written[least_repeated(written, num_windows)], SELF, bos)
@@ -97,18 +97,26 @@ def _begun(tokenizer: PreTrainedTokenizerBase, bos: int, count: int, vocabulary:
     which may be smaller than the tokenizer's."""
     known = [tokenizer(text, add_special_tokens=False).input_ids for text in OPENINGS]
     known = [tokens for tokens in known if max(tokens, default=0) < vocabulary] or [[]]
-    begun = torch.full((count, 1 + max(map(len, known))), NOTHING)
-    begun[:, 0] = bos
-    for row, window in enumerate(begun):
-        if row % FROM_NOTHING:
-            opening = torch.tensor(known[(row - row // FROM_NOTHING - 1) % len(known)])
-            window[1 : 1 + len(opening)] = opening
+    openings = [
+        known[(row - row // FROM_NOTHING - 1) % len(known)] if row % FROM_NOTHING else [] for row in range(count)
+    ]
+    longest = [bos, *max(known, key=len)]
+    return side_by_side([*([bos, *opening] for opening in openings), longest])[:count]
+
+
+def side_by_side(texts: Sequence[Sequence[int]]) -> Tensor:
+    """Tokens of several texts as `go_on` takes them: [texts, longest]."""
+    begun = torch.full((len(texts), max(map(len, texts))), NOTHING)
+    for row, tokens in zip(begun, texts, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
     return begun
 
 
-def _sample(model: PreTrainedModel, begun: Tensor, heat: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """[windows, length] tokens. begun: [windows, time], what they begin with. heat: [windows, 1] temperatures."""
-    begun, heat = begun.to(model.device), heat.to(model.device)
+@torch.no_grad()
+def go_on(model: PreTrainedModel, begun: Tensor, heat: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """[windows, length] tokens, of which `model` writes what is not given. begun: [windows, time], what they begin
+    with, NOTHING behind that. heat: [windows, 1] temperatures; where all are 0, the likeliest token comes next."""
+    is_greedy, begun, heat = not heat.any(), begun.to(model.device), heat.to(model.device)
     # transformers calls it `cache` since 5.24, and code that comes with a model may be older.
     known = inspect.signature(type(model).forward).parameters
     name = "cache" if "cache" in known else "past_key_values"
@@ -120,7 +128,8 @@ def _sample(model: PreTrainedModel, begun: Tensor, heat: Tensor, length: int, ge
         if cache is None:
             reserve(out[name], length)
         cache = out[name]
-        column = draw(out.logits[:, -1], heat, generator)
+        logits = out.logits[:, -1]
+        column = logits.argmax(-1, keepdim=True) if is_greedy else draw(logits, heat, generator)
         if place < begun.shape[1]:
             column = torch.where(begun[:, place, None] == NOTHING, column, begun[:, place, None])
         columns.append(column)

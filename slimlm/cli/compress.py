@@ -180,11 +180,11 @@ def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
 
 def _print_result(result: "CompressResult", expected: dict[str, float]) -> None:
     from slimlm.report.summary import compress_summary, expectation_lines
-    from slimlm.report.table import comparison_table, sides_of
+    from slimlm.report.table import manifest_table
     from slimlm.report.terminal import console
 
     manifest = result.manifest
-    console().print(comparison_table(sides_of(manifest)))
+    console().print(manifest_table(manifest))
     print(compress_summary(manifest))
     for line in expectation_lines(manifest, expected):
         print(line)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from slimlm.cli.launch import in_processes
 from slimlm.cli.options import ManyProcesses, command
-from slimlm.cli.running import kept, running
+from slimlm.cli.running import running, tell
 from slimlm.settings import EvalSettings, described
 from slimlm.started import own_rank
 
@@ -19,19 +19,28 @@ class EvalOptions(EvalSettings, ManyProcesses):
     """What is measured, and where the figures go."""
 
     _: KW_ONLY
-    json_path: Path | None = described(None, "also write everything measured to this file", flag="--json")
+    json_path: Path | None = described(
+        None,
+        "also write everything measured to this file; to standard output, and nothing else there, if it is `-`",
+        flag="--json",
+    )
     verbose: bool = described(False, "log what happens inside")
 
 
 @command(EvalOptions)
 def eval_command(options: EvalOptions) -> None:
-    """Measure a model: perplexity on fixed windows, and lm-eval tasks.
+    """Measure models: perplexity on texts, lm-eval tasks, and what they write.
+
+    With --against, each is compared with the dense model on the same documents: changes with paired standard errors,
+    answers that flipped, divergence of next-token distributions, and whether its own text has collapsed.
 
     Examples:
 
         slimlm eval llama-slice-25 --against llama
 
-        slimlm eval DIR --against meta-llama/Llama-3.2-3B --tasks arc_easy,hellaswag --text test.txt --json result.json
+        slimlm eval DIR --against meta-llama/Llama-3.2-3B --tasks arc_easy,hellaswag --text wikitext2 --json result.json
+
+        slimlm eval A B C --against DENSE --tasks none --corrupt typos,case --fragile 5 --log-samples samples
 
         slimlm eval DIR --num-processes 2
     """
@@ -43,7 +52,6 @@ def eval_command(options: EvalOptions) -> None:
         return
     settings = {field.name: getattr(options, field.name) for field in fields(EvalSettings)}
     settings["tasks"] = () if options.tasks == ("none",) else options.tasks
-    settings["num_windows"] = options.num_windows or None
     with running(verbose=options.verbose) as progress:
         from slimlm.evaluation.evaluate import evaluate
 
@@ -53,10 +61,13 @@ def eval_command(options: EvalOptions) -> None:
 
 
 def _show(found: "Evaluation", json_path: Path | None) -> None:
-    from slimlm.report.summary import evaluation_summary
-    from slimlm.report.table import comparison_table
+    from slimlm.report.evaluation import evaluation_summary, evaluation_tables, fragile_lines, writing_lines
     from slimlm.report.terminal import console
 
-    with kept(found.data, json_path):
-        console().print(comparison_table(found.models))
-        print(evaluation_summary(found.data))
+    def show() -> None:
+        for table in evaluation_tables(found.data):
+            console().print(table)
+        for line in (*fragile_lines(found.data), *writing_lines(found.data["written"]), evaluation_summary(found.data)):
+            print(line)
+
+    tell(found.data, json_path, show)

@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 
 from slimlm.cli.options import command
-from slimlm.cli.running import kept, running
+from slimlm.cli.running import running, tell
 from slimlm.settings import InspectSettings, described
 
 
@@ -13,7 +13,11 @@ class InspectOptions(InspectSettings):
     """What is looked at, and where the figures go."""
 
     _: KW_ONLY
-    json_path: Path | None = described(None, "also write the figures to this file", flag="--json")
+    json_path: Path | None = described(
+        None,
+        "also write the figures to this file; to standard output, and nothing else there, if it is `-`",
+        flag="--json",
+    )
 
 
 @command(InspectOptions)
@@ -43,5 +47,4 @@ def inspect_command(options: InspectOptions) -> None:
 
         found = inspect_model(**{**settings, "progress": progress})
     rows = [figures.describe() for figures in found]
-    with kept(rows, options.json_path):
-        console().print(inspection_table(rows, SPARSITIES))
+    tell(rows, options.json_path, lambda: console().print(inspection_table(rows, SPARSITIES)))

@@ -120,7 +120,8 @@ def _of_recipe(name: str) -> _Told:
 
 def _argument(name: str, told: _Told) -> Parameter:
     argument = typer.Argument(..., help=_sentence(told.description), show_default=False)
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=argument, annotation=_kind(told.annotation))
+    kind = list[str] if Sequence[str] in _kinds(told.annotation) else _kind(told.annotation)
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=argument, annotation=kind)
 
 
 def _option(name: str, told: _Told, has_panels: bool) -> Parameter:
@@ -159,6 +160,8 @@ def _kind(annotation: type | UnionType | str | None) -> type:
     """What typer makes of the words given: a flag may be repeated for a sequence that is always there."""
     if annotation == Sequence[str]:
         return list[str]
+    if {int, str} <= {*_kinds(annotation)}:
+        return str
     return next((kind for kind in (bool, int, float, Path) if kind in _kinds(annotation)), str)
 
 

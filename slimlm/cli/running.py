@@ -1,12 +1,12 @@
 """What commands that take long share: bars, signals, the log, and files of figures."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimlm.errors import Interrupted, RunFailure
+from slimlm.errors import Interrupted
 from slimlm.started import own_rank
 
 if TYPE_CHECKING:
@@ -54,17 +54,18 @@ def _set_verbosity(verbose: bool) -> None:
         transformers_logging.disable_progress_bar()
 
 
-@contextmanager
-def kept(data: "Json", json_path: Path | None) -> Iterator[None]:
-    """Figures are in their file before any are shown, and are shown even where that file cannot be had."""
-    from slimlm.report.results import write_results
+def tell(data: "Json", json_path: Path | None, show: Callable[[], None]) -> None:
+    """Figures are in their file before any are shown, and are shown even where that file cannot be had. On standard
+    output, which is `-`, they are all there is."""
+    from slimlm.report.results import STANDARD_OUTPUT, as_json, write_results
 
+    if json_path == STANDARD_OUTPUT:
+        print(as_json(data))
+        return
     try:
         if json_path is not None:
             write_results(json_path, data)
-    except RunFailure:
-        yield
-        raise
-    yield
+    finally:
+        show()
     if json_path is not None:
         print(f"written to {json_path}")

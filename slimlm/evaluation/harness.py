@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 YAML = (".yaml", ".yml")
+SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
 class Score(TypedDict):
@@ -103,7 +104,10 @@ def run_tasks(
             task_manager=manager,
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
-            log_samples=False,
+            apply_chat_template=settings.apply_chat_template,
+            system_instruction=settings.system_instruction,
+            gen_kwargs=settings.gen_kwargs,
+            **({} if settings.seed is None else dict.fromkeys(SEEDS, settings.seed)),
         )
     return found
 

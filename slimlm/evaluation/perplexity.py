@@ -1,18 +1,13 @@
 """Perplexity on fixed windows."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from slimlm.checkpoint.manifest import Side
-from slimlm.deal import Deal
 from slimlm.errors import RunFailure
-from slimlm.linalg.likelihood import window_nll
-from slimlm.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -62,33 +57,11 @@ class LogLikelihood:
         }
 
 
-@torch.no_grad()
-def measure_perplexity(
-    model: PreTrainedModel,
-    windows: Tensor,
-    batch_size: int,
-    advance: Callable[[int], None] = lambda done: None,
-    ranks: Ranks = ALONE,
-) -> LogLikelihood:
-    """Log-likelihood of windows: [n, time] under a transformers causal LM, of which each rank has one and takes some
-    batches; for all, the same number as of one. Raises RunFailure when it is not finite."""
-    batches = windows.split(batch_size)
-    deal = Deal(ranks, len(batches))
-    own = [torch.empty(0, dtype=torch.float64)]
-    for batch in deal.pick(batches):
-        tokens = batch.to(model.device)
-        own.append(window_nll(model(input_ids=tokens, use_cache=False).logits[:, :-1], tokens[:, 1:]).cpu())
-        _require_finite(own[-1])
-        advance(batch.shape[0])
-    ranks.note("windows", sum(map(len, own)))
-    return counted(LogLikelihood(model.dtype), ranks.joined(torch.cat(own)), windows, batch_size)
-
-
-def counted(likelihood: LogLikelihood, found: Tensor, windows: Tensor, batch_size: int) -> LogLikelihood:
-    """The likelihood of windows: [n, time], with what was found of each, fp64 [n] on the CPU, added up batch by batch.
-    Raises RunFailure as `count` does."""
-    for nll in found.split(batch_size):
-        likelihood.count(nll, windows.shape[1] - 1)
+def counted(nll: Tensor, dtype: torch.dtype) -> LogLikelihood:
+    """What that of each predicted token, [windows, time], comes to. dtype: of the model. Raises RunFailure as `count`
+    does."""
+    likelihood = LogLikelihood(dtype)
+    likelihood.count(torch.stack([window.double().sum() for window in nll]), nll.shape[1])
     return likelihood
 
 

@@ -1,31 +1,41 @@
 """Test text as token windows: fixed, evenly spaced, the same for every model that shares the tokenizer."""
 
-import pydoc_data.topics
-import sys
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimlm.calibration import split_documents, start_token
+from slimlm.calibration import start_token
 from slimlm.checkpoint.manifest import WindowFigures
 from slimlm.errors import UserError
+from slimlm.evaluation.corrupt import CORRUPTIONS
+from slimlm.evaluation.sources import PYTHON_REFERENCE, Text, load_text
 
-PYTHON_REFERENCE = "python-reference"
 DEFAULT_WINDOW = 2048
+
+
+class TextFigures(WindowFigures):
+    """Of a text among several: its name for short, too."""
+
+    name: str
 
 
 @dataclass(frozen=True)
 class TestWindows:
-    """tokens: [n, time], no overlap. source names the text; bos is the token each document starts with, or None."""
+    """tokens: [n, time], no overlap. source names the text; bos is the token each document starts with, or None.
+
+    documents, lengths: [n, time], the number of each token's document and its bytes there. name: for short.
+    """
 
     __test__ = False  # not a pytest class
 
     tokens: Tensor
     source: str
     bos: int | None
+    documents: Tensor = field(default_factory=lambda: torch.empty(0))
+    lengths: Tensor = field(default_factory=lambda: torch.empty(0))
+    name: str = PYTHON_REFERENCE
 
     def describe(self) -> WindowFigures:
         """What a manifest says of them."""
@@ -40,41 +50,59 @@ class TestWindows:
         }
 
 
-def python_reference() -> list[str]:
-    """The topics of the Python language reference that ships in the standard library, in alphabetical order."""
-    topics: dict[str, str] = pydoc_data.topics.topics
-    return [topics[name] for name in sorted(topics)]
-
-
 def load_test_windows(
-    text: str | None, tokenizer: PreTrainedTokenizerBase, count: int | None, length: int
+    text: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int | None,
+    length: int,
+    corrupt: str | None = None,
+    seed: int = 0,
 ) -> TestWindows:
-    """`count` windows (None: all) of `length` tokens, evenly spaced over a .txt file or the Python reference.
+    """`count` windows (None: all) of `length` tokens, evenly spaced over a text, by name or path; None is the Python
+    reference.
 
-    Each document is preceded by BOS (EOS where there is none). Raises UserError when the text does not fill a window.
+    Each document is preceded by BOS (EOS where there is none); a text of papers is tokenised as these do. corrupt: one
+    of CORRUPTIONS. Raises UserError when the text does not fill a window.
     """
-    if text is None:
-        documents = python_reference()
-        source = f"{PYTHON_REFERENCE} (pydoc topics of Python {sys.version.split()[0]})"
-    else:
-        documents, source = _read_documents(Path(text).expanduser()), text
-    bos = start_token(tokenizer)
-    pool: list[int] = []
-    for document in documents:
-        pool.extend([] if bos is None else [bos])
-        pool.extend(tokenizer(document, add_special_tokens=False, verbose=False).input_ids)
-    available = len(pool) // length
+    found = load_text(text or PYTHON_REFERENCE)
+    documents, source, name = found.documents, found.source, found.name
+    if corrupt:
+        documents = [CORRUPTIONS[corrupt](document, seed) for document in documents]
+        source, name = f"{source} with {corrupt}", f"{name}+{corrupt}"
+    bos = None if found.as_papers else start_token(tokenizer)
+    pool = torch.cat([_tokens(document, index, tokenizer, bos, found) for index, document in enumerate(documents)], 1)
+    available = pool.shape[1] // length
     if available == 0:
-        raise UserError(f"test text {source} holds {len(pool)} tokens, fewer than one window of {length}")
-    grid = torch.tensor(pool[: available * length]).view(available, length)
+        raise UserError(f"test text {source} holds {pool.shape[1]} tokens, fewer than one window of {length}")
+    grid = pool[:, : available * length].view(3, available, length)
     if count is not None and count < available:
-        grid = grid[torch.arange(count) * available // count]
-    return TestWindows(grid, source, bos)
+        grid = grid[:, torch.arange(count) * available // count]
+    tokens, numbers, lengths = grid.contiguous()
+    return TestWindows(tokens, source, bos, numbers, lengths, name)
 
 
-def _read_documents(path: Path) -> list[str]:
-    try:
-        return split_documents(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"test text {path} cannot be read: {reason}") from error
+def _tokens(document: str, index: int, tokenizer: PreTrainedTokenizerBase, bos: int | None, text: Text) -> Tensor:
+    """Of a document [3, tokens]: the tokens, the document's number, and each one's bytes."""
+    found = tokenizer(
+        document, add_special_tokens=text.as_papers, return_offsets_mapping=tokenizer.is_fast, verbose=False
+    )
+    tokens = torch.tensor(found.input_ids, dtype=torch.int64)
+    if tokenizer.is_fast:
+        lengths = _lengths(document, [end for _, end in found.offset_mapping])
+    else:  # which says nothing of them: as if all were equally long
+        lengths = torch.linspace(0, len(document.encode("utf-8", "surrogatepass")), len(tokens) + 1).long().diff()
+    first = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
+    rows = torch.cat([first, tokens]), torch.cat([torch.zeros_like(first), lengths])
+    return torch.stack([rows[0], torch.full_like(rows[0], index), rows[1]])
+
+
+def _lengths(document: str, ends: list[int]) -> Tensor:
+    """Bytes from where one token ends to where the next one does, so that they add up to the document's: [tokens].
+
+    ends: in characters; those of special tokens are 0.
+    """
+    places = torch.tensor([0, *ends], dtype=torch.int64).cummax(0).values
+    if not document.isascii():
+        sizes = torch.tensor([0, *(len(letter.encode("utf-8", "surrogatepass")) for letter in document)])
+        places = sizes.cumsum(0)[places]
+    return places.diff()

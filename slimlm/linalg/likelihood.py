@@ -27,6 +27,34 @@ def window_nll(
     return torch.stack([torch.as_tensor(window, dtype=torch.float64) for window in windows])
 
 
+def token_figures(
+    logits: Annotated[Tensor, "batch time vocab"],
+    targets: Annotated[Tensor, "batch time", int],
+    dense: Annotated[Tensor, "batch time vocab"] | None = None,
+) -> Annotated[Tensor, "batch figures time"]:
+    """Of each target, fp32: its negative log-likelihood; with a dense model's logits also the one under these, KL(dense
+    || this) of the two distributions, all in nats, and whether (1 or 0) both find the same token likeliest."""
+    models = [logits] if dense is None else [logits, dense]
+    rows = max(1, (CACHED if logits.device.type == "cpu" else LARGE) // logits.shape[-1])
+    pieces = zip(*(one.flatten(0, 1).split(rows) for one in models), strict=True)
+    found = [
+        _figures([part.float().log_softmax(-1) for part in piece], wanted[:, None])
+        for piece, wanted in zip(pieces, targets.flatten().split(rows), strict=True)
+    ]
+    return torch.cat(found).view(*targets.shape, -1).transpose(1, 2)
+
+
+def _figures(logs: list[Tensor], wanted: Tensor) -> Tensor:
+    """logs: [positions, vocab] of one model or two. wanted: [positions, 1]."""
+    figures = [-log.gather(-1, wanted) for log in logs]
+    if len(logs) > 1:
+        own, dense = logs
+        terms = kl_div(own, dense, reduction="none", log_target=True).masked_fill_(dense == -torch.inf, 0)
+        figures.append(terms.sum(-1, keepdim=True))
+        figures.append((own.argmax(-1, keepdim=True) == dense.argmax(-1, keepdim=True)).float())
+    return torch.cat(figures, dim=-1)
+
+
 class Likeliest(NamedTuple):
     """Of distributions, the outcomes that are likeliest, and what each has. tokens: int32; logs: fp32, in nats."""
 

@@ -9,9 +9,13 @@ from pathlib import Path
 from slimlm.errors import RunFailure, UserError
 from slimlm.plain import Json
 
+STANDARD_OUTPUT = Path("-")
+
 
 def check_results(path: Path) -> None:
     """Find out before hours of work whether their result can be kept; leaves nothing. Raises UserError."""
+    if path == STANDARD_OUTPUT:
+        return
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a directory")
@@ -23,9 +27,14 @@ def check_results(path: Path) -> None:
         raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
 
 
+def as_json(data: Json) -> str:
+    """For people, too."""
+    return json.dumps(data, indent=2)
+
+
 def write_results(path: Path, data: Json) -> None:
     """Write JSON; an earlier file stays until this one is whole. Raises RunFailure naming the file."""
-    text = json.dumps(data, indent=2) + "\n"
+    text = as_json(data) + "\n"
     try:
         if not _in_one_step(path):
             path.write_text(text, encoding="utf-8")

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from slimlm.check import Job
 from slimlm.checkpoint.card import dtypes_of, recovered
@@ -25,7 +24,7 @@ def compress_summary(manifest: Manifest) -> str:
     lines += recovered(manifest)
     if manifest["measured"]:
         measured = manifest["measured"]
-        lines.append(_windows_line(measured, dtypes_of(measured)))
+        lines.append(windows_line(measured, dtypes_of(measured)))
     lines.append(f"{seconds:.0f} s, peak memory: {_gigabytes(peaks)}, {manifest['run']['machine']}")
     return "\n".join(lines)
 
@@ -92,20 +91,8 @@ def expectation_lines(manifest: Manifest, expected: dict[str, float]) -> list[st
     ]
 
 
-def evaluation_summary(data: dict[str, Any]) -> str:
-    """Windows, versions, and the lm-eval commands that give the same scores."""
-    dtypes = " and ".join(dict.fromkeys(entry["dtype"] for entry in data["models"]))
-    commands = [entry["lm_eval_command"] for entry in data["models"] if "lm_eval_command" in entry]
-    return "\n".join(
-        [
-            _windows_line(data["windows"], dtypes),
-            "versions: " + ", ".join(f"{name} {version}" for name, version in data["versions"].items()),
-            *(f"same scores by: {command}" for command in commands),
-        ]
-    )
-
-
-def _windows_line(windows: WindowFigures, dtype: str) -> str:
+def windows_line(windows: WindowFigures, dtype: str) -> str:
+    """What a perplexity was measured on."""
     return (
         f"perplexity on {windows['text']}: {windows['windows']} windows of {windows['window']} tokens, "
         f"stride {windows['stride']}, BOS {windows['bos']}, {dtype}"

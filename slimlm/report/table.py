@@ -1,33 +1,57 @@
 """Tables for the terminal."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from slimlm.checkpoint.manifest import Manifest
-from slimlm.evaluation.harness import Score
+
+Row = tuple[str, Sequence[str]]  # a label, and a cell for each column; a label alone begins a section
 
 
-def comparison_table(models: list[dict[str, Any]]) -> Table:
-    """Figures down, models across; with two models (compressed, dense), dense first and the change last.
-
-    models: entries as `evaluate` returns them.
-    """
-    columns = models[::-1]
-    table = Table()
-    table.add_column("")
-    for label in ["dense", "compressed"] if len(columns) == 2 else [columns[0]["name"]]:
-        table.add_column(label, justify="right")
-    if len(columns) == 2:
-        table.add_column("change", justify="right")
-    for label, cells, change in _rows(columns):
-        table.add_row(label, *cells, *([change] if len(columns) == 2 else []))
+def comparison_table(columns: Sequence[str], rows: Sequence[Row]) -> Table:
+    """Figures down, models across; labels are folded before a figure is cut."""
+    table = Table("", *columns, box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    table.columns[0].overflow = "fold"
+    for label, cells in rows:
+        if not cells:
+            table.add_section()
+        table.add_row(label, *cells)
     return table
 
 
+def manifest_table(manifest: Manifest) -> Table:
+    """What a run did to a model: dense, compressed, and what changed."""
+    sides = sides_of(manifest)
+    rows = size_rows([side["parameters"] for side in sides], [side["bytes"] for side in sides])
+    if manifest["measured"]:
+        rows.append(ratio_row("perplexity", [side["perplexity"] for side in sides], "{:.2f}"))
+    return comparison_table(("dense", "compressed", "change"), rows)
+
+
+def size_rows(parameters: Sequence[int], sizes: Sequence[int]) -> list[Row]:
+    """Parameters and bytes of one model, or of the dense and another one."""
+    return [ratio_row("parameters", parameters, "{:,}"), ratio_row("bytes of weights", sizes, "{:,}")]
+
+
+def ratio_row(label: str, values: Sequence[float], form: str) -> Row:
+    """Of one model, or of the dense and another one and by how much it differs."""
+    cells = [form.format(value) for value in values]
+    return label, cells if len(values) == 1 else [*cells, percent(values[1] / values[0] - 1)]
+
+
+def percent(share: float) -> str:
+    """With its sign."""
+    return f"{100 * share:+.1f}%".replace("-0.0%", "+0.0%")
+
+
 def sides_of(manifest: Manifest) -> list[dict[str, Any]]:
-    """Both models of a manifest, compressed and dense, as `comparison_table` takes them."""
-    sides: tuple[Literal["compressed"], Literal["dense"]] = ("compressed", "dense")
+    """Both models of a manifest, dense and compressed."""
+    sides: tuple[Literal["dense"], Literal["compressed"]] = ("dense", "compressed")
     return [
         {
             "name": side,
@@ -60,32 +84,3 @@ def inspection_table(rows: list[dict[str, Any]], sparsities: tuple[float, ...]) 
             cells += ["-"] * (1 + len(sparsities))
         table.add_row(*cells)
     return table
-
-
-def _rows(columns: list[dict[str, Any]]) -> list[tuple[str, list[str], str]]:
-    rows = [
-        _ratio_row("parameters", [column["parameters"] for column in columns], "{:,}"),
-        _ratio_row("bytes of weights", [column["bytes"] for column in columns], "{:,}"),
-    ]
-    if all("perplexity" in column for column in columns):
-        rows.append(_ratio_row("perplexity", [column["perplexity"] for column in columns], "{:.2f}"))
-    for task, metrics in columns[0].get("tasks", {}).items():
-        for metric in metrics:
-            rows.append(_task_row(task, metric, [column["tasks"][task][metric] for column in columns]))
-    return rows
-
-
-def _ratio_row(label: str, values: list[float], form: str) -> tuple[str, list[str], str]:
-    return (
-        label,
-        [form.format(value) for value in values],
-        f"{100 * (values[-1] / values[0] - 1):+.1f}%".replace("-0.0%", "+0.0%"),
-    )
-
-
-def _task_row(task: str, metric: str, scores: list[Score]) -> tuple[str, list[str], str]:
-    cells = [
-        f"{score['value']:.4f}" + (f" ± {score['stderr']:.4f}" if score["stderr"] is not None else "")
-        for score in scores
-    ]
-    return f"{task} {metric}", cells, f"{scores[-1]['value'] - scores[0]['value']:+.4f}"

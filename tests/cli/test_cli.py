@@ -301,12 +301,14 @@ run("inspect", "llama", "--windows", "3", "--cache-dir", "here")
     )
     lines = python(script, tmp_path).stdout.splitlines()
     assert "'tasks': ('a', 'b')" in lines[0]
-    assert "'num_windows': None" in lines[0]
+    assert "'num_windows': 0" in lines[0]
+    assert "'model': ('llama',)" in lines[0]
     assert "'trust_remote_code': True" in lines[0]
     assert "'limit': 0.5" in lines[0]
     assert "'tasks': ()" in lines[1]
     assert "'against': 'other'" in lines[1]
-    assert "'num_windows': 128" in lines[1]
+    assert "'num_windows': None" in lines[1]
+    assert "'batch_size': 8" in lines[1]
     assert "'windows': 3" in lines[2]
     assert "'cache_dir': PosixPath('here')" in lines[2]
 

@@ -18,6 +18,7 @@ import torch
 from slimlm.cli.launch import blamed, in_processes
 from slimlm.errors import UserError
 from slimlm.evaluation.evaluate import evaluate
+from slimlm.evaluation.prompts import PROMPTS
 from slimlm.started import LOST, environment
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +106,8 @@ def assert_same(data: dict[str, Any], expected: dict[str, Any], size: int) -> No
     for model, other in zip(data["models"], expected["models"], strict=True):
         assert {**model, "seconds": 0} == {**other, "seconds": 0}
     assert [entry["rank"] for entry in data["ranks"]] == list(range(size))
-    assert sum(entry["windows"] for entry in data["ranks"]) == FEW["num_windows"]
+    assert sum(entry["windows"] for entry in data["ranks"]) == 2 * FEW["num_windows"]  # of two texts
+    assert sum(entry["continuations"] for entry in data["ranks"]) == 2 * len(PROMPTS)  # in two ways
     assert sum(entry["requests"] for entry in data["ranks"]) == 4 * FEW["limit"]
     for kind in ("windows", "requests"):
         assert min(entry[kind] for entry in data["ranks"]) >= 0.5 * max(entry[kind] for entry in data["ranks"])
@@ -126,13 +128,13 @@ def test_two_processes_find_what_one_does_and_say_it_once(tmp_path: Path, one_pr
 @pytest.mark.slow
 @pytest.mark.parametrize("windows", [20, 2])  # of 2 one rank has none
 def test_two_processes_stream_a_model_to_the_same_number(tmp_path: Path, windows: int):
-    words = f"eval llama --tasks none --window 64 --batch-size 3 --num-windows {windows} --json".split()
+    words = f"eval llama --tasks none --window 64 --batch-size 3 --generate 0 --num-windows {windows} --json".split()
     for name, more in (("one", []), ("two", ["--stream", "--num-processes", "2"])):
         command = [sys.executable, "-m", "slimlm", *words, name, *more]
         subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
     assert {**one["models"][0], "streamed": True, "seconds": 0} == {**two["models"][0], "seconds": 0}
-    assert sum(entry["windows"] for entry in two["ranks"]) == windows
+    assert sum(entry["windows"] for entry in two["ranks"]) == 2 * windows  # of two texts
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.evaluation.dealt import DealtLM, dealt
-from slimlm.evaluation.text import python_reference
+from slimlm.evaluation.sources import python_reference
 from slimlm.meeting import start_ranks
 
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")

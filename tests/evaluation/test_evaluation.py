@@ -9,10 +9,11 @@ from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.errors import UserError
 from slimlm.evaluation import harness
 from slimlm.evaluation.evaluate import evaluate
-from slimlm.evaluation.perplexity import LogLikelihood, measure_perplexity
+from slimlm.evaluation.perplexity import LogLikelihood, counted
 from slimlm.evaluation.streamed import compare_streamed, relative_error
 from slimlm.evaluation.tasks import TASKS_PATH, continuation
 from slimlm.evaluation.text import load_test_windows
+from slimlm.evaluation.tokens import measure_tokens
 from slimlm.linalg.likelihood import window_nll
 from slimlm.model.hidden import InMemory
 from slimlm.model.stream import Stream
@@ -38,16 +39,22 @@ def windows() -> torch.Tensor:
 
 def test_perplexity_is_that_of_a_straight_loop(windows):
     data = evaluate("llama", tasks=(), num_windows=8, window=64).data
-    assert data["models"][0]["perplexity"] == pytest.approx(straight_loop(BUNDLED["llama"], windows), rel=1e-4)
-    assert data["windows"]["predicted_tokens"] == 8 * 63
-    assert data["windows"]["stride"] == 64
+    assert data["models"][0]["texts"]["python-reference"]["perplexity"] == pytest.approx(
+        straight_loop(BUNDLED["llama"], windows), rel=1e-4
+    )
+    assert data["texts"][0]["predicted_tokens"] == 8 * 63
+    assert data["texts"][0]["stride"] == 64
 
 
 def test_streamed_and_whole_model_perplexity_are_the_same_number(windows):
     model = stream(BUNDLED["llama"], torch.bfloat16)
     comparison = compare_streamed((model, model), list(windows.split(4)), LogProgress())
     whole = AutoModelForCausalLM.from_pretrained(BUNDLED["llama"], dtype=torch.bfloat16).eval()
-    assert comparison.dense.nll == comparison.compressed.nll == measure_perplexity(whole, windows, 4).nll
+    assert (
+        comparison.dense.nll
+        == comparison.compressed.nll
+        == counted(measure_tokens(whole, None, windows, 4)[:, 0], whole.dtype).nll
+    )
     assert comparison.block_errors == [0.0] * 6
 
 
@@ -80,7 +87,7 @@ def test_the_relative_error_is_the_mean_over_tokens_of_what_the_basis_does_not_g
 def test_a_broken_manifest_does_not_break_the_evaluation(tmp_path: Path):
     path = build_tiny(CONFIGS["llama"], tmp_path / "model")
     (path / "slimlm.json").write_text("{}")
-    assert evaluate(str(path), tasks=(), num_windows=1).data["windows"]["window"] == 128
+    assert evaluate(str(path), tasks=(), num_windows=1).data["texts"][0]["window"] == 128
     (path / "slimlm.json").write_text("[1]")
     with pytest.raises(UserError, match="not a manifest"):
         evaluate(str(path), tasks=(), num_windows=1)
@@ -112,7 +119,7 @@ def test_models_with_different_tokenizers_are_not_compared(tmp_path: Path):
         file.unlink()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<unk>").save_pretrained(path)
     with pytest.raises(UserError, match="tokenise the test text differently"):
-        evaluate(str(path), "llama", tasks=(), num_windows=2, window=32)
+        evaluate(str(path), "llama", tasks=(), num_windows=2, window=32, dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +199,7 @@ def test_a_broken_task_file_is_one_clear_line(tmp_path: Path, text: str):
 @pytest.mark.slow
 def test_random_weights_answer_at_chance_and_the_trained_model_above_it(tmp_path: Path, no_index):
     path = build_tiny(CONFIGS["llama"], tmp_path / "random")
-    data = evaluate(str(path), "llama", num_windows=1, window=32, limit=100, dtype="float32").data
+    data = evaluate(str(path), "llama", num_windows=1, window=32, limit=100, dtype="float32", generate=0).data
     random, trained = (entry["tasks"]["python_reference_continuation"]["acc"] for entry in data["models"])
     assert abs(random["value"] - 0.25) < 4 * random["stderr"]
     assert trained["value"] - random["value"] > 2 * trained["stderr"]
@@ -201,14 +208,13 @@ def test_random_weights_answer_at_chance_and_the_trained_model_above_it(tmp_path
 def test_tokens_of_the_test_text_are_not_disturbed_by_batching():
     model = AutoModelForCausalLM.from_pretrained(BUNDLED["llama"]).eval()
     tokens = random_tokens(5, 16)
-    assert measure_perplexity(model, tokens, 2).mean == pytest.approx(
-        measure_perplexity(model, tokens, 5).mean, rel=1e-3
-    )
+    few, many = (counted(measure_tokens(model, None, tokens, size)[:, 0], model.dtype) for size in (2, 5))
+    assert few.mean == pytest.approx(many.mean, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_model_that_goes_by_block_has_the_same_perplexity(dtype: str):
-    few = {"tasks": (), "num_windows": 7, "window": 64, "batch_size": 3, "dtype": dtype}
+    few = {"tasks": (), "generate": 0, "num_windows": 7, "window": 64, "batch_size": 3, "dtype": dtype}
     (whole,), (streamed,) = (evaluate("llama", stream=stream, **few).models for stream in (False, True))
     assert (whole["streamed"], streamed["streamed"]) == (False, True)
     assert {**whole, "streamed": None, "seconds": 0} == {**streamed, "streamed": None, "seconds": 0}
@@ -217,11 +223,11 @@ def test_a_model_that_goes_by_block_has_the_same_perplexity(dtype: str):
 def test_a_model_that_does_not_fit_goes_by_block(monkeypatch: pytest.MonkeyPatch):
     few = {"tasks": (), "num_windows": 3, "window": 32}
     monkeypatch.setattr("slimlm.evaluation.by_block.available_memory", lambda device: {"host": 10**6})
-    monkeypatch.setattr("slimlm.evaluation.evaluate.load_model", lambda *_: pytest.fail("loaded as a whole"))
+    monkeypatch.setattr("slimlm.evaluation.measuring.load_model", lambda *_: pytest.fail("loaded as a whole"))
     assert evaluate("llama", **few).models[0]["streamed"]
 
 
 @pytest.mark.parametrize("more", [{"tasks": None}, {"tasks": (), "device_map": "auto"}])
 def test_only_perplexity_is_streamed(more: dict[str, object]):
-    with pytest.raises(UserError, match="--stream is for perplexity on one device"):
+    with pytest.raises(UserError, match="--stream is for texts on one device"):
         evaluate("llama", stream=True, **more)

@@ -10,7 +10,7 @@ from slimlm.calibration import load_windows
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.errors import UserError
-from slimlm.evaluation.text import python_reference
+from slimlm.evaluation.sources import python_reference
 from slimlm.linalg.budget import LossCurve, cheapest_split
 from slimlm.model.hidden import Scratch
 from slimlm.prune import run as pruning

@@ -15,7 +15,7 @@ def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture, monkeypatch)
         progress.stage(ODD, 2)
         progress.line(f"model: {ODD}")
     assert capsys.readouterr().err == f"model: {ODD}\n"
-    console().print(comparison_table([{"name": ODD, "parameters": 1, "bytes": 2}]))
+    console().print(comparison_table([ODD], [("parameters", ["1"])]))
     assert ODD in capsys.readouterr().out
 
 

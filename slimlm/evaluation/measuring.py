@@ -1,0 +1,193 @@
+"""Models measured one after another, each beside the dense one where memory has room for both."""
+
+import gc
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.resolve import ResolvedModel
+from slimlm.checkpoint.skeleton import BUILDING, build_skeleton, parameter_count, use_only_known
+from slimlm.device import placement
+from slimlm.errors import UserError, one_line
+from slimlm.evaluation.account import Samples, dense_figures
+from slimlm.evaluation.by_block import has_no_room, is_streamable, measure_by_block
+from slimlm.evaluation.generation import Writing, continuations
+from slimlm.evaluation.harness import run_tasks
+from slimlm.evaluation.questions import kept_of
+from slimlm.evaluation.subjects import Subject
+from slimlm.evaluation.tasks import TASKS_PATH
+from slimlm.evaluation.text import TestWindows
+from slimlm.evaluation.tokens import measure_tokens
+from slimlm.progress import Progress
+from slimlm.ranks import Ranks
+from slimlm.settings import EvalSettings
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+BATCH = 8  # windows at a time, where lm-eval is to find out how many questions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of each model: texts; tasks, where a manager knows any; and what it is to write, if anything."""
+
+    settings: EvalSettings
+    texts: Sequence[TestWindows]
+    manager: "TaskManager | None"
+    writing: Writing | None
+
+    @property
+    def batch_size(self) -> int:
+        """Windows at a time."""
+        return self.settings.batch_size if isinstance(self.settings.batch_size, int) else BATCH
+
+
+@dataclass
+class Measuring:
+    """In which the dense model is loaded once, if it is at all."""
+
+    plan: Plan
+    dense: Subject | None
+    ranks: Ranks
+    progress: Progress
+    loaded: PreTrainedModel | None = field(default=None, init=False)
+
+    def measured(self, subject: Subject) -> Samples:
+        """A model; beside what it makes of tokens, where both can be had at once, what the dense one does."""
+        streamed, is_beside = self._how(subject)
+        return self._measured(subject, streamed, self.dense if is_beside else None)
+
+    def of_dense(self, others: Sequence[Samples]) -> Samples | None:
+        """The dense model, whose figures are put beside those of others where they do not stand there yet."""
+        if self.dense is None:
+            return None
+        known = [dense_figures(one) for one in others if one.has_dense]
+        streamed = others[0].facts["streamed"] if known else self._how(self.dense)[0]
+        samples = self._measured(self.dense, streamed, None, known[0] if known else None)
+        for other in others:
+            if not other.has_dense:
+                both = {name: [one, samples.figures[name]] for name, one in other.figures.items()}
+                other.figures = {name: torch.cat(pair, dim=1) for name, pair in both.items()}
+        return samples
+
+    def _how(self, subject: Subject) -> tuple[bool, bool]:
+        """Whether a model goes by block, and whether the dense one goes beside it."""
+        settings = self.plan.settings
+        pair = [subject, *([] if self.dense is None or self.dense is subject else [self.dense])]
+        paths, beside = [one.path for one in pair], len(pair) > 1
+        is_alike = len({one.config.get_text_config().vocab_size for one in pair}) == 1
+        if settings.device_map or settings.stream:
+            return settings.stream, beside and is_alike
+        if is_alike and not has_no_room(paths, settings, self.ranks):
+            return False, beside
+        if is_alike and all(is_streamable(path, settings) for path in paths):
+            return True, beside
+        return is_streamable(paths[0], settings) and has_no_room(paths[:1], settings, self.ranks), False
+
+    def _measured(
+        self, subject: Subject, streamed: bool, beside: Subject | None, figures: dict[str, Tensor] | None = None
+    ) -> Samples:
+        """figures: those of texts, where they are known."""
+        start = time.perf_counter()
+        gc.collect()  # hooks that spread the model before over GPUs are in a cycle with it
+        samples = Samples(self._facts(subject, streamed), figures or {})
+        paths = [one.path for one in (subject, beside) if one is not None]
+        model: PreTrainedModel | None = None
+        if figures is None and not streamed:
+            model = self._model(subject)
+            samples.figures = self._figures(model, beside)
+        elif figures is None:
+            how = self.plan.settings, self.plan.batch_size, self.ranks, self.progress
+            samples.figures = {text.name: measure_by_block(paths, text.tokens, *how) for text in self.plan.texts}
+        if self.plan.manager is not None or (self.plan.writing is not None and not streamed):
+            self._whole(subject, samples, model or self._model(subject), None if streamed else beside)
+        samples.facts["seconds"] = round(time.perf_counter() - start, 3)
+        return samples
+
+    def _facts(self, subject: Subject, streamed: bool) -> dict[str, Any]:
+        checkpoint, resolved = Checkpoint(subject.path), subject.resolved
+        skeleton = build_skeleton(subject.config, subject.dtype, self.plan.settings.trust_remote_code)
+        use_only_known(checkpoint, skeleton)
+        return {
+            "name": resolved.name,
+            "path": str(resolved.path),
+            "revision": resolved.revision,
+            "parameters": parameter_count(skeleton),
+            "bytes": checkpoint.bytes_on_disk(),
+            "dtype": str(subject.dtype).removeprefix("torch."),
+            "streamed": streamed,
+        }
+
+    def _model(self, subject: Subject) -> PreTrainedModel:
+        if subject is not self.dense:
+            return load_model(subject.path, self.plan.settings)
+        self.loaded = self.loaded or load_model(subject.path, self.plan.settings)
+        return self.loaded
+
+    def _figures(self, model: PreTrainedModel, beside: Subject | None) -> dict[str, Tensor]:
+        texts, size = self.plan.texts, self.ranks.size
+        dense = None if beside is None else self._model(beside)
+        self.progress.stage("perplexity", sum(-(-len(text.tokens) // size) for text in texts))
+        how = self.plan.batch_size, self.progress.step, self.ranks
+        return {text.name: measure_tokens(model, dense, text.tokens, *how) for text in texts}
+
+    def _whole(self, subject: Subject, samples: Samples, model: PreTrainedModel, beside: Subject | None) -> None:
+        """What needs a whole model in memory: tasks, and writing."""
+        settings, name = self.plan.settings, subject.resolved.name
+        if self.plan.manager is not None:
+            self.progress.stage(f"tasks of {name}", 1)
+            samples.found = kept_of(run_tasks(model, subject.tokenizer, self.plan.manager, settings, self.ranks))
+            samples.facts["lm_eval_command"] = lm_eval_command(subject.resolved, settings)
+            self.progress.step()
+        if self.plan.writing is not None:
+            self.progress.stage(f"{name} writes", 1)
+            judge = model if subject is self.dense else None if beside is None else self._model(beside)
+            samples.written = continuations(model, judge, subject.tokenizer, self.plan.writing, self.ranks)
+            self.progress.step()
+
+
+def load_model(path: Path, settings: EvalSettings) -> PreTrainedModel:
+    """The whole model through stock transformers. Raises UserError unless every weight is found in the checkpoint."""
+    try:
+        with BUILDING:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=settings.dtype,
+                trust_remote_code=settings.trust_remote_code,
+                output_loading_info=True,
+                device_map=settings.device_map or placement(torch.device(settings.device)),
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be loaded by transformers: {one_line(error)}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            raise UserError(
+                f"{path}: transformers reports {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:3]}"
+            )
+    return model.eval()
+
+
+def lm_eval_command(resolved: ResolvedModel, settings: EvalSettings) -> str:
+    """The lm-eval call that gives the same task scores, ready for a shell."""
+    arguments = [f"pretrained={resolved.path}", f"dtype={settings.dtype}"]
+    arguments += ["parallelize=True"] if settings.device_map else []
+    arguments += ["trust_remote_code=True"] if settings.trust_remote_code else []
+    words = ["lm_eval", "--model", "hf", "--model_args", ",".join(arguments), "--tasks", ",".join(settings.tasks or ())]
+    words += ["--include_path", str(TASKS_PATH), "--batch_size", str(settings.batch_size)]
+    words += [] if settings.device_map else ["--device", settings.device]
+    words += [] if settings.limit is None else ["--limit", repr(settings.limit)]
+    words += [] if settings.num_fewshot is None else ["--num_fewshot", str(settings.num_fewshot)]
+    words += ["--apply_chat_template"] if settings.apply_chat_template else []
+    words += [] if settings.system_instruction is None else ["--system_instruction", settings.system_instruction]
+    words += [] if settings.gen_kwargs is None else ["--gen_kwargs", settings.gen_kwargs]
+    words += [] if settings.seed is None else ["--seed", str(settings.seed)]
+    return shlex.join(words)

@@ -1,0 +1,113 @@
+"""Everything measured, on disk: of every token, question and continuation. All figures can be had from it again."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from slimlm.errors import RunFailure, UserError
+from slimlm.evaluation.account import Samples, accounts
+from slimlm.evaluation.generation import Continuation
+from slimlm.evaluation.text import TestWindows, TextFigures
+from slimlm.plain import Json
+
+INDEX = "evaluation.json"
+TOKENS, TASKS, WRITTEN = "tokens.safetensors", "tasks.json", "continuations.jsonl"
+PARTS = ("tokens", "documents", "lengths")
+
+
+def check_samples(place: Path) -> None:
+    """Find out before any work whether samples can be kept there. Raises UserError."""
+    try:
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise UserError(f"--log-samples {place}: it is there already; give a new directory")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / INDEX).touch()
+        (place / INDEX).unlink()
+    except OSError as error:
+        raise UserError(f"--log-samples {place} cannot be written: {error.strerror}") from error
+
+
+def write_samples(
+    place: Path,
+    data: Mapping[str, Json],
+    models: Sequence[Samples],
+    dense: Samples | None,
+    texts: Sequence[TestWindows],
+) -> None:
+    """A directory `models/N` for each, the dense one last; the texts' tokens; and `data`. Raises RunFailure."""
+    try:
+        tokens = {f"{text.name}/{part}": getattr(text, part).contiguous() for text in texts for part in PARTS}
+        save_file(tokens, place / TOKENS)
+        for number, samples in enumerate([*models, *([] if dense is None else [dense])]):
+            _write(place / "models" / str(number), samples)
+        whole = json.dumps({**data, "facts": [one.facts for one in models] + ([dense.facts] if dense else [])})
+        (place / INDEX).write_text(whole + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunFailure(f"--log-samples {place} cannot be written: {error.strerror or error}") from error
+
+
+def _write(place: Path, samples: Samples) -> None:
+    place.mkdir(parents=True)
+    save_file({name: one.contiguous() for name, one in samples.figures.items()}, place / TOKENS)
+    if samples.found is not None:
+        found = {**samples.found, "samples": list(samples.found["samples"])}
+        (place / TASKS).write_text(json.dumps(found, default=str), encoding="utf-8")
+        for number, rows in enumerate(samples.found["samples"].values()):
+            _write_lines(place / f"questions-{number}.jsonl", rows)
+    if samples.written is not None:
+        _write_lines(place / WRITTEN, list(map(asdict, samples.written)))
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Json]]) -> None:
+    path.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
+
+
+def recomputed(place: Path, fragile: int = 0) -> dict[str, Any]:
+    """`models` and `pairs` as `evaluate` gave them, from what `write_samples` wrote. Raises UserError where that is
+    not whole."""
+    try:
+        data = json.loads((place / INDEX).read_text(encoding="utf-8"))
+        texts = _read_texts(place, data["texts"])
+        models = [_read(place / "models" / str(number), facts) for number, facts in enumerate(data["facts"])]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{place} holds no whole samples: {error}") from error
+    dense = models.pop() if data["pairs"] else None
+    return accounts(models, dense, texts, fragile)
+
+
+def _read_texts(place: Path, described: Sequence[TextFigures]) -> list[TestWindows]:
+    with safe_open(place / TOKENS, "pt") as file:
+        return [
+            TestWindows(
+                source=one["text"],
+                bos=one["bos"],
+                name=one["name"],
+                **{part: file.get_tensor(f"{one['name']}/{part}") for part in PARTS},
+            )
+            for one in described
+        ]
+
+
+def _read(place: Path, facts: Mapping[str, Json]) -> Samples:
+    samples = Samples(dict(facts))
+    with safe_open(place / TOKENS, "pt") as file:
+        samples.figures = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if (place / TASKS).is_file():
+        samples.found = json.loads((place / TASKS).read_text(encoding="utf-8"))
+        assert samples.found is not None
+        names = samples.found["samples"]
+        samples.found["samples"] = {
+            name: _read_lines(place / f"questions-{number}.jsonl") for number, name in enumerate(names)
+        }
+    if (place / WRITTEN).is_file():
+        samples.written = [Continuation(**row) for row in _read_lines(place / WRITTEN)]
+    return samples
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

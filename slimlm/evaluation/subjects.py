@@ -1,0 +1,130 @@
+"""What is measured, on what: models, and texts that all of them tokenise alike. Found before any work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from slimlm.checkpoint.hub import Access
+from slimlm.checkpoint.manifest import read_manifest
+from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
+from slimlm.checkpoint.skeleton import load_config, load_tokenizer
+from slimlm.errors import UserError
+from slimlm.evaluation.by_block import computed_in
+from slimlm.evaluation.sources import PAPERS, PAPERS_WINDOW, default_texts
+from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
+from slimlm.settings import EvalSettings
+
+DEFAULT_WINDOWS = 128
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is to be measured, and what is known of it without its weights."""
+
+    resolved: ResolvedModel
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.resolved.path
+
+    @property
+    def context(self) -> int | None:
+        """Tokens it takes at once; None where it does not say."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+
+def find_subjects(settings: EvalSettings) -> tuple[list[Subject], Subject | None]:
+    """The models, and the dense one. Raises UserError for what is no whole checkpoint, and for models that would not
+    be treated alike."""
+    names = [settings.model] if isinstance(settings.model, str) else list(settings.model)
+    models = [_subject(name, settings.revision, settings) for name in names]
+    dense = None if settings.against is None else _subject(settings.against, settings.against_revision, settings)
+    everyone = [*models, *([] if dense is None else [dense])]
+    paths = [one.path.resolve() for one in models]
+    if twice := [one.resolved.name for one in models if paths.count(one.path.resolve()) > 1]:
+        raise UserError(f"{twice[0]} is given more than once")
+    for other in everyone[1:]:
+        _require_alike(everyone[0], other, settings)
+    return models, dense
+
+
+def _subject(name: str, revision: str | None, settings: EvalSettings) -> Subject:
+    access, trust = Access(settings.token, settings.cache_dir), settings.trust_remote_code
+
+    def accept(path: Path) -> None:
+        load_config(path, trust)
+
+    resolved = resolve_model(name, revision, accept, trust, access)
+    Checkpoint(resolved.path)
+    tokenizer = load_tokenizer(resolved.path, trust)
+    return Subject(resolved, load_config(resolved.path, trust), tokenizer, computed_in(resolved.path, settings))
+
+
+def _require_alike(one: Subject, other: Subject, settings: EvalSettings) -> None:
+    names = f"{one.resolved.name} and {other.resolved.name}"
+    if one.dtype != other.dtype:
+        first, second = (str(dtype).removeprefix("torch.") for dtype in (one.dtype, other.dtype))
+        raise UserError(f"{names} compute in {first} and {second}: add --dtype float32, or another that both take")
+    if settings.apply_chat_template and one.tokenizer.chat_template != other.tokenizer.chat_template:
+        raise UserError(f"{names} have different chat templates: their scores cannot be compared")
+
+
+def find_texts(models: Sequence[Subject], settings: EvalSettings) -> list[TestWindows]:
+    """The same windows for all models: each text, and each of its corruptions.
+
+    Raises UserError for a text that cannot be had, windows beyond what the models take, and tokenizers that disagree.
+    """
+    given = default_texts() if settings.text is None else settings.text
+    names = [given] if isinstance(given, str) else given
+    ways = (None, *(settings.corrupt or ()))
+    return [_shared_windows(models, settings, name, how) for name in names for how in ways]
+
+
+def _shared_windows(models: Sequence[Subject], settings: EvalSettings, text: str, corrupt: str | None) -> TestWindows:
+    is_papers = text in PAPERS
+    length = _window_length(models, settings, is_papers)
+    count = settings.num_windows
+    if count is None:
+        count = None if is_papers else DEFAULT_WINDOWS
+    found = [
+        load_test_windows(text, one.tokenizer, count or None, length, corrupt, settings.seed or 0) for one in models
+    ]
+    for model, windows in zip(models[1:], found[1:], strict=True):
+        if not torch.equal(windows.tokens, found[0].tokens):
+            raise UserError(
+                f"{models[0].resolved.name} and {model.resolved.name} tokenise the test text differently: "
+                "their perplexities cannot be compared"
+            )
+    return found[0]
+
+
+def _window_length(models: Sequence[Subject], settings: EvalSettings, is_papers: bool) -> int:
+    """Raises UserError for windows beyond what the models take."""
+    context = min((one.context for one in models if one.context is not None), default=None)
+    if settings.window and context is not None and settings.window > context:
+        raise UserError(f"--window {settings.window} is beyond the models' context of {context} tokens")
+    if settings.window:
+        return settings.window
+    length = PAPERS_WINDOW if is_papers else default_window(models[0].resolved, models[0].config)
+    return length if context is None else min(length, context)
+
+
+def default_window(resolved: ResolvedModel, config: PretrainedConfig) -> int:
+    """Tokens per window when none are asked for."""
+    manifest = read_manifest(resolved.path)
+    recipe: dict[str, Any] = (manifest.get("recipe") if manifest else None) or {}
+    length = {**recipe, **(recipe.get("steps") or [{}])[-1]}.get("max_seq_length")
+    if isinstance(length, int):
+        return length
+    if resolved.origin == "bundled":
+        return BUNDLED_CONTEXT
+    return min(DEFAULT_WINDOW, getattr(config, "max_position_embeddings", DEFAULT_WINDOW))

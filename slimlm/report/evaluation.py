@@ -1,0 +1,176 @@
+"""What `slimlm eval` found, for the terminal: a table for each model, and what it means in lines of text."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from slimlm.report.summary import windows_line
+from slimlm.report.table import Row, comparison_table, percent, size_rows
+
+CUT = 72  # characters of a text that is shown in a line
+SHOWN = 3  # prompts whose continuations are shown
+Figures = Mapping[str, Any]
+
+
+def evaluation_tables(data: Figures) -> list[Table]:
+    """One for each model beside the dense one; without a dense one, of each by itself."""
+    if not data["pairs"]:
+        return [comparison_table((entry["name"],), list(_alone(entry))) for entry in data["models"]]
+    *models, dense = data["models"]
+    columns = ("dense", "{}", "change")
+    return [
+        comparison_table(
+            [column.format(entry["name"] if len(models) > 1 else "compressed") for column in columns],
+            list(_beside(entry, dense, pair)),
+        )
+        for entry, pair in zip(models, data["pairs"], strict=True)
+    ]
+
+
+def _alone(entry: Figures) -> Iterator[Row]:
+    yield from size_rows([entry["parameters"]], [entry["bytes"]])
+    for name, text in entry["texts"].items():
+        yield f"perplexity, {name}", [_perplexity(text)]
+        yield "  bits per byte", [_bits(text)]
+    for task, metrics in entry["tasks"].items():
+        yield task, []
+        for metric, score in metrics.items():
+            yield f"  {metric}", [_score(score)]
+    if entry["generation"]:
+        yield "writing", []
+        for way, figures in entry["generation"].items():
+            yield f"  {way}: repeats", [_share(figures["repetition"])]
+
+
+def _beside(entry: Figures, dense: Figures, pair: Figures) -> Iterator[Row]:
+    yield from size_rows(*([side[name] for side in (dense, entry)] for name in ("parameters", "bytes")))
+    for name, change in pair["texts"].items():
+        yield from _text_rows(name, dense["texts"][name], entry["texts"][name], change)
+    for task, metrics in entry["tasks"].items():
+        yield task, []
+        for metric, score in metrics.items():
+            yield from _task_rows(metric, dense["tasks"][task][metric], score, pair["tasks"][task][metric])
+    if pair["generation"]:
+        yield from _writing_rows(entry["generation"], dense["generation"], pair["generation"])
+
+
+def _text_rows(name: str, before: Figures, text: Figures, change: Figures) -> Iterator[Row]:
+    yield name, []
+    # of a ratio of perplexities r = exp(d) the standard error is that of d times r
+    ratio = text["perplexity"] / before["perplexity"]
+    cells = f"{percent(ratio - 1)} ± {100 * ratio * change['stderr']:.1f}%"
+    yield "  perplexity", [_perplexity(before), _perplexity(text), cells]
+    yield "  bits per byte", [_bits(before), _bits(text), ""]
+    if "kl" in change:
+        kl, same = change["kl"], change["same_top"]
+        yield "  KL, in nats", ["", f"{kl['mean']:.4f} ± {kl['stderr']:.4f}", ""]
+        yield "    median, 99.9%", ["", f"{kl['median']:.4f}, {kl['p99.9']:.2f}", ""]
+        yield "  same top token", ["", f"{same['value']:.1%} ± {100 * same['stderr']:.1f}%", ""]
+
+
+def _task_rows(metric: str, before: Figures, score: Figures, change: Figures) -> Iterator[Row]:
+    error = "" if change["stderr"] is None else f" ± {change['stderr']:.4f}"
+    yield f"  {metric}", [_score(before), _score(score), f"{change['change']:+.4f}{error}"]
+    if change["percent_of_dense"] is not None:
+        yield "    of dense", ["", f"{change['percent_of_dense']:.1f}%", ""]
+    if "flips" in change:
+        yield "    flips: lost, won", ["", f"{change['lost']:.1%}, {change['won']:.1%}", f"{change['flips']:.1%}"]
+
+
+def _writing_rows(own: Figures, dense: Figures, pair: Figures) -> Iterator[Row]:
+    yield "writing", []
+    for way, figures in own.items():
+        yield f"  {way}: repeats", [_share(dense[way]["repetition"]), _share(figures["repetition"]), ""]
+    surprises = [_number(side["sampled"]["surprise"]) for side in (dense, own)]
+    yield "  nats/token to dense", [*surprises, ""]
+    yield "  greedy: as dense", ["", _share(pair["same"]), ""]
+    yield "    else for tokens", ["", _number(pair["diverges_at"]), ""]
+
+
+def _perplexity(text: Figures) -> str:
+    return f"{text['perplexity']:.2f} ± {text['perplexity'] * text['log_perplexity_stderr']:.2f}"
+
+
+def _bits(text: Figures) -> str:
+    return _number(text["bits_per_byte"], "{:.4f}")
+
+
+def _score(score: Figures) -> str:
+    return f"{score['value']:.4f}" + (f" ± {score['stderr']:.4f}" if score["stderr"] is not None else "")
+
+
+def _share(value: float | None) -> str:
+    return _number(value, "{:.0%}")
+
+
+def _number(value: float | None, form: str = "{:.1f}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def evaluation_summary(data: Figures) -> str:
+    """Warnings, texts, versions, and the lm-eval commands that give the same scores."""
+    dtypes = " and ".join(dict.fromkeys(entry["dtype"] for entry in data["models"]))
+    commands = [entry["lm_eval_command"] for entry in data["models"] if "lm_eval_command" in entry]
+    return "\n".join(
+        [
+            *warning_lines(data),
+            *(windows_line(text, dtypes) for text in data["texts"]),
+            *_method_lines(data),
+            "versions: " + ", ".join(f"{name} {version}" for name, version in data["versions"].items()),
+            *(f"same scores by: {command}" for command in commands),
+        ]
+    )
+
+
+def warning_lines(data: Figures) -> list[str]:
+    """What is wrong with a model, or with a figure."""
+    lines = [f"WARNING: {entry['name']}: {line}" for entry in data["models"] for line in entry["warnings"]]
+    for pair in data["pairs"]:
+        collapsed = (pair["generation"] or {}).get("collapsed", [])
+        lines += [f"WARNING: {pair['model']}: its own text has collapsed: {reason}" for reason in collapsed]
+    return lines
+
+
+def _method_lines(data: Figures) -> list[str]:
+    if not data["pairs"]:
+        return []
+    kinds = dict.fromkeys(
+        f"{change['clusters']['count']} {change['clusters']['of']}" for change in data["pairs"][0]["texts"].values()
+    )
+    clusters = f", of texts over {' and '.join(kinds)}" if kinds else ""
+    return [f"± is one standard error; of a change, that of differences on the same documents{clusters}"]
+
+
+def fragile_lines(data: Figures) -> list[str]:
+    """The documents that each model lost, worst first."""
+    lines = []
+    for pair in data["pairs"]:
+        for name, windows in pair.get("fragile", {}).get("texts", {}).items():
+            lines.append(f"{pair['model']} lost most on {name}, in nats a token:")
+            lines += [f"  window {one['window']}, document {one['document']}: {one['change']:+.3f}" for one in windows]
+        for task, questions in pair.get("fragile", {}).get("tasks", {}).items():
+            lines.append(
+                f"{pair['model']} lost most on {task}, log-likelihood of the right answer over the best other:"
+            )
+            lines += [
+                f"  question {one['document']}: {_number(one['margin_change'], '{:+.2f}')}  {_cut(one['question'])}"
+                for one in questions
+            ]
+    return lines
+
+
+def writing_lines(written: Mapping[str, list[Figures]]) -> list[str]:
+    """Greedy continuations of some prompts, by each model, side by side. written: by name of the model."""
+    greedy = {name: [one for one in texts if one["way"] == "greedy"] for name, texts in written.items()}
+    first = next(iter(greedy.values()), [])
+    lines = []
+    for number, one in enumerate(first[:SHOWN]):
+        lines.append(f"prompt: {_cut(one['prompt'])}")
+        lines += [f"  {name}: {_cut(texts[number]['text'])}" for name, texts in greedy.items()]
+    return lines
+
+
+def _cut(text: str) -> str:
+    shown = " ".join(text.split())
+    return shown if len(shown) <= CUT else f"{shown[: CUT - 3]}..."
