@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from slimlm.compression import CompressResult
     from slimlm.errors import RunFailure, SlimlmError, UserError
     from slimlm.evaluation.evaluate import Evaluation, evaluate
+    from slimlm.evaluation.speed.bench import bench
+    from slimlm.evaluation.speed.figures import Bench
     from slimlm.recipe import Recipe, load_recipe, make_recipe, one_step
 
 _HOME = {
@@ -18,6 +20,8 @@ _HOME = {
     "CompressResult": "slimlm.compression",
     "evaluate": "slimlm.evaluation.evaluate",
     "Evaluation": "slimlm.evaluation.evaluate",
+    "bench": "slimlm.evaluation.speed.bench",
+    "Bench": "slimlm.evaluation.speed.figures",
     "Recipe": "slimlm.recipe",
     "load_recipe": "slimlm.recipe",
     "make_recipe": "slimlm.recipe",
@@ -28,6 +32,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Bench",
     "CompressResult",
     "Evaluation",
     "Recipe",
@@ -35,6 +40,7 @@ __all__ = [
     "SlimlmError",
     "UserError",
     "__version__",
+    "bench",
     "compress",
     "evaluate",
     "load_recipe",

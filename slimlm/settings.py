@@ -151,6 +151,33 @@ class EvalSettings(ModelSettings):
 
 
 @dataclass(frozen=True)
+class BenchSettings(ModelSettings):
+    """What `bench` measures, and how."""
+
+    model: str | Sequence[str] = field(
+        metadata={"description": "directories or hub ids, for transformers; `.gguf` files, for llama.cpp; or `llama`"}
+    )
+    against: str | None = described(None, "dense model to compare with; all take turns")
+    _: KW_ONLY
+    against_revision: str | None = described(None, "hub revision of the model to compare with")
+    batch_sizes: str | Sequence[int] = described("1,8", "sequences at a time, comma-separated")
+    prompt_tokens: int = described(128, "tokens in a prompt, fewer where the context is short", least=1)
+    new_tokens: int = described(32, "tokens written after it", least=2)
+    rounds: int = described(5, "how often each model runs, in turns, after a run that does not count", least=1)
+    dtype: str = described("auto", "dtype to compute in: auto (as stored), float32, bfloat16 or float16")
+    kernels: str = described(
+        "auto",
+        "kernels to run a pruned model with besides: bsr for tiles of zeros, 2:4 on GPUs, none, or auto: as its "
+        "slimlm.json calls for",
+    )
+    engine: str = described("transformers", "what runs directories: transformers, or vllm where it is installed")
+    clock: str = described(
+        "wall", "wall, or cpu: the processor's time of one thread, which other work on the machine hardly lengthens"
+    )
+    seed: int = described(0, "draws the prompts", least=0)
+
+
+@dataclass(frozen=True)
 class InspectSettings(ModelSettings):
     """What `inspect_model` looks at."""
 

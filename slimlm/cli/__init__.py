@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from slimlm.cli.bench import bench_command
 from slimlm.cli.compress import compress_command, recover_command, rotate_command
 from slimlm.cli.evaluate import eval_command
 from slimlm.cli.inspect import inspect_command
@@ -30,6 +31,7 @@ app.command("compress")(compress_command)
 app.command("rotate")(rotate_command)
 app.command("recover")(recover_command)
 app.command("eval")(eval_command)
+app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
 app.command("pack")(pack_command)
 app.command("unpack")(unpack_command)

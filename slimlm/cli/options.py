@@ -119,6 +119,7 @@ def _of_recipe(name: str) -> _Told:
 
 
 def _argument(name: str, told: _Told) -> Parameter:
+    """Of several words where it may be a sequence."""
     argument = typer.Argument(..., help=_sentence(told.description), show_default=False)
     kind = list[str] if Sequence[str] in _kinds(told.annotation) else _kind(told.annotation)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=argument, annotation=kind)

@@ -5,22 +5,20 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import ResolvedModel
-from slimlm.checkpoint.skeleton import BUILDING, build_skeleton, parameter_count, use_only_known
-from slimlm.device import placement
-from slimlm.errors import UserError, one_line
+from slimlm.checkpoint.skeleton import build_skeleton, parameter_count, use_only_known
 from slimlm.evaluation.account import Samples, dense_figures
 from slimlm.evaluation.by_block import has_no_room, is_streamable, measure_by_block
 from slimlm.evaluation.generation import Writing, continuations
 from slimlm.evaluation.harness import run_tasks
+from slimlm.evaluation.loading import load_model
 from slimlm.evaluation.questions import kept_of
 from slimlm.evaluation.subjects import Subject
 from slimlm.evaluation.tasks import TASKS_PATH
@@ -153,27 +151,6 @@ class Measuring:
             judge = model if subject is self.dense else None if beside is None else self._model(beside)
             samples.written = continuations(model, judge, subject.tokenizer, self.plan.writing, self.ranks)
             self.progress.step()
-
-
-def load_model(path: Path, settings: EvalSettings) -> PreTrainedModel:
-    """The whole model through stock transformers. Raises UserError unless every weight is found in the checkpoint."""
-    try:
-        with BUILDING:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=settings.dtype,
-                trust_remote_code=settings.trust_remote_code,
-                output_loading_info=True,
-                device_map=settings.device_map or placement(torch.device(settings.device)),
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be loaded by transformers: {one_line(error)}") from error
-    for kind in ("missing_keys", "mismatched_keys"):
-        if report[kind]:
-            raise UserError(
-                f"{path}: transformers reports {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:3]}"
-            )
-    return model.eval()
 
 
 def lm_eval_command(resolved: ResolvedModel, settings: EvalSettings) -> str:

@@ -33,7 +33,9 @@ def bits(path: Path) -> dict[str, torch.Tensor]:
 
 def test_packing_and_unpacking_gives_every_bit_back(pruned: Path, tmp_path: Path):
     before, after = pack(pruned, tmp_path / "packed")
-    assert unpack(tmp_path / "packed", tmp_path / "again") == (after, before)
+    packed, whole = unpack(tmp_path / "packed", tmp_path / "again")
+    assert packed == after
+    assert 0 <= whole - before < 64  # another writer's file: the header's padding
     found, expected = bits(tmp_path / "again"), bits(pruned)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -38,14 +38,43 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path_factory, data, names
     assert set(Checkpoint(directory).tensors) == set(names)
 
 
-def test_one_shard_is_byte_for_byte_what_save_file_writes(tmp_path: Path):
-    tensors = {"a.weight": torch.randn(4, 3), "b.weight": torch.randn(5)}
-    writer = CheckpointWriter(tmp_path, {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()})
+def written(directory: Path, tensors: dict[str, torch.Tensor]) -> tuple[dict, bytes]:
+    """Header and data of the one shard."""
+    writer = CheckpointWriter(directory, {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()})
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.finish()
+    return parts(directory / "model.safetensors")
+
+
+def parts(file: Path) -> tuple[dict, bytes]:
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
+
+
+def test_one_shard_is_what_save_file_writes_but_for_padding(tmp_path: Path):
+    tensors = {"a.weight": torch.randn(4, 3), "b.weight": torch.randn(5)}
     save_file(tensors, tmp_path / "reference.safetensors", {"format": "pt"})
-    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "reference.safetensors").read_bytes()
+    assert written(tmp_path, tensors) == parts(tmp_path / "reference.safetensors")
+
+
+def test_weights_begin_at_cache_lines(tmp_path: Path):
+    """Mapped into memory as they are, they are as fast as copies of them; those of odd sizes are in nobody's way."""
+    tensors = {
+        "odd": torch.randn(3, dtype=torch.bfloat16),
+        "whole": torch.randn(8, 32, dtype=torch.bfloat16),
+        "odd too": torch.randn(5),
+        "whole too": torch.randn(16),
+    }
+    header, _ = written(tmp_path, tensors)
+    start = (tmp_path / "model.safetensors").stat().st_size - max(
+        entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+    )
+    assert start % 64 == 0
+    assert [header[name]["data_offsets"][0] for name in ("whole", "whole too", "odd too", "odd")] == [0, 512, 576, 596]
+    read = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("limit", [1, 7, 24, 1000])
@@ -64,7 +93,7 @@ def test_a_tensor_in_runs_of_rows_is_the_tensor(tmp_path: Path, limit: int):
     digest = writer.write("x", iter(chunks))
     assert writer.holds({"x": digest})
     assert digest == writer.write("x", tensor)
-    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert parts(tmp_path / "copy" / "model.safetensors") == parts(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("rows", [[2], [2, 3, 4], []])

@@ -1,0 +1,55 @@
+"""`slimlm bench`."""
+
+from dataclasses import KW_ONLY, dataclass, fields
+from pathlib import Path
+
+from slimlm.cli.options import command
+from slimlm.cli.running import running, tell
+from slimlm.settings import BenchSettings, described
+
+
+@dataclass(frozen=True)
+class BenchOptions(BenchSettings):
+    """What is measured, and where the figures go."""
+
+    _: KW_ONLY
+    json_path: Path | None = described(
+        None, "also write everything measured to this file; `-` is standard output, and all there is", flag="--json"
+    )
+    verbose: bool = described(False, "log what happens inside")
+
+
+@command(BenchOptions)
+def bench_command(options: BenchOptions) -> None:
+    """Measure how fast models read a prompt and write on, in turns with the dense model.
+
+    Where one is not faster, it says what may be why. A model pruned in tiles is run once more with kernels that leave
+    its zeros out. The **predicted** time of decoding is made of times of its products' shapes.
+
+    Examples:
+
+        slimlm bench llama-slice-25 --against llama
+
+        slimlm bench slice-20 slice-30 --against meta-llama/Llama-3.2-3B --batch-sizes 1,32 --json speed.json
+
+        slimlm bench slice-q4.gguf --against dense-q4.gguf
+    """
+    from slimlm.report.results import check_results
+    from slimlm.report.speed import speed_lines, speed_tables
+    from slimlm.report.terminal import console
+
+    if options.json_path is not None:
+        check_results(options.json_path)
+    settings = {field.name: getattr(options, field.name) for field in fields(BenchSettings)}
+    with running(verbose=options.verbose) as progress:
+        from slimlm.evaluation.speed.bench import bench
+
+        found = bench(**{**settings, "progress": progress})
+
+    def show() -> None:
+        for table, verdict in speed_tables(found):
+            console().print(table)
+            print(*verdict, sep="\n")
+        print(*speed_lines(found), sep="\n")
+
+    tell(found.describe(), options.json_path, show)

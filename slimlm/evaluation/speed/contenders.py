@@ -1,0 +1,188 @@
+"""The models whose speed is compared, all in memory at once: loaded by transformers, llama.cpp or vLLM."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from slimlm.checkpoint.hub import Access
+from slimlm.checkpoint.manifest import Manifest, read_manifest
+from slimlm.checkpoint.reader import Checkpoint
+from slimlm.checkpoint.resolve import ResolvedModel, resolve_model
+from slimlm.checkpoint.skeleton import auto_dtype, load_config, parameter_count, use_only_known
+from slimlm.device import available_memory
+from slimlm.errors import UserError
+from slimlm.evaluation.loading import load_model
+from slimlm.evaluation.speed.engines import LlamaCppRunner, VllmRunner
+from slimlm.evaluation.speed.shape_times import MOST_BYTES
+from slimlm.evaluation.speed.sparse_kernels import Swapped, kernels_for, swap_kernels
+from slimlm.evaluation.speed.stock import StockRunner, settle, zeros_in
+from slimlm.evaluation.speed.timing import CLOCKS, Runner
+from slimlm.progress import Progress
+from slimlm.settings import BenchSettings, EvalSettings
+
+AS_STORED = "as stored"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that can be loaded. kernels: those to run it with besides as it is stored. dtype: what it will
+    compute in."""
+
+    resolved: ResolvedModel
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    manifest: Manifest | None
+    kernels: str | None
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of its weights in memory."""
+        return self.checkpoint.elements * self.dtype.itemsize
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it knows."""
+        return int(self.config.vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that it can look back on, where the config says so."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of those that take turns. bytes: of its files of weights. zeros: share in its linears. swapped: what sparse
+    kernels were put in. model: where transformers runs it."""
+
+    name: str
+    path: Path
+    runner: Runner
+    bytes: int
+    dtype: str
+    parameters: int | None = None
+    zeros: float | None = None
+    swapped: Swapped | None = None
+    model: PreTrainedModel | None = None
+
+    @property
+    def kernels(self) -> str:
+        """What to call those that it runs with."""
+        return self.swapped.kernels if self.swapped else AS_STORED
+
+
+def sources(settings: BenchSettings, names: Sequence[str], device: torch.device) -> list[Source]:
+    """Of every model, the dense one last where there is one. Raises UserError for what is no whole checkpoint."""
+    found = [_source(settings, name, settings.revision, settings.kernels, device) for name in names]
+    if settings.against is not None:
+        found.append(_source(settings, settings.against, settings.against_revision, "none", device))
+    return found
+
+
+def _source(settings: BenchSettings, name: str, revision: str | None, kernels: str, device: torch.device) -> Source:
+    trust = settings.trust_remote_code
+
+    def accept(path: Path) -> None:
+        load_config(path, trust)
+
+    resolved = resolve_model(name, revision, accept, trust, Access(settings.token, settings.cache_dir))
+    checkpoint, manifest = Checkpoint(resolved.path), read_manifest(resolved.path)
+    config = load_config(resolved.path, trust)
+    wanted = {"auto": kernels_for(manifest, device), "none": None}.get(kernels, kernels)
+    dtype = auto_dtype(config, checkpoint) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return Source(resolved, checkpoint, config, manifest, wanted, dtype)
+
+
+def refuse_too_many(sources: Sequence[Source], device: torch.device) -> None:
+    """Raises UserError unless all models fit into memory together, with what sparse kernels and the timing of shapes
+    take besides."""
+    each = [source.bytes * (2 if source.kernels else 1) + min(source.bytes, MOST_BYTES) for source in sources]
+    needed = sum(each)
+    memory = available_memory(device)
+    free = memory.get("gpu", memory["host"])
+    if needed > free:
+        raise UserError(
+            f"the models take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB is free on {device}: they take "
+            "turns, so all have to be there; give fewer models, or --dtype bfloat16"
+        )
+
+
+def stock_contenders(
+    sources: Sequence[Source], settings: BenchSettings, tokens: Tensor, progress: Progress
+) -> list[Contender]:
+    """Every model, loaded by transformers, and once more with sparse kernels where these are wanted.
+
+    tokens: [batch, time] on which both have to say the same. Raises UserError for what cannot be loaded or has no such
+    zeros, RunFailure where sparse kernels compute something else.
+    """
+    progress.stage("loading", sum(2 if source.kernels else 1 for source in sources))
+    found = []
+    for source in sources:
+        found.append(_stock(source, settings, None))
+        progress.step()
+        if source.kernels:
+            found += _sparse(source, settings, tokens, progress)
+            progress.step()
+    return found
+
+
+def _sparse(source: Source, settings: BenchSettings, tokens: Tensor, progress: Progress) -> list[Contender]:
+    """With sparse kernels; tokens: [batch, time]. Raises UserError where these were asked for and are of no use."""
+    try:
+        return [_stock(source, settings, tokens)]
+    except UserError as error:
+        if settings.kernels != "auto":
+            raise
+        progress.line(str(error))
+        return []
+
+
+def _stock(source: Source, settings: BenchSettings, tokens: Tensor | None) -> Contender:
+    """tokens: [batch, time], where it is to have sparse kernels."""
+    path = source.resolved.path
+    how = EvalSettings(
+        str(path), dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
+    )
+    model = load_model(path, how)
+    settle(model)
+    use_only_known(source.checkpoint, model)
+    parameters, zeros = parameter_count(model), zeros_in(model)
+    swapped = None
+    if tokens is not None and source.kernels:
+        swapped = swap_kernels(model, source.kernels, source.manifest, tokens.to(model.device))
+        gc.collect()  # the dense weights
+    dtype = str(model.dtype).removeprefix("torch.")
+    size, runner = source.checkpoint.bytes_on_disk(), StockRunner(model, CLOCKS[settings.clock])
+    return Contender(source.resolved.name, path, runner, size, dtype, parameters, zeros, swapped, model)
+
+
+def gguf_contenders(names: Sequence[str], settings: BenchSettings) -> list[Contender]:
+    """GGUF files, loaded by llama.cpp. Raises UserError for one that it cannot load."""
+    paths = [Path(name).expanduser() for name in names]
+    context, threads = settings.prompt_tokens + settings.new_tokens, torch.get_num_threads()
+    clock, on_gpu = CLOCKS[settings.clock], settings.device.startswith("cuda")
+    return [
+        Contender(name, path, LlamaCppRunner(path, context, threads, on_gpu, clock), path.stat().st_size, "its own")
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def vllm_contenders(sources: Sequence[Source], settings: BenchSettings) -> list[Contender]:
+    """Directories, loaded by vLLM. Raises UserError for one that it cannot load."""
+    context = settings.prompt_tokens + settings.new_tokens
+    return [
+        Contender(
+            source.resolved.name,
+            source.resolved.path,
+            VllmRunner(source.resolved.path, settings.dtype, context, len(sources), settings.trust_remote_code),
+            source.checkpoint.bytes_on_disk(),
+            str(source.dtype).removeprefix("torch."),
+        )
+        for source in sources
+    ]
