@@ -1,5 +1,6 @@
 """What `slimlm eval` found, for the terminal: a table for each model, and what it means in lines of text."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from slimlm.report.table import Row, comparison_table, percent, size_rows
 
 CUT = 72  # characters of a text that is shown in a line
 SHOWN = 3  # prompts whose continuations are shown
+SURE = 2  # standard errors, up to which a change may be chance
 Figures = Mapping[str, Any]
 
 
@@ -109,11 +111,12 @@ def _number(value: float | None, form: str = "{:.1f}") -> str:
 
 
 def evaluation_summary(data: Figures) -> str:
-    """Warnings, texts, versions, and the lm-eval commands that give the same scores."""
+    """Verdicts, warnings, texts, versions, and the lm-eval commands that give the same scores."""
     dtypes = " and ".join(dict.fromkeys(entry["dtype"] for entry in data["models"]))
     commands = [entry["lm_eval_command"] for entry in data["models"] if "lm_eval_command" in entry]
     return "\n".join(
         [
+            *verdict_lines(data),
             *warning_lines(data),
             *(windows_line(text, dtypes) for text in data["texts"]),
             *_method_lines(data),
@@ -121,6 +124,28 @@ def evaluation_summary(data: Figures) -> str:
             *(f"same scores by: {command}" for command in commands),
         ]
     )
+
+
+def verdict_lines(data: Figures) -> list[str]:
+    """Of each pair, in a line: what was lost on texts, on tasks, and in writing."""
+    return [f"{pair['model']}: " + "; ".join(_verdict(pair)) for pair in data["pairs"]]
+
+
+def _verdict(pair: Figures) -> Iterator[str]:
+    rises = sorted(math.expm1(change["log_perplexity_change"]) for change in pair["texts"].values())
+    if rises:
+        ends = dict.fromkeys(map(percent, (rises[0], rises[-1])))
+        yield f"perplexity {' to '.join(ends)}"
+    for task, metrics in pair["tasks"].items():
+        name, change = next(iter(metrics.items()))
+        error = change["stderr"]
+        if error is None:
+            yield f"{task} {name} {change['change']:+.4f}"
+        else:
+            sure = "" if abs(change["change"]) > SURE * error else ", which may be chance"
+            yield f"{task} {name} {change['change']:+.4f} ± {error:.4f}{sure}"
+    if pair["generation"]:
+        yield "its own text has " + ("COLLAPSED" if pair["generation"]["collapsed"] else "not collapsed")
 
 
 def warning_lines(data: Figures) -> list[str]:

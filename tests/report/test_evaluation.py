@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -55,6 +56,10 @@ def test_the_summary_says_what_was_measured_how_and_what_is_wrong(data: dict):
     lines = evaluation_summary(data).splitlines()
     assert sum(line.startswith("perplexity on python-") for line in lines) == 2
     assert any(line.startswith("± is one standard error") for line in lines)
+    change = data["pairs"][0]["texts"]["python-reference"]["log_perplexity_change"]
+    assert f"{100 * math.expm1(change):+.1f}%" in lines[0]
+    assert lines[0].startswith(data["models"][0]["name"])
+    assert lines[0].endswith("its own text has COLLAPSED")
     collapsed = [line for line in lines if "its own text has collapsed" in line]
     assert collapsed  # random weights
     assert collapsed[0].startswith("WARNING: ")
