@@ -29,8 +29,9 @@ from transformers.utils import logging as transformers_logging
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.errors import SlimlmError
-from slimlm.evaluation.perplexity import measure_perplexity
+from slimlm.evaluation.perplexity import counted
 from slimlm.evaluation.text import load_test_windows
+from slimlm.evaluation.tokens import measure_tokens
 from slimlm.recipe import one_step
 from slimlm.stages import compress
 
@@ -241,7 +242,7 @@ def agrees(path: Path, text: Path, perplexity: float) -> str:
     if report["missing_keys"] or report["mismatched_keys"]:
         return f"VIOLATION: transformers misses {report['missing_keys']}, {report['mismatched_keys']}"
     windows = load_test_windows(str(text), load_tokenizer(path), 4, 32).tokens
-    theirs = measure_perplexity(model.eval(), windows, 8).perplexity
+    theirs = counted(measure_tokens(model.eval(), None, windows, 8)[:, 0], model.dtype).perplexity
     return "correct run" if math.isclose(theirs, perplexity, rel_tol=1e-6) else f"VIOLATION: {perplexity} for {theirs}"
 
 

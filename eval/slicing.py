@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimlm  # registers the per-block classes
 from slimlm.calibration import load_windows
-from slimlm.evaluation.perplexity import measure_perplexity
+from slimlm.evaluation.perplexity import counted
 from slimlm.evaluation.text import load_test_windows
+from slimlm.evaluation.tokens import measure_tokens
 from slimlm.recipe import one_step
 from slimlm.stages import compress
 
@@ -167,7 +168,7 @@ def measured(
 
 def log_perplexities(path: Path, texts: list[torch.Tensor]) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=True).eval()
-    return [measure_perplexity(model, tokens, 32).mean for tokens in texts]
+    return [counted(measure_tokens(model, None, tokens, 32)[:, 0], model.dtype).mean for tokens in texts]
 
 
 def perplexities(means: list[float]) -> list[float]:

@@ -52,7 +52,7 @@ def test_torchs_own_error_is_known_also_where_another_was_made_of_it():
             raise other
 
 
-@pytest.mark.parametrize("place", ["slimlm.evaluation.evaluate.measure_perplexity", "from_pretrained"])
+@pytest.mark.parametrize("place", ["slimlm.evaluation.measuring.measure_tokens", "from_pretrained"])
 def test_an_evaluation_without_memory_says_so(monkeypatch, place: str):
     if place == "from_pretrained":
         monkeypatch.setattr(AutoModelForCausalLM, place, more_than_there_is)
@@ -127,7 +127,7 @@ def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_windows": 0}, "--num-windows is 0: give at least 1"),
+        ({"num_windows": -1}, "--num-windows is -1: give at least 0"),
         ({"window": 1}, "--window is 1: give at least 2"),
         ({"batch_size": 0}, "--batch-size is 0: give at least 1"),
         ({"num_fewshot": -1}, "--num-fewshot is -1: give at least 0"),

@@ -337,7 +337,7 @@ def test_every_kind_of_checkpoint_goes_all_the_way(tmp_path: Path, name: str, dt
     assert manifest["measured"]["dense"]["dtype"] == str(model.dtype).removeprefix("torch.")
     assert manifest["parameters"]["compressed"] < manifest["parameters"]["dense"]
     for name, side in (("out", "compressed"), ("sharded", "dense")):
-        (entry,) = slimlm.evaluate(str(tmp_path / name), tasks=(), num_windows=2, batch_size=8).models
+        (entry,) = slimlm.evaluate(str(tmp_path / name), tasks=(), num_windows=2, window=24, generate=4).models
         found = entry["texts"]["python-reference"]["perplexity"]
         assert found == pytest.approx(manifest["measured"][side]["perplexity"], rel=1e-9)
 

@@ -42,11 +42,15 @@ DATA = {
             "parameters": 10,
             "bytes": 40,
             "dtype": "float32",
-            "perplexity": 3.0,
+            "texts": {"text": {"perplexity": 3.0, "log_perplexity_stderr": 0.1, "bits_per_byte": 1.5}},
             "tasks": {"t": {"acc": {"value": 0.5, "stderr": 0.125}}},
+            "generation": None,
+            "warnings": [],
         }
     ],
-    "windows": {"text": "text", "windows": 1, "window": 2, "stride": 2, "bos": None},
+    "pairs": [],
+    "written": {},
+    "texts": [{"text": "text", "windows": 1, "window": 2, "stride": 2, "bos": None}],
     "versions": {},
 }
 EVALUATED = f"slimlm.evaluation.evaluate.evaluate = lambda *_, **__: slimlm.evaluation.evaluate.Evaluation({DATA!r})\n"
