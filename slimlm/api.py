@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,11 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from slimlm.compression import CompressResult
 from slimlm.device import check_process
 from slimlm.errors import UserError
+from slimlm.plain import Json
 from slimlm.progress import LogProgress, Progress
 from slimlm.recipe import Recipe, Setting, one_step
 from slimlm.stages import compress as compress_recipe
 
-Data = str | Path | list[str] | tuple[str, ...] | Tensor
+Data = str | Path | Iterable[str | Mapping[str, Json]] | Tensor
 How = str | Path | bool | Progress | None
 
 
@@ -29,8 +31,9 @@ def compress(recipe: Recipe | PreTrainedModel, *others: PreTrainedTokenizerBase,
     """Carry out a recipe (`slimlm.stages.compress` says how), or make a model that is in memory smaller.
 
     compress(model, tokenizer, sparsity=0.25, dataset=texts) returns a model of a stock class, in eval mode, with the
-    dtype and on the device of the one given, which stays as it is. Settings are a recipe's; dataset may also be a list
-    of texts, or tokens [windows, time]. The manifest is the returned model's attribute `slimlm`.
+    dtype and on the device of the one given, which stays as it is. Settings are a recipe's; dataset may also be texts
+    or rows, as a list, any iterable or a `datasets.Dataset`, or tokens [windows, time]. The manifest is the returned
+    model's attribute `slimlm`.
 
     The same engine does it, from disk to disk: the model is saved to a temporary directory (in work_dir, where that is
     given) and the result read back. Beside the model given, which is the caller's, memory is what
@@ -88,8 +91,14 @@ def _data_at(dataset: Data, place: Path) -> str:
             raise UserError(f"tokens are integers [windows, time], not {dataset.dtype} {list(dataset.shape)}")
         numpy.save(place / "tokens.npy", dataset.to("cpu", torch.int64).numpy())
         return str(place / "tokens.npy")
-    if isinstance(dataset, (list, tuple)):
-        lines = [json.dumps({"text": text}) for text in dataset]
-        (place / "texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return str(place / "texts.jsonl")
-    return str(dataset)
+    if isinstance(dataset, (str, Path)):
+        return str(dataset)
+    with (place / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for row in dataset:
+            file.write(json.dumps(row, default=_plain) + "\n")
+    return str(place / "rows.jsonl")
+
+
+def _plain(value: Any) -> Any:
+    """Of an array its numbers; of anything else, which no document is made of, its words."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
 from transformers import PretrainedConfig
 
 from slimlm.checkpoint.manifest import read_manifest
@@ -30,11 +31,23 @@ def resolve(step: AnyStep, source: ResolvedModel, *configs: PretrainedConfig) ->
         raise UserError(NO_DATA)
     context: int = min(getattr(one, "max_position_embeddings", DEFAULT_WINDOW) for one in configs)
     default = BUNDLED_CONTEXT if source.origin == "bundled" else min(DEFAULT_WINDOW, context)
-    length = step.max_seq_length or _as_calibrated(step, source) or default
+    length = step.max_seq_length or _as_windows(dataset) or _as_calibrated(step, source) or default
     if length > context:
         raise UserError(f"--max-seq-length {length} is beyond the model's context of {context} tokens")
     step = step.model_copy(update={"dataset": dataset, "max_seq_length": length, "output_dir": str(output_of([step]))})
     return with_own_text(step.beside())
+
+
+def _as_windows(dataset: str | list[Source] | None) -> int | None:
+    """Tokens of windows that are made already: the second size of an array in a .npy file."""
+    path = Path(dataset).expanduser() if isinstance(dataset, str) else Path()
+    if path.suffix != ".npy" or not path.is_file():
+        return None
+    try:
+        shape = numpy.load(path, mmap_mode="r").shape
+    except (OSError, EOFError, ValueError):  # reading it says what is wrong
+        return None
+    return int(shape[1]) if len(shape) == 2 else None
 
 
 def _as_calibrated(step: AnyStep, source: ResolvedModel) -> int | None:

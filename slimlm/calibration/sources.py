@@ -1,17 +1,19 @@
-"""Where calibration text comes from: files, saved datasets, the hub. Each gives documents: texts or lists of tokens."""
+"""Where calibration text comes from: files, folders, saved datasets, the hub. Each gives documents: texts or tokens."""
 
-import json
+import glob
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from slimlm.calibration.files import READERS, UNPACKED, Row, is_readable, read_file, split_documents
+from slimlm.calibration.rows import Document, needed_columns
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.plain import Json
 from slimlm.recipe import SELF
 
-Document = str | list[int]  # text, or tokens
-DOCUMENT_SEPARATOR = "<|endoftext|>"
+__all__ = ["Document", "documents_of", "split_documents"]
+
 HUB_SHORT_NAMES: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},  # one row a line
     "c4": {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"},
@@ -19,87 +21,47 @@ HUB_SHORT_NAMES: dict[str, dict[str, Any]] = {
     "fineweb-edu": {"path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT", "split": "train"},
 }
 JOINED = ("wikitext2",)  # the rows, in order and with blank lines between them, are one document, as everyone has it
+SAVED = ("dataset_info.json", "dataset_dict.json")  # in a directory that `save_to_disk` made
+Made = Callable[[Row], Document]
 
 
-def documents_of(dataset: str, path: Path, text_column: str, seed: int) -> Iterator[Document]:
-    """Documents of a source, a local file's shuffled by the seed. Raises UserError for one that cannot be read."""
-    if path.is_file():
-        documents = [document for document in _local_documents(path, text_column) if document]
+def documents_of(dataset: str, path: Path, column: str | None, seed: int, made: Made) -> Iterator[Document]:
+    """Documents of a source, those of local files shuffled by the seed. made: what makes one of a row. Raises UserError
+    for a source that cannot be read."""
+    files = local_files(dataset, path)
+    if files:
+        documents = [document for file in files for document in file_documents(file, column, made) if document]
         if not documents:
             raise UserError(f"calibration file {path} is empty")
         random.Random(seed).shuffle(documents)
         return iter(documents)
-    if path.is_dir() or dataset.startswith(("/", "./", "../", "~")) or path.suffix in _FILE_READERS:
-        return _dataset_rows(dataset, _load_saved(path), text_column)
-    rows = _dataset_rows(dataset, _load_hub(dataset, seed), text_column)
+    if path.is_dir() or dataset.startswith(("/", "./", "../", "~")) or {*path.suffixes} & {*READERS, *UNPACKED}:
+        return _dataset_rows(dataset, _load_saved(path), made)
+    rows = _dataset_rows(dataset, _load_hub(dataset, seed), made)
     return iter(["\n\n".join(str(row) for row in rows)]) if dataset in JOINED else rows
 
 
-def _local_documents(path: Path, text_column: str) -> list[Document]:
-    reader = _FILE_READERS.get(path.suffix)
-    if reader is None:
-        raise UserError(f"calibration file {path} is none of {', '.join(sorted([*_FILE_READERS, '.npy']))}")
-    try:
-        return reader(path, text_column)
-    except (OSError, ValueError) as error:
-        raise UserError(f"calibration file {path} cannot be read: {one_line(error)}") from error
+def local_files(dataset: str, path: Path) -> list[Path]:
+    """A file; the readable ones of a folder that is no saved dataset, in order of their names; what a pattern matches.
+    Raises UserError for folders and patterns without any."""
+    if path.is_file():
+        return [path]
+    if path.is_dir() and not any((path / name).is_file() for name in SAVED):
+        found = sorted(file for file in path.iterdir() if file.is_file() and is_readable(file))
+        if not found:
+            raise UserError(f"calibration directory {path} holds no saved dataset and no {', '.join(sorted(READERS))}")
+        return found
+    if glob.has_magic(dataset) and not path.exists():
+        found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+        if not found:
+            raise UserError(f"calibration data {dataset!r} matches no file")
+        return found
+    return []
 
 
-def _read_text(path: Path, text_column: str) -> list[Document]:
-    return [*split_documents(path.read_text(encoding="utf-8"))]
-
-
-def split_documents(text: str) -> list[str]:
-    """Documents of a plain text, separated by lines that hold only `<|endoftext|>`; one where there are none."""
-    documents = ("\n" + text + "\n").split(f"\n{DOCUMENT_SEPARATOR}\n")
-    return [document.strip("\n") for document in documents if document.strip()]
-
-
-def _read_jsonl(path: Path, text_column: str) -> list[Document]:
-    with path.open(encoding="utf-8") as file:
-        rows = (json.loads(line) for line in file if line.strip())
-        return [_row_content(row, text_column, str(path)) for row in rows]
-
-
-def _read_parquet(path: Path, text_column: str) -> list[Document]:
-    import pyarrow.parquet
-
-    columns = pyarrow.parquet.read_schema(path).names
-    column = text_column if text_column in columns else "input_ids"
-    if column not in columns:
-        raise _no_column(text_column, columns, str(path))
-    table = pyarrow.parquet.read_table(path, columns=[column])
-    return [_checked(content, column, str(path)) for content in table.column(column).to_pylist()]
-
-
-_FILE_READERS: dict[str, Callable[[Path, str], list[Document]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def _row_content(row: Json, text_column: str, source: str) -> Document:
-    if not isinstance(row, dict) or (text_column not in row and "input_ids" not in row):
-        raise _no_column(text_column, row if isinstance(row, dict) else [], source)
-    column = text_column if text_column in row else "input_ids"
-    return _checked(row[column], column, source)
-
-
-def _checked(content: Json, column: str, source: str) -> Document:
-    """A text or a list of tokens; a missing value is an empty text."""
-    if content is None:
-        return ""
-    if isinstance(content, str) or (isinstance(content, list) and all(type(token) is int for token in content)):
-        return content
-    raise UserError(f"calibration data {source}: column {column!r} holds {content!r:.40}, not text or tokens")
-
-
-def _no_column(text_column: str, columns: Iterable[str], source: str) -> UserError:
-    return UserError(
-        f"calibration data {source} has no column {text_column!r}{nearest(text_column, columns)} "
-        f"(it has: {', '.join(columns) or 'none'}): pass --text-column"
-    )
+def file_documents(path: Path, column: str | None, made: Made) -> list[Document]:
+    """Of a local file. Raises UserError for one that cannot be read, and rows that are no documents."""
+    return [made(row) for row in read_file(path, lambda names: needed_columns(names, column, str(path)))]
 
 
 def _load_saved(path: Path) -> Any:
@@ -130,15 +92,15 @@ def _load_hub(dataset: str, seed: int) -> Any:
         raise _unreachable(dataset, error) from error
 
 
-def _dataset_rows(
-    dataset: str, rows: Iterable[Json] | Mapping[str, Iterable[Json]], text_column: str
-) -> Iterator[Document]:
+def _dataset_rows(dataset: str, rows: Iterable[Json] | Mapping[str, Iterable[Json]], made: Made) -> Iterator[Document]:
     """Rows of a datasets.Dataset, or of the one or train split of a DatasetDict."""
     if isinstance(rows, Mapping):
         rows = rows["train"] if "train" in rows else next(iter(rows.values()))
     try:
         for row in rows:
-            yield _row_content(row, text_column, dataset)
+            if not isinstance(row, Mapping):
+                raise UserError(f"calibration data {dataset} holds {row!r:.40}, not rows")
+            yield made(row)
     except UserError:
         raise
     except Exception as error:  # a connection lost while streaming

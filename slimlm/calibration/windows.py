@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimlm.calibration.sources import Document, documents_of
+from slimlm.calibration.files import Row
+from slimlm.calibration.rows import Document, document_of
+from slimlm.calibration.sources import documents_of
 from slimlm.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -69,12 +71,14 @@ def load_windows(
     num_windows: int,
     length: int,
     seed: int = 0,
-    text_column: str = "text",
+    text_column: str | None = None,
 ) -> Windows:
-    """Windows from a file (.txt, .jsonl, .parquet, .npy), a `save_to_disk` directory, a short name or a hub id.
+    """Windows from a file (text, JSON, CSV, Parquet, Arrow, packed or not; .npy), a folder or pattern of such files, a
+    `save_to_disk` directory, a short name or a hub id.
 
-    A dataset with an `input_ids` column (and no text column) is taken as tokens. Raises UserError when the source
-    cannot be read, is empty, or does not fill one window.
+    text_column: where it is not to be found out: `text`, tokens in `input_ids`, chats and instructions by their usual
+    names, through the tokenizer's template, or the only column of text. Raises UserError when the source cannot be
+    read, is empty, or does not fill one window.
     """
     path = Path(dataset).expanduser()
     if path.suffix == ".npy" and path.is_file():
@@ -82,7 +86,11 @@ def load_windows(
     bos = start_token(tokenizer)
     pool: list[int] = []
     wanted = POOL_FACTOR * num_windows * length
-    for tokens in _tokenised(documents_of(dataset, path, text_column, seed), tokenizer):
+
+    def made(row: Row) -> Document:
+        return document_of(row, text_column, tokenizer, dataset)
+
+    for tokens in _tokenised(documents_of(dataset, path, text_column, seed, made), tokenizer):
         if not tokens:
             continue
         if bos is not None and tokens[0] != bos:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from slimlm.calibration import split_documents
+from slimlm.calibration.files import decoded, split_documents
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.plain import Json
 
@@ -61,9 +61,9 @@ def load_text(name: str) -> Text:
     if name not in TEXTS and not path.exists() and path.suffix != ".txt" and "/" not in name:
         raise UserError(f"text {name!r} is neither a file nor one of {', '.join(TEXTS)}{nearest(name, TEXTS)}")
     try:
-        return Text(name, name, split_documents(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        return Text(name, name, split_documents(decoded(path.read_bytes())))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"test text {path} cannot be read: {reason}") from error
 
 

@@ -98,7 +98,11 @@ def _shared_windows(models: Sequence[Subject], settings: EvalSettings, text: str
     found = [
         load_test_windows(text, one.tokenizer, count or None, length, corrupt, settings.seed or 0) for one in models
     ]
-    for model, windows in zip(models[1:], found[1:], strict=True):
+    largest = int(found[0].tokens.max())
+    for model, windows in zip(models, found, strict=True):
+        vocabulary = model.config.get_text_config().vocab_size
+        if largest >= vocabulary:
+            raise UserError(f"test text {text} holds token {largest}; {model.resolved.name} has {vocabulary}")
         if not torch.equal(windows.tokens, found[0].tokens):
             raise UserError(
                 f"{models[0].resolved.name} and {model.resolved.name} tokenise the test text differently: "

@@ -56,8 +56,8 @@ class Source(BaseModel):
 
 
 def mixture(text: str) -> str | list[dict[str, Json]]:
-    """What `a.txt=0.7,self=0.3` says, in a file's form; other texts as they are."""
-    parts = [part.strip().rpartition("=") for part in text.split(",")]
+    """What `a.txt:0.7,self:0.3` says, in a file's form; other texts as they are."""
+    parts = [part.strip().rpartition(":") for part in text.split(",")]
     if len(parts) < 2 or not all(source and re.fullmatch(r"\d*\.?\d+", share) for source, _, share in parts):
         return text
     return [{"source": source, "share": float(share)} for source, _, share in parts]
@@ -99,8 +99,9 @@ class Step(BaseModel):
 
     dataset: str | list[Source] | None = Field(
         None,
-        description="text file (.txt, .jsonl, .parquet), tokens (.npy), hub id, wikitext2, c4, alpaca, fineweb-edu, "
-        "or self: text the model writes itself; or several and their shares, as in notes.txt=0.7,code.jsonl=0.3",
+        description="file of texts or chats (.txt, .json, .jsonl, .csv, .parquet, .arrow, packed or not), folder or "
+        "pattern of files, tokens (.npy), hub id, wikitext2, c4, alpaca, fineweb-edu, or self: text the model writes "
+        "itself; or several and their shares, as in notes.txt:0.7,chats.jsonl:0.3",
     )
     self_share: float = Field(
         UNSAID,
@@ -110,7 +111,10 @@ class Step(BaseModel):
         description="of all calibration windows, the share that the model writes itself, beside those of the dataset, "
         "so that what no given text shows is kept, too; needs the whole model in memory",
     )
-    text_column: str = Field("text", description="column of the calibration data that holds the text")
+    text_column: str | None = Field(
+        None,
+        description="column of the calibration data that holds the text, or chat, where it cannot be told by itself",
+    )
     num_calibration_samples: int = Field(128, ge=1, description="calibration windows")
     max_seq_length: int | None = Field(None, ge=2, description="tokens in a calibration window")
     batch_size: int = Field(8, ge=1, description="windows that go through a block together")
