@@ -39,7 +39,7 @@ from slimlm.recipe import AnyStep, RecoverStep, SliceStep
 from slimlm.resolve import output_of, resolve
 from slimlm.run import Plan
 from slimlm.unasked import Unasked, unasked
-from slimlm.windows import beside_given, calibration_windows, evaluation_windows, require_held_out
+from slimlm.windows import beside_given, calibration_windows, evaluation_windows, require_held_out, said_of_tokens
 
 
 def require_less(step: AnyStep, model: StreamedModel, plan: Plan) -> None:
@@ -153,6 +153,8 @@ def check(step: AnyStep, how: How) -> Job:
     step = beside_given(step, windows)
     test = evaluation_windows(step, tokenizer)
     require_held_out(step, windows)
+    for line in said_of_tokens(step, model, windows):
+        how.progress.line(line)
     job = Job(step, source, output, model, tokenizer, plan, can, teacher, test, windows, started, memory_before)
     _check_room(job, how)
     how.progress.stage("checking weights", parameter_count(model.model))

@@ -36,6 +36,7 @@ from slimlm.prune.group import code_hash
 from slimlm.ranks import Ranks
 from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped, steps_of
 from slimlm.run import Outcome
+from slimlm.windows import tokens_wanted
 
 # What a step says of how and where it is run, and of what is done with the result: none of it decides a bit.
 UNDECISIVE = {
@@ -106,7 +107,7 @@ def manifest_of(
         "skipped": {"modules": len(job.model.skipped), "weights": sum(job.model.skipped.values())},
         "changes": {name: list(pair) for name, pair in plan.changes.items()},
         "method": outcome.notes,
-        "calibration": _calibration(windows, job.recipe.seed),
+        "calibration": _calibration(windows, job),
         "measured": measured(job, comparison),
         "blocks": block_errors(job, comparison),
         "run": _run_figures(job, staging, journal),
@@ -141,7 +142,7 @@ def _sparsity(job: Job, outcome: Outcome) -> Sparsity:
     }
 
 
-def _calibration(windows: Windows | None, seed: int) -> Calibration | None:
+def _calibration(windows: Windows | None, job: Job) -> Calibration | None:
     if windows is None:
         return None
     count, length = windows.tokens.shape
@@ -150,8 +151,9 @@ def _calibration(windows: Windows | None, seed: int) -> Calibration | None:
         "windows": count,
         "window": length,
         "bos": windows.bos,
-        "seed": seed,
+        "seed": job.recipe.seed,
         "sha256": windows.sha256,
+        "tokens_wanted": tokens_wanted(job.recipe, job.model),
     }
 
 

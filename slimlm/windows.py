@@ -1,5 +1,6 @@
 """The tokens a run sees: calibration windows, loaded or written by the model itself, and those it is measured on."""
 
+import math
 from collections import Counter
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ from slimlm.model.whole import whole
 from slimlm.progress import Progress
 from slimlm.recipe import SELF, AnyStep, RecoverStep, Source
 from slimlm.resolve import own_beside
+
+TOKENS_PER_INPUT = 10  # of a matrix that is fitted by least squares; with half as many a fit follows its own tokens
 
 
 def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Windows | None:
@@ -72,6 +75,27 @@ def require_held_out(step: AnyStep, windows: Windows | None) -> None:
             f"--{'tokens' if judges_each else 'num-calibration-samples'}, give more text, or add "
             f"--{'self-share 0' if judges_each else 'no-refit'}"
         )
+
+
+def tokens_wanted(step: AnyStep, model: StreamedModel) -> int:
+    """To fit the matrices with most inputs from; 0 where nothing is fitted."""
+    if isinstance(step, RecoverStep) or not method_of(step).holds_out(step):
+        return 0
+    return TOKENS_PER_INPUT * max(group.inputs for group in model.blocks[0].groups)
+
+
+def said_of_tokens(step: AnyStep, model: StreamedModel, windows: Windows | None) -> list[str]:
+    """A line where there are too few to fit from, with the number of given windows that would do."""
+    given, wanted = len(windows.tokens) if windows else 0, tokens_wanted(step, model)
+    assert step.max_seq_length is not None
+    learnt = step.max_seq_length * (given + step.own_windows) * (HELD_EVERY - 1) // HELD_EVERY
+    if learnt >= wanted:
+        return []
+    enough = math.ceil(step.num_calibration_samples * wanted / max(1, learnt))
+    return [
+        f"WARNING: {learnt:,} tokens are few to fit matrices of {wanted // TOKENS_PER_INPUT:,} inputs from, and other "
+        f"text may lose by it: --num-calibration-samples {enough} would do"
+    ]
 
 
 def sampled_windows(

@@ -173,3 +173,26 @@ def test_the_defaults_give_a_stock_model_and_say_what_they_did(
     recipe = json.loads((output / "slimlm.json").read_text())["recipe"]
     assert recipe["steps"][0]["refine"] == EPOCHS
     assert [(source["source"], source["windows"]) for source in recipe["dataset"]] == [(str(text), 12), ("self", 12)]
+
+
+def test_too_few_tokens_for_what_is_fitted_are_said_with_the_number_that_would_do(
+    tiny_llama: Path, text: Path, tmp_path: Path
+):
+    """Ten for each of the widest matrix's inputs, four of five windows being learnt from."""
+    progress = Lines()
+    few = {"sparsity": 0.25, "dataset": str(text), "self_share": 0.0, "num_calibration_samples": 10}
+    job = checked(tiny_llama, tmp_path / "out", progress, **few)
+    widest = job.model.config.intermediate_size
+    (line,) = [line for line in progress.said if line.startswith("WARNING")]
+    assert f"{24 * 8:,} tokens are few to fit matrices of {widest} inputs" in line
+    enough = int(line.split("--num-calibration-samples ")[1].split()[0])
+    assert 24 * enough * 4 / 5 >= 10 * widest > 24 * (enough - 2) * 4 / 5
+    again = Lines()
+    checked(tiny_llama, tmp_path / "out", again, **{**few, "num_calibration_samples": enough})
+    assert not [line for line in again.said if line.startswith("WARNING")]
+
+
+def test_what_fits_nothing_wants_no_tokens(tiny_llama: Path, text: Path, tmp_path: Path):
+    progress = Lines()
+    checked(tiny_llama, tmp_path / "out", progress, method="sparsegpt", sparsity=0.5, dataset=str(text))
+    assert not [line for line in progress.said if line.startswith("WARNING")]

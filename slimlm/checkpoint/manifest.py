@@ -53,6 +53,7 @@ class Calibration(TypedDict):
     bos: int | None
     seed: int
     sha256: str
+    tokens_wanted: int
 
 
 class Side(TypedDict):
