@@ -14,6 +14,7 @@ from slimlm.recipe.step import bytes_of
 if TYPE_CHECKING:
     from slimlm.progress import Progress
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # that models can be asked to compute in
 Given = ParamSpec("Given")
 Settings = TypeVar("Settings")
 Found = TypeVar("Found")

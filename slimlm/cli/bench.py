@@ -49,7 +49,8 @@ def bench_command(options: BenchOptions) -> None:
     def show() -> None:
         for table, verdict in speed_tables(found):
             console().print(table)
-            print(*verdict, sep="\n")
+            for line in verdict:
+                print(line)
         print(*speed_lines(found), sep="\n")
 
     tell(found.describe(), options.json_path, show)

@@ -4,6 +4,8 @@ from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from slimlm.cli.launch import in_processes
 from slimlm.cli.options import ManyProcesses, command
 from slimlm.cli.running import running, tell
@@ -71,3 +73,5 @@ def _show(found: "Evaluation", json_path: Path | None) -> None:
             print(line)
 
     tell(found.data, json_path, show)
+    if found.unsaved is not None:
+        raise typer.Exit(1)

@@ -96,7 +96,7 @@ def _text_pair(figures: Tensor, text: TestWindows) -> dict[str, Any]:
 def _lost_windows(figures: Tensor, text: TestWindows, count: int) -> list[dict[str, Any]]:
     """The windows whose log-perplexity rose most, worst first, in nats a token."""
     rises = (figures[:, 0].double() - figures[:, 1].double()).mean(1)
-    order = rises.argsort(descending=True, stable=True)[:count].tolist()
+    order = [place for place in rises.argsort(descending=True, stable=True)[:count].tolist() if rises[place] > 0]
     documents = text.documents[:, 0].tolist()
     return [{"window": place, "document": documents[place], "change": float(rises[place])} for place in order]
 
@@ -110,5 +110,9 @@ def accounts(
     return {
         "models": [entry_of(one, texts) for one in everyone],
         "pairs": [] if dense is None else [pair_of(one, dense, texts, fragile) for one in models],
-        "written": {one.facts["name"]: list(map(asdict, one.written)) for one in everyone[::-1] if one.written},
+        "written": [
+            {"model": one.facts["name"], "texts": list(map(asdict, one.written))}
+            for one in everyone[::-1]
+            if one.written
+        ],
     }

@@ -30,10 +30,10 @@ def is_streamable(path: Path, settings: EvalSettings) -> bool:
     return known and not settings.device_map
 
 
-def has_no_room(paths: Sequence[Path], settings: EvalSettings, ranks: Ranks) -> bool:
-    """Whether some rank has too little memory for all of these models at once."""
+def has_no_room(paths: Sequence[Path], settings: EvalSettings, ranks: Ranks, logits: int = 0) -> bool:
+    """Whether some rank has too little memory for all of these models at once, and for so many logits of each."""
     place = ranks.host, str(ranks.device)
-    size = sum(Checkpoint(path).elements * computed_in(path, settings).itemsize for path in paths)
+    size = sum((Checkpoint(path).elements + logits) * computed_in(path, settings).itemsize for path in paths)
     wanted = HEADROOM * ranks.gather(place).count(place) * size
     room = available_memory(ranks.device)
     return any(ranks.gather(wanted > room.get("gpu", room["host"])))

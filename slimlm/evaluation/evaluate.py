@@ -1,33 +1,34 @@
 """`slimlm eval`: texts, lm-eval tasks and generation, for models on identical documents."""
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 from slimlm.checkpoint.manifest import versions
 from slimlm.device import check_precision, machine
-from slimlm.errors import UserError, nearest, out_of_memory, require_at_least
+from slimlm.errors import RunFailure, UserError, nearest, out_of_memory, require_at_least
 from slimlm.evaluation.account import accounts
 from slimlm.evaluation.corrupt import CORRUPTIONS
-from slimlm.evaluation.generation import Writing, prompts_of
 from slimlm.evaluation.harness import load_task_manager
 from slimlm.evaluation.measuring import Measuring, Plan
 from slimlm.evaluation.samples import check_samples, write_samples
-from slimlm.evaluation.subjects import Subject, find_subjects, find_texts
+from slimlm.evaluation.subjects import find_subjects, find_texts, find_writing
 from slimlm.evaluation.tasks import DEFAULT_TASKS
 from slimlm.meeting import start_ranks
 from slimlm.progress import LogProgress, Progress
 from slimlm.ranks import Ranks
-from slimlm.settings import EvalSettings, by_name
+from slimlm.settings import DTYPES, EvalSettings, by_name
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured. `data` is JSON-ready: texts, tasks, settings, versions, one entry per model, and one per pair
-    of a model and the dense one."""
+    of a model and the dense one. unsaved: why the samples that were asked for are not on disk, if they are not."""
 
     data: dict[str, Any]
+    unsaved: RunFailure | None = None
 
     @property
     def models(self) -> list[dict[str, Any]]:
@@ -65,7 +66,8 @@ def _evaluate(settings: EvalSettings, ranks: Ranks) -> Evaluation:
     everyone = [*models, *([] if dense is None else [dense])]
     texts = find_texts(everyone, settings)
     manager = load_task_manager(settings.tasks) if settings.tasks else None
-    measuring = Measuring(Plan(settings, texts, manager, _writing(models[0], settings)), dense, ranks, progress)
+    plan = Plan(settings, texts, manager, find_writing(everyone, settings))
+    measuring = Measuring(plan, models, dense, ranks, progress)
     samples = [measuring.measured(model) for model in models]
     dense_samples = measuring.of_dense(samples)
     data = {
@@ -73,30 +75,24 @@ def _evaluate(settings: EvalSettings, ranks: Ranks) -> Evaluation:
         "texts": [{"name": text.name, **text.describe()} for text in texts],
         "tasks": {"names": list(settings.tasks or ()), "limit": settings.limit, "num_fewshot": settings.num_fewshot},
         "settings": _settings(settings),
+        "notes": measuring.notes,
         "machine": machine(ranks.device),
         "ranks": ranks.account(),
         "versions": versions(),
     }
+    found = Evaluation(data)
     if settings.log_samples is not None and ranks.first:
-        write_samples(settings.log_samples, data, samples, dense_samples, texts)
-    return Evaluation(data)
+        try:
+            write_samples(settings.log_samples, data, samples, dense_samples, texts)
+        except RunFailure as error:  # the figures are worth more than what they come from
+            logger.error("%s", error)
+            return replace(found, unsaved=error)
+    return found
 
 
 def _settings(settings: EvalSettings) -> dict[str, Any]:
     names = ("batch_size", "dtype", "seed", "apply_chat_template", "system_instruction", "gen_kwargs", "generate")
     return {name: getattr(settings, name) for name in names}
-
-
-def _writing(model: Subject, settings: EvalSettings) -> Writing | None:
-    """What every model is to write; None where none is to."""
-    if not settings.generate or settings.stream:
-        return None
-    room = (model.context or 2**20) - settings.generate
-    if room < 1:
-        raise UserError(f"--generate {settings.generate} is beyond the model's context of {model.context} tokens")
-    prompts = prompts_of(model.tokenizer, settings.apply_chat_template, settings.system_instruction, room)
-    size = settings.batch_size if isinstance(settings.batch_size, int) else len(prompts)
-    return Writing(prompts, settings.generate, settings.seed or 0, size)
 
 
 def _checked(settings: EvalSettings, ranks: Ranks) -> EvalSettings:

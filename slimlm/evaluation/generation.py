@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.calibration import go_on, side_by_side, start_token
 from slimlm.deal import Deal, seed_of
+from slimlm.errors import UserError, one_line
 from slimlm.evaluation.prompts import PROMPTS
 from slimlm.linalg.likelihood import token_figures
 from slimlm.plain import Json
@@ -55,7 +56,8 @@ class Writing:
 
 
 def prompts_of(tokenizer: PreTrainedTokenizerBase, chat: bool, system: str | None, context: int) -> list[list[int]]:
-    """Tokens of each of PROMPTS, as a user's words where `chat`; those that fit into `context` tokens."""
+    """Tokens of each of PROMPTS, as a user's words where `chat`; those that fit into `context` tokens. Raises UserError
+    for a template that refuses them."""
     bos = start_token(tokenizer)
     if not chat:
         start = [] if bos is None else [bos]
@@ -63,11 +65,19 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, chat: bool, system: str | Non
     else:
         turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
         first = [{"role": "system", "content": system}] if system else []
-        texts = [
-            tokenizer.apply_chat_template([*first, *turn], tokenize=False, add_generation_prompt=True) for turn in turns
-        ]
+        texts = [_rendered(tokenizer, [*first, *turn]) for turn in turns]
         found = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     return [tokens[:context] for tokens in found]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+    try:
+        found: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they please
+        raise UserError(
+            f"the chat template refuses {', '.join(one['role'] for one in turns)}: {one_line(error)}"
+        ) from error
+    return found
 
 
 def continuations(

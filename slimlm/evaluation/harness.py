@@ -1,8 +1,9 @@
 """lm-eval's Python API, quietly."""
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -85,8 +86,9 @@ def run_tasks(
     settings: EvalSettings,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """lm-eval on a model in memory, or on one of each rank; for all what `lm_eval.simple_evaluate` returns."""
-    with _quiet(), ExitStack() as stack:
+    """lm-eval on a model in memory, or on one of each rank; for all what `lm_eval.simple_evaluate` returns. Raises
+    UserError for settings that it refuses."""
+    with _quiet(), redirect_stdout(sys.stderr), ExitStack() as stack:  # lm-eval prints, and figures may go there
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -98,17 +100,20 @@ def run_tasks(
 
             wrapped = DealtLM(**how)
             stack.enter_context(dealt(wrapped, ranks))
-        found: dict[str, Any] = simple_evaluate(
-            model=wrapped,
-            tasks=list(settings.tasks or ()),
-            task_manager=manager,
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            apply_chat_template=settings.apply_chat_template,
-            system_instruction=settings.system_instruction,
-            gen_kwargs=settings.gen_kwargs,
-            **({} if settings.seed is None else dict.fromkeys(SEEDS, settings.seed)),
-        )
+        try:
+            found: dict[str, Any] = simple_evaluate(
+                model=wrapped,
+                tasks=list(settings.tasks or ()),
+                task_manager=manager,
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                apply_chat_template=settings.apply_chat_template,
+                system_instruction=settings.system_instruction,
+                gen_kwargs=settings.gen_kwargs,
+                **({} if settings.seed is None else dict.fromkeys(SEEDS, settings.seed)),
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"tasks {', '.join(settings.tasks or ())} cannot be run so: {one_line(error)}") from error
     return found
 
 

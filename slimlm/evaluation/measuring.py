@@ -51,67 +51,90 @@ class Plan:
 
 @dataclass
 class Measuring:
-    """In which the dense model is loaded once, if it is at all."""
+    """In which all models are measured in one way, told by the largest before any is loaded: each whole beside the
+    dense one; or, where memory has no room for that, block by block; or each by itself, where it cannot go by block."""
 
     plan: Plan
+    models: Sequence[Subject]
     dense: Subject | None
     ranks: Ranks
     progress: Progress
     loaded: PreTrainedModel | None = field(default=None, init=False)
 
+    def __post_init__(self) -> None:
+        settings, dense = self.plan.settings, [] if self.dense is None else [self.dense]
+        largest = max(self.models, key=lambda one: Checkpoint(one.path).elements)
+        self.fits_alone = bool(settings.device_map) or (self._has_room([largest]) and self._has_room(dense))
+        self.fits_beside = bool(settings.device_map) or self._has_room([largest, *dense])
+        can_stream = all(is_streamable(one.path, settings) for one in [*self.models, *dense])
+        self.streamed = settings.stream or (not self.fits_beside and can_stream)
+
+    def _has_room(self, subjects: Sequence[Subject]) -> bool:
+        if not subjects:
+            return True
+        window = max((text.tokens.shape[1] for text in self.plan.texts), default=0)
+        logits = self.plan.batch_size * window * max(one.vocabulary for one in subjects)
+        return not has_no_room([one.path for one in subjects], self.plan.settings, self.ranks, logits)
+
+    @property
+    def writes(self) -> bool:
+        """Whether models are to write, and can."""
+        return self.plan.writing is not None and self.fits_alone
+
+    @property
+    def notes(self) -> list[str]:
+        """What was asked for, or is usual, and was not done."""
+        asks = self.plan.settings.generate and self.plan.settings.against is not None
+        lines = ["models write nothing: they go by block"] if asks and not self.writes else []
+        if self.dense is not None and self.plan.texts and not all(map(self._is_beside, self.models)):
+            lines.append("no KL: models could not be had side by side, or have other vocabularies")
+        return lines
+
     def measured(self, subject: Subject) -> Samples:
         """A model; beside what it makes of tokens, where both can be had at once, what the dense one does."""
-        streamed, is_beside = self._how(subject)
-        return self._measured(subject, streamed, self.dense if is_beside else None)
+        samples = self._measured(subject, self.dense if self._is_beside(subject) else None)
+        gc.collect()  # hooks that spread a model over GPUs are in a cycle with it
+        torch.cuda.empty_cache()
+        return samples
 
     def of_dense(self, others: Sequence[Samples]) -> Samples | None:
         """The dense model, whose figures are put beside those of others where they do not stand there yet."""
         if self.dense is None:
             return None
         known = [dense_figures(one) for one in others if one.has_dense]
-        streamed = others[0].facts["streamed"] if known else self._how(self.dense)[0]
-        samples = self._measured(self.dense, streamed, None, known[0] if known else None)
+        samples = self._measured(self.dense, None, known[0] if known else None)
         for other in others:
             if not other.has_dense:
                 both = {name: [one, samples.figures[name]] for name, one in other.figures.items()}
                 other.figures = {name: torch.cat(pair, dim=1) for name, pair in both.items()}
         return samples
 
-    def _how(self, subject: Subject) -> tuple[bool, bool]:
-        """Whether a model goes by block, and whether the dense one goes beside it."""
-        settings = self.plan.settings
-        pair = [subject, *([] if self.dense is None or self.dense is subject else [self.dense])]
-        paths, beside = [one.path for one in pair], len(pair) > 1
-        is_alike = len({one.config.get_text_config().vocab_size for one in pair}) == 1
-        if settings.device_map or settings.stream:
-            return settings.stream, beside and is_alike
-        if is_alike and not has_no_room(paths, settings, self.ranks):
-            return False, beside
-        if is_alike and all(is_streamable(path, settings) for path in paths):
-            return True, beside
-        return is_streamable(paths[0], settings) and has_no_room(paths[:1], settings, self.ranks), False
+    def _is_beside(self, subject: Subject) -> bool:
+        """Whether the dense model goes beside it: both fit, or go by block, and know the same tokens."""
+        return (
+            self.dense is not None
+            and subject.vocabulary == self.dense.vocabulary
+            and (self.streamed or self.fits_beside)
+        )
 
-    def _measured(
-        self, subject: Subject, streamed: bool, beside: Subject | None, figures: dict[str, Tensor] | None = None
-    ) -> Samples:
+    def _measured(self, subject: Subject, beside: Subject | None, figures: dict[str, Tensor] | None = None) -> Samples:
         """figures: those of texts, where they are known."""
         start = time.perf_counter()
-        gc.collect()  # hooks that spread the model before over GPUs are in a cycle with it
-        samples = Samples(self._facts(subject, streamed), figures or {})
+        samples = Samples(self._facts(subject), figures or {})
         paths = [one.path for one in (subject, beside) if one is not None]
         model: PreTrainedModel | None = None
-        if figures is None and not streamed:
+        if figures is None and not self.streamed:
             model = self._model(subject)
             samples.figures = self._figures(model, beside)
         elif figures is None:
             how = self.plan.settings, self.plan.batch_size, self.ranks, self.progress
             samples.figures = {text.name: measure_by_block(paths, text.tokens, *how) for text in self.plan.texts}
-        if self.plan.manager is not None or (self.plan.writing is not None and not streamed):
-            self._whole(subject, samples, model or self._model(subject), None if streamed else beside)
+        if self.plan.manager is not None or self.writes:
+            self._whole(subject, samples, model or self._model(subject), None if self.streamed else beside)
         samples.facts["seconds"] = round(time.perf_counter() - start, 3)
         return samples
 
-    def _facts(self, subject: Subject, streamed: bool) -> dict[str, Any]:
+    def _facts(self, subject: Subject) -> dict[str, Any]:
         checkpoint, resolved = Checkpoint(subject.path), subject.resolved
         skeleton = build_skeleton(subject.config, subject.dtype, self.plan.settings.trust_remote_code)
         use_only_known(checkpoint, skeleton)
@@ -122,11 +145,11 @@ class Measuring:
             "parameters": parameter_count(skeleton),
             "bytes": checkpoint.bytes_on_disk(),
             "dtype": str(subject.dtype).removeprefix("torch."),
-            "streamed": streamed,
+            "streamed": self.streamed,
         }
 
     def _model(self, subject: Subject) -> PreTrainedModel:
-        if subject is not self.dense:
+        if subject is not self.dense or self.streamed or not self.fits_beside:
             return load_model(subject.path, self.plan.settings)
         self.loaded = self.loaded or load_model(subject.path, self.plan.settings)
         return self.loaded
@@ -146,7 +169,7 @@ class Measuring:
             samples.found = kept_of(run_tasks(model, subject.tokenizer, self.plan.manager, settings, self.ranks))
             samples.facts["lm_eval_command"] = lm_eval_command(subject.resolved, settings)
             self.progress.step()
-        if self.plan.writing is not None:
+        if self.plan.writing is not None and self.writes:
             self.progress.stage(f"{name} writes", 1)
             judge = model if subject is self.dense else None if beside is None else self._model(beside)
             samples.written = continuations(model, judge, subject.tokenizer, self.plan.writing, self.ranks)

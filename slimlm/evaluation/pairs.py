@@ -19,16 +19,17 @@ from slimlm.plain import Json
 
 FEWEST = 30  # documents of a text for them to be its clusters; of fewer, windows are
 LONG = 100  # characters of a field that two questions share for them to be about one passage
+MOST = 700.0  # nats, beyond which there is no such floating-point number
 LOPSIDED = 0.9  # of a task's questions, above which one answer is suspicious
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Of values, with its standard error; 0 where there is one cluster only, which tells nothing. clusters: how
+    """Of values, with its standard error; None where there is one cluster only, which tells nothing. clusters: how
     many."""
 
     value: float
-    stderr: float
+    stderr: float | None
     clusters: int
 
 
@@ -41,7 +42,7 @@ def clustered_mean(values: Annotated[Tensor, "n"], clusters: Annotated[Tensor, "
     residuals = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, index, values - mean)
     count = len(numbers)
     if count < 2:
-        return Mean(float(mean), 0.0, count)
+        return Mean(float(mean), None, count)
     variance = residuals.square().sum() * count / (count - 1) / len(values) ** 2
     return Mean(float(mean), math.sqrt(float(variance)), count)
 
@@ -62,9 +63,10 @@ def clusters_of_tokens(documents: Annotated[Tensor, "windows time", int]) -> Clu
 
 def clusters_of_questions(documents: Sequence[Json]) -> Tensor:
     """The number of each question's cluster: [n]. Those that share a text of LONG characters in some field are about
-    one passage."""
+    one passage; what nearly all share is none, but an instruction."""
     leader: dict[Hashable, int] = {}
     numbers = list(range(len(documents)))
+    passages = Counter(passage for document in documents for passage in _long_fields(document))
 
     def root(number: int) -> int:
         while numbers[number] != number:
@@ -72,11 +74,15 @@ def clusters_of_questions(documents: Sequence[Json]) -> Tensor:
         return number
 
     for number, document in enumerate(documents):
-        fields = document.items() if isinstance(document, Mapping) else ()
-        for name, text in fields:
-            if isinstance(text, str) and len(text) >= LONG:
-                numbers[root(number)] = root(leader.setdefault((name, text), number))
+        for passage in _long_fields(document):
+            if passages[passage] <= LOPSIDED * len(documents):
+                numbers[root(number)] = root(leader.setdefault(passage, number))
     return torch.tensor([root(number) for number in range(len(documents))])
+
+
+def _long_fields(document: Json) -> list[tuple[str, str]]:
+    fields = document.items() if isinstance(document, Mapping) else ()
+    return [(name, text) for name, text in fields if isinstance(text, str) and len(text) >= LONG]
 
 
 def text_pair(
@@ -87,6 +93,7 @@ def text_pair(
     return {
         "log_perplexity_change": mean.value,
         "stderr": mean.stderr,
+        "perplexity_ratio": math.exp(min(mean.value, MOST)),
         "clusters": {"of": clusters.kind, "count": mean.clusters},
     }
 

@@ -16,7 +16,7 @@ from slimlm.plain import Json
 
 Found = Mapping[str, Any]
 Sample = Mapping[str, Any]
-KEPT = ("results", "group_subtasks", "versions", "n-samples", "samples")
+KEPT = ("results", "group_subtasks", "higher_is_better", "versions", "n-samples", "samples")
 SAME = 1e-9  # mean of the questions' values and task's score, where the score is that mean
 
 
@@ -27,7 +27,7 @@ def kept_of(found: Found) -> dict[str, Any]:
 
 def task_pairs(found: Found, dense: Found) -> dict[str, dict[str, dict[str, Json]]]:
     """By task and metric: the change, its paired error and flips, and the percentage of the dense model's score that
-    is left. Without an error where a score is no mean over questions."""
+    is left, if more is better. Without an error where a score is no mean over questions."""
     own, before = task_scores(found["results"]), task_scores(dense["results"])
     pairs: dict[str, dict[str, dict[str, Json]]] = {}
     for task, metrics in own.items():
@@ -35,7 +35,9 @@ def task_pairs(found: Found, dense: Found) -> dict[str, dict[str, dict[str, Json
         for metric, score in metrics.items():
             value, old = score["value"], before[task][metric]["value"]
             pair = _paired(found, dense, task, metric, (value, old)) or {"change": value - old, "stderr": None}
-            pairs[task][metric] = {**pair, "percent_of_dense": 100 * value / old if old else None}
+            name, _, _ = metric.partition(",")
+            is_share = bool(old) and found["higher_is_better"].get(task, {}).get(name) is not False
+            pairs[task][metric] = {**pair, "percent_of_dense": 100 * (value / old) if is_share else None}
     return pairs
 
 
@@ -51,9 +53,12 @@ def _paired(found: Found, dense: Found, task: str, metric: str, scores: tuple[fl
         return question_pair(pooled[0], pooled[1], clusters_of_questions(documents))
     if not all(_is_mean([sum(p[side]) / len(p[side]) for p in each], scores[side]) for side in (0, 1)):
         return None
-    errors = [question_pair(*pair, torch.arange(len(pair[0])))["stderr"] for pair in each]
-    stderr = math.sqrt(sum(float(str(error)) ** 2 for error in errors)) / len(each)
-    return {"change": scores[0] - scores[1], "stderr": stderr}
+    errors = [_error(question_pair(*pair, torch.arange(len(pair[0])))["stderr"]) for pair in each]
+    return {"change": scores[0] - scores[1], "stderr": math.hypot(*errors) / len(each)}
+
+
+def _error(found: Json) -> float:
+    return found if isinstance(found, float) else 0.0
 
 
 def _is_mean(values: Sequence[float], score: float) -> bool:
@@ -119,10 +124,14 @@ def lost_questions(found: Found, dense: Found, count: int) -> dict[str, list[dic
         before = {(sample["doc_id"], sample["filter"]): sample for sample in dense["samples"].get(task, [])}
         for sample in samples:
             old = before[sample["doc_id"], sample["filter"]]
-            metric = next((name for name in sample["metrics"] if {sample.get(name), old.get(name)} == {0.0, 1.0}), None)
-            if metric is not None and old[metric] > sample[metric]:
+            metric = next((name for name in sample["metrics"] if _is_lost(sample.get(name), old.get(name))), None)
+            if metric is not None:
                 lost[task].append(_lost(sample, old, metric))
     return {task: sorted(found, key=_loss)[:count] for task, found in lost.items()}
+
+
+def _is_lost(own: Json, before: Json) -> bool:
+    return isinstance(own, (int, float)) and isinstance(before, (int, float)) and (own, before) == (0, 1)
 
 
 def _loss(question: Mapping[str, Any]) -> tuple[float, int]:

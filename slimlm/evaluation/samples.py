@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slimlm.errors import RunFailure, UserError
+from slimlm.errors import RunFailure, UserError, one_line
 from slimlm.evaluation.account import Samples, accounts
 from slimlm.evaluation.generation import Continuation
 from slimlm.evaluation.text import TestWindows, TextFigures
@@ -47,8 +47,8 @@ def write_samples(
             _write(place / "models" / str(number), samples)
         whole = json.dumps({**data, "facts": [one.facts for one in models] + ([dense.facts] if dense else [])})
         (place / INDEX).write_text(whole + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunFailure(f"--log-samples {place} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError, TypeError, ValueError) as error:  # the last two of documents that are no JSON
+        raise RunFailure(f"--log-samples {place} cannot be written: {one_line(error)}") from error
 
 
 def _write(place: Path, samples: Samples) -> None:

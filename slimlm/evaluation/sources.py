@@ -27,13 +27,14 @@ class Text:
     """Documents to be predicted. name: what was asked for. source: what that is, in full.
 
     as_papers: one document, tokenised with whatever the tokenizer puts around a text, all windows of PAPERS_WINDOW
-    tokens unless others are asked for: what pruning papers' scripts do.
+    tokens unless others are asked for, or the first `most_windows`: what pruning papers' scripts do.
     """
 
     name: str
     source: str
     documents: list[str]
     as_papers: bool = False
+    most_windows: int | None = None
 
 
 def python_reference() -> list[str]:
@@ -54,17 +55,20 @@ def default_texts() -> tuple[str, ...]:
 
 
 def load_text(name: str) -> Text:
-    """A text file, or a text by name. Raises UserError for what cannot be read, or fetched."""
+    """A text file, or a text by name. Raises UserError for what cannot be read or fetched, or is empty."""
     path = Path(name).expanduser()
     if name in TEXTS and not path.is_file():
         return TEXTS[name]()
     if name not in TEXTS and not path.exists() and path.suffix != ".txt" and "/" not in name:
         raise UserError(f"text {name!r} is neither a file nor one of {', '.join(TEXTS)}{nearest(name, TEXTS)}")
     try:
-        return Text(name, name, split_documents(decoded(path.read_bytes())))
+        documents = split_documents(decoded(path.read_bytes()))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"test text {path} cannot be read: {reason}") from error
+    if not documents:
+        raise UserError(f"test text {path} is empty")
+    return Text(name, name, documents)
 
 
 def _of_python(name: str, what: str, documents: Callable[[], list[str]]) -> Text:
@@ -81,12 +85,12 @@ def _wikitext2() -> Text:
 
 
 def _c4() -> Text:
-    """The first 1,100 documents of the first validation shard, joined by spaces (SparseGPT's script)."""
+    """The first 1,100 documents of the first validation shard, joined by spaces, 256 windows (SparseGPT's script)."""
     files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
     rows = islice(
         _fetched("c4", {"path": "allenai/c4", "data_files": files, "split": "validation", "streaming": True}), 1100
     )
-    return Text("c4", "c4 (first 1,100 documents of a validation shard, joined)", [" ".join(rows)], as_papers=True)
+    return Text("c4", "c4 (first 1,100 documents of a validation shard, joined)", [" ".join(rows)], True, 256)
 
 
 def _fetched(name: str, where: Mapping[str, Json]) -> Iterator[str]:
@@ -101,7 +105,6 @@ def _fetched(name: str, where: Mapping[str, Json]) -> Iterator[str]:
         ) from error
 
 
-PAPERS = ("wikitext2", "c4")  # tokenised and cut as papers do
 TEXTS: dict[str, Callable[[], Text]] = {
     PYTHON_REFERENCE: lambda: _of_python(PYTHON_REFERENCE, "pydoc topics", python_reference),
     PYTHON_SOURCES: lambda: _of_python(PYTHON_SOURCES, "standard library", python_sources),

@@ -15,7 +15,8 @@ from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_mo
 from slimlm.checkpoint.skeleton import load_config, load_tokenizer
 from slimlm.errors import UserError
 from slimlm.evaluation.by_block import computed_in
-from slimlm.evaluation.sources import PAPERS, PAPERS_WINDOW, default_texts
+from slimlm.evaluation.generation import Writing, prompts_of
+from slimlm.evaluation.sources import PAPERS_WINDOW, Text, default_texts, load_text
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
 from slimlm.settings import EvalSettings
 
@@ -41,14 +42,23 @@ class Subject:
         """Tokens it takes at once; None where it does not say."""
         return getattr(self.config, "max_position_embeddings", None)
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it knows."""
+        return int(self.config.get_text_config().vocab_size)
+
 
 def find_subjects(settings: EvalSettings) -> tuple[list[Subject], Subject | None]:
     """The models, and the dense one. Raises UserError for what is no whole checkpoint, and for models that would not
     be treated alike."""
     names = [settings.model] if isinstance(settings.model, str) else list(settings.model)
+    if not names:
+        raise UserError("no model is given")
     models = [_subject(name, settings.revision, settings) for name in names]
     dense = None if settings.against is None else _subject(settings.against, settings.against_revision, settings)
     everyone = [*models, *([] if dense is None else [dense])]
+    if settings.apply_chat_template and not everyone[0].tokenizer.chat_template:
+        raise UserError(f"{everyone[0].resolved.name} has no chat template: leave out --apply-chat-template")
     paths = [one.path.resolve() for one in models]
     if twice := [one.resolved.name for one in models if paths.count(one.path.resolve()) > 1]:
         raise UserError(f"{twice[0]} is given more than once")
@@ -84,42 +94,66 @@ def find_texts(models: Sequence[Subject], settings: EvalSettings) -> list[TestWi
     Raises UserError for a text that cannot be had, windows beyond what the models take, and tokenizers that disagree.
     """
     given = default_texts() if settings.text is None else settings.text
-    names = [given] if isinstance(given, str) else given
-    ways = (None, *(settings.corrupt or ()))
-    return [_shared_windows(models, settings, name, how) for name in names for how in ways]
+    texts = [load_text(name) for name in dict.fromkeys([given] if isinstance(given, str) else given)]
+    ways = dict.fromkeys((None, *(settings.corrupt or ())))
+    return [_shared_windows(models, settings, text, how) for text in texts for how in ways]
 
 
-def _shared_windows(models: Sequence[Subject], settings: EvalSettings, text: str, corrupt: str | None) -> TestWindows:
-    is_papers = text in PAPERS
-    length = _window_length(models, settings, is_papers)
+def _shared_windows(models: Sequence[Subject], settings: EvalSettings, text: Text, corrupt: str | None) -> TestWindows:
+    length = _window_length(models, settings, text.as_papers)
     count = settings.num_windows
-    if count is None:
-        count = None if is_papers else DEFAULT_WINDOWS
+    if count is None and not text.as_papers:
+        count = DEFAULT_WINDOWS
     found = [
         load_test_windows(text, one.tokenizer, count or None, length, corrupt, settings.seed or 0) for one in models
     ]
     largest = int(found[0].tokens.max())
     for model, windows in zip(models, found, strict=True):
-        vocabulary = model.config.get_text_config().vocab_size
-        if largest >= vocabulary:
-            raise UserError(f"test text {text} holds token {largest}; {model.resolved.name} has {vocabulary}")
         if not torch.equal(windows.tokens, found[0].tokens):
             raise UserError(
                 f"{models[0].resolved.name} and {model.resolved.name} tokenise the test text differently: "
                 "their perplexities cannot be compared"
             )
+        if largest >= model.vocabulary:
+            raise UserError(f"{text.name} holds token {largest}; {model.resolved.name} has {model.vocabulary}")
     return found[0]
 
 
-def _window_length(models: Sequence[Subject], settings: EvalSettings, is_papers: bool) -> int:
+def _window_length(models: Sequence[Subject], settings: EvalSettings, as_papers: bool) -> int:
     """Raises UserError for windows beyond what the models take."""
-    context = min((one.context for one in models if one.context is not None), default=None)
+    context = shortest_context(models)
     if settings.window and context is not None and settings.window > context:
         raise UserError(f"--window {settings.window} is beyond the models' context of {context} tokens")
     if settings.window:
         return settings.window
-    length = PAPERS_WINDOW if is_papers else default_window(models[0].resolved, models[0].config)
+    length = PAPERS_WINDOW if as_papers else default_window(models[0].resolved, models[0].config)
     return length if context is None else min(length, context)
+
+
+def shortest_context(models: Sequence[Subject]) -> int | None:
+    """Tokens that all models take at once; None where none says how many."""
+    return min((one.context for one in models if one.context is not None), default=None)
+
+
+def find_writing(models: Sequence[Subject], settings: EvalSettings) -> Writing | None:
+    """What every model is to write; None where none is to. Raises UserError where there is no room for it, chats that
+    the template refuses, and tokenizers that disagree."""
+    if not settings.generate or settings.stream:
+        return None
+    context = shortest_context(models)
+    room = (context or 2**20) - settings.generate
+    if room < 1:
+        raise UserError(f"--generate {settings.generate} is beyond the models' context of {context} tokens")
+    how = settings.apply_chat_template, settings.system_instruction, room
+    prompts, *others = [prompts_of(one.tokenizer, *how) for one in models]
+    for model, other in zip(models[1:], others, strict=True):
+        if other != prompts:
+            raise UserError(
+                f"{models[0].resolved.name} and {model.resolved.name} tokenise prompts differently: "
+                "what they write cannot be compared; --generate 0 leaves it out"
+            )
+    size = settings.batch_size if isinstance(settings.batch_size, int) else len(prompts)
+    return Writing(prompts, settings.generate, settings.seed or 0, size)
 
 
 def default_window(resolved: ResolvedModel, config: PretrainedConfig) -> int:

@@ -51,27 +51,27 @@ class TestWindows:
 
 
 def load_test_windows(
-    text: str | None,
+    text: Text | str | None,
     tokenizer: PreTrainedTokenizerBase,
     count: int | None,
     length: int,
     corrupt: str | None = None,
     seed: int = 0,
 ) -> TestWindows:
-    """`count` windows (None: all) of `length` tokens, evenly spaced over a text, by name or path; None is the Python
-    reference.
+    """`count` windows (None: all) of `length` tokens, evenly spaced over a text, which may be given by name or path;
+    None is the Python reference.
 
     Each document is preceded by BOS (EOS where there is none); a text of papers is tokenised as these do. corrupt: one
     of CORRUPTIONS. Raises UserError when the text does not fill a window.
     """
-    found = load_text(text or PYTHON_REFERENCE)
+    found = text if isinstance(text, Text) else load_text(text or PYTHON_REFERENCE)
     documents, source, name = found.documents, found.source, found.name
     if corrupt:
         documents = [CORRUPTIONS[corrupt](document, seed) for document in documents]
         source, name = f"{source} with {corrupt}", f"{name}+{corrupt}"
     bos = None if found.as_papers else start_token(tokenizer)
     pool = torch.cat([_tokens(document, index, tokenizer, bos, found) for index, document in enumerate(documents)], 1)
-    available = pool.shape[1] // length
+    available = min(pool.shape[1] // length, found.most_windows or pool.shape[1])
     if available == 0:
         raise UserError(f"test text {source} holds {pool.shape[1]} tokens, fewer than one window of {length}")
     grid = pool[:, : available * length].view(3, available, length)

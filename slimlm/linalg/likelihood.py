@@ -36,12 +36,12 @@ def token_figures(
     || this) of the two distributions, all in nats, and whether (1 or 0) both find the same token likeliest."""
     models = [logits] if dense is None else [logits, dense]
     rows = max(1, (CACHED if logits.device.type == "cpu" else LARGE) // logits.shape[-1])
-    pieces = zip(*(one.flatten(0, 1).split(rows) for one in models), strict=True)
-    found = [
-        _figures([part.float().log_softmax(-1) for part in piece], wanted[:, None])
-        for piece, wanted in zip(pieces, targets.flatten().split(rows), strict=True)
-    ]
-    return torch.cat(found).view(*targets.shape, -1).transpose(1, 2)
+    windows = []
+    for wanted, *own in zip(targets, *models, strict=True):  # logits are the largest tensors there are: no copy of all
+        pieces = zip(wanted.split(rows), *(one.split(rows) for one in own), strict=True)
+        found = [_figures([part.float().log_softmax(-1) for part in parts], some[:, None]) for some, *parts in pieces]
+        windows.append(torch.cat(found).T)
+    return torch.stack(windows)
 
 
 def _figures(logs: list[Tensor], wanted: Tensor) -> Tensor:

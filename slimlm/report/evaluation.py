@@ -1,7 +1,6 @@
 """What `slimlm eval` found, for the terminal: a table for each model, and what it means in lines of text."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -11,6 +10,7 @@ from slimlm.report.table import Row, comparison_table, percent, size_rows
 
 CUT = 72  # characters of a text that is shown in a line
 SHOWN = 3  # prompts whose continuations are shown
+MANY = 1e6  # times, from which on digits mean nothing
 SURE = 2  # standard errors, up to which a change may be chance
 Figures = Mapping[str, Any]
 
@@ -60,20 +60,20 @@ def _beside(entry: Figures, dense: Figures, pair: Figures) -> Iterator[Row]:
 def _text_rows(name: str, before: Figures, text: Figures, change: Figures) -> Iterator[Row]:
     yield name, []
     # of a ratio of perplexities r = exp(d) the standard error is that of d times r
-    ratio = text["perplexity"] / before["perplexity"]
-    cells = f"{percent(ratio - 1)} ± {100 * ratio * change['stderr']:.1f}%"
+    ratio, error = change["perplexity_ratio"], change["stderr"]
+    cells = _changed(ratio) + ("" if error is None or ratio > MANY else f" ± {100 * ratio * error:.1f}%")
     yield "  perplexity", [_perplexity(before), _perplexity(text), cells]
     yield "  bits per byte", [_bits(before), _bits(text), ""]
     if "kl" in change:
         kl, same = change["kl"], change["same_top"]
-        yield "  KL, in nats", ["", f"{kl['mean']:.4f} ± {kl['stderr']:.4f}", ""]
+        yield "  KL, in nats", ["", f"{kl['mean']:.4f}{_plus_minus(kl['stderr'])}", ""]
         yield "    median, 99.9%", ["", f"{kl['median']:.4f}, {kl['p99.9']:.2f}", ""]
-        yield "  same top token", ["", f"{same['value']:.1%} ± {100 * same['stderr']:.1f}%", ""]
+        error = "" if same["stderr"] is None else f" ± {100 * same['stderr']:.1f}%"
+        yield "  same top token", ["", f"{same['value']:.1%}{error}", ""]
 
 
 def _task_rows(metric: str, before: Figures, score: Figures, change: Figures) -> Iterator[Row]:
-    error = "" if change["stderr"] is None else f" ± {change['stderr']:.4f}"
-    yield f"  {metric}", [_score(before), _score(score), f"{change['change']:+.4f}{error}"]
+    yield f"  {metric}", [_score(before), _score(score), f"{change['change']:+.4f}{_plus_minus(change['stderr'])}"]
     if change["percent_of_dense"] is not None:
         yield "    of dense", ["", f"{change['percent_of_dense']:.1f}%", ""]
     if "flips" in change:
@@ -91,7 +91,18 @@ def _writing_rows(own: Figures, dense: Figures, pair: Figures) -> Iterator[Row]:
 
 
 def _perplexity(text: Figures) -> str:
-    return f"{text['perplexity']:.2f} ± {text['perplexity'] * text['log_perplexity_stderr']:.2f}"
+    value, error = text["perplexity"], text["perplexity"] * text["log_perplexity_stderr"]
+    if value > MANY:
+        return f"{value:.3g}"
+    return f"{value:.2f}" + (f" ± {error:.2f}" if error else "")
+
+
+def _changed(ratio: float) -> str:
+    return f"{ratio:.3g} times" if ratio > MANY else percent(ratio - 1)
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.4f}"
 
 
 def _bits(text: Figures) -> str:
@@ -99,7 +110,7 @@ def _bits(text: Figures) -> str:
 
 
 def _score(score: Figures) -> str:
-    return f"{score['value']:.4f}" + (f" ± {score['stderr']:.4f}" if score["stderr"] is not None else "")
+    return f"{score['value']:.4f}{_plus_minus(score['stderr'])}"
 
 
 def _share(value: float | None) -> str:
@@ -132,25 +143,25 @@ def verdict_lines(data: Figures) -> list[str]:
 
 
 def _verdict(pair: Figures) -> Iterator[str]:
-    rises = sorted(math.expm1(change["log_perplexity_change"]) for change in pair["texts"].values())
-    if rises:
-        ends = dict.fromkeys(map(percent, (rises[0], rises[-1])))
+    ratios = sorted(change["perplexity_ratio"] for change in pair["texts"].values())
+    if ratios:
+        ends = dict.fromkeys(map(_changed, (ratios[0], ratios[-1])))
         yield f"perplexity {' to '.join(ends)}"
     for task, metrics in pair["tasks"].items():
         name, change = next(iter(metrics.items()))
         error = change["stderr"]
-        if error is None:
-            yield f"{task} {name} {change['change']:+.4f}"
-        else:
-            sure = "" if abs(change["change"]) > SURE * error else ", which may be chance"
-            yield f"{task} {name} {change['change']:+.4f} ± {error:.4f}{sure}"
+        is_sure = error is not None and abs(change["change"]) > SURE * error
+        yield f"{task} {name} {change['change']:+.4f}{_plus_minus(error)}" + (
+            "" if is_sure else ", which may be chance"
+        )
     if pair["generation"]:
         yield "its own text has " + ("COLLAPSED" if pair["generation"]["collapsed"] else "not collapsed")
 
 
 def warning_lines(data: Figures) -> list[str]:
     """What is wrong with a model, or with a figure."""
-    lines = [f"WARNING: {entry['name']}: {line}" for entry in data["models"] for line in entry["warnings"]]
+    lines = [f"WARNING: {line}" for line in data["notes"]]
+    lines += [f"WARNING: {entry['name']}: {line}" for entry in data["models"] for line in entry["warnings"]]
     for pair in data["pairs"]:
         collapsed = (pair["generation"] or {}).get("collapsed", [])
         lines += [f"WARNING: {pair['model']}: its own text has collapsed: {reason}" for reason in collapsed]
@@ -185,14 +196,13 @@ def fragile_lines(data: Figures) -> list[str]:
     return lines
 
 
-def writing_lines(written: Mapping[str, list[Figures]]) -> list[str]:
-    """Greedy continuations of some prompts, by each model, side by side. written: by name of the model."""
-    greedy = {name: [one for one in texts if one["way"] == "greedy"] for name, texts in written.items()}
-    first = next(iter(greedy.values()), [])
+def writing_lines(written: Sequence[Figures]) -> list[str]:
+    """Greedy continuations of some prompts, by each model, side by side."""
+    greedy = [(one["model"], [text for text in one["texts"] if text["way"] == "greedy"]) for one in written]
     lines = []
-    for number, one in enumerate(first[:SHOWN]):
+    for number, one in enumerate(greedy[0][1][:SHOWN] if greedy else []):
         lines.append(f"prompt: {_cut(one['prompt'])}")
-        lines += [f"  {name}: {_cut(texts[number]['text'])}" for name, texts in greedy.items()]
+        lines += [f"  {name}: {_cut(texts[number]['text'])}" for name, texts in greedy]
     return lines
 
 

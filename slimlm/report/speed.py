@@ -123,7 +123,8 @@ def _times(ratio: Ratio) -> str:
 
 
 def _rate(spread: Spread) -> str:
-    return f"{spread.median:,.{0 if spread.median >= 100 else 1}f} ±{spread.share:.0%}"
+    share = f" ±{spread.share:.0%}" if spread.low < spread.high else ""  # of one round there is none
+    return f"{spread.median:,.{0 if spread.median >= 100 else 1}f}{share}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -49,7 +49,8 @@ DATA = {
         }
     ],
     "pairs": [],
-    "written": {},
+    "written": [],
+    "notes": [],
     "texts": [{"text": "text", "windows": 1, "window": 2, "stride": 2, "bos": None}],
     "versions": {},
 }

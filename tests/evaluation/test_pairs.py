@@ -53,7 +53,7 @@ def test_of_clusters_of_one_it_is_the_textbooks():
 
 
 def test_one_cluster_has_no_error():
-    assert clustered_mean(torch.tensor([1.0, 3.0]), torch.zeros(2)).stderr == 0
+    assert clustered_mean(torch.tensor([1.0, 3.0]), torch.zeros(2)).stderr is None
 
 
 def test_the_difference_of_pairs_has_a_smaller_error_than_either_score():
@@ -91,6 +91,11 @@ def test_questions_about_one_passage_are_a_cluster():
     assert clusters[0] == clusters[3]
     assert clusters[2] == clusters[5]
     assert len(set(clusters)) == 5
+
+
+def test_an_instruction_that_all_questions_carry_is_no_passage():
+    documents = [{"instruction": "x" * 200, "passage": str(number) * 120} for number in range(8)]
+    assert len(clusters_of_questions(documents).unique()) == 8
 
 
 def test_chains_of_shared_passages_are_one_cluster():

@@ -19,7 +19,10 @@ def found(**tasks: list[dict]) -> dict:
         name: {"acc,none": sum(one["acc"] for one in samples) / len(samples), "acc_stderr,none": 0.1, "alias": name}
         for name, samples in tasks.items()
     }
-    return {"results": results, "group_subtasks": {}, "samples": tasks, "versions": {}, "n-samples": {}}
+    return {
+        "results": results, "group_subtasks": {}, "samples": tasks, "versions": {}, "n-samples": {},
+        "higher_is_better": {name: {"acc": True} for name in tasks},
+    }  # fmt: skip
 
 
 RIGHT, WRONG = [0.0, -3.0], [-3.0, 0.0]
@@ -104,6 +107,23 @@ def test_lost_questions_come_worst_first():
     lost = lost_questions(own, dense, 5)["a"]
     assert [(one["document"], one["margin_change"]) for one in lost] == [(2, -10.0), (0, -3.0)]
     assert len(lost_questions(own, dense, 1)["a"]) == 1
+
+
+def test_metrics_that_are_no_numbers_are_left_alone():
+    """As ifeval's and some perplexities are."""
+    own, dense = ([{**one, "acc": [True, False], "ppl": (1.0, 2)} for one in answered(True)] for _ in range(2))
+    for samples in (own, dense):
+        samples[0]["metrics"] = ["acc", "ppl"]
+    results = {"a": {"acc,none": 0.5, "ppl,none": 3.0}}
+    pair = [{**found(b=answered(True)), "results": results, "samples": {"a": samples}} for samples in (own, dense)]
+    assert lost_questions(pair[0], pair[1], 3) == {}
+    assert task_pairs(pair[0], pair[1])["a"]["acc"]["stderr"] is None
+
+
+def test_what_is_better_when_it_is_less_has_no_percentage():
+    one = found(a=answered(True, False))
+    one["higher_is_better"] = {"a": {"acc": False}}
+    assert task_pairs(one, one)["a"]["acc"]["percent_of_dense"] is None
 
 
 def test_what_was_not_right_before_is_not_lost():

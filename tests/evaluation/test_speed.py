@@ -84,7 +84,8 @@ def test_ratios_are_of_medians_and_their_range_is_of_rounds():
     ("own", "low", "high"),
     [
         ([2.0, 3.0], 0, math.inf),  # too few to disagree
-        ([2.0, 0.5, 3.0], 0.5, 3),
+        ([2.0, 0.5, 3.0, 1.0], 0, math.inf),
+        ([2.0, 0.5, 3.0, 1.0, 2.5], 0.5, 3),
         ([float(one) for one in range(1, 10)], 2, 8),
         ([float(one) for one in range(1, 21)], 6, 15),  # 95.9% of medians of 20, by the binomial distribution
     ],

@@ -11,11 +11,13 @@ from slimlm.evaluation.speed.shape_times import Prediction
 from slimlm.evaluation.speed.timing import Taken, speed_of
 from slimlm.report.speed import speed_lines, speed_tables
 
+WOBBLE = (0.9, 0.95, 1, 1.1, 1.2)
+
 
 def speed(name: str, times: float, kernels: str = "as stored", memory: int | None = 100_000_000) -> ModelSpeed:
     """One whose rounds take so many times 10 ms for a prompt of 20 and 1 ms a step."""
     batches = tuple(
-        speed_of(size, 20, [Taken(0.01 * times * size * wobble, (0.001 * times,), memory) for wobble in (0.9, 1, 1.2)])
+        speed_of(size, 20, [Taken(0.01 * times * size * wobble, (0.001 * times,), memory) for wobble in WOBBLE])
         for size in (1, 8)
     )
     predicted = tuple(Prediction(batch.batch_size, 0.0004, 0.0011 * times) for batch in batches)
@@ -55,7 +57,7 @@ def test_a_table_for_each_model_beside_the_dense_one():
     assert first[0] == "slice"
     assert second[0] == "other"
     assert [cell.strip() for cell in second[2].strip("┃").split("┃")] == ["", "dense", "model", "ratio"]
-    assert row(second, "decode tok/s") == ["decode tok/s", "1,000 ±0%", "1,250 ±0%", "1.25"]
+    assert row(second, "decode tok/s") == ["decode tok/s", "1,000", "1,250", "1.25"]
     assert row(second, "prefill tok/s") == ["prefill tok/s", "2,000 ±7%", "2,500 ±7%", "1.25"]
     assert row(second, "first token ms") == ["first token ms", "10.00", "8.00", ""]
     assert row(second, "memory") == ["memory", "100.0 M", "100.0 M", "1.00"]
@@ -68,7 +70,7 @@ def test_sparse_kernels_stand_beside_what_is_stored():
     first, _ = shown(BENCH)
     header = [cell.strip() for cell in first[2].strip("┃").split("┃")]
     assert header == ["", "dense", "as stored", "bsr 16x16", "ratio", "ratio, sparse"]
-    assert row(first, "decode tok/s")[1:] == ["1,000 ±0%", "2,000 ±0%", "500 ±0%", "2.00", "0.50"]
+    assert row(first, "decode tok/s")[1:] == ["1,000", "2,000", "500", "2.00", "0.50"]
     assert row(first, "multiplied") == ["multiplied", "all", "all", "30%", "", ""]
     assert row(first, "zeros")[1:4] == ["0%", "0%", "60%"]
     assert row(first, "FLOPs a token")[1:] == ["2.0 G", "1.0 G", "-", "0.50", ""]
@@ -95,7 +97,7 @@ def test_a_ratio_that_rounds_do_not_agree_on_is_marked():
 def test_without_a_dense_model_there_are_no_ratios():
     alone = replace(BENCH, models=BENCH.models[2:], dense=None)
     ((lines),) = shown(alone)
-    assert row(lines, "decode tok/s") == ["decode tok/s", "1,250 ±0%"]
+    assert row(lines, "decode tok/s") == ["decode tok/s", "1,250"]
 
 
 @pytest.mark.parametrize(("device", "said"), [("cpu", "weights, keys and values"), ("cuda:0", "the GPU's allocator")])

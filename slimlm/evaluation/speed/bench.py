@@ -26,9 +26,8 @@ from slimlm.evaluation.speed.sparse_kernels import refuse_2_of_4_without_gpu
 from slimlm.evaluation.speed.stock import flops_per_token
 from slimlm.evaluation.speed.timing import CLOCKS, BatchSpeed, interleaved, speed_of
 from slimlm.progress import LogProgress, Progress
-from slimlm.settings import BenchSettings, by_name
+from slimlm.settings import DTYPES, BenchSettings, by_name
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "none", "bsr", "2:4")
 ENGINES = (TRANSFORMERS, VLLM)
 
