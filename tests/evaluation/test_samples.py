@@ -2,8 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
+from typer.testing import CliRunner
 
 from slimlm.checkpoint.resolve import BUNDLED
+from slimlm.cli import app
 from slimlm.errors import UserError
 from slimlm.evaluation.evaluate import Evaluation, evaluate
 from slimlm.evaluation.samples import recomputed
@@ -53,3 +56,21 @@ def test_samples_do_not_go_into_what_is_there(place: Path, tmp_path: Path):
 def test_what_is_not_whole_is_one_line(tmp_path: Path):
     with pytest.raises(UserError, match="holds no whole samples"):
         recomputed(tmp_path)
+
+
+def test_figures_outlive_samples_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """In Python and on the command line."""
+
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("slimlm.evaluation.samples.save_file", full)
+    few = {"tasks": (), "num_windows": 2, "window": 32, "generate": 0}
+    found = evaluate("llama", log_samples=tmp_path / "a", **few)
+    assert "--log-samples" in str(found.unsaved)
+    assert found.models[0]["texts"]
+    words = ["eval", "llama", "--tasks", "none", "--num-windows", "2", "--window", "32", "--generate", "0"]
+    done = CliRunner().invoke(app, [*words, "--log-samples", str(tmp_path / "b"), "--json", str(tmp_path / "x.json")])
+    assert done.exit_code == 1
+    assert "bits per byte" in done.output
+    assert json.loads((tmp_path / "x.json").read_text())["models"][0]["name"] == "llama"

@@ -10,6 +10,7 @@ from slimlm.errors import UserError
 from slimlm.evaluation import sources
 from slimlm.evaluation.evaluate import evaluate
 from slimlm.evaluation.sources import default_texts, load_text, python_reference, python_sources
+from slimlm.evaluation.text import load_test_windows
 
 ROWS = ["", " = Heading = \n", *[" ".join(text.split()[:150]) + "\n" for text in python_reference()[:60]], ""]
 
@@ -45,6 +46,13 @@ def test_papers_texts_take_all_windows_of_2048_tokens_or_the_context(wikitext):
     assert data["texts"][0]["window"] == 1024  # the context
     tokens = AutoTokenizer.from_pretrained(BUNDLED["llama"])("\n\n".join(ROWS)).input_ids
     assert data["texts"][0]["windows"] == len(tokens) // 1024
+
+
+def test_c4_is_the_first_256_windows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "_fetched", lambda name, where: iter(ROWS))
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    windows = load_test_windows("c4", tokenizer, None, 16).tokens
+    assert windows.flatten().tolist() == tokenizer(" ".join(ROWS)).input_ids[: 256 * 16]
 
 
 def test_what_cannot_be_fetched_is_one_line_that_says_what_needs_no_network():

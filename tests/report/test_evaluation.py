@@ -46,6 +46,24 @@ def test_of_a_model_alone_there_is_one_column(data: dict, capsys: pytest.Capture
     assert capsys.readouterr().out.count("bits per byte") == 4
 
 
+def test_a_model_that_is_broken_altogether_has_figures_that_can_be_read(data: dict, capsys: pytest.CaptureFixture):
+    pair = json.loads(json.dumps(data["pairs"][0]))
+    entry = json.loads(json.dumps(data["models"][0]))
+    pair["texts"]["python-reference"] |= {"log_perplexity_change": 9000.0, "perplexity_ratio": math.exp(700)}
+    entry["texts"]["python-reference"]["perplexity"] = math.exp(700)
+    broken = {**data, "pairs": [pair], "models": [entry, data["models"][1]]}
+    console().print(evaluation_tables(broken)[0])
+    assert "1.01e+304" in capsys.readouterr().out
+    assert "times" in evaluation_summary(broken).splitlines()[0]
+
+
+def test_a_change_without_an_error_may_be_chance(data: dict):
+    pair = json.loads(json.dumps(data["pairs"][0]))
+    for metric in pair["tasks"]["python_reference_continuation"].values():
+        metric["stderr"] = None
+    assert "which may be chance" in evaluation_summary({**data, "pairs": [pair]}).splitlines()[0]
+
+
 def test_each_of_several_models_has_its_table_under_its_name(data: dict):
     entry, dense = data["models"]
     several = {**data, "models": [{**entry, "name": "a"}, {**entry, "name": "b"}, dense], "pairs": data["pairs"] * 2}
