@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 
 from slimlm.cli.options import command
-from slimlm.cli.running import running, tell
+from slimlm.cli.running import require_there, running, tell
 from slimlm.settings import BenchSettings, described
 
 
@@ -34,6 +34,7 @@ def bench_command(options: BenchOptions) -> None:
 
         slimlm bench slice-q4.gguf --against dense-q4.gguf
     """
+    require_there(*options.model, options.against)
     from slimlm.report.results import check_results
     from slimlm.report.speed import speed_lines, speed_tables
     from slimlm.report.terminal import console

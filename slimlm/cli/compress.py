@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from slimlm.cli.assign import with_assigned
 from slimlm.cli.launch import in_processes
 from slimlm.cli.options import ORDER, ManyProcesses, Value, command
-from slimlm.cli.running import running
+from slimlm.cli.running import require_there, running
 from slimlm.errors import UserError
 from slimlm.recipe import FLAGS, OF_RECOVERY, Recipe, Step, load_recipe, recipe_of_flags
 from slimlm.settings import PushSettings, RunSettings, described
@@ -147,6 +147,7 @@ def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
 
 def _run(recipe: Recipe, options: RotateOptions, kind: type[RunSettings] = RunSettings, verbose: bool = False) -> None:
     """kind: the settings among the options that say how the recipe is run."""
+    require_there(recipe.steps[0].model, getattr(recipe.steps[0], "teacher", None))
     if in_processes(options.num_processes, recipe.steps[0].device, RESUME):
         return
     with running(f"interrupted{RESUME}", verbose) as progress:
@@ -159,6 +160,7 @@ def _run(recipe: Recipe, options: RotateOptions, kind: type[RunSettings] = RunSe
 
 
 def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
+    require_there(recipe.steps[0].model)
     with running(verbose=options.verbose) as progress:
         from slimlm.check import check
         from slimlm.device import check_process

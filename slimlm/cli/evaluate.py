@@ -8,7 +8,7 @@ import typer
 
 from slimlm.cli.launch import in_processes
 from slimlm.cli.options import ManyProcesses, command
-from slimlm.cli.running import running, tell
+from slimlm.cli.running import require_there, running, tell
 from slimlm.settings import EvalSettings, described
 from slimlm.started import own_rank
 
@@ -48,6 +48,7 @@ def eval_command(options: EvalOptions) -> None:
     """
     from slimlm.report.results import check_results
 
+    require_there(*options.model, options.against)
     if options.json_path is not None and own_rank() == 0:
         check_results(options.json_path)
     if in_processes(options.num_processes, options.device):

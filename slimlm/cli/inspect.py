@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 
 from slimlm.cli.options import command
-from slimlm.cli.running import running, tell
+from slimlm.cli.running import require_there, running, tell
 from slimlm.settings import InspectSettings, described
 
 
@@ -35,6 +35,7 @@ def inspect_command(options: InspectOptions) -> None:
 
         slimlm inspect meta-llama/Llama-3.2-1B --dataset wikitext2 --json figures.json
     """
+    require_there(options.model)
     from slimlm.report.results import check_results
     from slimlm.report.table import inspection_table
     from slimlm.report.terminal import console

@@ -54,6 +54,16 @@ def _set_verbosity(verbose: bool) -> None:
         transformers_logging.disable_progress_bar()
 
 
+def require_there(*names: str | None) -> None:
+    """Raises UserError for the first of these that is a path, and of nothing: before PyTorch is imported, which takes
+    seconds."""
+    from slimlm.checkpoint.kinds import refuse_no_directory
+
+    for name in names:
+        if name is not None and "/" in name and not Path(name).expanduser().exists():
+            refuse_no_directory(name)
+
+
 def tell(data: "Json", json_path: Path | None, show: Callable[[], None]) -> None:
     """Figures are in their file before any are shown, and are shown even where that file cannot be had. On standard
     output, which is `-`, they are all there is."""

@@ -327,3 +327,31 @@ def test_methods_are_listed_and_the_page_has_them():
         assert method.paper.rpartition("/")[2] in shown
     page = (Path(__file__).parents[2] / "docs" / "pruning.md").read_text()
     assert methods_table() in page, "run `slimlm methods --markdown` and put its table into docs/pruning.md"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compress", "-m", "./nowhere", "-s", "0.25"],
+        ["compress", "-m", "./nowhere", "-s", "0.25", "--dry-run"],
+        ["rotate", "-m", "./nowhere"],
+        ["recover", "./nowhere"],
+        ["eval", "./nowhere"],
+        ["eval", "llama", "--against", "./nowhere"],
+        ["bench", "llama", "--against", "./nowhere"],
+        ["inspect", "./nowhere"],
+    ],
+)
+def test_a_wrong_path_is_said_before_pytorch_is_imported(words: list[str], tmp_path: Path):
+    script = f"""
+import sys
+from slimlm.cli import main
+sys.argv = ["slimlm", *{words!r}]
+try:
+    main()
+finally:
+    print("torch" in sys.modules)
+"""
+    done = python(script, tmp_path)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert done.stderr == "slimlm: model directory './nowhere' does not exist\n"
