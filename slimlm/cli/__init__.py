@@ -109,9 +109,16 @@ def _leave_unread() -> NoReturn:
 
 def _version(show: bool) -> None:
     if show:
+        from importlib.metadata import PackageNotFoundError, version
+
         from slimlm import __version__
 
         print(f"slimlm {__version__}")
+        for package in ("torch", "transformers", "accelerate"):
+            try:
+                print(package, version(package))
+            except PackageNotFoundError:
+                print(package, "is not installed")
         raise typer.Exit
 
 
@@ -119,7 +126,10 @@ def _version(show: bool) -> None:
 def _root(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version, and those of what a bug may be in."
+        ),
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -355,3 +356,10 @@ finally:
     done = python(script, tmp_path)
     assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
     assert done.stderr == "slimlm: model directory './nowhere' does not exist\n"
+
+
+def test_the_version_comes_with_those_of_what_a_bug_may_be_in(tmp_path: Path):
+    done = subprocess.run(command("--version"), cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = [line.split()[0] for line in done.stdout.splitlines()]
+    assert lines == ["slimlm", "torch", "transformers", "accelerate"]
+    assert f"torch {version('torch')}" in done.stdout
