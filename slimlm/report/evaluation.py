@@ -9,6 +9,7 @@ from slimlm.report.summary import windows_line
 from slimlm.report.table import Row, comparison_table, percent, size_rows
 
 CUT = 72  # characters of a text that is shown in a line
+WIDEST = 18  # characters of a model's name above its column
 SHOWN = 3  # prompts whose continuations are shown
 MANY = 1e6  # times, from which on digits mean nothing
 SURE = 2  # standard errors, up to which a change may be chance
@@ -18,12 +19,12 @@ Figures = Mapping[str, Any]
 def evaluation_tables(data: Figures) -> list[Table]:
     """One for each model beside the dense one; without a dense one, of each by itself."""
     if not data["pairs"]:
-        return [comparison_table((entry["name"],), list(_alone(entry))) for entry in data["models"]]
+        return [comparison_table((_end(entry["name"]),), list(_alone(entry))) for entry in data["models"]]
     *models, dense = data["models"]
     columns = ("dense", "{}", "change")
     return [
         comparison_table(
-            [column.format(entry["name"] if len(models) > 1 else "compressed") for column in columns],
+            [column.format(_end(entry["name"]) if len(models) > 1 else "compressed") for column in columns],
             list(_beside(entry, dense, pair)),
         )
         for entry, pair in zip(models, data["pairs"], strict=True)
@@ -204,6 +205,11 @@ def writing_lines(written: Sequence[Figures]) -> list[str]:
         lines.append(f"prompt: {_cut(one['prompt'])}")
         lines += [f"  {name}: {_cut(texts[number]['text'])}" for name, texts in greedy]
     return lines
+
+
+def _end(name: str) -> str:
+    """Of a name above a column, as much as leaves figures and labels their room."""
+    return name if len(name) <= WIDEST else f"...{name[3 - WIDEST :]}"
 
 
 def _cut(text: str) -> str:

@@ -150,8 +150,7 @@ def test_the_split_is_the_one_that_measures_best(tmp_path: Path, monkeypatch: py
         lambda logits, heat, generator: torch.multinomial((logits.float() / heat).softmax(-1), 1, generator=generator),
     )
     begun, heat = torch.zeros(20, 1, dtype=torch.int64), torch.ones(20, 1)  # text of the model's own distribution
-    with torch.no_grad():
-        batches = list(sample._sample(whole, begun, heat, 24, torch.Generator().manual_seed(0)).split(4))
+    batches = list(sample.go_on(whole, begun, heat, 24, torch.Generator().manual_seed(0)).split(4))
     model = stream(path)
     run, shapes = run_at(model, batches, tmp_path / "run", sparsity=0.4), Shapes(Layout(model))
     basis, splits = slicing._new_basis(run), candidates(shapes, run.recipe)
