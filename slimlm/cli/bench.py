@@ -1,21 +1,17 @@
 """`slimlm bench`."""
 
 from dataclasses import KW_ONLY, dataclass, fields
-from pathlib import Path
 
-from slimlm.cli.options import command
+from slimlm.cli.options import FiguresFile, command
 from slimlm.cli.running import require_there, running, tell
 from slimlm.settings import BenchSettings, described
 
 
 @dataclass(frozen=True)
-class BenchOptions(BenchSettings):
+class BenchOptions(BenchSettings, FiguresFile):
     """What is measured, and where the figures go."""
 
     _: KW_ONLY
-    json_path: Path | None = described(
-        None, "also write everything measured to this file; `-` is standard output, and all there is", flag="--json"
-    )
     verbose: bool = described(False, "log what happens inside")
 
 

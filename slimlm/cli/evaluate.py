@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from slimlm.cli.launch import in_processes
-from slimlm.cli.options import ManyProcesses, command
+from slimlm.cli.options import FiguresFile, ManyProcesses, command
 from slimlm.cli.running import require_there, running, tell
 from slimlm.settings import EvalSettings, described
 from slimlm.started import own_rank
@@ -17,15 +17,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvalOptions(EvalSettings, ManyProcesses):
+class EvalOptions(EvalSettings, ManyProcesses, FiguresFile):
     """What is measured, and where the figures go."""
 
     _: KW_ONLY
-    json_path: Path | None = described(
-        None,
-        "also write everything measured to this file; to standard output, and nothing else there, if it is `-`",
-        flag="--json",
-    )
     verbose: bool = described(False, "log what happens inside")
 
 

@@ -1,23 +1,15 @@
 """`slimlm inspect`."""
 
-from dataclasses import KW_ONLY, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 
-from slimlm.cli.options import command
+from slimlm.cli.options import FiguresFile, command
 from slimlm.cli.running import require_there, running, tell
-from slimlm.settings import InspectSettings, described
+from slimlm.settings import InspectSettings
 
 
 @dataclass(frozen=True)
-class InspectOptions(InspectSettings):
+class InspectOptions(InspectSettings, FiguresFile):
     """What is looked at, and where the figures go."""
-
-    _: KW_ONLY
-    json_path: Path | None = described(
-        None,
-        "also write the figures to this file; to standard output, and nothing else there, if it is `-`",
-        flag="--json",
-    )
 
 
 @command(InspectOptions)

@@ -60,6 +60,15 @@ class ManyProcesses:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FiguresFile:
+    """Where what a command measured is kept."""
+
+    json_path: Path | None = described(
+        None, "also write all figures to this file; `-` is standard output, and all there is", flag="--json"
+    )
+
+
 class _Told(NamedTuple):
     """What a field says of itself."""
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimlm.checkpoint.reader import Checkpoint
-from slimlm.checkpoint.skeleton import auto_dtype, load_config
 from slimlm.device import available_memory, return_memory_at_once
+from slimlm.evaluation.found import Found
 from slimlm.evaluation.tokens import Figures, streamed_figures
 from slimlm.families import FAMILIES
 from slimlm.model.ends import embed
@@ -24,31 +23,22 @@ from slimlm.settings import EvalSettings
 HEADROOM = 1.1  # of a model's weights, for what is computed beside them
 
 
-def is_streamable(path: Path, settings: EvalSettings) -> bool:
+def is_streamable(model: Found, settings: EvalSettings) -> bool:
     """Whether a model can be measured one block at a time."""
-    known = load_config(path, settings.trust_remote_code).model_type in FAMILIES
-    return known and not settings.device_map
+    return model.config.model_type in FAMILIES and not settings.device_map
 
 
-def has_no_room(paths: Sequence[Path], settings: EvalSettings, ranks: Ranks, logits: int = 0) -> bool:
+def has_no_room(models: Sequence[Found], ranks: Ranks, logits: int = 0) -> bool:
     """Whether some rank has too little memory for all of these models at once, and for so many logits of each."""
     place = ranks.host, str(ranks.device)
-    size = sum((Checkpoint(path).elements + logits) * computed_in(path, settings).itemsize for path in paths)
+    size = sum(one.bytes + logits * one.dtype.itemsize for one in models)
     wanted = HEADROOM * ranks.gather(place).count(place) * size
     room = available_memory(ranks.device)
     return any(ranks.gather(wanted > room.get("gpu", room["host"])))
 
 
-def computed_in(path: Path, settings: EvalSettings) -> torch.dtype:
-    """The dtype that a model is to compute in."""
-    if settings.dtype != "auto":
-        named: torch.dtype = getattr(torch, settings.dtype)
-        return named
-    return auto_dtype(load_config(path, settings.trust_remote_code), Checkpoint(path))
-
-
 def measure_by_block(
-    paths: Sequence[Path],
+    models: Sequence[Found],
     windows: Tensor,
     settings: EvalSettings,
     batch_size: int,
@@ -62,15 +52,15 @@ def measure_by_block(
     return_memory_at_once()
     with tempfile.TemporaryDirectory(prefix="slimlm-") as place, Scratch(Path(place), ranks.device) as scratch:
         done = [
-            _advanced(path, windows.split(batch_size), settings, scratch.hidden(name), ranks, progress)
-            for path, name in zip(paths, ("compressed", "dense"), strict=False)
+            _advanced(one, windows.split(batch_size), settings, scratch.hidden(name), ranks, progress)
+            for one, name in zip(models, ("compressed", "dense"), strict=False)
         ]
         return streamed_figures(done, windows, ranks)
 
 
 @torch.no_grad()
 def _advanced(
-    path: Path,
+    found: Found,
     batches: Sequence[Tensor],
     settings: EvalSettings,
     hidden: HiddenStates,
@@ -78,9 +68,9 @@ def _advanced(
     progress: Progress,
 ) -> tuple[StreamedModel, Stream]:
     """The model, and its stream behind the last block."""
-    config, dtype = load_config(path, settings.trust_remote_code), computed_in(path, settings)
-    model = StreamedModel(Checkpoint(path), config, ranks.device, dtype, settings.trust_remote_code)
+    trust = settings.trust_remote_code
+    model = StreamedModel(found.checkpoint, found.config, ranks.device, found.dtype, trust)
     stream = embed(model, batches, hidden, ranks)
-    for block in walk(model, progress, f"perplexity of {path.name}, block by block"):
+    for block in walk(model, progress, f"perplexity of {found.path.name}, block by block"):
         block.advance(stream)
     return model, stream

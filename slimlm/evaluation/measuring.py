@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import ResolvedModel
 from slimlm.checkpoint.skeleton import build_skeleton, parameter_count, use_only_known
 from slimlm.evaluation.account import Samples, dense_figures
@@ -63,10 +62,10 @@ class Measuring:
 
     def __post_init__(self) -> None:
         settings, dense = self.plan.settings, [] if self.dense is None else [self.dense]
-        largest = max(self.models, key=lambda one: Checkpoint(one.path).elements)
+        largest = max(self.models, key=lambda one: one.checkpoint.elements)
         self.fits_alone = bool(settings.device_map) or (self._has_room([largest]) and self._has_room(dense))
         self.fits_beside = bool(settings.device_map) or self._has_room([largest, *dense])
-        can_stream = all(is_streamable(one.path, settings) for one in [*self.models, *dense])
+        can_stream = all(is_streamable(one, settings) for one in [*self.models, *dense])
         self.streamed = settings.stream or (not self.fits_beside and can_stream)
 
     def _has_room(self, subjects: Sequence[Subject]) -> bool:
@@ -74,7 +73,7 @@ class Measuring:
             return True
         window = max((text.tokens.shape[1] for text in self.plan.texts), default=0)
         logits = self.plan.batch_size * window * max(one.vocabulary for one in subjects)
-        return not has_no_room([one.path for one in subjects], self.plan.settings, self.ranks, logits)
+        return not has_no_room(subjects, self.ranks, logits)
 
     @property
     def writes(self) -> bool:
@@ -121,21 +120,21 @@ class Measuring:
         """figures: those of texts, where they are known."""
         start = time.perf_counter()
         samples = Samples(self._facts(subject), figures or {})
-        paths = [one.path for one in (subject, beside) if one is not None]
+        pair = [subject, *([] if beside is None else [beside])]
         model: PreTrainedModel | None = None
         if figures is None and not self.streamed:
             model = self._model(subject)
             samples.figures = self._figures(model, beside)
         elif figures is None:
             how = self.plan.settings, self.plan.batch_size, self.ranks, self.progress
-            samples.figures = {text.name: measure_by_block(paths, text.tokens, *how) for text in self.plan.texts}
+            samples.figures = {text.name: measure_by_block(pair, text.tokens, *how) for text in self.plan.texts}
         if self.plan.manager is not None or self.writes:
             self._whole(subject, samples, model or self._model(subject), None if self.streamed else beside)
         samples.facts["seconds"] = round(time.perf_counter() - start, 3)
         return samples
 
     def _facts(self, subject: Subject) -> dict[str, Any]:
-        checkpoint, resolved = Checkpoint(subject.path), subject.resolved
+        checkpoint, resolved = subject.checkpoint, subject.resolved
         skeleton = build_skeleton(subject.config, subject.dtype, self.plan.settings.trust_remote_code)
         use_only_known(checkpoint, skeleton)
         return {

@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.manifest import read_manifest
-from slimlm.checkpoint.reader import Checkpoint
-from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel, resolve_model
-from slimlm.checkpoint.skeleton import load_config, load_tokenizer
+from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel
+from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.errors import UserError
-from slimlm.evaluation.by_block import computed_in
+from slimlm.evaluation.found import Found, find_model, shortest_context
 from slimlm.evaluation.generation import Writing, prompts_of
 from slimlm.evaluation.sources import PAPERS_WINDOW, Text, default_texts, load_text
 from slimlm.evaluation.text import DEFAULT_WINDOW, TestWindows, load_test_windows
@@ -24,28 +21,10 @@ DEFAULT_WINDOWS = 128
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that is to be measured, and what is known of it without its weights."""
+class Subject(Found):
+    """A model that is to be measured, with its tokenizer."""
 
-    resolved: ResolvedModel
-    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    dtype: torch.dtype
-
-    @property
-    def path(self) -> Path:
-        """Its directory."""
-        return self.resolved.path
-
-    @property
-    def context(self) -> int | None:
-        """Tokens it takes at once; None where it does not say."""
-        return getattr(self.config, "max_position_embeddings", None)
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that it knows."""
-        return int(self.config.get_text_config().vocab_size)
 
 
 def find_subjects(settings: EvalSettings) -> tuple[list[Subject], Subject | None]:
@@ -68,15 +47,8 @@ def find_subjects(settings: EvalSettings) -> tuple[list[Subject], Subject | None
 
 
 def _subject(name: str, revision: str | None, settings: EvalSettings) -> Subject:
-    access, trust = Access(settings.token, settings.cache_dir), settings.trust_remote_code
-
-    def accept(path: Path) -> None:
-        load_config(path, trust)
-
-    resolved = resolve_model(name, revision, accept, trust, access)
-    Checkpoint(resolved.path)
-    tokenizer = load_tokenizer(resolved.path, trust)
-    return Subject(resolved, load_config(resolved.path, trust), tokenizer, computed_in(resolved.path, settings))
+    found = find_model(name, revision, settings)
+    return Subject(**vars(found), tokenizer=load_tokenizer(found.path, settings.trust_remote_code))
 
 
 def _require_alike(one: Subject, other: Subject, settings: EvalSettings) -> None:
@@ -128,11 +100,6 @@ def _window_length(models: Sequence[Subject], settings: EvalSettings, as_papers:
         return settings.window
     length = PAPERS_WINDOW if as_papers else default_window(models[0].resolved, models[0].config)
     return length if context is None else min(length, context)
-
-
-def shortest_context(models: Sequence[Subject]) -> int | None:
-    """Tokens that all models take at once; None where none says how many."""
-    return min((one.context for one in models if one.context is not None), default=None)
 
 
 def find_writing(models: Sequence[Subject], settings: EvalSettings) -> Writing | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slimlm.device import check_process, machine, pick_device
 from slimlm.errors import UserError, out_of_memory, require_at_least
+from slimlm.evaluation.found import shortest_context
 from slimlm.evaluation.speed.contenders import (
     Contender,
     Source,
@@ -132,7 +133,7 @@ def _bench_checkpoints(
 
 def _fitting(settings: BenchSettings, found: Sequence[Source], progress: Progress) -> BenchSettings:
     """With a prompt that every context has room for. Raises UserError where none has."""
-    context = min((source.context for source in found if source.context), default=None)
+    context = shortest_context(found)
     if context is None or settings.prompt_tokens + settings.new_tokens <= context:
         return settings
     if settings.new_tokens >= context:

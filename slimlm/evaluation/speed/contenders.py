@@ -7,15 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.manifest import Manifest, read_manifest
-from slimlm.checkpoint.reader import Checkpoint
-from slimlm.checkpoint.resolve import ResolvedModel, resolve_model
-from slimlm.checkpoint.skeleton import auto_dtype, load_config, parameter_count, use_only_known
+from slimlm.checkpoint.skeleton import parameter_count, use_only_known
 from slimlm.device import available_memory
 from slimlm.errors import UserError
+from slimlm.evaluation.found import Found, find_model
 from slimlm.evaluation.loading import load_model
 from slimlm.evaluation.speed.engines import LlamaCppRunner, VllmRunner
 from slimlm.evaluation.speed.shape_times import MOST_BYTES
@@ -29,31 +27,11 @@ AS_STORED = "as stored"
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint that can be loaded. kernels: those to run it with besides as it is stored. dtype: what it will
-    compute in."""
+class Source(Found):
+    """A checkpoint that can be loaded. kernels: those to run it with besides as it is stored."""
 
-    resolved: ResolvedModel
-    checkpoint: Checkpoint
-    config: PretrainedConfig
     manifest: Manifest | None
     kernels: str | None
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        """Of its weights in memory."""
-        return self.checkpoint.elements * self.dtype.itemsize
-
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens it knows."""
-        return int(self.config.vocab_size)
-
-    @property
-    def context(self) -> int | None:
-        """Tokens that it can look back on, where the config says so."""
-        return getattr(self.config, "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
@@ -86,17 +64,10 @@ def sources(settings: BenchSettings, names: Sequence[str], device: torch.device)
 
 
 def _source(settings: BenchSettings, name: str, revision: str | None, kernels: str, device: torch.device) -> Source:
-    trust = settings.trust_remote_code
-
-    def accept(path: Path) -> None:
-        load_config(path, trust)
-
-    resolved = resolve_model(name, revision, accept, trust, Access(settings.token, settings.cache_dir))
-    checkpoint, manifest = Checkpoint(resolved.path), read_manifest(resolved.path)
-    config = load_config(resolved.path, trust)
+    found = find_model(name, revision, settings)
+    manifest = read_manifest(found.path)
     wanted = {"auto": kernels_for(manifest, device), "none": None}.get(kernels, kernels)
-    dtype = auto_dtype(config, checkpoint) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return Source(resolved, checkpoint, config, manifest, wanted, dtype)
+    return Source(**vars(found), manifest=manifest, kernels=wanted)
 
 
 def refuse_too_many(sources: Sequence[Source], device: torch.device) -> None:
@@ -145,7 +116,7 @@ def _sparse(source: Source, settings: BenchSettings, tokens: Tensor, progress: P
 
 def _stock(source: Source, settings: BenchSettings, tokens: Tensor | None) -> Contender:
     """tokens: [batch, time], where it is to have sparse kernels."""
-    path = source.resolved.path
+    path = source.path
     how = EvalSettings(
         str(path), dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
     )
@@ -179,8 +150,8 @@ def vllm_contenders(sources: Sequence[Source], settings: BenchSettings) -> list[
     return [
         Contender(
             source.resolved.name,
-            source.resolved.path,
-            VllmRunner(source.resolved.path, settings.dtype, context, len(sources), settings.trust_remote_code),
+            source.path,
+            VllmRunner(source.path, settings.dtype, context, len(sources), settings.trust_remote_code),
             source.checkpoint.bytes_on_disk(),
             str(source.dtype).removeprefix("torch."),
         )

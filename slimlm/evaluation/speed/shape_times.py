@@ -21,7 +21,6 @@ from slimlm.evaluation.speed.stock import finish, greedy
 from slimlm.evaluation.speed.timing import Clock, Runner, Taken
 
 Shape = tuple[int, int]  # outputs and inputs
-PASSES = 7
 MOST_BYTES = 512 * 2**20  # of weights that one shape's products go through in turns
 
 
@@ -88,16 +87,6 @@ class ShapeTimes:
     def seconds(self) -> dict[Shape, float]:
         """Of one product of each shape: the median, without the first, which warms up."""
         return {shape: statistics.median(taken[1:]) for shape, taken in self.taken.items()}
-
-
-def linear_seconds(
-    shapes: Mapping[Shape, int], rows: int, dtype: torch.dtype, device: torch.device
-) -> dict[Shape, float]:
-    """Seconds of one product of [rows, in] by each shape's weight, as ShapeTimes has them."""
-    times = ShapeTimes(shapes, rows, dtype, device)
-    for _ in range(1 + PASSES):
-        times.measure()
-    return times.seconds
 
 
 @dataclass(frozen=True)
