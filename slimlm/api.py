@@ -15,8 +15,9 @@ from slimlm.compression import CompressResult
 from slimlm.device import check_process
 from slimlm.errors import UserError
 from slimlm.plain import Json
-from slimlm.progress import LogProgress, Progress
+from slimlm.progress import Progress
 from slimlm.recipe import Recipe, Setting, one_step
+from slimlm.shown import usual
 from slimlm.stages import compress as compress_recipe
 
 Data = str | Path | Iterable[str | Mapping[str, Json]] | Tensor
@@ -63,7 +64,7 @@ def _in_memory(
         raise UserError(f"{unknown.pop()} is of no use for a model in memory")
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
         raise UserError("the model has an adapter: merge it first (merge_and_unload)")
-    progress = progress or LogProgress()
+    progress = usual(progress)
     with tempfile.TemporaryDirectory(prefix="slimlm-", dir=work_dir) as place:
         source = Path(place) / "model"
         size = sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -22,7 +22,6 @@ from slimlm.device import (
     forget_peak,
     is_large,
     pick_device,
-    resident_memory,
     return_memory_at_once,
 )
 from slimlm.errors import UserError
@@ -33,7 +32,7 @@ from slimlm.model.hidden import sides
 from slimlm.model.skip import skip_modules
 from slimlm.model.streamed import StreamedModel
 from slimlm.models import open_model, resolve_known, teacher_of
-from slimlm.progress import LogProgress, Progress
+from slimlm.progress import LogProgress, Progress, resident_memory
 from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import AnyStep, RecoverStep, SliceStep
 from slimlm.resolve import output_of, resolve

@@ -30,6 +30,7 @@ from slimlm.model.result import Result
 from slimlm.recipe import AnyStep
 from slimlm.run import Outcome, Run
 from slimlm.windows import sampled_windows
+from slimlm.work import kept_of, work_of
 
 LOG_NAME = "slimlm.log.jsonl"
 OTHER_RUN = "repeat what was run, or start over without --resume"
@@ -58,6 +59,7 @@ def compress_step(step: AnyStep, how: How) -> CompressResult:
     fingerprint = fingerprint_of(job, how.ranks)
     manifest = finished(job, job.output, fingerprint, how)
     if manifest is None:
+        how.progress.expect([work_of(job.recipe, job.model)])
         own = staged_output(job.output, how.overwrite, how.resume, how.work_dir)
         with shared(how.ranks, job.output, how.work_dir, own) as staging:
             if staging.stages.exists():
@@ -100,6 +102,8 @@ def carry_out(job: Job, fingerprint: Fingerprint, staging: Staging, how: How) ->
     how.ranks.begin()
     journal = Journal(staging.work, fingerprint, how.anyway, how.ranks)
     job.resumed = journal.steps > 0
+    if kept := kept_of(journal, len(job.model.blocks)):
+        how.progress.line(f"resuming; kept: {', '.join(kept)}; what is not is done again")
     how.progress.log = staging.work / LOG_NAME if how.ranks.first else None
     with Result(staging.model, journal, job.recipe.max_shard_bytes) as result:
         windows = job.windows

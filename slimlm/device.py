@@ -149,11 +149,6 @@ def products_in(device: torch.device, dtype: torch.dtype) -> AbstractContextMana
     return found
 
 
-def resident_memory() -> int:
-    """Bytes of this process that are in memory now."""
-    return int(psutil.Process().memory_info().rss)
-
-
 def available_memory(device: torch.device) -> dict[str, int]:
     """Bytes that a run could still take."""
     available = {"host": min(int(psutil.virtual_memory().available), _left_in_container())}

@@ -17,8 +17,8 @@ from slimlm.model.ends import embed
 from slimlm.model.walk import untold, walk
 from slimlm.models import open_model, resolve_known
 from slimlm.plain import Json
-from slimlm.progress import Progress
 from slimlm.settings import InspectSettings, by_name
+from slimlm.shown import usual
 from slimlm.statistics.grams import firsts, input_sums
 
 SPARSITIES = (0.25, 0.5, 0.75)
@@ -59,7 +59,7 @@ def inspect_model(settings: InspectSettings) -> list[MatrixFigures]:
     token, cache_dir: for a model on the hub, as `from_pretrained` takes them. Raises UserError for a model or data that
     cannot be used, RunFailure for NaN.
     """
-    progress, trust = settings.progress or Progress(), settings.trust_remote_code
+    progress, trust = usual(settings.progress), settings.trust_remote_code
     check_process()
     require_at_least(1, windows=settings.windows)
     require_at_least(2, window=settings.window)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,6 +22,7 @@ from slimlm.checkpoint.manifest import (
     Origin,
     RunFigures,
     Sparsity,
+    Stage,
     read_manifest,
     versions,
     write_manifest,
@@ -228,3 +230,35 @@ def write_recipe(directory: Path, manifest: Manifest) -> None:
             if name in own:
                 own[name] = _whole(own[name])
     write_whole(directory / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def account_for(stages: list[Manifest], recipe: Recipe, manifest: Manifest) -> None:
+    """Make the manifest of the last of several steps that of all of them. stages: those of the steps before it.
+
+    recipe: of all, as it was run.
+    """
+    first = stages[0]
+    manifest["recipe"] = dumped(recipe)
+    manifest["model"] = first["model"]
+    manifest["parameters"]["dense"] = first["parameters"]["dense"]
+    manifest["bytes"]["dense"] = first["bytes"]["dense"]
+    removing = [stage for stage in (*stages, manifest) if stage["recipe"]["steps"][-1]["method"] != "recover"]
+    manifest["sparsity"] = {**removing[-1]["sparsity"]} if removing else manifest["sparsity"]
+    manifest["sparsity"]["parameters_removed"] = 1 - manifest["parameters"]["compressed"] / first["parameters"]["dense"]
+    manifest["changes"] = _changes([*stages, manifest])
+    for stage in reversed(stages):  # where tokens came from that a later step got by a file
+        own, last = stage["calibration"], manifest["calibration"]
+        manifest["calibration"] = own if own and last and own["sha256"] == last["sha256"] else last
+    if manifest["measured"] and first["measured"]:
+        manifest["measured"]["dense"] = first["measured"]["dense"]
+    kept: Any = [{name: said for name, said in stage.items() if name in Stage.__annotations__} for stage in stages]
+    manifest["stages"] = kept
+
+
+def _changes(stages: list[Manifest]) -> dict[str, list[Any]]:
+    """What the first has and the last, of what any of them changed."""
+    found: dict[str, list[Any]] = {}
+    for stage in stages:
+        for name, (before, after) in stage["changes"].items():
+            found[name] = [found.get(name, [before])[0], after]
+    return found

@@ -4,14 +4,19 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slimlm.device import resident_memory
+import psutil
 
 logger = logging.getLogger(__name__)
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class Progress:
@@ -22,8 +27,14 @@ class Progress:
 
     log: Path | None = None
 
-    def stage(self, name: str, total: int) -> None:
-        """A new stage begins."""
+    def expect(self, parts: Sequence[Mapping[str, float]]) -> None:
+        """All that is to come: parts one after another, and what each of their stages costs, in any unit."""
+
+    def part(self, number: int) -> None:
+        """A part of what was expected begins, counted from 0."""
+
+    def stage(self, name: str, total: int, first: int = 0) -> None:
+        """A new stage begins, `first` of whose steps were done before."""
 
     def step(self, count: int = 1) -> None:
         """So many of the stage's steps are done."""
@@ -31,11 +42,15 @@ class Progress:
     def line(self, text: str) -> None:
         """Something worth a line."""
 
+    def detail(self, text: str) -> None:
+        """A line for whoever wants to see all of it."""
+        self.line(text)
+
     def done(self, what: str, part: str, seconds: float, **facts: float) -> None:
         """A part of the model went through a stage."""
         memory = resident_memory()
         more = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in facts.items())
-        self.line(f"{part}  {what} in {seconds:.1f} s{more}, memory {memory / 1e9:.2f} GB")
+        self.detail(f"{part}  {what} in {seconds:.1f} s{more}, memory {memory / 1e9:.2f} GB")
         if self.log is not None:
             event = {"time": time.time(), "what": what, "part": part, "seconds": seconds, "memory": memory, **facts}
             try:
@@ -76,7 +91,7 @@ class Switch:
 class LogProgress(Progress):
     """Stages and lines go to the log; steps are not shown."""
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int, first: int = 0) -> None:
         logger.info("%s", name)
 
     def line(self, text: str) -> None:

@@ -14,7 +14,7 @@ from slimlm.check import How, Job, check, journalled, spilled
 from slimlm.checkpoint.disk import disk_errors
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.journal import Journal, finished_steps
-from slimlm.checkpoint.manifest import Manifest, Stage
+from slimlm.checkpoint.manifest import Manifest
 from slimlm.checkpoint.output import staged_output
 from slimlm.checkpoint.push import Push
 from slimlm.checkpoint.shared import shared
@@ -30,19 +30,21 @@ from slimlm.compression import (
 )
 from slimlm.device import check_precision
 from slimlm.errors import UserError, out_of_memory
-from slimlm.manifest import Fingerprint, decisive, fingerprint_of
+from slimlm.manifest import Fingerprint, account_for, decisive, fingerprint_of
 from slimlm.meeting import start_ranks
 from slimlm.methods import method_of
 from slimlm.model.skip import skipping
 from slimlm.models import teacher_of
-from slimlm.progress import LogProgress, Progress
+from slimlm.progress import Progress
 from slimlm.prune.plan import require_room_later
 from slimlm.ranks import ALONE, Ranks
-from slimlm.recipe import SELF, AnyStep, PruneStep, Recipe, RecoverStep, SliceStep, Source, dumped
+from slimlm.recipe import SELF, AnyStep, PruneStep, Recipe, RecoverStep, SliceStep, Source
 from slimlm.resolve import NO_DATA, output_of, with_own_text
 from slimlm.run import Plan
 from slimlm.settings import CompressSettings, PushSettings, RunSettings, by_name
+from slimlm.shown import usual
 from slimlm.windows import calibration_windows
+from slimlm.work import work_of
 
 CALIBRATION_NAME = "calibration.npy"
 OF_PLACES = ("model", "revision", "output_dir", "num_calibration_samples", "max_seq_length")  # of a step in a run
@@ -52,7 +54,7 @@ def how_of(settings: RunSettings, ranks: Ranks = ALONE) -> How:
     """How a recipe is run, from what a caller says of it."""
     place = settings.work_dir
     return How(
-        progress=(settings.progress or LogProgress()) if ranks.first else Progress(),
+        progress=usual(settings.progress) if ranks.first else Progress(),
         ranks=ranks,
         overwrite=settings.overwrite,
         resume=settings.resume or settings.resume_anyway,
@@ -119,6 +121,7 @@ def compress_recipe(recipe: Recipe, how: How) -> CompressResult:
             # What all of them are, compared before any of them runs.
             Journal(staging.stages, fingerprint, how.anyway, how.ranks)
             steps = [first.recipe.model_copy(update={"output_dir": str(output)}), *later_steps(first, recipe)]
+            how.progress.expect([work_of(step, first.model) for step in steps])
             manifest = _Several(first, steps, staging, how).carry_out(fingerprint)
     return CompressResult(output, manifest)
 
@@ -220,8 +223,9 @@ class _Several:
         stages: list[Manifest] = []
         ran = []
         for number, place in enumerate(self.places):
+            self.how.progress.part(number)
             job = self._ready(number) if number else self.first
-            self.how.progress.line(f"stage {number + 1} of {len(self.steps)}: {job.recipe.described}")
+            self.how.progress.line(f"step {number + 1} of {len(self.steps)}: {job.recipe.described}")
             ran.append(job.recipe)
             if place != self.staging.output:
                 stages.append(self._stage(job, place, number))
@@ -266,35 +270,3 @@ def as_asked(asked: AnyStep, ran: AnyStep) -> AnyStep:
     """A step that was run, with the model and the data that it was asked for with."""
     update = {name: getattr(asked, name) for name in OF_PLACES}
     return ran.model_copy(update=update | ({} if ran.dataset is None else {"dataset": asked.dataset}))
-
-
-def account_for(stages: list[Manifest], recipe: Recipe, manifest: Manifest) -> None:
-    """Make the manifest of the last of several steps that of all of them. stages: those of the steps before it.
-
-    recipe: of all, as it was run.
-    """
-    first = stages[0]
-    manifest["recipe"] = dumped(recipe)
-    manifest["model"] = first["model"]
-    manifest["parameters"]["dense"] = first["parameters"]["dense"]
-    manifest["bytes"]["dense"] = first["bytes"]["dense"]
-    removing = [stage for stage in (*stages, manifest) if stage["recipe"]["steps"][-1]["method"] != "recover"]
-    manifest["sparsity"] = {**removing[-1]["sparsity"]} if removing else manifest["sparsity"]
-    manifest["sparsity"]["parameters_removed"] = 1 - manifest["parameters"]["compressed"] / first["parameters"]["dense"]
-    manifest["changes"] = _changes([*stages, manifest])
-    for stage in reversed(stages):  # where tokens came from that a later step got by a file
-        own, last = stage["calibration"], manifest["calibration"]
-        manifest["calibration"] = own if own and last and own["sha256"] == last["sha256"] else last
-    if manifest["measured"] and first["measured"]:
-        manifest["measured"]["dense"] = first["measured"]["dense"]
-    kept: Any = [{name: said for name, said in stage.items() if name in Stage.__annotations__} for stage in stages]
-    manifest["stages"] = kept
-
-
-def _changes(stages: list[Manifest]) -> dict[str, list[Any]]:
-    """What the first has and the last, of what any of them changed."""
-    found: dict[str, list[Any]] = {}
-    for stage in stages:
-        for name, (before, after) in stage["changes"].items():
-            found[name] = [found.get(name, [before])[0], after]
-    return found

@@ -109,7 +109,7 @@ def sampled_windows(
     sampled = journal.recall("sampled")
     if sampled:
         return Windows(sampled[1]["tokens"].cpu(), SELF, start_token(tokenizer))
-    progress.stage("sampling calibration text", written_for(step.own_windows))
+    progress.stage("sampling text", written_for(step.own_windows))
     size = step.own_windows, step.max_seq_length
     windows = sample_windows(whole(model), tokenizer, size, step.seed, progress.step, journal.ranks)
     journal.keep("sampled", {"tokens": windows.tokens})

@@ -1,18 +1,15 @@
 """`slimlm bench`."""
 
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import dataclass, fields
 
-from slimlm.cli.options import FiguresFile, command
+from slimlm.cli.options import FiguresFile, Shown, command
 from slimlm.cli.running import require_there, running, tell
-from slimlm.settings import BenchSettings, described
+from slimlm.settings import BenchSettings
 
 
 @dataclass(frozen=True)
-class BenchOptions(BenchSettings, FiguresFile):
+class BenchOptions(BenchSettings, FiguresFile, Shown):
     """What is measured, and where the figures go."""
-
-    _: KW_ONLY
-    verbose: bool = described(False, "log what happens inside")
 
 
 @command(BenchOptions)
@@ -38,7 +35,7 @@ def bench_command(options: BenchOptions) -> None:
     if options.json_path is not None:
         check_results(options.json_path)
     settings = {field.name: getattr(options, field.name) for field in fields(BenchSettings)}
-    with running(verbose=options.verbose) as progress:
+    with running(shown=options) as progress:
         from slimlm.evaluation.speed.bench import bench
 
         found = bench(**{**settings, "progress": progress})

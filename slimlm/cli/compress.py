@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from slimlm.cli.assign import with_assigned
 from slimlm.cli.launch import in_processes
-from slimlm.cli.options import ORDER, ManyProcesses, Value, command
+from slimlm.cli.options import ORDER, ManyProcesses, Shown, Value, command
 from slimlm.cli.running import require_there, running
 from slimlm.errors import UserError
 from slimlm.recipe import FLAGS, OF_RECOVERY, Recipe, Step, load_recipe, recipe_of_flags
@@ -32,7 +32,7 @@ RECOVER_FLAGS = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotateOptions(RunSettings, ManyProcesses):
+class RotateOptions(RunSettings, ManyProcesses, Shown):
     """How a recipe is run. settings: of flags, by name."""
 
     settings: dict[str, Value] = field(default_factory=dict)
@@ -47,7 +47,6 @@ class CompressOptions(RotateOptions, PushSettings):
 
     recipe: str | None = described(None, "YAML file, or name of a shipped recipe; other flags override it")
     dry_run: bool = described(False, "say what would happen and what it would take, from a probe")
-    verbose: bool = described(False, "log what happens inside")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ def compress_command(options: CompressOptions) -> None:
     if options.dry_run:
         _dry_run(recipe, options)
     else:
-        _run(recipe, options, PushSettings, options.verbose)
+        _run(recipe, options, PushSettings)
 
 
 @command(RotateOptions, ROTATE_FLAGS)
@@ -145,12 +144,12 @@ def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
     return recipe_of_flags(settings)
 
 
-def _run(recipe: Recipe, options: RotateOptions, kind: type[RunSettings] = RunSettings, verbose: bool = False) -> None:
+def _run(recipe: Recipe, options: RotateOptions, kind: type[RunSettings] = RunSettings) -> None:
     """kind: the settings among the options that say how the recipe is run."""
     require_there(recipe.steps[0].model, getattr(recipe.steps[0], "teacher", None))
     if in_processes(options.num_processes, recipe.steps[0].device, RESUME):
         return
-    with running(f"interrupted{RESUME}", verbose) as progress:
+    with running(f"interrupted{RESUME}", options) as progress:
         from slimlm.stages import compress
 
         how = {field.name: getattr(options, field.name) for field in fields(kind)}
@@ -161,7 +160,7 @@ def _run(recipe: Recipe, options: RotateOptions, kind: type[RunSettings] = RunSe
 
 def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
     require_there(recipe.steps[0].model)
-    with running(verbose=options.verbose) as progress:
+    with running(shown=options) as progress:
         from slimlm.check import check
         from slimlm.device import check_process
         from slimlm.forecast import forecast, require_room

@@ -1,15 +1,15 @@
 """`slimlm eval`."""
 
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from slimlm.cli.launch import in_processes
-from slimlm.cli.options import FiguresFile, ManyProcesses, command
+from slimlm.cli.options import FiguresFile, ManyProcesses, Shown, command
 from slimlm.cli.running import require_there, running, tell
-from slimlm.settings import EvalSettings, described
+from slimlm.settings import EvalSettings
 from slimlm.started import own_rank
 
 if TYPE_CHECKING:
@@ -17,11 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvalOptions(EvalSettings, ManyProcesses, FiguresFile):
+class EvalOptions(EvalSettings, ManyProcesses, FiguresFile, Shown):
     """What is measured, and where the figures go."""
-
-    _: KW_ONLY
-    verbose: bool = described(False, "log what happens inside")
 
 
 @command(EvalOptions)
@@ -50,7 +47,7 @@ def eval_command(options: EvalOptions) -> None:
         return
     settings = {field.name: getattr(options, field.name) for field in fields(EvalSettings)}
     settings["tasks"] = () if options.tasks == ("none",) else options.tasks
-    with running(verbose=options.verbose) as progress:
+    with running(shown=options) as progress:
         from slimlm.evaluation.evaluate import evaluate
 
         found = evaluate(**{**settings, "progress": progress})

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, fields
 
-from slimlm.cli.options import FiguresFile, command
+from slimlm.cli.options import FiguresFile, Shown, command
 from slimlm.cli.running import require_there, running, tell
 from slimlm.settings import InspectSettings
 
 
 @dataclass(frozen=True)
-class InspectOptions(InspectSettings, FiguresFile):
+class InspectOptions(InspectSettings, FiguresFile, Shown):
     """What is looked at, and where the figures go."""
 
 
@@ -35,7 +35,7 @@ def inspect_command(options: InspectOptions) -> None:
     if options.json_path is not None:
         check_results(options.json_path)
     settings = {field.name: getattr(options, field.name) for field in fields(InspectSettings)}
-    with running() as progress:
+    with running(shown=options) as progress:
         from slimlm.inspection import SPARSITIES, inspect_model
 
         found = inspect_model(**{**settings, "progress": progress})

@@ -29,11 +29,11 @@ PANELS = {  # of the commands that run a recipe, in the order of their help; oth
     ),
     "Output": (
         "output_dir", "overwrite", "resume", "resume_anyway", "dry_run", "dtype", "max_shard_size", "push_to_hub",
-        "private", "json_path", "verbose",
+        "private", "json_path", "quiet", "verbose",
     ),
 }  # fmt: skip
 ORDER = [name for names in PANELS.values() for name in names]
-SHORT = {"model": "-m", "sparsity": "-s", "output_dir": "-o", "verbose": "-v"}
+SHORT = {"model": "-m", "sparsity": "-s", "output_dir": "-o", "quiet": "-q", "verbose": "-v"}
 METAVARS = {"push_to_hub": "REPO", "assignments": "NAME=VALUE"}
 SHOWN = {  # defaults that a field's own does not say
     "sparsity": "none; needed unless a pattern, widths or a recipe say it",
@@ -58,6 +58,14 @@ class ManyProcesses:
     num_processes: int | None = described(
         None, "processes on this machine that share the work; `torchrun -m slimlm` starts them on several", "1", least=1
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What a command shows while it runs."""
+
+    quiet: bool = described(False, "show warnings and what comes out, and nothing of how far the work is")
+    verbose: bool = described(False, "log what happens inside")
 
 
 @dataclass(frozen=True, kw_only=True)

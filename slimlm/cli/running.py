@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slimlm.cli.options import Shown
 from slimlm.errors import Interrupted
 from slimlm.started import own_rank
 
@@ -14,17 +15,20 @@ if TYPE_CHECKING:
     from slimlm.progress import Progress
 
 
+USUAL = Shown()
+
+
 class Stopped(BaseException):
     """A polite kill, or a terminal that was closed: ends a run like Ctrl-C. Holds the signal's number."""
 
 
 @contextmanager
-def running(when_interrupted: str = "interrupted", verbose: bool = False) -> "Iterator[Progress]":
-    """Bars while it runs; Ctrl-C and signals as an error of our own, whose exit code the shell understands."""
-    with _shown() as progress:
+def running(when_interrupted: str = "interrupted", shown: Shown = USUAL) -> "Iterator[Progress]":
+    """Progress while it runs; Ctrl-C and signals as an error of our own, whose exit code the shell understands."""
+    with _shown(shown.quiet) as progress:
         try:
             progress.stage("starting", 1)  # importing PyTorch takes seconds
-            _set_verbosity(verbose and own_rank() == 0)
+            _set_verbosity(shown.verbose and own_rank() == 0)
             yield progress
         except KeyboardInterrupt as error:
             raise Interrupted(when_interrupted) from error
@@ -32,12 +36,12 @@ def running(when_interrupted: str = "interrupted", verbose: bool = False) -> "It
             raise Interrupted(when_interrupted, 128 + error.args[0]) from error
 
 
-def _shown() -> "AbstractContextManager[Progress]":
-    """Bars, of the first of several processes only."""
-    if own_rank() == 0:
-        from slimlm.report.progress import progress_bars
+def _shown(quiet: bool) -> "AbstractContextManager[Progress]":
+    """Of the first of several processes only."""
+    if own_rank() == 0 and not quiet:
+        from slimlm.report.progress import progress_shown
 
-        return progress_bars()
+        return progress_shown()
     from slimlm.progress import Progress
 
     return nullcontext(Progress())

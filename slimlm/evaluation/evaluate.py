@@ -15,9 +15,10 @@ from slimlm.evaluation.samples import check_samples, write_samples
 from slimlm.evaluation.subjects import find_subjects, find_texts, find_writing
 from slimlm.evaluation.tasks import DEFAULT_TASKS
 from slimlm.meeting import start_ranks
-from slimlm.progress import LogProgress, Progress
+from slimlm.progress import Progress
 from slimlm.ranks import Ranks
 from slimlm.settings import DTYPES, EvalSettings, by_name
+from slimlm.shown import usual
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def evaluate(settings: EvalSettings) -> Evaluation:
 
 
 def _evaluate(settings: EvalSettings, ranks: Ranks) -> Evaluation:
-    progress = settings.progress or (LogProgress() if ranks.first else Progress())
+    progress = usual(settings.progress) if ranks.first else Progress()
     settings = _checked(settings, ranks)
     models, dense = find_subjects(settings)
     everyone = [*models, *([] if dense is None else [dense])]
@@ -68,7 +69,13 @@ def _evaluate(settings: EvalSettings, ranks: Ranks) -> Evaluation:
     manager = load_task_manager(settings.tasks) if settings.tasks else None
     plan = Plan(settings, texts, manager, find_writing(everyone, settings))
     measuring = Measuring(plan, models, dense, ranks, progress)
-    samples = [measuring.measured(model) for model in models]
+    if not measuring.streamed:
+        progress.expect([measuring.work(one) for one in everyone])
+    samples = []
+    for number, model in enumerate(models):
+        progress.part(number)
+        samples.append(measuring.measured(model))
+    progress.part(len(models))
     dense_samples = measuring.of_dense(samples)
     data = {
         **accounts(samples, dense_samples, texts, settings.fragile),

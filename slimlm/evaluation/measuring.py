@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 BATCH = 8  # windows at a time, where lm-eval is to find out how many questions
+TASKS, WRITING = 2.0, 1.0  # times what all texts cost
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ class Measuring:
             lines.append("no KL: models could not be had side by side, or have other vocabularies")
         return lines
 
+    def work(self, subject: Subject) -> dict[str, float]:
+        """What each stage of measuring a model costs, in windows of text; of tasks and prompts by rule of thumb."""
+        windows, name = max(1.0, sum(len(text.tokens) for text in self.plan.texts)), subject.resolved.name
+        is_known = subject is self.dense and any(map(self._is_beside, self.models))
+        work = {} if is_known else {f"perplexity of {name}": windows * (1 + self._is_beside(subject))}
+        work |= {f"tasks of {name}": TASKS * windows} if self.plan.manager is not None else {}
+        return work | ({f"{name} writes": WRITING * windows} if self.writes else {})
+
     def measured(self, subject: Subject) -> Samples:
         """A model; beside what it makes of tokens, where both can be had at once, what the dense one does."""
         samples = self._measured(subject, self.dense if self._is_beside(subject) else None)
@@ -124,7 +133,7 @@ class Measuring:
         model: PreTrainedModel | None = None
         if figures is None and not self.streamed:
             model = self._model(subject)
-            samples.figures = self._figures(model, beside)
+            samples.figures = self._figures(model, beside, subject.resolved.name)
         elif figures is None:
             how = self.plan.settings, self.plan.batch_size, self.ranks, self.progress
             samples.figures = {text.name: measure_by_block(pair, text.tokens, *how) for text in self.plan.texts}
@@ -153,10 +162,10 @@ class Measuring:
         self.loaded = self.loaded or load_model(subject.path, self.plan.settings)
         return self.loaded
 
-    def _figures(self, model: PreTrainedModel, beside: Subject | None) -> dict[str, Tensor]:
+    def _figures(self, model: PreTrainedModel, beside: Subject | None, name: str) -> dict[str, Tensor]:
         texts, size = self.plan.texts, self.ranks.size
         dense = None if beside is None else self._model(beside)
-        self.progress.stage("perplexity", sum(-(-len(text.tokens) // size) for text in texts))
+        self.progress.stage(f"perplexity of {name}", sum(-(-len(text.tokens) // size) for text in texts))
         how = self.plan.batch_size, self.progress.step, self.ranks
         return {text.name: measure_tokens(model, dense, text.tokens, *how) for text in texts}
 

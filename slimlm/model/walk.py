@@ -165,8 +165,9 @@ def walk(
     """
     indices = list(range(len(model.blocks)) if order is None else order)
     following = dict(pairwise(indices)) if len(indices) == len(set(indices)) else None  # some come again and again
-    progress.stage(stage, len(indices))
-    progress.step(streams.first if streams else 0)
+    progress.stage(stage, len(indices), streams.first if streams else 0)
+    if streams and streams.first:
+        progress.line(f"{stage} goes on behind block {streams.first} of {len(indices)}")
     for index in indices[streams.first if streams else 0 :]:
         block, start = model.blocks[index], time.perf_counter()
         block.facts = {}

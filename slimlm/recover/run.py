@@ -84,8 +84,7 @@ def _trained(run: Run[RecoverStep]) -> Found:
     if run.recipe.minutes is not None:
         training.schedule = _in_time(run, training)
     _go_on(run, training)
-    progress.stage("recovering", training.schedule.steps)
-    progress.step(training.state.step)
+    progress.stage("recovering", training.schedule.steps, training.state.step)
     training.run(lambda: _keep(run, training), progress)
     run.ranks.share(list(training.best.values()))  # other processors might round otherwise
     notes = {"teacher": str(run.dense.checkpoint.path), **_notes(training)}

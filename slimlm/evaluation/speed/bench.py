@@ -26,8 +26,9 @@ from slimlm.evaluation.speed.shape_times import Prediction, Shape, WithShapes
 from slimlm.evaluation.speed.sparse_kernels import refuse_2_of_4_without_gpu
 from slimlm.evaluation.speed.stock import flops_per_token
 from slimlm.evaluation.speed.timing import CLOCKS, BatchSpeed, interleaved, speed_of
-from slimlm.progress import LogProgress, Progress
+from slimlm.progress import Progress
 from slimlm.settings import DTYPES, BenchSettings, by_name
+from slimlm.shown import usual
 
 KERNELS = ("auto", "none", "bsr", "2:4")
 ENGINES = (TRANSFORMERS, VLLM)
@@ -43,7 +44,7 @@ def bench(settings: BenchSettings) -> Bench:
     what the models' context leaves room for. Raises UserError for what cannot be measured, before any work.
     """
     check_process()
-    progress = settings.progress or LogProgress()
+    progress = usual(settings.progress)
     names = (settings.model,) if isinstance(settings.model, str) else tuple(settings.model)
     settings, sizes = _checked(settings, names)
     device = pick_device(settings.device)

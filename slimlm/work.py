@@ -1,0 +1,110 @@
+"""What a step is going to cost, stage by stage, and what of it an earlier process has done, so that the whole of a run
+can be shown while it lasts.
+
+The unit is a plain pass of one calibration window through all blocks of the model the step works on. The costs were
+taken from runs on SmolLM2-135M (30 blocks, 256 windows of 256 tokens, CPU); a model of other proportions is off by a
+factor that is the same for most stages, which is why times are told by the pace of the run itself.
+"""
+
+from slimlm.calibration import written_for
+from slimlm.checkpoint.journal import Journal
+from slimlm.fit.lm_head import fits_head
+from slimlm.model.streamed import StreamedModel
+from slimlm.prune import solved
+from slimlm.prune.plan import refits_head
+from slimlm.recipe import AnyStep, PruneStep, RecoverStep, RotateStep, SliceStep
+from slimlm.slice import curves
+from slimlm.statistics.sweep import TOKENS
+
+Work = dict[str, float]  # by stage, in their order
+
+WRITING = 0.75  # a window of the model's own
+SWEEPING, BACK = 0.75, 1.8  # a window whose gradients are taken, and back
+CUTTING = 0.85  # a window through one of the models that are cut alone
+REFITTING, REFINING = 3.8, 1.7  # a window of a block beside the dense one; each epoch of refinement
+HEAD = 0.5
+REPAIRING, SEEING, LOOKING = 7.0, 3.0, 0.05  # pruning towards the dense block, by statistics, without data
+TRAINING = 1.5  # a window of a step, judging included
+
+
+KEPT = {  # steps of a journal
+    "sampled": "text that the model wrote",
+    "basis": "the basis",
+    "influence": "what blocks change",
+    "widths": "the widths",
+    "allocation": "the allocation",
+    "head fitted": "the head",
+    "teacher": "what the teacher said",
+    "training": "the training up to the last time it was judged",
+    "recovered": "the trained weights",
+}
+
+
+def work_of(step: AnyStep, model: StreamedModel) -> Work:
+    """Of a resolved step on a model, behind its checks."""
+    work: Work = {}
+    if step.own_windows:
+        work["sampling text"] = WRITING * written_for(step.own_windows)
+    if isinstance(step, PruneStep):
+        work |= _pruning(step, model)
+    elif isinstance(step, RecoverStep):
+        work |= _recovering(step)
+    else:
+        work |= _slicing(step, model)
+    if step.measure:
+        work["measuring"] = 2.0 * step.eval_windows
+    return work
+
+
+def kept_of(journal: Journal, blocks: int) -> list[str]:
+    """What an earlier process finished, in words; nothing where there was none. blocks: of the model."""
+    kept = [words for step, words in KEPT.items() if journal.last(step)]
+    for name in dict.fromkeys(record["step"] for record in journal.records if record["step"].startswith("streams ")):
+        record = journal.last(name)
+        assert record is not None
+        kept.append(f"hidden states behind block {record['block'] + 1} of {blocks} ({name.removeprefix('streams ')})")
+    parts = {record["step"] for record in journal.records if record["step"].startswith("written ")}
+    gradients = {record["step"] for record in journal.records if record["step"].startswith("gradients-")}
+    kept += [f"gradients of {len(gradients)} blocks"] if gradients else []
+    return kept + ([f"{len(parts)} parts of the result"] if parts else [])
+
+
+def _slicing(step: SliceStep | RotateStep, model: StreamedModel) -> Work:
+    windows = float(step.num_windows)
+    if isinstance(step, SliceStep) and step.basis == "per-block":
+        return {"slicing": 2 * windows}
+    work = {"calibrating": windows}
+    if step.weighting == "loss":
+        work |= _sweeping(step)
+    if not isinstance(step, SliceStep) or not step.refit:
+        return work | {"slicing": LOOKING * windows}
+    if not step.widths or len(step.width_choices) > 1:
+        work["measuring widths"] = CUTTING * curves.CUTS * min(curves.WINDOWS, windows)
+    work["refitting"] = (REFITTING + REFINING * step.refine) * windows
+    return work | ({"refitting the head": HEAD * windows} if fits_head(model) else {})
+
+
+def _pruning(step: PruneStep, model: StreamedModel) -> Work:
+    windows = float(step.num_windows)
+    work = _sweeping(step) if step.needs_gradients else {}
+    if step.allocation == "solved":
+        chunks = len(model.blocks) / solved.TOGETHER
+        work["measuring blocks"] = SEEING * min(2 * solved.WINDOWS, windows) * (1 + chunks) / 2
+    elif step.allocation != "uniform":
+        work["allocating"] = windows
+    if step.repairs:
+        work["pruning"] = (REPAIRING + REFINING * step.refine) * windows
+        return work | ({"refitting the head": HEAD * windows} if refits_head(model) else {})
+    return work | {"pruning": max(1.0, (SEEING if step.dataset else LOOKING) * windows)}
+
+
+def _recovering(step: RecoverStep) -> Work:
+    assert step.max_seq_length is not None
+    work = {"asking the teacher": float(step.num_windows)} if step.teacher_top_k else {}
+    return work | {"recovering": TRAINING * step.tokens / step.max_seq_length, "writing": 1.0}
+
+
+def _sweeping(step: AnyStep) -> Work:
+    assert step.max_seq_length is not None
+    windows = float(min(step.num_windows, max(1, TOKENS // step.max_seq_length)))
+    return {"gradients": SWEEPING * windows, "gradients back": BACK * windows}

@@ -1,0 +1,191 @@
+"""Progress of whole runs: that what is expected is what comes, and what is shown of it where."""
+
+import io
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import pytest
+
+from slimlm import shown
+from slimlm.checkpoint.journal import Journal
+from slimlm.evaluation.evaluate import evaluate
+from slimlm.recipe import one_step
+from slimlm.report import progress as shown_by_commands
+from slimlm.report.progress import progress_shown
+from slimlm.report.terminal import console
+from slimlm.shown import Whole, in_words, usual
+from slimlm.stages import compress
+from tests.conftest import in_steps, random_tokens
+from tests.test_resume import Killed, die_at
+
+ODD = "./a[/b][v2] :smile: [bold]"
+UNEXPECTED = {"checking weights", "finding the basis", "timing the first steps"}
+
+
+class Told(Whole):
+    """Keeps what it was told, and the share of all work at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: list[tuple[int, str]] = []
+        self.expected: list[tuple[int, str]] = []
+        self.shares: list[float] = []
+        self.lines: list[str] = []
+
+    def expect(self, parts: Sequence[Mapping[str, float]]) -> None:
+        super().expect(parts)
+        self.shares.clear()
+        self.expected = [(number, name) for number, part in enumerate(parts) for name in part]
+
+    def stage(self, name: str, total: int, first: int = 0) -> None:
+        super().stage(name, total, first)
+        self.stages += [] if name in UNEXPECTED else [(self.pace.part, name)]
+
+    def show(self) -> None:
+        self.shares.append(self.pace.share)
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def settings(tiny_llama: Path, tmp_path: Path) -> dict:
+    numpy.save(tmp_path / "tokens.npy", random_tokens(20, 24).numpy())
+    return {
+        "model": str(tiny_llama), "dataset": str(tmp_path / "tokens.npy"), "num_calibration_samples": 20,
+        "max_seq_length": 24, "eval_windows": 2, "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sparsity": 0.3},
+        {"sparsity": 0.3, "self_share": 0.3, "measure": False},
+        {"widths": "hidden=24", "refit": False},
+        {"widths": "hidden=24", "basis": "per-block"},
+        {"method": "rotate"},
+        {"method": "slimlm", "sparsity": 0.5},
+        {"method": "slimlm", "sparsity": 0.5, "allocation": "solved"},
+        {"method": "mfac", "sparsity": 0.5},
+        {"method": "magnitude", "sparsity": 0.5},
+        {"method": "sparsegpt", "sparsity": 0.5, "allocation": "owl"},
+    ],
+    ids=str,
+)
+def test_what_is_expected_of_a_run_is_what_comes(settings: dict, more: dict):
+    told = Told()
+    compress(one_step(**{**settings, **more}), progress=told)
+    assert list(dict.fromkeys(told.stages)) == told.expected
+    assert told.shares == pytest.approx(sorted(told.shares))
+    assert told.shares[-1] == pytest.approx(1)
+
+
+def test_steps_of_a_recipe_are_one_whole(settings: dict, tmp_path: Path):
+    recipe = in_steps({**settings, "sparsity": 0.3}, {"method": "sparsegpt", "sparsity": 0.5})
+    told = Told()
+    compress(in_steps({**settings, "sparsity": 0.3}, {"method": "recover", "tokens": 24 * 8 * 2}), progress=told)
+    assert list(dict.fromkeys(told.stages)) == told.expected
+    assert {part for part, _ in told.stages} == {0, 1}
+    assert told.shares == pytest.approx(sorted(told.shares))
+    assert told.at.startswith("step 2 of 2, ")
+    assert "step 2 of 2: recover, 384 tokens" in told.lines
+    assert len(recipe.steps) == 2
+
+
+def test_models_that_are_measured_are_one_whole(tiny_llama: Path, tmp_path: Path):
+    told = Told()
+    paths = [str(shutil.copytree(tiny_llama, tmp_path / name)) for name in ("one", "other")]
+    evaluate(paths, str(tiny_llama), tasks=(), num_windows=2, window=16, generate=2, progress=told)
+    assert told.stages == told.expected
+    assert told.shares == pytest.approx(sorted(told.shares))
+    assert told.shares[-1] == pytest.approx(1)
+
+
+def test_a_run_that_goes_on_says_what_it_keeps(settings: dict, monkeypatch: pytest.MonkeyPatch):
+    recipe = one_step(**{**settings, "sparsity": 0.3, "self_share": 0.3, "measure": False})
+    first = Told()
+    with monkeypatch.context() as patch:
+        die_at(patch, Journal, "commit", 9, True)
+        with pytest.raises(Killed):
+            compress(recipe, progress=first)
+    again = Told()
+    compress(recipe, resume=True, progress=again)
+    assert not [line for line in first.lines if line.startswith("resuming")]
+    (line,) = [line for line in again.lines if line.startswith("resuming")]
+    assert "text that the model wrote, the basis, the widths" in line
+    assert {name for _, name in again.stages} < {name for _, name in first.stages} | {"refitting the head"}
+    assert again.shares[0] > 0.1
+
+
+def test_a_log_that_is_no_terminal_gets_a_line_a_minute(capsys: pytest.CaptureFixture, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(shown_by_commands, "MINUTE", 0.01)
+    with progress_shown() as progress:
+        progress.expect([{"one": 1.0, "two": 3.0}, {"one": 4.0}])
+        progress.stage("two", 3)
+        progress.step()
+        progress.done("two", ODD, 1.0)
+        progress.line(f"model: {ODD}")
+        said = ""
+        while "of all" not in said:
+            said += capsys.readouterr().err
+    assert f"model: {ODD}\n" in said
+    assert "step 1 of 2, two 1/3: 25% of all, 0 s left, " in said
+    assert "two in 1.0 s" not in said
+
+
+def test_a_bar_shows_its_stage_as_it_is_within_80_columns(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    terminal = console(stderr=True)
+    terminal.file = screen
+    monkeypatch.setattr("slimlm.report.progress.console", lambda stderr: terminal)
+    with progress_shown() as progress:
+        progress.expect([{"sampling text": 1.0}] * 3)
+        progress.stage("sampling text", 160)
+        progress.step(120)
+        progress.bars.refresh()
+        assert "step 1 of 3, sampling text 120/160" in screen.getvalue()
+        assert "25% of all, 0 s left, " in screen.getvalue()
+        assert " GB" in screen.getvalue()
+        progress.stage(ODD, 2)
+        progress.bars.refresh()
+    assert ODD in screen.getvalue()
+
+
+def test_a_notebook_has_lines_and_one_that_changes(monkeypatch: pytest.MonkeyPatch):
+    shell = type(shown.KERNEL, (), {})()
+    shows: list[str] = []
+    handle = SimpleNamespace(update=lambda data, raw: shows.append(f"= {data['text/plain']}"))
+
+    def display(data: dict, raw: bool, display_id: bool = False):
+        shows.append(data["text/plain"])
+        return handle
+
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    progress = usual(None)
+    progress.expect([{"one": 1.0}])
+    progress.stage("one", 4)
+    progress.line("model: here")
+    progress.done("one", "block", 1.0)
+    progress.step()
+    assert shows[0] == ""
+    assert shows[2] == "model: here"
+    assert shows[1].startswith("= one 0/4: 0% of all, ")
+    assert shows[3].startswith("= one 1/4: 25% of all, 0 s left, ")
+    assert len(shows) == 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(5.4, "5 s"), (89.4, "89 s"), (90, "2 min"), (5369, "89 min"), (5400, "1 h 30 min")]
+)
+def test_times_are_told_as_people_do(seconds: float, words: str):
+    assert in_words(seconds) == words
