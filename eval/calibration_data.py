@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 from slimlm.calibration import load_windows
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.errors import UserError
+from slimlm.recipe import Meant
 
 WORD = "Grüße"  # in every document, once in each
 TEXTS = [f"{WORD} number {number}. " + "The quick brown fox jumps over the lazy dog. " * 6 for number in range(12)]
@@ -217,7 +218,7 @@ def results(place: Path) -> Iterator[tuple[Case, bool, str]]:
         case.make(path)
         tokenizer.chat_template = case.template
         try:
-            windows = load_windows(str(path), tokenizer, 1000, 16, text_column=case.column)
+            windows = load_windows(str(path), tokenizer, 1000, 16, meant=Meant(case.column))
         except UserError as error:
             line = str(error).replace(str(place), "")
             yield case, case.says is not None and case.says in line and "\n" not in line, line

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from slimlm.calibration import Windows, load_windows, sample_windows
 from slimlm.progress import LogProgress
 from slimlm.ranks import ALONE
-from slimlm.recipe import one_step
+from slimlm.recipe import Meant, one_step
 from slimlm.recover import training
 from slimlm.recover.teacher import Beside
 from slimlm.recover.text import Text
@@ -138,7 +138,7 @@ def on_data(arguments: argparse.Namespace, rate: float, text: Path, place: Path)
     models = [load(arguments.dense, dtype) for dtype in (torch.float32, "auto")]
     tokenizer, size = AutoTokenizer.from_pretrained(arguments.dense), (arguments.window, arguments.seed)
     count = round(arguments.tokens / arguments.window / 2)
-    given = load_windows(str(arguments.calibration), tokenizer, count, *size, "text").tokens
+    given = load_windows(str(arguments.calibration), tokenizer, count, *size, Meant("text")).tokens
     own = torch.from_numpy(numpy.load(text).astype(numpy.int64))
     names = ("given",) * len(given) + ("self",) * len(own)
     windows = Windows(torch.cat([given, own]), "both", None, names)

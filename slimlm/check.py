@@ -38,7 +38,15 @@ from slimlm.recipe import AnyStep, RecoverStep, SliceStep
 from slimlm.resolve import output_of, resolve
 from slimlm.run import Plan
 from slimlm.unasked import Unasked, unasked
-from slimlm.windows import beside_given, calibration_windows, evaluation_windows, require_held_out, said_of_tokens
+from slimlm.windows import (
+    beside_given,
+    calibration_windows,
+    evaluation_windows,
+    require_held_out,
+    said_of_test,
+    said_of_tokens,
+    tokens_wanted,
+)
 
 
 def require_less(step: AnyStep, model: StreamedModel, plan: Plan) -> None:
@@ -140,7 +148,9 @@ def check(step: AnyStep, how: How) -> Job:
     tokenizer = load_tokenizer(source.path, step.trust_remote_code)
     teacher = _teacher(step, model, output, how) if isinstance(step, RecoverStep) else None
     can, asked = unasked(step, teacher or model, tokenizer, how.ranks), step
-    step, plan = planned(resolve(can.decided(step), source, model.config, (teacher or model).config), model)
+    step, plan = planned(
+        resolve(can.decided(step), source, tokens_wanted(step, model), model.config, (teacher or model).config), model
+    )
     _refuse_other_class(model, plan)
     how.progress.line(f"model: {source}")
     for require in how.checks:
@@ -152,7 +162,7 @@ def check(step: AnyStep, how: How) -> Job:
     step = beside_given(step, windows)
     test = evaluation_windows(step, tokenizer)
     require_held_out(step, windows)
-    for line in said_of_tokens(step, model, windows):
+    for line in (*said_of_tokens(step, model, windows), *said_of_test(test, windows)):
         how.progress.line(line)
     job = Job(step, source, output, model, tokenizer, plan, can, teacher, test, windows, started, memory_before)
     _check_room(job, how)

@@ -38,7 +38,7 @@ from slimlm.prune.group import code_hash
 from slimlm.ranks import Ranks
 from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped, steps_of
 from slimlm.run import Outcome
-from slimlm.windows import tokens_wanted
+from slimlm.windows import also_calibrated, tokens_wanted
 
 # What a step says of how and where it is run, and of what is done with the result: none of it decides a bit.
 UNDECISIVE = {
@@ -156,6 +156,7 @@ def _calibration(windows: Windows | None, job: Job) -> Calibration | None:
         "seed": job.recipe.seed,
         "sha256": windows.sha256,
         "tokens_wanted": tokens_wanted(job.recipe, job.model),
+        "parts": windows.parts,
     }
 
 
@@ -165,6 +166,8 @@ def measured(job: Job, comparison: Comparison | None) -> Measured | None:
         return None
     return {
         **job.test.describe(),
+        "documents": len(job.test.documents.unique()),
+        "also_calibrated": also_calibrated(job.test, job.windows),
         "dense": comparison.dense.describe(),
         "compressed": comparison.compressed.describe(),
     }

@@ -1,5 +1,6 @@
 """A step with every default that depends on its model filled in: Step -> Step, once, before anything uses it."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,19 +11,22 @@ from slimlm.checkpoint.manifest import read_manifest
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel
 from slimlm.errors import UserError
 from slimlm.evaluation.text import DEFAULT_WINDOW
+from slimlm.linalg.regression import HELD_EVERY
 from slimlm.methods import method_of
 from slimlm.recipe import SELF, AnyStep, RecoverStep, Source
 
+WINDOWS = 128  # of given text, at least, where a step does not say how many
 NO_DATA = (
     "no calibration data: pass --dataset with a text file, a hub dataset, wikitext2, c4, alpaca or "
     "fineweb-edu, or --dataset self to let the model write its own (needs the whole model in memory)"
 )
 
 
-def resolve(step: AnyStep, source: ResolvedModel, *configs: PretrainedConfig) -> AnyStep:
+def resolve(step: AnyStep, source: ResolvedModel, wanted: int, *configs: PretrainedConfig) -> AnyStep:
     """The step with its data, the length of its windows and its output. Raises UserError where there are none.
 
-    No data where the method does not look at any. configs: of all models that are to read the windows.
+    No data where the method does not look at any. wanted: tokens to learn from, at least. configs: of all models that
+    are to read the windows.
     """
     dataset = step.dataset or (SELF if source.origin == "bundled" else None)
     if not method_of(step).calibrates(step, source.path):
@@ -35,7 +39,22 @@ def resolve(step: AnyStep, source: ResolvedModel, *configs: PretrainedConfig) ->
     if length > context:
         raise UserError(f"--max-seq-length {length} is beyond the model's context of {context} tokens")
     step = step.model_copy(update={"dataset": dataset, "max_seq_length": length, "output_dir": str(output_of([step]))})
-    return with_own_text(step.beside())
+    return with_data(step, wanted)
+
+
+def with_data(step: AnyStep, wanted: int) -> AnyStep:
+    """A step, whose windows' length is known, with as many of them as it takes, and those its model is to write.
+
+    wanted: tokens to learn from, at least.
+    """
+    step = step.beside()
+    if step.num_calibration_samples is None:
+        assert step.max_seq_length is not None
+        is_beside = isinstance(step.dataset, str) and step.dataset != SELF
+        needed = wanted * HELD_EVERY / (HELD_EVERY - 1) / step.max_seq_length
+        given = math.ceil(needed * (1 - (step.self_share or 0) if is_beside else 1))
+        step = step.model_copy(update={"num_calibration_samples": max(WINDOWS, given)})
+    return with_own_text(step)
 
 
 def _as_windows(dataset: str | list[Source] | None) -> int | None:

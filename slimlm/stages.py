@@ -39,11 +39,11 @@ from slimlm.progress import Progress
 from slimlm.prune.plan import require_room_later
 from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import SELF, AnyStep, PruneStep, Recipe, RecoverStep, SliceStep, Source
-from slimlm.resolve import NO_DATA, output_of, with_own_text
+from slimlm.resolve import NO_DATA, output_of, with_data
 from slimlm.run import Plan
 from slimlm.settings import CompressSettings, PushSettings, RunSettings, by_name
 from slimlm.shown import usual
-from slimlm.windows import calibration_windows
+from slimlm.windows import calibration_windows, tokens_wanted
 from slimlm.work import work_of
 
 CALIBRATION_NAME = "calibration.npy"
@@ -147,10 +147,11 @@ def later_steps(first: Job, recipe: Recipe) -> list[AnyStep]:
     own = {"dataset": SELF} if first.source.origin == "bundled" else {}
     window = first.recipe.max_seq_length
     return [
-        with_own_text(
-            first.can.decided(step)
-            .model_copy(update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)})
-            .beside()
+        with_data(
+            first.can.decided(step).model_copy(
+                update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)}
+            ),
+            tokens_wanted(step, first.model),
         )
         for step in recipe.steps[1:]
     ]

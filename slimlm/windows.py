@@ -2,13 +2,17 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from slimlm.calibration import (
     Windows,
     interleaved,
+    is_of_hub,
     load_windows,
+    local_files,
     sample_windows,
     start_token,
     written_for,
@@ -24,6 +28,7 @@ from slimlm.progress import Progress
 from slimlm.recipe import SELF, AnyStep, RecoverStep, Source
 from slimlm.resolve import own_beside
 
+GRAM = 16  # tokens of a run that two texts hardly share by chance
 TOKENS_PER_INPUT = 10  # of a matrix that is fitted by least squares; with half as many a fit follows its own tokens
 
 
@@ -37,13 +42,36 @@ def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocab
     length, given = step.max_seq_length, [part for part in step.parts if part[0] != SELF]
     if not given:
         return None
+    if any(step.meant[1:]) and not any(is_of_hub(source, Path(source).expanduser()) for source, _ in given):
+        _refuse_hub(step, given[0][0])
     windows = interleaved(
-        [load_windows(source, tokenizer, count, length, step.seed, step.text_column) for source, count in given]
+        [load_windows(source, tokenizer, count, length, step.seed, step.meant) for source, count in given]
     )
     low, high = int(windows.tokens.min()), int(windows.tokens.max())
     if low < 0 or high >= vocabulary:
         raise UserError(f"calibration data {windows.source!r} holds tokens {low} to {high}; the model has {vocabulary}")
     return windows
+
+
+def _refuse_hub(step: AnyStep, source: str) -> None:
+    """Raises UserError where no data is from the hub, but for the split of a saved dataset."""
+    is_saved = Path(source).expanduser().is_dir() and not local_files(source, Path(source).expanduser())
+    for name, value in step.meant._asdict().items():
+        if name != "column" and value is not None and not (is_saved and name == "split"):
+            raise UserError(f"--dataset-{name} is for datasets from the hub, and {source} is none")
+
+
+def also_calibrated(test: TestWindows, windows: Windows | None) -> int:
+    """How many documents of a text to measure on the given calibration text has, too: at least half of their runs of
+    GRAM tokens."""
+    if windows is None or not test.documents.numel():
+        return 0
+    size = min(GRAM, max(1, min(test.tokens.shape[1], windows.tokens.shape[1]) // 8))  # few are cut by windows' ends
+    factors = torch.randint(-(2**62), 2**62, (size,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    mine, theirs = ((tokens.unfold(1, size, 1) * factors).sum(-1) for tokens in (test.tokens, windows.tokens))
+    known, documents = torch.isin(mine, theirs), test.documents[:, size - 1 :]
+    shares = (known[documents == number].double().mean() for number in documents.unique())
+    return sum(bool(share >= 0.5) for share in shares)
 
 
 def beside_given(step: AnyStep, windows: Windows | None) -> AnyStep:
@@ -95,6 +123,18 @@ def said_of_tokens(step: AnyStep, model: StreamedModel, windows: Windows | None)
     return [
         f"WARNING: {learnt:,} tokens are few to fit matrices of {wanted // TOKENS_PER_INPUT:,} inputs from, and other "
         f"text may lose by it: --num-calibration-samples {enough} would do"
+    ]
+
+
+def said_of_test(test: TestWindows | None, windows: Windows | None) -> list[str]:
+    """A line where documents that are measured on are calibrated on, too."""
+    count = also_calibrated(test, windows) if test else 0
+    if not test or not count:
+        return []
+    number = len(test.documents.unique())
+    return [
+        f"WARNING: {count} of the {number} documents to measure on are in the calibration text, too, so that the "
+        "result will look better than it is: give another --eval-text"
     ]
 
 

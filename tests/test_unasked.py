@@ -192,6 +192,28 @@ def test_too_few_tokens_for_what_is_fitted_are_said_with_the_number_that_would_d
     assert not [line for line in again.said if line.startswith("WARNING")]
 
 
+@pytest.mark.parametrize("asked", [{}, {"num_calibration_samples": "auto"}, {"num_calibration_samples": None}])
+@pytest.mark.parametrize(
+    ("settings", "given", "own"),
+    [
+        ({"max_seq_length": 24}, 128, 128),
+        ({"max_seq_length": 2}, 150, 150),
+        ({"max_seq_length": 2, "self_share": 0.2}, 240, 60),
+        ({"max_seq_length": 2, "refit": False}, 128, 0),
+    ],
+)
+def test_as_many_windows_are_taken_as_the_widths_need(
+    tiny_llama: Path, text: Path, tmp_path: Path, asked: dict, settings: dict, given: int, own: int
+):
+    """Ten tokens for each of 48 inputs, four of five windows of two tokens being learnt from, are 300 windows."""
+    recipe = one_step(
+        model=str(tiny_llama), output_dir=str(tmp_path / "out"), dataset=str(text), widths="hidden=24", measure=False,
+        **settings, **asked,
+    )  # fmt: skip
+    step = check(recipe.steps[0], How(progress=Progress())).recipe
+    assert (step.num_windows - step.own_windows, step.own_windows) == (given, own)
+
+
 def test_what_fits_nothing_wants_no_tokens(tiny_llama: Path, text: Path, tmp_path: Path):
     progress = Lines()
     checked(tiny_llama, tmp_path / "out", progress, method="sparsegpt", sparsity=0.5, dataset=str(text))

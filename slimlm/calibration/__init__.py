@@ -1,7 +1,7 @@
 """Calibration data: any text source to token windows."""
 
 from slimlm.calibration.sample import SAMPLING_BATCH, go_on, remembered, sample_windows, side_by_side, written_for
-from slimlm.calibration.sources import split_documents
+from slimlm.calibration.sources import is_of_hub, local_files, split_documents
 from slimlm.calibration.windows import Windows, interleaved, load_windows, start_token
 
 __all__ = [
@@ -9,7 +9,9 @@ __all__ = [
     "Windows",
     "go_on",
     "interleaved",
+    "is_of_hub",
     "load_windows",
+    "local_files",
     "remembered",
     "sample_windows",
     "side_by_side",

@@ -2,7 +2,10 @@
 
 import glob
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ from slimlm.calibration.files import READERS, UNPACKED, Row, is_readable, read_f
 from slimlm.calibration.rows import Document, needed_columns
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.plain import Json
-from slimlm.recipe import SELF
+from slimlm.recipe import SELF, Meant
+from slimlm.started import world_size
 
 __all__ = ["Document", "documents_of", "split_documents"]
 
@@ -22,23 +26,32 @@ HUB_SHORT_NAMES: dict[str, dict[str, Any]] = {
 }
 JOINED = ("wikitext2",)  # the rows, in order and with blank lines between them, are one document, as everyone has it
 SAVED = ("dataset_info.json", "dataset_dict.json")  # in a directory that `save_to_disk` made
+STANDARD_INPUT = "-"
+DEFAULT = Meant()
 Made = Callable[[Row], Document]
 
 
-def documents_of(dataset: str, path: Path, column: str | None, seed: int, made: Made) -> Iterator[Document]:
-    """Documents of a source, those of local files shuffled by the seed. made: what makes one of a row. Raises UserError
-    for a source that cannot be read."""
+def documents_of(dataset: str, path: Path, seed: int, made: Made, meant: Meant = DEFAULT) -> Iterator[Document]:
+    """Documents of a source, those of local files and of standard input shuffled by the seed. made: what makes one of a
+    row. Raises UserError for a source that cannot be read."""
     files = local_files(dataset, path)
-    if files:
-        documents = [document for file in files for document in file_documents(file, column, made) if document]
+    if files or dataset == STANDARD_INPUT:
+        local = chain.from_iterable(_file_rows(file, meant.column) for file in files) if files else _piped_rows()
+        documents = [document for document in map(made, local) if document]
         if not documents:
-            raise UserError(f"calibration file {path} is empty")
+            raise UserError("standard input is empty" if not files else f"calibration file {path} is empty")
         random.Random(seed).shuffle(documents)
         return iter(documents)
-    if path.is_dir() or dataset.startswith(("/", "./", "../", "~")) or {*path.suffixes} & {*READERS, *UNPACKED}:
-        return _dataset_rows(dataset, _load_saved(path), made)
-    rows = _dataset_rows(dataset, _load_hub(dataset, seed), made)
+    if not is_of_hub(dataset, path):
+        return _dataset_rows(dataset, _load_saved(path), made, meant.split)
+    rows = _dataset_rows(dataset, _load_hub(dataset, seed, meant), made)
     return iter(["\n\n".join(str(row) for row in rows)]) if dataset in JOINED else rows
+
+
+def is_of_hub(dataset: str, path: Path) -> bool:
+    """Whether a name is to be looked for on the hub: it is no path, nor looks like one."""
+    looks_local = dataset.startswith(("/", "./", "../", "~", STANDARD_INPUT)) or glob.has_magic(dataset)
+    return not (path.exists() or looks_local or {*path.suffixes} & {*READERS, *UNPACKED, ".npy"})
 
 
 def local_files(dataset: str, path: Path) -> list[Path]:
@@ -59,9 +72,27 @@ def local_files(dataset: str, path: Path) -> list[Path]:
     return []
 
 
-def file_documents(path: Path, column: str | None, made: Made) -> list[Document]:
-    """Of a local file. Raises UserError for one that cannot be read, and rows that are no documents."""
-    return [made(row) for row in read_file(path, lambda names: needed_columns(names, column, str(path)))]
+def _file_rows(path: Path, column: str | None) -> Iterator[Row]:
+    return read_file(path, lambda names: needed_columns(names, column, str(path)))
+
+
+@cache
+def _piped() -> bytes:
+    """All of standard input, once. Raises UserError where there is nobody to pipe it, or several to read it."""
+    if world_size() > 1:
+        raise UserError("--dataset -: several processes cannot all read standard input: give them a file")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError("--dataset -: nothing is piped in: `cat notes.txt | slimlm compress --dataset - ...`")
+    return sys.stdin.buffer.read()
+
+
+def _piped_rows() -> Iterator[Row]:
+    """JSON where it begins like it, a row a line or a list of them; else text."""
+    is_json = _piped().lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
+    try:
+        yield from READERS[".json" if is_json else ".txt"](_piped(), lambda names: names)
+    except ValueError as error:
+        raise UserError(f"standard input cannot be read as {'JSON' if is_json else 'text'}: {error}") from error
 
 
 def _load_saved(path: Path) -> Any:
@@ -75,7 +106,7 @@ def _load_saved(path: Path) -> Any:
         raise UserError(f"calibration directory {path} is not a saved dataset: {one_line(error)}") from error
 
 
-def _load_hub(dataset: str, seed: int) -> Any:
+def _load_hub(dataset: str, seed: int, meant: Meant) -> Any:
     from datasets import load_dataset
 
     if "/" not in dataset and dataset not in HUB_SHORT_NAMES:
@@ -85,6 +116,8 @@ def _load_hub(dataset: str, seed: int) -> Any:
             f"{nearest(dataset, known)}"
         )
     where = HUB_SHORT_NAMES.get(dataset, {"path": dataset, "split": "train"})
+    asked = {"name": meant.config, "split": meant.split, "revision": meant.revision}
+    where = where | {name: value for name, value in asked.items() if value is not None}
     try:
         rows = load_dataset(**where, streaming=True)
         return rows if dataset in JOINED else rows.shuffle(seed=seed, buffer_size=10_000)
@@ -92,10 +125,18 @@ def _load_hub(dataset: str, seed: int) -> Any:
         raise _unreachable(dataset, error) from error
 
 
-def _dataset_rows(dataset: str, rows: Iterable[Json] | Mapping[str, Iterable[Json]], made: Made) -> Iterator[Document]:
-    """Rows of a datasets.Dataset, or of the one or train split of a DatasetDict."""
+def _dataset_rows(
+    dataset: str, rows: Iterable[Json] | Mapping[str, Iterable[Json]], made: Made, split: str | None = None
+) -> Iterator[Document]:
+    """Rows of a datasets.Dataset, or of the one, the train or the named split of a DatasetDict."""
     if isinstance(rows, Mapping):
-        rows = rows["train"] if "train" in rows else next(iter(rows.values()))
+        if split is not None and split not in rows:
+            raise UserError(
+                f"calibration data {dataset} has no split {split!r}{nearest(split, rows)} (it has: {', '.join(rows)})"
+            )
+        rows = rows[split or "train"] if split or "train" in rows else next(iter(rows.values()))
+    elif split is not None:
+        raise UserError(f"calibration data {dataset} has no splits: leave out --dataset-split")
     try:
         for row in rows:
             if not isinstance(row, Mapping):

@@ -7,8 +7,8 @@ which the seed picks n. There is no padding.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,8 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from slimlm.calibration.files import Row
 from slimlm.calibration.rows import Document, document_of
-from slimlm.calibration.sources import documents_of
+from slimlm.calibration.sources import DEFAULT, documents_of
+from slimlm.checkpoint.manifest import Part
 from slimlm.errors import UserError, one_line
+from slimlm.recipe import Meant
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +30,13 @@ POOL_FACTOR = 16  # windows are picked from this many times as many, where the s
 @dataclass(frozen=True)
 class Windows:
     """tokens: [n, time]. source: where they came from. bos: the token each document starts with, or None. origins: the
-    source of each, where there are several."""
+    source of each, where there are several. documents: of every source, how many were read to cut them from."""
 
     tokens: Tensor
     source: str
     bos: int | None
     origins: tuple[str, ...] = ()
+    documents: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def of_each(self) -> tuple[str, ...]:
@@ -43,13 +46,37 @@ class Windows:
     @property
     def sha256(self) -> str:
         """Hash of shape and tokens."""
-        digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
-        digest.update(self.tokens.to(torch.int64).contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return _hash(self.tokens)
+
+    def of(self, source: str) -> Tensor:
+        """The windows of one source, in order: [n, time]."""
+        return self.tokens[torch.tensor([one == source for one in self.of_each])]
+
+    @property
+    def parts(self) -> list[Part]:
+        """What there is of each source."""
+        found = {source: self.of(source) for source in dict.fromkeys(self.of_each)}
+        return [
+            {
+                "source": source,
+                "documents": self.documents.get(source, len(tokens)),  # of its own a model writes one a window
+                "windows": len(tokens),
+                "tokens": tokens.numel(),
+                "sha256": _hash(tokens),
+            }
+            for source, tokens in found.items()
+        ]
 
     def batches(self, size: int) -> list[Tensor]:
         """So many windows at a time: [batch, time] each."""
         return list(self.tokens.split(size))
+
+
+def _hash(tokens: Tensor) -> str:
+    """tokens: [n, time]"""
+    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
+    digest.update(tokens.to(torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def interleaved(parts: Sequence[Windows]) -> Windows:
@@ -62,7 +89,8 @@ def interleaved(parts: Sequence[Windows]) -> Windows:
     tokens = torch.cat([part.tokens for part in parts])[order]
     origins = [name for part in parts for name in part.of_each]
     source = ", ".join(part.source for part in parts)
-    return Windows(tokens, source, parts[0].bos, tuple(origins[index] for index in order))
+    documents = {name: count for part in parts for name, count in part.documents.items()}
+    return Windows(tokens, source, parts[0].bos, tuple(origins[index] for index in order), documents)
 
 
 def load_windows(
@@ -71,34 +99,37 @@ def load_windows(
     num_windows: int,
     length: int,
     seed: int = 0,
-    text_column: str | None = None,
+    meant: Meant = DEFAULT,
 ) -> Windows:
     """Windows from a file (text, JSON, CSV, Parquet, Arrow, packed or not; .npy), a folder or pattern of such files, a
-    `save_to_disk` directory, a short name or a hub id.
+    `save_to_disk` directory, standard input (`-`), a short name or a hub id.
 
-    text_column: where it is not to be found out: `text`, tokens in `input_ids`, chats and instructions by their usual
-    names, through the tokenizer's template, or the only column of text. Raises UserError when the source cannot be
-    read, is empty, or does not fill one window.
+    meant: which column of its rows, where that is not to be found out: `text`, tokens in `input_ids`, chats and
+    instructions by their usual names, through the tokenizer's template, or the only column of text; and what of a hub
+    dataset. Raises UserError when the source cannot be read, is empty, or does not fill one window.
     """
     path = Path(dataset).expanduser()
     if path.suffix == ".npy" and path.is_file():
         return _pretokenised_array(path, num_windows, length, seed)
     bos = start_token(tokenizer)
     pool: list[int] = []
+    documents = 0
     wanted = POOL_FACTOR * num_windows * length
 
     def made(row: Row) -> Document:
-        return document_of(row, text_column, tokenizer, dataset)
+        return document_of(row, meant.column, tokenizer, dataset)
 
-    for tokens in _tokenised(documents_of(dataset, path, text_column, seed, made), tokenizer):
+    for tokens in _tokenised(documents_of(dataset, path, seed, made, meant), tokenizer):
         if not tokens:
             continue
         if bos is not None and tokens[0] != bos:
             pool.append(bos)
         pool.extend(tokens)
+        documents += 1
         if len(pool) >= wanted:
             break
-    return Windows(_cut(torch.tensor(pool), num_windows, length, seed, dataset), dataset, bos)
+    found = _cut(torch.tensor(pool), num_windows, length, seed, dataset)
+    return Windows(found, dataset, bos, documents={dataset: documents})
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -145,4 +176,5 @@ def _pretokenised_array(path: Path, num_windows: int, length: int, seed: int) ->
     if array.ndim == 2 and array.shape[1] < length:
         raise UserError(f"calibration file {path} holds windows of {array.shape[1]} tokens: lower --max-seq-length")
     pool = array[:, :length].reshape(-1) if array.ndim == 2 else array.reshape(-1)
-    return Windows(_cut(pool, num_windows, length, seed, str(path)), str(path), None)
+    tokens, documents = _cut(pool, num_windows, length, seed, str(path)), len(array) if array.ndim == 2 else 1
+    return Windows(tokens, str(path), None, documents={str(path): documents})

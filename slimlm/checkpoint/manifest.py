@@ -46,7 +46,19 @@ class Skipped(TypedDict):
     weights: int
 
 
+class Part(TypedDict):
+    """Windows of one source. documents: that were read to cut them from."""
+
+    source: str
+    documents: int
+    windows: int
+    tokens: int
+    sha256: str
+
+
 class Calibration(TypedDict):
+    """parts: by source, where there are several and where not."""
+
     source: str
     windows: int
     window: int
@@ -54,6 +66,7 @@ class Calibration(TypedDict):
     seed: int
     sha256: str
     tokens_wanted: int
+    parts: list[Part]
 
 
 class Side(TypedDict):
@@ -77,6 +90,10 @@ class WindowFigures(TypedDict):
 
 
 class Measured(WindowFigures):
+    """also_calibrated: of the documents measured on, those of which the calibration text has half or more."""
+
+    documents: int
+    also_calibrated: int
     dense: Side
     compressed: Side
 

@@ -22,7 +22,8 @@ PANELS = {  # of the commands that run a recipe, in the order of their help; oth
         "allocation", "teacher", "tokens", "minutes", "lora", "learning_rate", "objective", "optimizer",
         "hidden_weight", "assignments",
     ),
-    "Calibration data": ("dataset", "self_share", "text_column", "num_calibration_samples", "max_seq_length", "seed"),
+    "Calibration data": ("dataset", "self_share", "text_column", "dataset_config", "dataset_split", "dataset_revision",
+        "num_calibration_samples", "max_seq_length", "seed"),
     "How to run": (
         "batch_size", "device", "num_processes", "work_dir", "stream_memory", "trust_remote_code", "token", "cache_dir",
         "gradient_checkpointing", "teacher_top_k", "measure", "eval_text", "eval_windows",
@@ -34,11 +35,13 @@ PANELS = {  # of the commands that run a recipe, in the order of their help; oth
 }  # fmt: skip
 ORDER = [name for names in PANELS.values() for name in names]
 SHORT = {"model": "-m", "sparsity": "-s", "output_dir": "-o", "quiet": "-q", "verbose": "-v"}
-METAVARS = {"push_to_hub": "REPO", "assignments": "NAME=VALUE"}
+METAVARS = {"push_to_hub": "REPO", "assignments": "NAME=VALUE", "num_calibration_samples": "<int>|auto"}
+AS_WORDS = ("num_calibration_samples",)  # that may be numbers
 SHOWN = {  # defaults that a field's own does not say
     "sparsity": "none; needed unless a pattern, widths or a recipe say it",
     "method": "slice",
     "allocation": "as in the method's paper",
+    "num_calibration_samples": "auto: 128, or as many more as the widths that are fitted need",
     "self_share": "0.5 for slice and slimlm, where it takes less than half of the memory; else 0",
     "refine": "4; 0 where nothing is refitted",
     "dataset": "self for the bundled model, else required",
@@ -157,7 +160,8 @@ def _option(name: str, told: _Told, has_panels: bool) -> Parameter:
         metavar=METAVARS.get(name),
         rich_help_panel=next((panel for panel, names in PANELS.items() if has_panels and name in names), None),
     )
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=_kind(told.annotation))
+    kind = str if name in AS_WORDS else _kind(told.annotation)  # whoever reads it says what it may be
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 
 def _sentence(description: str) -> str:

@@ -26,7 +26,7 @@ from slimlm.recipe.recipe import (
 )
 from slimlm.recipe.recovering import RecoverStep
 from slimlm.recipe.slicing import RotateStep, SliceStep
-from slimlm.recipe.step import SELF, Source, Step
+from slimlm.recipe.step import SELF, Meant, Source, Step
 
 __all__ = [
     "FIELDS",
@@ -40,6 +40,7 @@ __all__ = [
     "Allocation",
     "AnyStep",
     "CurvatureName",
+    "Meant",
     "PruneStep",
     "Recipe",
     "RecoverStep",

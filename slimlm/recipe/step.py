@@ -1,9 +1,9 @@
 """What every run of a recipe has. Which settings it has beside that, its method says."""
 
 import re
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from slimlm.plain import Json
@@ -22,6 +22,7 @@ REFINE = (
 )
 UNSAID: Any = None  # until the method, or what it is to work on, has filled it in
 SELF = "self"
+AUTO = "auto"
 
 
 def bytes_of(size: str) -> int:
@@ -37,6 +38,16 @@ def require_share(sparsity: float) -> None:
     if not 0 < sparsity < 1:
         meant = f": did you mean {sparsity / 100:g}?" if 2 <= sparsity < 100 else ""
         raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {sparsity:g}{meant}")
+
+
+class Meant(NamedTuple):
+    """What of a dataset is meant: the column, where it is not to be found out; of one on the hub its configuration,
+    split and revision, where these are not its own defaults and the training split."""
+
+    column: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
 
 
 class Source(BaseModel):
@@ -100,8 +111,8 @@ class Step(BaseModel):
     dataset: str | list[Source] | None = Field(
         None,
         description="file of texts or chats (.txt, .json, .jsonl, .csv, .parquet, .arrow, packed or not), folder or "
-        "pattern of files, tokens (.npy), hub id, wikitext2, c4, alpaca, fineweb-edu, or self: text the model writes "
-        "itself; or several and their shares, as in notes.txt:0.7,chats.jsonl:0.3",
+        "pattern of files, tokens (.npy), `-` for standard input, hub id, wikitext2, c4, alpaca, fineweb-edu, or self: "
+        "text the model writes itself; or several and their shares, as in notes.txt:0.7,chats.jsonl:0.3",
     )
     self_share: float = Field(
         UNSAID,
@@ -115,7 +126,12 @@ class Step(BaseModel):
         None,
         description="column of the calibration data that holds the text, or chat, where it cannot be told by itself",
     )
-    num_calibration_samples: int = Field(128, ge=1, description="calibration windows")
+    dataset_config: str | None = Field(None, description="configuration of the datasets that are from the hub")
+    dataset_split: str | None = Field(None, description="split of datasets from the hub, and of saved ones")
+    dataset_revision: str | None = Field(None, description="hub revision of the datasets that are from there")
+    num_calibration_samples: int = Field(
+        UNSAID, validate_default=False, ge=1, description="calibration windows, or `auto`: as many as widths need"
+    )
     max_seq_length: int | None = Field(None, ge=2, description="tokens in a calibration window")
     batch_size: int = Field(8, ge=1, description="windows that go through a block together")
     seed: int = Field(0, ge=0, lt=2**63, description="picks calibration windows and samples")
@@ -134,6 +150,16 @@ class Step(BaseModel):
 
     max_shard_size: str = Field("5GB", description="largest weight file, as in 2GB or 500MB")
     output_dir: str | None = Field(None, description="where the result goes")
+
+    @field_validator("num_calibration_samples", mode="wrap")
+    @classmethod
+    def _or_auto(cls, value: Json, known: ValidatorFunctionWrapHandler) -> int | None:
+        return None if value in (None, AUTO) else int(known(value))
+
+    @property
+    def meant(self) -> Meant:
+        """What of the datasets is meant."""
+        return Meant(self.text_column, self.dataset_config, self.dataset_split, self.dataset_revision)
 
     @property
     def repairs(self) -> bool:

@@ -112,7 +112,7 @@ def test_an_array_of_anything_but_integers_is_refused(tmp_path: Path, tokenizer)
 
 def test_wikitext_is_one_document_as_everyone_measures_it(tokenizer, monkeypatch):
     rows = [{"text": text} for text in ("", " = Title = \n", "", " First line . \n", " Second line . \n")] * 9
-    monkeypatch.setattr("slimlm.calibration.sources._load_hub", lambda dataset, seed: rows)
+    monkeypatch.setattr("slimlm.calibration.sources._load_hub", lambda dataset, seed, meant: rows)
     windows = load_windows("wikitext2", tokenizer, 1000, 16)
     text = "\n\n".join(row["text"] for row in rows)
     expected = [0, *tokenizer(text, add_special_tokens=False).input_ids]

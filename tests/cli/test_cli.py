@@ -213,7 +213,7 @@ EXTRAS = {
     "push-to-hub",
     "private",
 }
-EXTRAS |= {"token", "cache-dir", "verbose", "help", "num-processes"}
+EXTRAS |= {"token", "cache-dir", "quiet", "verbose", "help", "num-processes"}
 
 
 def flags_of(name: str) -> dict[str, str]:
