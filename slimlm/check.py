@@ -160,7 +160,7 @@ def check(step: AnyStep, how: How) -> Job:
     _check_tokenizer(step, tokenizer, model, plan)
     windows = calibration_windows(step, tokenizer, model.config.vocab_size)
     step = beside_given(step, windows)
-    test = evaluation_windows(step, tokenizer)
+    test = evaluation_windows(step, tokenizer, model.config.vocab_size)
     require_held_out(step, windows)
     for line in (*said_of_tokens(step, model, windows), *said_of_test(test, windows)):
         how.progress.line(line)

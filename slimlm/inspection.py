@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from slimlm.calibration import load_windows
+from slimlm.calibration import load_windows, require_known
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.skeleton import load_tokenizer
 from slimlm.device import check_process, pick_device
@@ -70,6 +70,7 @@ def inspect_model(settings: InspectSettings) -> list[MatrixFigures]:
     if settings.dataset is not None:
         tokenizer = load_tokenizer(resolved.path, trust)
         windows = load_windows(settings.dataset, tokenizer, settings.windows, settings.window, settings.seed)
+        require_known(windows.tokens, model.config.vocab_size, f"data {settings.dataset!r}")
         stream = embed(model, windows.batches(8))
     found: list[MatrixFigures] = []
     for block in untold(walk(model, progress, "inspecting")):

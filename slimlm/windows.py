@@ -13,6 +13,7 @@ from slimlm.calibration import (
     is_of_hub,
     load_windows,
     local_files,
+    require_known,
     sample_windows,
     start_token,
     written_for,
@@ -47,9 +48,7 @@ def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocab
     windows = interleaved(
         [load_windows(source, tokenizer, count, length, step.seed, step.meant) for source, count in given]
     )
-    low, high = int(windows.tokens.min()), int(windows.tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise UserError(f"calibration data {windows.source!r} holds tokens {low} to {high}; the model has {vocabulary}")
+    require_known(windows.tokens, vocabulary, f"calibration data {windows.source!r}")
     return windows
 
 
@@ -82,12 +81,15 @@ def beside_given(step: AnyStep, windows: Windows | None) -> AnyStep:
     return step.model_copy(update={"dataset": [step.dataset[0], own]})
 
 
-def evaluation_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase) -> TestWindows | None:
-    """What a resolved step is measured on: [n, time]; None where it is not to be."""
+def evaluation_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> TestWindows | None:
+    """What a resolved step is measured on: [n, time]; None where it is not to be. Raises UserError for a text that
+    cannot be read, and tokens that the model does not have."""
+    if not step.measure:
+        return None
     assert step.max_seq_length is not None
-    return (
-        load_test_windows(step.eval_text, tokenizer, step.eval_windows, step.max_seq_length) if step.measure else None
-    )
+    windows = load_test_windows(step.eval_text, tokenizer, step.eval_windows, step.max_seq_length)
+    require_known(windows.tokens, vocabulary, f"test text {windows.source}")
+    return windows
 
 
 def require_held_out(step: AnyStep, windows: Windows | None) -> None:

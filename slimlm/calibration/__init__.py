@@ -1,8 +1,8 @@
 """Calibration data: any text source to token windows."""
 
 from slimlm.calibration.sample import SAMPLING_BATCH, go_on, remembered, sample_windows, side_by_side, written_for
-from slimlm.calibration.sources import is_of_hub, local_files, split_documents
-from slimlm.calibration.windows import Windows, interleaved, load_windows, start_token
+from slimlm.calibration.sources import is_of_hub, local_documents, local_files, split_documents
+from slimlm.calibration.windows import Windows, interleaved, load_windows, require_known, start_token
 
 __all__ = [
     "SAMPLING_BATCH",
@@ -11,8 +11,10 @@ __all__ = [
     "interleaved",
     "is_of_hub",
     "load_windows",
+    "local_documents",
     "local_files",
     "remembered",
+    "require_known",
     "sample_windows",
     "side_by_side",
     "split_documents",

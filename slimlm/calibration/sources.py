@@ -34,18 +34,27 @@ Made = Callable[[Row], Document]
 def documents_of(dataset: str, path: Path, seed: int, made: Made, meant: Meant = DEFAULT) -> Iterator[Document]:
     """Documents of a source, those of local files and of standard input shuffled by the seed. made: what makes one of a
     row. Raises UserError for a source that cannot be read."""
-    files = local_files(dataset, path)
-    if files or dataset == STANDARD_INPUT:
-        local = chain.from_iterable(_file_rows(file, meant.column) for file in files) if files else _piped_rows()
-        documents = [document for document in map(made, local) if document]
-        if not documents:
-            raise UserError("standard input is empty" if not files else f"calibration file {path} is empty")
+    documents = local_documents(dataset, path, made, meant.column)
+    if documents is not None:
         random.Random(seed).shuffle(documents)
         return iter(documents)
     if not is_of_hub(dataset, path):
         return _dataset_rows(dataset, _load_saved(path), made, meant.split)
     rows = _dataset_rows(dataset, _load_hub(dataset, seed, meant), made)
     return iter(["\n\n".join(str(row) for row in rows)]) if dataset in JOINED else rows
+
+
+def local_documents(dataset: str, path: Path, made: Made, column: str | None = None) -> list[Document] | None:
+    """Documents of local files or of standard input, in their order; None where it is neither. Raises UserError for
+    what cannot be read."""
+    files = local_files(dataset, path)
+    if not files and dataset != STANDARD_INPUT:
+        return None
+    rows = chain.from_iterable(_file_rows(file, column) for file in files) if files else _piped_rows()
+    documents = [document for document in map(made, rows) if document]
+    if not documents:
+        raise UserError(f"calibration file {path} is empty" if files else "standard input is empty")
+    return documents
 
 
 def is_of_hub(dataset: str, path: Path) -> bool:

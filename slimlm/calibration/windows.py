@@ -132,6 +132,13 @@ def load_windows(
     return Windows(found, dataset, bos, documents={dataset: documents})
 
 
+def require_known(tokens: Tensor, vocabulary: int, what: str) -> None:
+    """Raises UserError for tokens [...] that a model of so many does not have. what: they are of."""
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise UserError(f"{what} holds tokens {low} to {high}; the model has {vocabulary}")
+
+
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """BOS, or EOS for tokenizers without one (the prefix lm-eval uses), or None."""
     bos: int | None = tokenizer.bos_token_id

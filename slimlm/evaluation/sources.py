@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from slimlm.calibration.files import decoded, split_documents
+from transformers import PreTrainedTokenizerBase
+
+from slimlm.calibration import local_documents, split_documents
+from slimlm.calibration.files import Row, decoded, is_readable
+from slimlm.calibration.rows import Document, document_of
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.plain import Json
 
@@ -54,20 +58,33 @@ def default_texts() -> tuple[str, ...]:
     return (PYTHON_REFERENCE, *([PYTHON_SOURCES] if python_sources() else []))
 
 
-def load_text(name: str) -> Text:
-    """A text file, or a text by name. Raises UserError for what cannot be read or fetched, or is empty."""
+def load_text(name: str, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """A text by name, or what local files of calibration data may be, rows through the tokenizer's template where they
+    are chats. Raises UserError for what cannot be read or fetched, or is empty."""
     path = Path(name).expanduser()
     if name in TEXTS and not path.is_file():
         return TEXTS[name]()
-    if name not in TEXTS and not path.exists() and path.suffix != ".txt" and "/" not in name:
-        raise UserError(f"text {name!r} is neither a file nor one of {', '.join(TEXTS)}{nearest(name, TEXTS)}")
+
+    def made(row: Row) -> Document:
+        return document_of(row, None, tokenizer, name)
+
     try:
-        documents = split_documents(decoded(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"test text {path} cannot be read: {reason}") from error
-    if not documents:
+        if path.is_file() and not is_readable(path):  # of any other name it is text
+            found: list[Document] | None = [*split_documents(decoded(path.read_bytes()))]
+        else:
+            found = local_documents(name, path, made)
+    except (UserError, OSError, ValueError) as error:
+        said = str(error).removeprefix("calibration ") if isinstance(error, UserError) else f"text {path}: {error}"
+        raise UserError(f"test {said}") from error
+    if found is None and (path.suffix or "/" in name):
+        raise UserError(f"test text {path} cannot be read: there is no such file")
+    if found is None:
+        raise UserError(f"text {name!r} is neither a file nor one of {', '.join(TEXTS)}{nearest(name, TEXTS)}")
+    documents = [document for document in found or () if isinstance(document, str)]
+    if not found:
         raise UserError(f"test text {path} is empty")
+    if len(documents) < len(found):
+        raise UserError(f"test file {path} holds tokens, and what is measured are texts")
     return Text(name, name, documents)
 
 

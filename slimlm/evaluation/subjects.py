@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from slimlm.calibration import require_known
 from slimlm.checkpoint.manifest import read_manifest
 from slimlm.checkpoint.resolve import BUNDLED_CONTEXT, ResolvedModel
 from slimlm.checkpoint.skeleton import load_tokenizer
@@ -66,7 +67,9 @@ def find_texts(models: Sequence[Subject], settings: EvalSettings) -> list[TestWi
     Raises UserError for a text that cannot be had, windows beyond what the models take, and tokenizers that disagree.
     """
     given = default_texts() if settings.text is None else settings.text
-    texts = [load_text(name) for name in dict.fromkeys([given] if isinstance(given, str) else given)]
+    texts = [
+        load_text(name, models[0].tokenizer) for name in dict.fromkeys([given] if isinstance(given, str) else given)
+    ]
     ways = dict.fromkeys((None, *(settings.corrupt or ())))
     return [_shared_windows(models, settings, text, how) for text in texts for how in ways]
 
@@ -79,15 +82,13 @@ def _shared_windows(models: Sequence[Subject], settings: EvalSettings, text: Tex
     found = [
         load_test_windows(text, one.tokenizer, count or None, length, corrupt, settings.seed or 0) for one in models
     ]
-    largest = int(found[0].tokens.max())
     for model, windows in zip(models, found, strict=True):
         if not torch.equal(windows.tokens, found[0].tokens):
             raise UserError(
                 f"{models[0].resolved.name} and {model.resolved.name} tokenise the test text differently: "
                 "their perplexities cannot be compared"
             )
-        if largest >= model.vocabulary:
-            raise UserError(f"{text.name} holds token {largest}; {model.resolved.name} has {model.vocabulary}")
+        require_known(windows.tokens, model.vocabulary, f"{text.name}, for {model.resolved.name},")
     return found[0]
 
 

@@ -64,7 +64,7 @@ def load_test_windows(
     Each document is preceded by BOS (EOS where there is none); a text of papers is tokenised as these do. corrupt: one
     of CORRUPTIONS. Raises UserError when the text does not fill a window.
     """
-    found = text if isinstance(text, Text) else load_text(text or PYTHON_REFERENCE)
+    found = text if isinstance(text, Text) else load_text(text or PYTHON_REFERENCE, tokenizer)
     documents, source, name = found.documents, found.source, found.name
     if corrupt:
         documents = [CORRUPTIONS[corrupt](document, seed) for document in documents]

@@ -1,3 +1,5 @@
+import gzip
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +15,11 @@ from slimlm.evaluation.sources import default_texts, load_text, python_reference
 from slimlm.evaluation.text import load_test_windows
 
 ROWS = ["", " = Heading = \n", *[" ".join(text.split()[:150]) + "\n" for text in python_reference()[:60]], ""]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BUNDLED["llama"])
 
 
 def reference_perplexity(length: int) -> float:
@@ -55,25 +62,51 @@ def test_c4_is_the_first_256_windows(monkeypatch: pytest.MonkeyPatch):
     assert windows.flatten().tolist() == tokenizer(" ".join(ROWS)).input_ids[: 256 * 16]
 
 
-def test_what_cannot_be_fetched_is_one_line_that_says_what_needs_no_network():
+def test_what_cannot_be_fetched_is_one_line_that_says_what_needs_no_network(tokenizer):
     with pytest.raises(UserError, match="text 'wikitext2' could not be fetched .*python-reference") as caught:
-        load_text("wikitext2")
+        load_text("wikitext2", tokenizer)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("wikitxt2", "neither a file nor one of .*did you mean 'wikitext2'"), ("no/such.txt", "No such file")],
+    [("wikitxt2", "neither a file nor one of .*did you mean 'wikitext2'"), ("no/such.txt", "there is no such file")],
 )
-def test_an_unknown_text_is_one_line(name: str, message: str):
+def test_an_unknown_text_is_one_line(tokenizer, name: str, message: str):
     with pytest.raises(UserError, match=message):
-        load_text(name)
+        load_text(name, tokenizer)
 
 
-def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_of_that_name_comes_first(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("wikitext2").write_text("mine")
-    assert load_text("wikitext2").documents == ["mine"]
+    assert load_text("wikitext2", tokenizer).documents == ["mine"]
+
+
+def test_text_comes_from_whatever_calibration_data_is_read_from_in_its_order(tokenizer, tmp_path: Path):
+    documents = ["one", "two", "three"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(b"text\none\ntwo\nthree\n"))
+    (tmp_path / "notes.md").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\nthree")
+    for name in ("rows.jsonl", "rows.csv.gz", "notes.md"):
+        assert load_text(str(tmp_path / name), tokenizer).documents == documents
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("rows.jsonl", b'{"text": ', "test file .*rows.jsonl cannot be read: line 1 is not JSON"),
+        ("chats.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}', "test data .* has no chat template"),
+        ("tokens.jsonl", b'{"input_ids": [1, 2]}', "test file .* holds tokens, and what is measured are texts"),
+        ("notes.md", b"caf\xe9", "test text .*notes.md: it is not UTF-8 text"),
+        ("notes.md", b"\n", "test text .*notes.md is empty"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_one_line(tokenizer, tmp_path: Path, name: str, data: bytes, message: str):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message) as caught:
+        load_text(str(tmp_path / name), tokenizer)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_default_texts_are_of_two_kinds():
@@ -82,8 +115,8 @@ def test_the_default_texts_are_of_two_kinds():
     assert sum("def " in text for text in python_sources()) > 30
 
 
-def test_a_python_without_its_sources_has_one_text(monkeypatch: pytest.MonkeyPatch):
+def test_a_python_without_its_sources_has_one_text(tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "MODULES", ())
     assert default_texts() == ("python-reference",)
     with pytest.raises(UserError, match="python-sources.*without it"):
-        load_text("python-sources")
+        load_text("python-sources", tokenizer)

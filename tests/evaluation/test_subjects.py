@@ -54,7 +54,9 @@ def test_windows_are_no_longer_than_the_shortest_context(tmp_path: Path):
 
 def test_a_text_that_is_given_twice_is_measured_once(monkeypatch: pytest.MonkeyPatch):
     loaded = []
-    monkeypatch.setattr(subjects, "load_text", lambda name: loaded.append(name) or load_text(name))
+    monkeypatch.setattr(
+        subjects, "load_text", lambda name, tokenizer: loaded.append(name) or load_text(name, tokenizer)
+    )
     few = {**FEW, "text": ("python-reference", "python-reference"), "corrupt": ("case", "case")}
     found = evaluate("llama", "llama", **few)
     assert [text["name"] for text in found.data["texts"]] == ["python-reference", "python-reference+case"]
