@@ -47,6 +47,7 @@ from slimlm.windows import (
     said_of_tokens,
     tokens_wanted,
 )
+from slimlm.work import with_measuring
 
 
 def require_less(step: AnyStep, model: StreamedModel, plan: Plan) -> None:
@@ -159,7 +160,7 @@ def check(step: AnyStep, how: How) -> Job:
         how.progress.line(line)
     _check_tokenizer(step, tokenizer, model, plan)
     windows = calibration_windows(step, tokenizer, model.config.vocab_size)
-    step = beside_given(step, windows)
+    step = with_measuring(beside_given(step, windows), model)
     test = evaluation_windows(step, tokenizer, model.config.vocab_size)
     require_held_out(step, windows)
     for line in (*said_of_tokens(step, model, windows), *said_of_test(test, windows)):

@@ -44,7 +44,7 @@ from slimlm.run import Plan
 from slimlm.settings import CompressSettings, PushSettings, RunSettings, by_name
 from slimlm.shown import usual
 from slimlm.windows import calibration_windows, tokens_wanted
-from slimlm.work import work_of
+from slimlm.work import with_measuring, work_of
 
 CALIBRATION_NAME = "calibration.npy"
 OF_PLACES = ("model", "revision", "output_dir", "num_calibration_samples", "max_seq_length")  # of a step in a run
@@ -147,11 +147,14 @@ def later_steps(first: Job, recipe: Recipe) -> list[AnyStep]:
     own = {"dataset": SELF} if first.source.origin == "bundled" else {}
     window = first.recipe.max_seq_length
     return [
-        with_data(
-            first.can.decided(step).model_copy(
-                update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)}
+        with_measuring(
+            with_data(
+                first.can.decided(step).model_copy(
+                    update={"max_seq_length": step.max_seq_length or window, **({} if step.dataset else own)}
+                ),
+                tokens_wanted(step, first.model),
             ),
-            tokens_wanted(step, first.model),
+            first.model,
         )
         for step in recipe.steps[1:]
     ]

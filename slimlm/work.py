@@ -27,6 +27,8 @@ REPAIRING, SEEING, LOOKING = 7.0, 3.0, 0.05  # pruning towards the dense block, 
 TRAINING = 1.5  # a window of a step, judging included
 
 
+MOST_MEASURED, LEAST_MEASURED = 128, 16  # windows, where a step does not say how many
+
 KEPT = {  # steps of a journal
     "sampled": "text that the model wrote",
     "basis": "the basis",
@@ -54,6 +56,15 @@ def work_of(step: AnyStep, model: StreamedModel) -> Work:
     if step.measure:
         work["measuring"] = 2.0 * step.eval_windows
     return work
+
+
+def with_measuring(step: AnyStep, model: StreamedModel) -> AnyStep:
+    """The step, measured on as many windows, where it does not say, as take no longer than the rest of it."""
+    if step.eval_windows is not None:
+        return step
+    rest = sum(work_of(step.model_copy(update={"measure": False}), model).values())
+    count = max(LEAST_MEASURED, min(MOST_MEASURED, int(rest / 2)))
+    return step.model_copy(update={"eval_windows": count})
 
 
 def kept_of(journal: Journal, blocks: int) -> list[str]:

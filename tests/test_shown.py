@@ -11,6 +11,7 @@ import numpy
 import pytest
 
 from slimlm import shown
+from slimlm.check import How, check
 from slimlm.checkpoint.journal import Journal
 from slimlm.evaluation.evaluate import evaluate
 from slimlm.recipe import one_step
@@ -19,6 +20,7 @@ from slimlm.report.progress import progress_shown
 from slimlm.report.terminal import console
 from slimlm.shown import Whole, in_words, usual
 from slimlm.stages import compress
+from slimlm.work import LEAST_MEASURED, MOST_MEASURED, work_of
 from tests.conftest import in_steps, random_tokens
 from tests.test_resume import Killed, die_at
 
@@ -189,3 +191,21 @@ def test_a_notebook_has_lines_and_one_that_changes(monkeypatch: pytest.MonkeyPat
 )
 def test_times_are_told_as_people_do(seconds: float, words: str):
     assert in_words(seconds) == words
+
+
+@pytest.mark.parametrize("asked", [{}, {"eval_windows": "auto"}, {"eval_windows": 77}])
+@pytest.mark.parametrize(
+    "more",
+    [{"method": "magnitude", "sparsity": 0.5}, {"widths": "hidden=24"}, {"method": "sparsegpt", "pattern": "2:4"}],
+)
+def test_measuring_takes_no_longer_than_the_rest_unless_it_is_told_to(settings: dict, more: dict, asked: dict):
+    del settings["eval_windows"]
+    job = check(one_step(**{**settings, **more, **asked}).steps[0], How(progress=Told()))
+    work = work_of(job.recipe, job.model)
+    measuring = work.pop("measuring")
+    assert measuring == 2 * job.recipe.eval_windows
+    assert job.recipe.eval_windows == asked.get("eval_windows") or job.recipe.eval_windows == max(
+        LEAST_MEASURED, min(MOST_MEASURED, int(sum(work.values()) / 2))
+    )
+    assert job.test is not None
+    assert len(job.test.tokens) == job.recipe.eval_windows

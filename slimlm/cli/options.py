@@ -35,8 +35,13 @@ PANELS = {  # of the commands that run a recipe, in the order of their help; oth
 }  # fmt: skip
 ORDER = [name for names in PANELS.values() for name in names]
 SHORT = {"model": "-m", "sparsity": "-s", "output_dir": "-o", "quiet": "-q", "verbose": "-v"}
-METAVARS = {"push_to_hub": "REPO", "assignments": "NAME=VALUE", "num_calibration_samples": "<int>|auto"}
-AS_WORDS = ("num_calibration_samples",)  # that may be numbers
+METAVARS = {
+    "push_to_hub": "REPO",
+    "assignments": "NAME=VALUE",
+    "num_calibration_samples": "<int>|auto",
+    "eval_windows": "<int>|auto",
+}
+AS_WORDS = ("num_calibration_samples", "eval_windows")  # that may be numbers
 SHOWN = {  # defaults that a field's own does not say
     "sparsity": "none; needed unless a pattern, widths or a recipe say it",
     "method": "slice",
@@ -50,6 +55,7 @@ SHOWN = {  # defaults that a field's own does not say
     "learning_rate": "0.0002, with --lora 0.002, with mfac 0.001",
     "max_seq_length": "the model's context, up to 2048",
     "eval_text": "the Python language reference",
+    "eval_windows": "auto: 128, or as many fewer as take no longer than the rest, but 16",
     "output_dir": "MODEL-METHOD-PERCENT, or MODEL-rotate",
 }
 

@@ -146,12 +146,14 @@ class Step(BaseModel):
 
     measure: bool = Field(True, description="measure perplexity before and after, block by block")
     eval_text: str | None = Field(None, description="text file to measure on")
-    eval_windows: int = Field(128, ge=1, description="windows to measure on")
+    eval_windows: int = Field(
+        UNSAID, validate_default=False, ge=1, description="windows to measure on, or `auto`: no more than are soon done"
+    )
 
     max_shard_size: str = Field("5GB", description="largest weight file, as in 2GB or 500MB")
     output_dir: str | None = Field(None, description="where the result goes")
 
-    @field_validator("num_calibration_samples", mode="wrap")
+    @field_validator("num_calibration_samples", "eval_windows", mode="wrap")
     @classmethod
     def _or_auto(cls, value: Json, known: ValidatorFunctionWrapHandler) -> int | None:
         return None if value in (None, AUTO) else int(known(value))
