@@ -76,12 +76,16 @@ def _use(manifest: Manifest) -> str:
 def _programs(manifest: Manifest) -> str:
     """Where such a result was tried, and with what this one was made."""
     changes, made = manifest["changes"], manifest.get("versions", {}).get("transformers")
-    dense = str(manifest["model"].get("model_type"))
-    written = str(changes.get("model_type", [None, dense])[1])
-    kind = dense if (dense, written) == ("qwen2", "llama") else written  # with biases, which Llamas have not
-    line = programs_line(kind, bool({"hidden_size", "num_key_value_heads"} & changes.keys()))
+    line = programs_line(kind_of(manifest), bool({"hidden_size", "num_key_value_heads"} & changes.keys()))
     with_what = f"Made with transformers {made}." if made else ""
     return "\n" + " ".join(filter(None, (line, with_what))) + "\n" if line or with_what else ""
+
+
+def kind_of(manifest: Manifest) -> str:
+    """The architecture of a result, as `clients.READ_BY` has it."""
+    dense = str(manifest["model"].get("model_type"))
+    written = str(manifest["changes"].get("model_type", [None, dense])[1])
+    return dense if (dense, written) == ("qwen2", "llama") else written  # with biases, which Llamas have not
 
 
 def _header(manifest: Manifest) -> str:

@@ -180,6 +180,7 @@ def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
 
 
 def _print_result(result: "CompressResult", expected: dict[str, float]) -> None:
+    from slimlm.report.next_steps import next_steps
     from slimlm.report.summary import compress_summary, expectation_lines
     from slimlm.report.table import manifest_table
     from slimlm.report.terminal import console
@@ -189,6 +190,5 @@ def _print_result(result: "CompressResult", expected: dict[str, float]) -> None:
     print(compress_summary(manifest))
     for line in expectation_lines(manifest, expected):
         print(line)
-    print(f"written to {result.output_dir}")
-    trust = ", trust_remote_code=True" if result.manifest["needs_remote_code"] else ""
-    print(f'load it with AutoModelForCausalLM.from_pretrained("{result.output_dir}"{trust})')
+    print(f"written to {result.output_dir}; what next:")
+    print(*next_steps(manifest, result.output_dir), sep="\n")
