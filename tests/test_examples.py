@@ -1,5 +1,6 @@
-"""The programs in examples/, run on a tiny model; and that a method is added in twenty lines."""
+"""The programs in examples/, run on a tiny model, and the notebook; and that a method is added in twenty lines."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -55,3 +56,29 @@ def test_it_takes_twenty_lines():
     text = (EXAMPLES / "new_method.py").read_text()
     own = text[text.index("def ria") : text.index("def main")]
     assert len([line for line in own.splitlines() if line.strip()]) <= 20
+
+
+NOTEBOOK = EXAMPLES / "compress.ipynb"
+
+
+def test_the_notebook_holds_no_outputs():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 3
+    assert all((cell["outputs"], cell["execution_count"]) == ([], None) for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    work = tmp_path / "work"
+    work.mkdir()
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=800, kernel_name="python3", resources={"metadata": {"path": str(work)}}).execute()
+    assert [path.name for path in work.iterdir()] == ["llama-slice-20"]
+    *_, last = (cell for cell in notebook.cells if cell.cell_type == "code")
+    (written,) = (output.text for output in last.outputs if output.get("name") == "stdout")
+    assert written.startswith("The old house stood")
+    assert len(written) > 40
