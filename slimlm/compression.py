@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +43,10 @@ class CompressResult:
 
     output_dir: Path
     manifest: Manifest
+
+    def describe(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**self.manifest, "output_dir": str(self.output_dir)}
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from slimlm.checkpoint.disk import write_whole
 from slimlm.errors import UserError
-from slimlm.plain import Json
 
 MANIFEST_NAME = "slimlm.json"
 VERSIONED = ("slimlm", "torch", "transformers", "safetensors", "tokenizers", "datasets", "lm_eval")
@@ -115,7 +116,7 @@ class RunFigures(TypedDict):
     work_bytes: int
     scratch_bytes: int
     machine: str
-    ranks: list[dict[str, Json]]
+    ranks: list[dict[str, Any]]
     compute_dtype: str
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from slimlm.cli.options import FiguresFile, Shown, command
-from slimlm.cli.running import require_there, running, tell
+from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.settings import BenchSettings
 
 
@@ -28,12 +28,10 @@ def bench_command(options: BenchOptions) -> None:
         slimlm bench slice-q4.gguf --against dense-q4.gguf
     """
     require_there(*options.model, options.against)
-    from slimlm.report.results import check_results
     from slimlm.report.speed import speed_lines, speed_tables
     from slimlm.report.terminal import console
 
-    if options.json_path is not None:
-        check_results(options.json_path)
+    ready_to_tell(options.json_path)
     settings = {field.name: getattr(options, field.name) for field in fields(BenchSettings)}
     with running(shown=options) as progress:
         from slimlm.evaluation.speed.bench import bench

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from slimlm.cli.assign import with_assigned
 from slimlm.cli.launch import in_processes
-from slimlm.cli.options import ORDER, ManyProcesses, Shown, Value, command
-from slimlm.cli.running import require_there, running
+from slimlm.cli.options import ORDER, FiguresFile, ManyProcesses, Shown, Value, command
+from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.errors import UserError
 from slimlm.recipe import FLAGS, OF_RECOVERY, Recipe, Step, load_recipe, recipe_of_flags
 from slimlm.settings import PushSettings, RunSettings, described
@@ -32,7 +32,7 @@ RECOVER_FLAGS = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotateOptions(RunSettings, ManyProcesses, Shown):
+class RotateOptions(RunSettings, ManyProcesses, FiguresFile, Shown):
     """How a recipe is run. settings: of flags, by name."""
 
     settings: dict[str, Value] = field(default_factory=dict)
@@ -147,6 +147,7 @@ def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
 def _run(recipe: Recipe, options: RotateOptions, kind: type[RunSettings] = RunSettings) -> None:
     """kind: the settings among the options that say how the recipe is run."""
     require_there(recipe.steps[0].model, getattr(recipe.steps[0], "teacher", None))
+    ready_to_tell(options.json_path)
     if in_processes(options.num_processes, recipe.steps[0].device, RESUME):
         return
     with running(f"interrupted{RESUME}", options) as progress:
@@ -155,15 +156,17 @@ def _run(recipe: Recipe, options: RotateOptions, kind: type[RunSettings] = RunSe
         how = {field.name: getattr(options, field.name) for field in fields(kind)}
         result = compress(recipe=recipe, **{**how, "progress": progress})
     if own_rank() == 0:
-        _print_result(result, recipe.expected)
+        tell(result.describe(), options.json_path, lambda: _print_result(result, recipe.expected))
 
 
 def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
     require_there(recipe.steps[0].model)
+    ready_to_tell(options.json_path)
     with running(shown=options) as progress:
         from slimlm.check import check
         from slimlm.device import check_process
         from slimlm.forecast import forecast, require_room
+        from slimlm.report.expected import forecast_figures
         from slimlm.report.summary import forecast_summary
         from slimlm.resolve import output_of
         from slimlm.stages import before_work, check_later, how_of, later_steps
@@ -175,7 +178,8 @@ def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
         check_later(job, recipe, progress, how.access)
         later = later_steps(job, recipe)
         found = forecast(job, later, how, options.num_processes or 1)
-    print(forecast_summary(job, found, later, how.work_dir))
+    told = job, found, later, how.work_dir
+    tell(forecast_figures(*told), options.json_path, lambda: print(forecast_summary(*told)))
     require_room(job, found, how.work_dir)
 
 

@@ -8,7 +8,7 @@ import typer
 
 from slimlm.cli.launch import in_processes
 from slimlm.cli.options import FiguresFile, ManyProcesses, Shown, command
-from slimlm.cli.running import require_there, running, tell
+from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.settings import EvalSettings
 from slimlm.started import own_rank
 
@@ -38,11 +38,8 @@ def eval_command(options: EvalOptions) -> None:
 
         slimlm eval DIR --num-processes 2
     """
-    from slimlm.report.results import check_results
-
     require_there(*options.model, options.against)
-    if options.json_path is not None and own_rank() == 0:
-        check_results(options.json_path)
+    ready_to_tell(options.json_path)
     if in_processes(options.num_processes, options.device):
         return
     settings = {field.name: getattr(options, field.name) for field in fields(EvalSettings)}

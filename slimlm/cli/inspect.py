@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from slimlm.cli.options import FiguresFile, Shown, command
-from slimlm.cli.running import require_there, running, tell
+from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.settings import InspectSettings
 
 
@@ -28,12 +28,10 @@ def inspect_command(options: InspectOptions) -> None:
         slimlm inspect meta-llama/Llama-3.2-1B --dataset wikitext2 --json figures.json
     """
     require_there(options.model)
-    from slimlm.report.results import check_results
     from slimlm.report.table import inspection_table
     from slimlm.report.terminal import console
 
-    if options.json_path is not None:
-        check_results(options.json_path)
+    ready_to_tell(options.json_path)
     settings = {field.name: getattr(options, field.name) for field in fields(InspectSettings)}
     with running(shown=options) as progress:
         from slimlm.inspection import SPARSITIES, inspect_model

@@ -69,6 +69,9 @@ class ManyProcesses:
     )
 
 
+JSON_HELP = "also write all figures to this file; `-` is standard output, and all there is"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shown:
     """What a command shows while it runs."""
@@ -79,11 +82,9 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class FiguresFile:
-    """Where what a command measured is kept."""
+    """Where what a command found is kept."""
 
-    json_path: Path | None = described(
-        None, "also write all figures to this file; `-` is standard output, and all there is", flag="--json"
-    )
+    json_path: Path | None = described(None, JSON_HELP, flag="--json")
 
 
 class _Told(NamedTuple):

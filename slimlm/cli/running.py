@@ -11,7 +11,7 @@ from slimlm.errors import Interrupted
 from slimlm.started import own_rank
 
 if TYPE_CHECKING:
-    from slimlm.plain import Json
+    from slimlm.plain import Told
     from slimlm.progress import Progress
 
 
@@ -68,7 +68,15 @@ def require_there(*names: str | None) -> None:
             refuse_no_directory(name)
 
 
-def tell(data: "Json", json_path: Path | None, show: Callable[[], None]) -> None:
+def ready_to_tell(json_path: Path | None) -> None:
+    """Raises UserError where figures cannot be written there, before any work."""
+    from slimlm.report.results import check_results
+
+    if json_path is not None and own_rank() == 0:
+        check_results(json_path)
+
+
+def tell(data: "Told", json_path: Path | None, show: Callable[[], None]) -> None:
     """Figures are in their file before any are shown, and are shown even where that file cannot be had. On standard
     output, which is `-`, they are all there is."""
     from slimlm.report.results import STANDARD_OUTPUT, as_json, write_results

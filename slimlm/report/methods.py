@@ -1,5 +1,10 @@
 """The methods slimlm knows, as a table of their rows."""
 
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from typing_extensions import TypedDict
+
 from slimlm.methods import METHODS
 from slimlm.recipe import ROWS, CurvatureName, Row
 
@@ -41,19 +46,61 @@ RECOVERED = ("nothing", "none", "that there is", "AdamW, towards the dense model
 ROTATED = ("nothing", "Gram of the stream, gradients", "none", "none", "nothing", "text")
 
 
+class KnownMethod(TypedDict):
+    """A method: what goes of a model, what of the loss it looks at, what it chooses by, what makes up for what goes,
+    what gets faster, and what data it needs."""
+
+    name: str
+    summary: str
+    goes: str
+    curvature: str
+    mask: str
+    update: str
+    faster: str
+    data: str
+    paper: str
+
+
+class Methods(TypedDict):
+    """Every one of the table."""
+
+    methods: list[KnownMethod]
+
+
+def known_methods() -> Methods:
+    """As `slimlm methods --json` has them."""
+    return {"methods": [_known(row) for row in method_rows()]}
+
+
+def _known(row: tuple[str, ...]) -> KnownMethod:
+    name, goes, curvature, mask, update, faster, data, _ = (cell.replace("`", "") for cell in row)
+    return {
+        "name": name,
+        "summary": METHODS[name].summary,
+        "goes": goes,
+        "curvature": curvature,
+        "mask": mask,
+        "update": update,
+        "faster": faster,
+        "data": data,
+        "paper": METHODS[name].paper,
+    }
+
+
 def method_rows() -> list[tuple[str, ...]]:
     """A row of COLUMNS for each method."""
     return [_row(name) for name in METHODS]
 
 
-def methods_list() -> str:
-    """A few lines for each, as wide as a terminal."""
-    listed = ""
-    for (name, *cells), method in zip(method_rows(), METHODS.values(), strict=True):
-        told = [*zip(COLUMNS[1:-1], cells[:-1], strict=True), ("paper", method.paper)]
-        listed += f"{name.strip('`')}: {method.summary}\n"
-        listed += "".join(f"    {column}: {cell.replace('`', '')}\n" for column, cell in told)
-    return listed
+def methods_shown() -> list[Text | Padding]:
+    """A few lines for each, as wide as the terminal."""
+    shown: list[Text | Padding] = []
+    for one, cells in zip(known_methods()["methods"], method_rows(), strict=True):
+        told = Table.grid(padding=(0, 1))
+        for label, cell in zip(COLUMNS[1:], (*cells[1:-1], one["paper"]), strict=True):
+            told.add_row(f"{label}:", cell.replace("`", ""))
+        shown += [Text(f"{one['name']}: {one['summary']}"), Padding(told, (0, 0, 0, 4), expand=False)]
+    return shown
 
 
 def methods_table() -> str:

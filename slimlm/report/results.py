@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 
 from slimlm.errors import RunFailure, UserError
-from slimlm.plain import Json
+from slimlm.plain import Told
 
 STANDARD_OUTPUT = Path("-")
 
@@ -27,12 +27,12 @@ def check_results(path: Path) -> None:
         raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
 
 
-def as_json(data: Json) -> str:
+def as_json(data: Told) -> str:
     """For people, too."""
     return json.dumps(data, indent=2)
 
 
-def write_results(path: Path, data: Json) -> None:
+def write_results(path: Path, data: Told) -> None:
     """Write JSON; an earlier file stays until this one is whole. Raises RunFailure naming the file."""
     text = as_json(data) + "\n"
     try:

@@ -1,6 +1,5 @@
 """What the figures of a run mean, in lines of text."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from slimlm.checkpoint.card import dtypes_of, recovered
 from slimlm.checkpoint.manifest import Manifest, WindowFigures, took
 from slimlm.forecast import Forecast
 from slimlm.recipe import AnyStep
+from slimlm.report.expected import shapes_of
 
 
 def compress_summary(manifest: Manifest) -> str:
@@ -68,14 +68,12 @@ def _gigabytes(memory: dict[str, int]) -> str:
 
 def _shape_lines(job: Job) -> list[str]:
     """One line per kind of tensor; the number of the block is written as *."""
-    lines = {"shapes, in the largest of the splits:": 1} if job.plan.remark else {}
-    for name, spec in job.plan.tensors.items():
-        stored = job.model.checkpoint.tensors.get(name)
-        before = f"{list(stored.shape)}" if stored else "not there"
-        kind = re.sub(r"\.\d+\.", ".*.", name)
-        line = f"  {kind}: {before} -> {list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
-        lines[line] = lines.get(line, 0) + 1
-    return [f"{line}" + (f"  x {count}" if count > 1 else "") for line, count in lines.items()]
+    lines = ["shapes, in the largest of the splits:"] if job.plan.remark else []
+    for kind in shapes_of(job):
+        before = "not there" if kind["dense"] is None else kind["dense"]
+        line = f"  {kind['name']}: {before} -> {kind['compressed']} {kind['dtype']}"
+        lines.append(line + (f"  x {kind['count']}" if kind["count"] > 1 else ""))
+    return lines
 
 
 def expectation_lines(manifest: Manifest, expected: dict[str, float]) -> list[str]:

@@ -213,7 +213,7 @@ EXTRAS = {
     "push-to-hub",
     "private",
 }
-EXTRAS |= {"token", "cache-dir", "quiet", "verbose", "help", "num-processes"}
+EXTRAS |= {"token", "cache-dir", "quiet", "verbose", "help", "num-processes", "json"}
 
 
 def flags_of(name: str) -> dict[str, str]:
@@ -234,7 +234,7 @@ def test_every_flag_is_a_setting_or_one_of_few_others():
     for name in FLAGS:
         assert (FIELDS[name].description or "?")[1:] in found[name.replace("_", "-")]
     others = {field.name for field in fields(CompressOptions) if field.metadata} - {"assignments"}
-    assert {name.replace("_", "-") for name in others} == EXTRAS - {"set", "help"}
+    assert {name.replace("_", "-") for name in others} == EXTRAS - {"set", "help", "json"} | {"json-path"}
 
 
 @pytest.mark.parametrize("name", ["rotate", "eval", "inspect"])

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_rounds_come_to_medians_and_their_middle_half():
     assert found.decode == Spread(7.5, 3.75, 15.0)
     assert found.memory == 50
     assert found.step.share == pytest.approx(0.75)
-    assert speed_of(1, 8, [one._replace(memory=None) for one in rounds]).memory is None
+    assert speed_of(1, 8, [replace(one, memory=None) for one in rounds]).memory is None
 
 
 def test_ratios_are_of_medians_and_their_range_is_of_rounds():

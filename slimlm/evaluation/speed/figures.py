@@ -48,8 +48,4 @@ class Bench:
 
     def describe(self) -> dict[str, Json]:
         """Ready for JSON, with the versions of what decides a figure."""
-        found = asdict(self)
-        for one in [*found["models"], *([found["dense"]] if self.dense else [])]:
-            for batch in one["batches"]:
-                batch["rounds"] = [taken._asdict() for taken in batch["rounds"]]
-        return {**found, "versions": versions()}
+        return {**asdict(self), "versions": versions()}

@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -43,11 +44,11 @@ class StockRunner:
         prompts = prompts.to(device)
         if device.type != "cuda":
             found = greedy(self.model, prompts, new_tokens, self.clock)
-            return found.taken._replace(memory=self.weights + found.cached)
+            return replace(found.taken, memory=self.weights + found.cached)
         forget_peak(device)
         before = torch.cuda.memory_allocated(device)
         taken = greedy(self.model, prompts, new_tokens, self.clock).taken
-        return taken._replace(memory=self.weights + torch.cuda.max_memory_allocated(device) - before)
+        return replace(taken, memory=self.weights + torch.cuda.max_memory_allocated(device) - before)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -17,7 +17,8 @@ FEWEST = 5  # rounds whose extremes hold a median 15 times in 16
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-class Taken(NamedTuple):
+@dataclass(frozen=True)
+class Taken:
     """Of one run of a batch: seconds until each sequence has its first token, seconds of every step after it, which
     gives each one token more, and bytes of memory at the peak, where they are known."""
 
