@@ -75,8 +75,7 @@ def _use(manifest: Manifest) -> str:
 
 def _programs(manifest: Manifest) -> str:
     """Where such a result was tried, and with what this one was made."""
-    changes, made = manifest["changes"], manifest.get("versions", {}).get("transformers")
-    line = programs_line(kind_of(manifest), bool({"hidden_size", "num_key_value_heads"} & changes.keys()))
+    line, made = tried_in(manifest), manifest.get("versions", {}).get("transformers")
     with_what = f"Made with transformers {made}." if made else ""
     return "\n" + " ".join(filter(None, (line, with_what))) + "\n" if line or with_what else ""
 
@@ -86,6 +85,11 @@ def kind_of(manifest: Manifest) -> str:
     dense = str(manifest["model"].get("model_type"))
     written = str(manifest["changes"].get("model_type", [None, dense])[1])
     return dense if (dense, written) == ("qwen2", "llama") else written  # with biases, which Llamas have not
+
+
+def tried_in(manifest: Manifest) -> str:
+    """Where such a result was tried, in a sentence; nothing where it was in no program."""
+    return programs_line(kind_of(manifest), bool({"hidden_size", "num_key_value_heads"} & manifest["changes"].keys()))
 
 
 def _header(manifest: Manifest) -> str:

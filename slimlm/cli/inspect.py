@@ -14,7 +14,10 @@ class InspectOptions(InspectSettings, FiguresFile, Shown):
 
 @command(InspectOptions)
 def inspect_command(options: InspectOptions) -> None:
-    """Show what each matrix of a model looks like to a pruner.
+    """Show what a model is, what was done to it or what it can become, and what its matrices look like to a pruner.
+
+    Of what slimlm made it says what was done, what was lost and where it loads; of a dense model from which widths a
+    slice may choose at each sparsity, and what they leave.
 
     **pq** and **prunable**: PQ Index of the weights that are not zero, and the share of all that it says can go (of a
     pruned model also the index **with zeros**). **alpha**: how heavy the spectrum's tail
@@ -28,14 +31,13 @@ def inspect_command(options: InspectOptions) -> None:
         slimlm inspect meta-llama/Llama-3.2-1B --dataset wikitext2 --json figures.json
     """
     require_there(options.model)
-    from slimlm.report.table import inspection_table
-    from slimlm.report.terminal import console
-
     ready_to_tell(options.json_path)
     settings = {field.name: getattr(options, field.name) for field in fields(InspectSettings)}
     with running(shown=options) as progress:
-        from slimlm.inspection import SPARSITIES, inspect_model
+        from slimlm.inspection import inspect_model
 
         found = inspect_model(**{**settings, "progress": progress})
-    rows = [figures.describe() for figures in found]
-    tell(rows, options.json_path, lambda: console().print(inspection_table(rows, SPARSITIES)))
+    from slimlm.report.inspection import inspection_shown
+    from slimlm.report.terminal import show
+
+    tell(found.describe(), options.json_path, lambda: show(inspection_shown(found)))

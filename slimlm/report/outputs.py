@@ -10,11 +10,12 @@ from slimlm.evaluation.generation import Continuation, Habits
 from slimlm.evaluation.harness import Score
 from slimlm.evaluation.speed.figures import Bench
 from slimlm.evaluation.text import TextFigures
-from slimlm.inspection import MatrixFigures
+from slimlm.inspection import Done, MatrixFigures, ModelFacts
 from slimlm.report.expected import Forecasted
 from slimlm.report.methods import Methods
 from slimlm.report.models import Models
 from slimlm.report.recipes import Recipes
+from slimlm.slice.candidates import Choice
 
 
 class Compressed(Manifest):
@@ -183,6 +184,15 @@ class Benched(Bench):
     versions: dict[str, str]
 
 
+class Inspected(TypedDict):
+    """result: null where slimlm did not make the model; widths: none where it did, but for rotating it."""
+
+    model: ModelFacts
+    result: Done | None
+    widths: list[Choice]
+    matrices: list[MatrixFigures]
+
+
 class Repacked(TypedDict):
     """Bytes of weights, and where they lie."""
 
@@ -199,7 +209,7 @@ OUTPUTS: dict[str, Any] = {
     "recover": Compressed,
     "eval": Evaluated,
     "bench": Benched,
-    "inspect": list[MatrixFigures],
+    "inspect": Inspected,
     "pack": Repacked,
     "unpack": Repacked,
     "models": Models,

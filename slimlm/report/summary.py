@@ -7,26 +7,32 @@ from slimlm.check import Job
 from slimlm.checkpoint.card import dtypes_of, recovered
 from slimlm.checkpoint.manifest import Manifest, WindowFigures, took
 from slimlm.forecast import Forecast
+from slimlm.inspection import Done
 from slimlm.recipe import AnyStep
 from slimlm.report.expected import shapes_of
 
 
 def compress_summary(manifest: Manifest) -> str:
     """What was asked for, what was achieved, on what it was measured, and what it took."""
-    sparsity, (seconds, peaks) = manifest["sparsity"], took(manifest)
-    lines = [
-        f"sparsity requested {sparsity['requested']:g}, achieved {sparsity['achieved']:.4f} of {sparsity['of']}; "
-        f"{sparsity['parameters_removed']:.4f} of all parameters are gone",
-        *(f"{name} {before} -> {after}" for name, (before, after) in manifest["changes"].items()),
-    ]
-    if sparsity["zeros_in_pruned_matrices"] is not None:
-        lines.append("zeros neither shrink nor speed up a stock checkpoint")
-    lines += recovered(manifest)
+    seconds, peaks = took(manifest)
+    lines = [*done_lines(manifest), *recovered(manifest)]
     if manifest["measured"]:
         measured = manifest["measured"]
         lines.append(windows_line(measured, dtypes_of(measured)))
     lines.append(f"{seconds:.0f} s, peak memory: {_gigabytes(peaks)}, {manifest['run']['machine']}")
     return "\n".join(lines)
+
+
+def done_lines(made: Manifest | Done) -> list[str]:
+    """What was asked for, and what was achieved."""
+    sparsity = made["sparsity"]
+    zeros = sparsity["zeros_in_pruned_matrices"] is not None
+    return [
+        f"sparsity requested {sparsity['requested']:g}, achieved {sparsity['achieved']:.4f} of {sparsity['of']}; "
+        f"{sparsity['parameters_removed']:.4f} of all parameters are gone",
+        *(f"{name} {before} -> {after}" for name, (before, after) in made["changes"].items()),
+        *(["zeros neither shrink nor speed up a stock checkpoint"] if zeros else []),
+    ]
 
 
 def forecast_summary(job: Job, found: Forecast, later: Sequence[AnyStep], work_dir: Path | None) -> str:

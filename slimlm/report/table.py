@@ -1,12 +1,13 @@
 """Tables for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from slimlm.checkpoint.manifest import Manifest
+from slimlm.inspection import Done
 
 Row = tuple[str, Sequence[str]]  # a label, and a cell for each column; a label alone begins a section
 
@@ -24,7 +25,18 @@ def comparison_table(columns: Sequence[str], rows: Sequence[Row]) -> Table:
     return table
 
 
-def manifest_table(manifest: Manifest) -> Table:
+def figures_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Many columns, close together, of which the first may be folded and no other."""
+    table = Table(*columns, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def manifest_table(manifest: Manifest | Done) -> Table:
     """What a run did to a model: dense, compressed, and what changed."""
     sides = sides_of(manifest)
     rows = size_rows([side["parameters"] for side in sides], [side["bytes"] for side in sides])
@@ -49,7 +61,7 @@ def percent(share: float) -> str:
     return f"{100 * share:+.1f}%".replace("-0.0%", "+0.0%")
 
 
-def sides_of(manifest: Manifest) -> list[dict[str, Any]]:
+def sides_of(manifest: Manifest | Done) -> list[dict[str, Any]]:
     """Both models of a manifest, dense and compressed."""
     sides: tuple[Literal["dense"], Literal["compressed"]] = ("dense", "compressed")
     return [
@@ -61,26 +73,3 @@ def sides_of(manifest: Manifest) -> list[dict[str, Any]]:
         }
         for side in sides
     ]
-
-
-def inspection_table(rows: list[dict[str, Any]], sparsities: tuple[float, ...]) -> Table:
-    """Matrices down, figures across; rows: as `slimlm inspect` writes them to JSON."""
-    seen = any(row["predicted"] is not None for row in rows)
-    pruned = any(row["zeros"] for row in rows)  # else both indices are the same
-    names = ["matrix", "shape", "zeros", "pq", *(["with zeros"] if pruned else []), "prunable", "alpha", "rank"]
-    table = Table(*names, *(["outliers", *(f"{sparsity:.0%}" for sparsity in sparsities)] if seen else []))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.columns[0].no_wrap = True
-    paths = [row["name"].split(".") for row in rows]
-    shared = next((place for place, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 0)
-    for row, path in zip(rows, paths, strict=True):
-        cells = [".".join(path[shared:]), "x".join(map(str, row["shape"])), f"{row['zeros']:.1%}"]
-        cells += [f"{row['pq']:.3f}", *([f"{row['pq_with_zeros']:.3f}"] if pruned else [])]
-        cells += [f"{row['prunable']:.1%}", f"{row['alpha']:.2f}", f"{row['stable_rank']:.1f}"]
-        if row["predicted"] is not None:
-            cells += [f"{row['outliers']:.2%}", *(f"{loss:.2%}" for loss in row["predicted"])]
-        elif seen:  # an expert that no token reached
-            cells += ["-"] * (1 + len(sparsities))
-        table.add_row(*cells)
-    return table

@@ -3,9 +3,8 @@
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.errors import UserError
 from slimlm.linalg.budget import is_near
 from slimlm.recipe import SliceStep
@@ -14,6 +13,22 @@ from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import BLOCK, COARSE, COARSEST, Layout, Widths
 
 GRANULES = (32, 16, 8, 4, 2, 1)
+Span = tuple[int, int]  # least and most
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The splits that a sparsity leaves to choose from: how many, and from which to which width of each axis, how many
+    parameters, and bytes of weights they leave; None where there is none, 0 for what the model has not."""
+
+    sparsity: float
+    splits: int
+    hidden: Span | None = None
+    mlp: Span | None = None
+    groups: Span | None = None
+    blocks: Span | None = None
+    parameters: Span | None = None
+    bytes: Span | None = None
 
 
 def splits_for(shapes: Shapes, recipe: SliceStep) -> list[Widths]:
@@ -119,7 +134,7 @@ def _narrower(shapes: Shapes, sparsity: float, granule: int) -> list[Widths]:
 def _splits(shapes: Shapes, sparsity: float, granule: int) -> Iterator[Widths]:
     layout, dense = shapes.layout, shapes.dense
     ties = (False, True) if layout.ties_rotated and not layout.is_even else (False,)
-    target = (1 - sparsity) * parameter_count(layout.model.model)
+    target = (1 - sparsity) * shapes.whole
     for depth, groups, hidden in _stacks(layout, sparsity, granule):
         for tied in ties if hidden < dense.hidden else (False,):
             whole = Widths(hidden, dense.mlp, groups, tuple(range(depth)), tied)
@@ -169,3 +184,15 @@ def axes_of(splits: list[Widths]) -> str:
     """The axes in which splits differ, for a message."""
     axes = ("hidden", "mlp", "groups", "blocks", "tied")
     return ", ".join(name for name in axes if len({split.of(name) for split in splits}) > 1)
+
+
+def choice_at(shapes: Shapes, share: float) -> Choice:
+    """What there is to choose from, told from shapes alone. Raises UserError for weights the family does not
+    declare."""
+    splits = candidates(shapes, SliceStep.model_validate({"model": "any", "sparsity": share}))
+    if not splits:
+        return Choice(share, 0)
+    left, each = [shapes.parameters(split) for split in splits], shapes.model.checkpoint.main_dtype.itemsize
+    widths = ([split.hidden for split in splits], [split.mlp for split in splits], [split.groups for split in splits])
+    counts = *widths, [len(split.blocks) for split in splits], left, [each * count for count in left]
+    return Choice(share, len(splits), *((min(ends), max(ends)) for ends in counts))

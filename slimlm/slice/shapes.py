@@ -28,7 +28,12 @@ class Shapes:
 
     def removed_share(self, widths: Widths) -> float:
         """Of all parameters."""
-        return 1 - self.parameters(widths) / parameter_count(self.model.model)
+        return 1 - self.parameters(widths) / self.whole
+
+    @cached_property
+    def whole(self) -> int:
+        """Parameters of the dense model, which take longer to count than any other's."""
+        return parameter_count(self.model.model)
 
     @cached_property
     def _dense_shapes(self) -> list[Shape]:
