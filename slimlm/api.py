@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from slimlm.compression import CompressResult
 from slimlm.device import check_process
+from slimlm.display import usual
 from slimlm.errors import UserError
 from slimlm.plain import Json
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe, Setting, one_step
-from slimlm.shown import usual
 from slimlm.stages import compress as compress_recipe
 
 Data = str | Path | Iterable[str | Mapping[str, Json]] | Tensor

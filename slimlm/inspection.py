@@ -15,6 +15,7 @@ from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, Measured, Sizes,
 from slimlm.checkpoint.resolve import ResolvedModel
 from slimlm.checkpoint.skeleton import load_tokenizer, parameter_count
 from slimlm.device import check_process, pick_device
+from slimlm.display import usual
 from slimlm.errors import RunFailure, UserError, out_of_memory, require_at_least
 from slimlm.linalg.allocation import outlier_ratio, pq_index, pq_share, spectrum, tail_exponent
 from slimlm.linalg.gram import Gram
@@ -25,7 +26,6 @@ from slimlm.model.walk import untold, walk
 from slimlm.models import open_model, resolve_known
 from slimlm.progress import Progress
 from slimlm.settings import InspectSettings, by_name
-from slimlm.shown import usual
 from slimlm.slice.candidates import Choice, choice_at
 from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import Layout

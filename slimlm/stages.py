@@ -29,6 +29,7 @@ from slimlm.compression import (
     publish,
 )
 from slimlm.device import check_precision
+from slimlm.display import usual
 from slimlm.errors import UserError, out_of_memory
 from slimlm.manifest import Fingerprint, account_for, decisive, fingerprint_of
 from slimlm.meeting import start_ranks
@@ -42,7 +43,6 @@ from slimlm.recipe import SELF, AnyStep, PruneStep, Recipe, RecoverStep, SliceSt
 from slimlm.resolve import NO_DATA, output_of, with_data
 from slimlm.run import Plan
 from slimlm.settings import CompressSettings, PushSettings, RunSettings, by_name
-from slimlm.shown import usual
 from slimlm.windows import calibration_windows, tokens_wanted
 from slimlm.work import with_measuring, work_of
 

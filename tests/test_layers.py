@@ -18,7 +18,7 @@ ORDER = [
     {"deal"},
     {"pace"},
     {"progress"},
-    {"shown"},
+    {"display"},
     {"recipe", "checkpoint"},
     {"calibration"},
     {"settings"},

@@ -6,6 +6,7 @@ from typing import Any
 
 from slimlm.checkpoint.manifest import versions
 from slimlm.device import check_precision, machine
+from slimlm.display import usual
 from slimlm.errors import RunFailure, UserError, nearest, out_of_memory, require_at_least
 from slimlm.evaluation.account import accounts
 from slimlm.evaluation.corrupt import CORRUPTIONS
@@ -18,7 +19,6 @@ from slimlm.meeting import start_ranks
 from slimlm.progress import Progress
 from slimlm.ranks import Ranks
 from slimlm.settings import DTYPES, EvalSettings, by_name
-from slimlm.shown import usual
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from slimlm.display import Whole
 from slimlm.progress import Progress
 from slimlm.report.terminal import console
-from slimlm.shown import Whole
 
 MINUTE = 60.0  # seconds
 

@@ -25,7 +25,7 @@ from slimlm.stages import compress
 from slimlm.windows import also_calibrated, calibration_windows
 from tests.calibration.test_windows import DOCUMENTS
 from tests.conftest import random_tokens
-from tests.test_shown import Told
+from tests.test_display import Told
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import pytest
 from slimlm.report.progress import progress_shown
 from slimlm.report.table import comparison_table
 from slimlm.report.terminal import console
-from tests.test_shown import ODD
+from tests.test_display import ODD
 
 
 def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture, monkeypatch):

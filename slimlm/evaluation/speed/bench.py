@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slimlm.device import check_process, machine, pick_device
+from slimlm.display import usual
 from slimlm.errors import UserError, out_of_memory, require_at_least
 from slimlm.evaluation.found import shortest_context
 from slimlm.evaluation.speed.contenders import (
@@ -28,7 +29,6 @@ from slimlm.evaluation.speed.stock import flops_per_token
 from slimlm.evaluation.speed.timing import CLOCKS, BatchSpeed, interleaved, speed_of
 from slimlm.progress import Progress
 from slimlm.settings import DTYPES, BenchSettings, by_name
-from slimlm.shown import usual
 
 KERNELS = ("auto", "none", "bsr", "2:4")
 ENGINES = (TRANSFORMERS, VLLM)

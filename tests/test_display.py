@@ -10,15 +10,15 @@ from types import SimpleNamespace
 import numpy
 import pytest
 
-from slimlm import shown
+from slimlm import display
 from slimlm.check import How, check
 from slimlm.checkpoint.journal import Journal
+from slimlm.display import Whole, in_words, usual
 from slimlm.evaluation.evaluate import evaluate
 from slimlm.recipe import one_step
 from slimlm.report import progress as shown_by_commands
 from slimlm.report.progress import progress_shown
 from slimlm.report.terminal import console
-from slimlm.shown import Whole, in_words, usual
 from slimlm.stages import compress
 from slimlm.work import LEAST_MEASURED, MOST_MEASURED, work_of
 from tests.conftest import in_steps, random_tokens
@@ -163,16 +163,16 @@ def test_a_bar_shows_its_stage_as_it_is_within_80_columns(monkeypatch):
 
 
 def test_a_notebook_has_lines_and_one_that_changes(monkeypatch: pytest.MonkeyPatch):
-    shell = type(shown.KERNEL, (), {})()
+    shell = type(display.KERNEL, (), {})()
     shows: list[str] = []
     handle = SimpleNamespace(update=lambda data, raw: shows.append(f"= {data['text/plain']}"))
 
-    def display(data: dict, raw: bool, display_id: bool = False):
+    def show(data: dict, raw: bool, display_id: bool = False):
         shows.append(data["text/plain"])
         return handle
 
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=show))
     progress = usual(None)
     progress.expect([{"one": 1.0}])
     progress.stage("one", 4)
