@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from slimlm.evaluation.evaluate import Evaluation, evaluate
     from slimlm.evaluation.speed.bench import bench
     from slimlm.evaluation.speed.figures import Bench
+    from slimlm.inspection import Inspection, inspect_model
     from slimlm.recipe import Recipe, load_recipe, make_recipe, one_step
 
 _HOME = {
@@ -22,6 +23,8 @@ _HOME = {
     "Evaluation": "slimlm.evaluation.evaluate",
     "bench": "slimlm.evaluation.speed.bench",
     "Bench": "slimlm.evaluation.speed.figures",
+    "inspect_model": "slimlm.inspection",
+    "Inspection": "slimlm.inspection",
     "Recipe": "slimlm.recipe",
     "load_recipe": "slimlm.recipe",
     "make_recipe": "slimlm.recipe",
@@ -35,6 +38,7 @@ __all__ = [
     "Bench",
     "CompressResult",
     "Evaluation",
+    "Inspection",
     "Recipe",
     "RunFailure",
     "SlimlmError",
@@ -43,6 +47,7 @@ __all__ = [
     "bench",
     "compress",
     "evaluate",
+    "inspect_model",
     "load_recipe",
     "make_recipe",
     "one_step",

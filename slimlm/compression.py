@@ -30,6 +30,7 @@ from slimlm.model.hidden import Scratch
 from slimlm.model.result import Result
 from slimlm.recipe import AnyStep
 from slimlm.run import Outcome, Run
+from slimlm.shown import Shown
 from slimlm.windows import sampled_windows
 from slimlm.work import kept_of, work_of
 
@@ -38,7 +39,7 @@ OTHER_RUN = "repeat what was run, or start over without --resume"
 
 
 @dataclass(frozen=True)
-class CompressResult:
+class CompressResult(Shown):
     """Where the compressed model is, and its manifest."""
 
     output_dir: Path

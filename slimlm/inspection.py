@@ -26,6 +26,7 @@ from slimlm.model.walk import untold, walk
 from slimlm.models import open_model, resolve_known
 from slimlm.progress import Progress
 from slimlm.settings import InspectSettings, by_name
+from slimlm.shown import Shown
 from slimlm.slice.candidates import Choice, choice_at
 from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import Layout
@@ -90,7 +91,7 @@ class MatrixFigures:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Shown):
     """A model; what was done to it, if slimlm did; where it is dense, the widths that each of SLICED can come to; and
     its matrices."""
 

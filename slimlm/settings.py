@@ -7,7 +7,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from slimlm.errors import UserError
+from slimlm.errors import UserError, nearest
 from slimlm.recipe import FIELDS, Recipe
 from slimlm.recipe.step import bytes_of
 
@@ -191,14 +191,31 @@ class InspectSettings(ModelSettings):
 
 
 def by_name(settings: Callable[Given, Settings]) -> Callable[[Callable[[Settings], Found]], Callable[Given, Found]]:
-    """Makes a function of settings one that takes each of them by its name."""
+    """Makes a function of settings one that takes each of them by its name, and paths where they are text. It raises
+    UserError for a name that it does not know."""
+    known = signature(settings)
 
     def decorated(work: Callable[[Settings], Found]) -> Callable[Given, Found]:
         @wraps(work)
         def call(*given: Given.args, **named: Given.kwargs) -> Found:
-            return work(settings(*given, **named))
+            try:
+                made = settings(*given, **named)
+            except TypeError as error:
+                near = [nearest(name, known.parameters) for name in named if name not in known.parameters]
+                said = str(error).partition("() ")[2] or error
+                raise UserError(f"{work.__name__}: {said}{''.join(near[:1])}") from error
+            for name, value in vars(made).items():
+                if "Path" not in str(known.parameters[name].annotation):
+                    vars(made)[name] = _text_of_paths(value)
+            return work(made)
 
-        vars(call)["__signature__"] = signature(settings).replace(return_annotation=signature(work).return_annotation)
+        vars(call)["__signature__"] = known.replace(return_annotation=signature(work).return_annotation)
         return call
 
     return decorated
+
+
+def _text_of_paths(value: Default) -> Default | str | tuple[object, ...]:
+    if isinstance(value, (list, tuple)) and any(isinstance(one, Path) for one in value):
+        return tuple(map(_text_of_paths, value))
+    return str(value) if isinstance(value, Path) else value

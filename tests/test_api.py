@@ -1,5 +1,6 @@
 """A model in memory: the same engine, the same weights."""
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
 import slimlm
 from slimlm import UserError, one_step
+from slimlm.cli import app
 from tests.conftest import CONFIGS, build_tiny, random_tokens
 
 TEXTS = ["The old house stood at the end of the lane, and nobody had lived there since. " * 30] * 3
@@ -75,3 +78,50 @@ def test_what_is_no_model_is_refused(loaded):
         slimlm.compress(torch.nn.Linear(2, 2), loaded[1])
     with pytest.raises(UserError, match="needs the model's tokenizer"):
         slimlm.compress(loaded[0])
+
+
+def test_a_wrong_argument_is_met_with_what_was_meant():
+    for call, message in (
+        (lambda: slimlm.evaluate("x", agianst="y"), "^evaluate: .*'agianst'; did you mean 'against'"),
+        (lambda: slimlm.bench("x", batch_size=1), "^bench: .*'batch_size'; did you mean 'batch_sizes'"),
+        (lambda: slimlm.inspect_model("x", data="y"), "^inspect_model: .*'data'; did you mean 'dataset'"),
+        (
+            lambda: slimlm.compress(one_step(model="x", sparsity=0.5), overwite=True),
+            "'overwite'; did you mean 'overwrite'",
+        ),
+        (lambda: slimlm.evaluate(), "^evaluate: missing 1 required positional argument: 'model'$"),
+        (lambda: one_step(modle="x", sparsity=0.5), "'modle'; did you mean 'model'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_results_take_paths_and_print_as_their_commands_show_them(loaded, tmp_path: Path, monkeypatch):
+    path, text = loaded[2], tmp_path / "a<b>.txt"
+    text.write_text("".join(TEXTS))
+    how = {"num_calibration_samples": 6, "max_seq_length": 32, "eval_text": text, "eval_windows": 2}
+    recipe = one_step(model=path, sparsity=0.25, dataset=text, output_dir=tmp_path / "out", **how)
+    made = slimlm.compress(recipe)
+    words = {"text": [text], "num_windows": 2, "window": 24, "tasks": (), "generate": 0}
+    evaluated = slimlm.evaluate([made.output_dir], against=path, **words)
+    benched = slimlm.bench(made.output_dir, path, batch_sizes=[1], prompt_tokens=4, new_tokens=3, rounds=1)
+    inspected = slimlm.inspect_model(made.output_dir)
+    for command, found in (
+        (None, made),
+        (
+            ["eval", "--text", str(text), "--num-windows", "2", "--window", "24", "--tasks", "none", "--generate", "0"],
+            evaluated,
+        ),
+        (["inspect"], inspected),
+        (None, benched),
+    ):
+        shown = str(found)
+        parameters = f"{made.manifest['parameters']['compressed']:,}"
+        assert parameters in shown or found is benched
+        assert found._repr_html_() == f"<pre>{html.escape(shown)}</pre>"
+        if command is not None:
+            against = ["--against", str(path)] if found is evaluated else []
+            done = CliRunner().invoke(app, [command[0], str(made.output_dir), *against, *command[1:]])
+            assert done.stdout.rstrip() == shown.rstrip()
+    assert "a&lt;b&gt;.txt" in made._repr_html_()
+    assert "decode tok/s" in str(benched)

@@ -16,7 +16,7 @@ from slimlm.cli.others import methods_command, models_command, pack_command, rec
 from slimlm.cli.running import Stopped
 from slimlm.cli.several import begin_as_one_of_several, end_as_one_of_several
 from slimlm.errors import SlimlmError, out_of_memory
-from slimlm.recipe import FIELDS
+from slimlm.recipe import FIELDS, OF_RECOVERY
 from slimlm.report.streams import sturdy_streams, to_nowhere
 from slimlm.started import own_rank, world_size
 
@@ -39,6 +39,7 @@ app.command("models")(models_command)
 app.command("methods")(methods_command)
 app.command("recipes")(recipes_command)
 
+OF_RECIPES = ("compress", "rotate", "recover")  # commands that have --set
 UNREAD = 141  # what a shell reports of a program that SIGPIPE ended, as `head` does to whatever writes on
 
 
@@ -78,10 +79,17 @@ def main() -> None:
             end_as_one_of_several("", 1)
         if message is None:
             raise
-        name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-        instead = f"try --set {name}=VALUE" if name in FIELDS else "see --help"
-        _fail(f"{message()} ({instead})", 2)
+        _fail(f"{message()} ({_instead(error)})", 2)
     sys.exit(code)
+
+
+def _instead(error: Exception) -> str:
+    """What to do about a flag that a command does not know."""
+    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    command = getattr(getattr(error, "ctx", None), "info_name", "")
+    if name in OF_RECOVERY and command == "compress":
+        return "`slimlm recover` has it"
+    return f"try --set {name}=VALUE" if name in FIELDS and command in OF_RECIPES else "see --help"
 
 
 def _heed_signals() -> None:

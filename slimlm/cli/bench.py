@@ -28,8 +28,8 @@ def bench_command(options: BenchOptions) -> None:
         slimlm bench slice-q4.gguf --against dense-q4.gguf
     """
     require_there(*options.model, options.against)
-    from slimlm.report.speed import speed_lines, speed_tables
-    from slimlm.report.terminal import console
+    from slimlm.report.speed import speed_shown
+    from slimlm.report.terminal import show
 
     ready_to_tell(options.json_path)
     settings = {field.name: getattr(options, field.name) for field in fields(BenchSettings)}
@@ -38,11 +38,4 @@ def bench_command(options: BenchOptions) -> None:
 
         found = bench(**{**settings, "progress": progress})
 
-    def show() -> None:
-        for table, verdict in speed_tables(found):
-            console().print(table)
-            for line in verdict:
-                print(line)
-        print(*speed_lines(found), sep="\n")
-
-    tell(found.describe(), options.json_path, show)
+    tell(found.describe(), options.json_path, lambda: show(speed_shown(found)))

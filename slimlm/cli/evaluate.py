@@ -53,15 +53,9 @@ def eval_command(options: EvalOptions) -> None:
 
 
 def _show(found: "Evaluation", json_path: Path | None) -> None:
-    from slimlm.report.evaluation import evaluation_summary, evaluation_tables, fragile_lines, writing_lines
-    from slimlm.report.terminal import console
+    from slimlm.report.evaluation import evaluation_shown
+    from slimlm.report.terminal import show
 
-    def show() -> None:
-        for table in evaluation_tables(found.data):
-            console().print(table)
-        for line in (*fragile_lines(found.data), *writing_lines(found.data["written"]), evaluation_summary(found.data)):
-            print(line)
-
-    tell(found.data, json_path, show)
+    tell(found.data, json_path, lambda: show(evaluation_shown(found.data)))
     if found.unsaved is not None:
         raise typer.Exit(1)

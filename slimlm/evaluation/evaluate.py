@@ -19,12 +19,13 @@ from slimlm.meeting import start_ranks
 from slimlm.progress import Progress
 from slimlm.ranks import Ranks
 from slimlm.settings import DTYPES, EvalSettings, by_name
+from slimlm.shown import Shown
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Shown):
     """What was measured. `data` is JSON-ready: texts, tasks, settings, versions, one entry per model, and one per pair
     of a model and the dense one. unsaved: why the samples that were asked for are not on disk, if they are not."""
 

@@ -14,12 +14,12 @@ RECIPE_DIRECTORIES = (ROOT / "recipes", ROOT.parent / "recipes")
 RAN_REMOTE_CODE = "ran_remote_code"  # in place of a permission, in recipes that slimlm writes
 
 
-def load_recipe(name: str, overrides: Mapping[str, Json] | None = None) -> Recipe:
+def load_recipe(name: str | Path, overrides: Mapping[str, Json] | None = None) -> Recipe:
     """The recipe in a YAML file, or one shipped with slimlm by its name; `overrides`, settings by name, win.
 
     Raises UserError when there is no such recipe or it is not valid.
     """
-    path, flags = find_recipe(name), dict(overrides or {})
+    path, flags = find_recipe(str(name)), dict(overrides or {})
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

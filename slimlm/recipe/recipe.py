@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
@@ -21,7 +22,7 @@ METHODS: dict[str, type[AnyStep]] = {
     "rotate": RotateStep,
     "recover": RecoverStep,
 }
-Setting = Json | HasSteps  # a method may be given itself
+Setting = Json | HasSteps | Path  # a method may be given itself
 SHARED = [name for name in Step.model_fields if name != "method"]
 OF_THE_WHOLE = ("model", "revision", "trust_remote_code", "output_dir", "expected")
 
@@ -182,10 +183,18 @@ def _step(values: Mapping[str, Setting], source: str) -> AnyStep:
         raise _refusal(error, source, kind, name) from error
 
 
-def _read_by(kind: type[BaseModel], method: str) -> str:
-    """The settings of a method's own, for a message."""
-    unread = kind(model="any", method=method, sparsity=0.5).unread if issubclass(kind, PruneStep) else set()
-    return ", ".join(name for name in kind.model_fields if name not in {*SHARED, "method", *unread})
+def _read_by(kind: type[BaseModel], method: str) -> list[str]:
+    """The settings of a method's own that it reads where nothing else is said."""
+    share = {"sparsity": 0.5} if "sparsity" in kind.model_fields else {}
+    step = kind.model_validate({"model": "any", "method": method, **share}) if issubclass(kind, Step) else None
+    needless = {*SHARED, "method", *(step.unread if step else ())}
+    return [name for name in kind.model_fields if name not in needless]
+
+
+def _readers(key: str) -> str:
+    """The methods that read a setting where nothing else is said; nothing where there is none."""
+    *others, last = [name for name, kind in METHODS.items() if key in _read_by(kind, name)] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _error(message: str, source: str) -> UserError:
@@ -193,15 +202,17 @@ def _error(message: str, source: str) -> UserError:
 
 
 def _refusal(error: ValidationError, source: str, kind: type[BaseModel], method: str = "") -> UserError:
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda one: one["type"] == "missing")  # what is missing may be misspelt
     context = first.get("ctx", {})
     key = str(context.get("key") or ".".join(str(part) for part in first["loc"]))
     named = key if source or not key else flag_of(key)
-    own = _read_by(kind, method)
+    own, readers = ", ".join(_read_by(kind, method)), _readers(key)
     if first["type"] == "unread":
-        return _error(f"{method} does not read {named} here: {context['why']}", source)
+        others = f"; it is for {readers}" if readers and method not in readers else ""
+        return _error(f"{method} does not read {named} here: {context['why']}{others}", source)
     if first["type"] == "extra_forbidden" and any(key in known.model_fields for known in METHODS.values()):
-        return _error(f"{method} does not read {named} (it reads {own}, and what every method does)", source)
+        others = f", which is for {readers}" if readers else ""
+        return _error(f"{method} does not read {named}{others} (it reads {own}, and what every method does)", source)
     if first["type"] == "extra_forbidden":
         near = nearest(key, (*kind.model_fields, *Shots.model_fields))
         return _error(f"unknown key {named!r}{near or f' ({method} reads {own}, and what every method does)'}", source)

@@ -1,6 +1,7 @@
 """What every run of a recipe has. Which settings it has beside that, its method says."""
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator, model_validator
@@ -232,6 +233,11 @@ class Step(BaseModel):
         if value == []:
             raise ValueError("a list of sources that is empty")
         return mixture(value) if isinstance(value, str) else value  # type: ignore[return-value]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text_of_a_path(cls, value: Json | Path) -> Json:
+        return str(value) if isinstance(value, Path) else value
 
     @field_validator("max_shard_size")
     @classmethod

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from slimlm.report.summary import windows_line
 from slimlm.report.table import Row, comparison_table, percent, size_rows
+from slimlm.report.terminal import lines_of
 
 CUT = 72  # characters of a text that is shown in a line
 WIDEST = 18  # characters of a model's name above its column
@@ -14,6 +16,12 @@ SHOWN = 3  # prompts whose continuations are shown
 MANY = 1e6  # times, from which on digits mean nothing
 SURE = 2  # standard errors, up to which a change may be chance
 Figures = Mapping[str, Any]
+
+
+def evaluation_shown(data: Figures) -> list[Table | Text]:
+    """For the terminal: tables, what was lost, what was written, and what it means."""
+    lines = (*fragile_lines(data), *writing_lines(data["written"]), evaluation_summary(data))
+    return [*evaluation_tables(data), *lines_of(*lines)]
 
 
 def evaluation_tables(data: Figures) -> list[Table]:

@@ -6,6 +6,7 @@ from typing_extensions import TypedDict
 
 from slimlm.recipe import load_recipe, shipped_recipes
 from slimlm.report.table import comparison_table
+from slimlm.report.terminal import lines_of
 
 
 class ShippedStep(TypedDict):
@@ -55,8 +56,8 @@ def recipes_shown() -> list[Table | Text]:
     table = comparison_table(("model", "what it does", *EXPECTED), rows)
     for column in table.columns[1:3]:
         column.justify, column.no_wrap = "left", False
-    paths = [Text(one["path"], no_wrap=True, overflow="ignore") for one in recipes]
-    return [table, Text(f"{' and '.join(EXPECTED)}: of the result, by the recipe's own run"), *paths]
+    told = f"{' and '.join(EXPECTED)}: of the result, by the recipe's own run"
+    return [table, *lines_of(told, *(one["path"] for one in recipes))]
 
 
 EXPECTED = ("parameters", "perplexity")

@@ -363,3 +363,17 @@ def test_the_version_comes_with_those_of_what_a_bug_may_be_in(tmp_path: Path):
     lines = [line.split()[0] for line in done.stdout.splitlines()]
     assert lines == ["slimlm", "torch", "transformers", "accelerate"]
     assert f"torch {version('torch')}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        (["compress", "--lora", "8"], "(`slimlm recover` has it)"),
+        (["compress", "--round-to", "8"], "(try --set round_to=VALUE)"),
+        (["eval", "llama", "--round-to", "8"], "(see --help)"),
+    ],
+)
+def test_a_flag_of_another_command_is_met_with_where_it_is_read(words: list[str], end: str, tmp_path: Path):
+    done = subprocess.run(command(*words), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.rstrip().endswith(end)

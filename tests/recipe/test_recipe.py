@@ -116,13 +116,19 @@ def test_sparsity_out_of_range_is_refused(method: str, value: float):
         ({"batch_size": 0}, "batch_size: .*greater than or equal to 1"),
         ({"method": "wnda"}, "unknown method 'wnda'; did you mean 'wanda'"),
         ({"method": ["wanda"]}, "unknown method"),
-        ({"pattern": "2:4"}, r"slice does not read pattern \(it reads sparsity, .*\)$"),
+        (
+            {"pattern": "2:4"},
+            r"slice does not read pattern, which is for slimlm, .* and magnitude \(it reads sparsity, .*\)$",
+        ),
         (
             {"method": "wanda", "round_to": 8},
-            r"wanda does not read round_to \(it reads sparsity, pattern, ",
+            r"wanda does not read round_to, which is for slice \(it reads sparsity, pattern, ",
         ),
         ({"method": "wanda", "swaps": 2}, "wanda does not read swaps here: only the mask of update joint"),
-        ({"method": "obc", "refit": True}, "obc does not read refit here: only slimlm with its joint update"),
+        (
+            {"method": "obc", "refit": True},
+            "obc does not read refit here: only slimlm with its joint .*; it is for slice and slimlm$",
+        ),
         ({"method": "slimlm", "update": "none", "refit": False}, "slimlm does not read refit here"),
         ({"method": "slimlm", "fisher_samples": 9}, "slimlm does not read fisher_samples here: gradients are for"),
         (

@@ -6,6 +6,7 @@ from slimlm.checkpoint.manifest import versions
 from slimlm.evaluation.speed.shape_times import Prediction
 from slimlm.evaluation.speed.timing import BatchSpeed
 from slimlm.plain import Json
+from slimlm.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ModelSpeed:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Shown):
     """What was measured. models: each as stored and then, where it was run so, with sparse kernels. dense: what they
     are compared with."""
 
