@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
+from slimlm.calibration import start_token
 from slimlm.checkpoint.manifest import versions
 from slimlm.device import check_precision, machine
 from slimlm.display import usual
@@ -68,6 +69,11 @@ def _evaluate(settings: EvalSettings, ranks: Ranks) -> Evaluation:
     everyone = [*models, *([] if dense is None else [dense])]
     texts = find_texts(everyone, settings)
     manager = load_task_manager(settings.tasks) if settings.tasks else None
+    for one in everyone if manager else ():
+        if start_token(one.tokenizer) is None:
+            raise UserError(
+                f"tasks begin with BOS or EOS, and the tokenizer of {one.resolved.name} has neither: use --tasks none"
+            )
     plan = Plan(settings, texts, manager, find_writing(everyone, settings))
     measuring = Measuring(plan, models, dense, ranks, progress)
     if not measuring.streamed:

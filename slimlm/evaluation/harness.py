@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from slimlm.errors import UserError, nearest, one_line
 from slimlm.evaluation.quiet import quiet as _quiet
+from slimlm.evaluation.task_errors import loading_error, running_error
 from slimlm.evaluation.tasks import TASKS_PATH
 from slimlm.ranks import Ranks
 from slimlm.settings import EvalSettings
@@ -69,15 +70,14 @@ def _load(manager: "TaskManager", task: str) -> None:
         raise UserError(f"task file {task} does not exist")
     try:
         manager.load([task])
-    except KeyError as error:
-        raise UserError(f"unknown task {task!r}{nearest(task, manager.all_tasks)}: see `lm_eval ls tasks`") from error
-    except (ValueError, TypeError, ImportError, AttributeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"task {task!r} cannot be loaded: {one_line(error)}") from error
-    except Exception as error:  # datasets and the hub client raise their HTTP library's own errors too
-        raise UserError(
-            f"data of task {task!r} could not be fetched ({one_line(error)}): check the network, or use the tasks that "
-            f"need none: {', '.join(sorted(path.stem for path in TASKS_PATH.glob('*.yaml')))}"
-        ) from error
+    except Exception as error:  # whatever a task's code, its templates or the network raise
+        if isinstance(error, KeyError) and not Path(task).is_file():
+            near = nearest(task, manager.all_tasks)
+            raise UserError(f"unknown task {task!r}{near}: see `lm_eval ls tasks`") from error
+        known = ", ".join(sorted(path.stem for path in TASKS_PATH.glob("*.yaml")))
+        raise loading_error(task, error, known) from error
 
 
 def run_tasks(
@@ -113,8 +113,8 @@ def run_tasks(
                 gen_kwargs=settings.gen_kwargs,
                 **({} if settings.seed is None else dict.fromkeys(SEEDS, settings.seed)),
             )
-        except (ValueError, TypeError) as error:
-            raise UserError(f"tasks {', '.join(settings.tasks or ())} cannot be run so: {one_line(error)}") from error
+        except (ValueError, TypeError, ImportError) as error:
+            raise running_error(", ".join(settings.tasks or ()), error, settings.num_fewshot) from error
     return found
 
 
