@@ -3,10 +3,11 @@
 Memory does not grow with depth, so the peak of a run over a block of each kind is the peak of the whole, hidden states
 that wait in memory included; time is what the last such block took, times the number of them, and the rest once. The
 probe is a real run in a process of its own, on a directory that shows only the first blocks of the checkpoint, with the
-calibration tokens of the run.
+calibration tokens of the run: with a few of them where what takes long is in proportion to them, which `work.py` knows.
 """
 
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,11 @@ from slimlm.checkpoint.staging import check_space
 from slimlm.device import available_memory
 from slimlm.errors import UserError
 from slimlm.methods import method_of
+from slimlm.model.hidden import SHARE
 from slimlm.model.walk import every
-from slimlm.probe import Event, probe, shown_keys
+from slimlm.probe import Event, few, probe, shown_keys
 from slimlm.recipe import AnyStep, RecoverStep
+from slimlm.work import MEASURING, SAMPLING, Work, work_of
 
 LEAST = 2  # blocks to probe: the first of a process is slow, and a GPU has the next one in memory, too
 MOST = 8  # of them; a kind that comes later is taken to be like the slowest of them
@@ -69,7 +72,7 @@ def forecast(job: Job, later: list[AnyStep], how: How, processes: int = 1) -> Fo
         )
         manifest, events = probe(job, later, shown, place, waiting[0] if waiting else None, how.stream_memory)
     how.progress.step()
-    _, memory = took(manifest)
+    (_, memory), more = took(manifest), dict[str, int]()
     if any("sampling" in stage["run"]["seconds"] for stage in stages_of(manifest)):
         # Sampling holds every block at once, and their keys and values.
         others = parameter_count(job.model.model) - manifest["parameters"]["dense"]
@@ -77,26 +80,64 @@ def forecast(job: Job, later: list[AnyStep], how: How, processes: int = 1) -> Fo
         assert step.max_seq_length is not None
         each = remembered(job.model.config, written_for(step.own_windows), step.max_seq_length)
         others += (len(kinds) - shown) * each
-        memory["gpu" if "gpu" in memory else "host"] += others * job.model.checkpoint.main_dtype.itemsize
+        more["gpu" if "gpu" in memory else "host"] = others * job.model.checkpoint.main_dtype.itemsize
+    more["host"] = max(more.get("host", 0), *(_more_waiting(step, job, how) for step in (job.recipe, *later)))
+    memory = {where: size + more.get(where, 0) for where, size in memory.items()}  # nothing waits while it samples
     result, scratch = _disk(job, later, stages_of(manifest))
-    return Forecast(memory, result, scratch, _seconds(job, manifest, events, shown), processes)
+    return Forecast(memory, result, scratch, _seconds(job, later, manifest, events, shown), processes)
 
 
-def _seconds(job: Job, manifest: Manifest, events: list[Event], shown: int) -> float:
-    """Of all steps on all blocks, from what the first `shown` of them took."""
-    kinds = every(job.model, lambda block: block.kind)
-    per_kind = {
-        kinds[index]: sum(event["seconds"] for event in events if event["part"] == job.model.family.block(index))
-        for index in range(shown)
-    }
-    rest, tensors = kinds[shown:], job.model.checkpoint.tensors
+def _more_waiting(step: AnyStep, job: Job, how: How) -> int:
+    """Bytes of hidden states that wait in memory in the run, and not in its probe."""
+    shown = few(step).num_windows
+    if shown == step.num_windows:
+        return 0
+    assert step.max_seq_length is not None
+    windows: int = step.num_windows + method_of(step).scratch(step, job.model)
+    waiting: int = windows * step.max_seq_length * job.model.config.hidden_size * job.model.dtype.itemsize
+    room = available_memory(torch.device("cpu"))["host"] // SHARE if how.stream_memory is None else how.stream_memory
+    return round(min(waiting, room) * (1 - shown / step.num_windows))
+
+
+def _seconds(job: Job, later: list[AnyStep], manifest: Manifest, events: list[Event], shown: int) -> float:
+    """Of all steps on all blocks and windows, from what a few of them took."""
+    steps, model, timings = (job.recipe, *later), job.model, [stage["run"]["seconds"] for stage in stages_of(manifest)]
+    whole, probed = (_added(work_of(one, model) for one in some) for some in (steps, map(few, steps)))
+    times = {stage: cost / probed[stage] for stage, cost in whole.items() if probed[stage]}
+    in_blocks = sum(event["seconds"] for event in events)
+    timed = {name: sum(timing.get(name, 0.0) for timing in timings) for name in ("checking", "sampling", "measuring")}
+    beside = timed["measuring"] - sum(event["seconds"] for event in events if event["what"] == MEASURING)  # the head
+    seconds: float = took(manifest)[0] - in_blocks - timed["sampling"] - beside
+    seconds += beside * times.get(MEASURING, 1.0)
+    seconds += sum(times.get(stage, 1.0) * _of_all_blocks(job, events, stage, shown) for stage in stages_in(events))
+    tensors = model.checkpoint.tensors
     read = sum(tensors[key].nbytes for key in shown_keys(job, shown))  # of files that may hold all blocks
-    more_to_check = sum(tensor.nbytes for tensor in tensors.values()) / read - 1
-    timings = [stage["run"]["seconds"] for stage in stages_of(manifest)]
-    seconds, _ = took(manifest)
-    seconds += sum(per_kind.get(kind, max(per_kind.values())) for kind in rest)
-    seconds += more_to_check * sum(timing["checking"] for timing in timings)
-    return seconds + len(rest) / shown * sum(timing.get("sampling", 0.0) for timing in timings)
+    larger: float = sum(tensor.nbytes for tensor in tensors.values()) / read
+    seconds += (larger - 1) * timed["checking"] + times.get(SAMPLING, 1.0) * larger * timed["sampling"]
+    return seconds
+
+
+def stages_in(events: list[Event]) -> list[str]:
+    """By name, each once."""
+    return list(dict.fromkeys(event["what"] for event in events))
+
+
+def _of_all_blocks(job: Job, events: list[Event], stage: str, shown: int) -> float:
+    """Seconds of a stage on all blocks, and beside them, from those of the first ones: others take what one of their
+    kind did, best one that was not the last, which may be refined by what the head says."""
+    kinds, places = every(job.model, lambda block: block.kind), map(job.model.family.block, range(shown))
+    taken = [sum(one["seconds"] for one in events if (one["what"], one["part"]) == (stage, place)) for place in places]
+    per_kind = {kinds[index]: taken[index] for index in (shown - 1, *range(shown - 1))}
+    rest: float = sum(per_kind.get(kind, max(taken)) for kind in kinds[shown:])
+    return rest + sum(one["seconds"] for one in events if one["what"] == stage)
+
+
+def _added(works: Iterable[Work]) -> Work:
+    """Of all steps together."""
+    found: Work = {}
+    for work in works:
+        found |= {stage: cost + found.get(stage, 0.0) for stage, cost in work.items()}
+    return found
 
 
 def _disk(job: Job, later: list[AnyStep], probed: list[Stage]) -> tuple[int, int]:

@@ -34,12 +34,14 @@ from slimlm.slice.plan import rotated_influence
 from slimlm.stages import compress_recipe, plans_of_later
 
 MEMORY = "--stream-memory="
+FEW = 8  # windows, which tell what more of them take
 OF_WINDOWS = ("dataset", "text_column", "num_calibration_samples", "max_seq_length", "seed")
 
 
 class Event(TypedDict):
     """A line of a run's log, as far as it counts here."""
 
+    what: str
     part: str
     seconds: float
 
@@ -79,16 +81,30 @@ def probe(
     return manifest, [json.loads(line) for line in log.splitlines()]
 
 
+def few(step: AnyStep) -> AnyStep:
+    """A step on so few windows, and refined so little, that `work_of` tells from it what the whole takes: where all
+    that takes long is in proportion to them."""
+    step = step.model_copy(update={"eval_windows": min(step.eval_windows, step.batch_size)})
+    count = step.num_windows
+    if not step.repairs or count <= FEW:
+        return step
+    parts = [Source(source=source, windows=max(1, round(part * FEW / count))) for source, part in step.parts]
+    return step.model_copy(update={"dataset": parts, "refine": min(1, vars(step)["refine"])})
+
+
 def _shown_steps(job: Job, later: list[AnyStep], shown: int, tokens: Path) -> list[AnyStep]:
-    """All steps as they are on the first blocks. tokens: a file for the first one's, and of all that share them."""
+    """All steps on a few windows and the first blocks. tokens: a file for the first one's, and of all that share
+    them."""
     steps = [_shown_step(job, job.recipe, shown, job.plan)]
     steps += [_shown_step(job, step, shown, plan) for step, plan in plans_of_later(job, later)]
+    steps = list(map(few, steps))
     if job.windows is None:
         return steps
-    numpy.save(tokens, job.windows.tokens.numpy())
-    first = [getattr(job.recipe, name) for name in OF_WINDOWS]
-    given = [Source(source=str(tokens), windows=len(job.windows.tokens))]
-    own = [Source(source=SELF, windows=count)] if (count := job.recipe.own_windows) else []
+    first = [getattr(steps[0], name) for name in OF_WINDOWS]
+    count = steps[0].num_windows - steps[0].own_windows
+    numpy.save(tokens, job.windows.tokens[:count].numpy())
+    given = [Source(source=str(tokens), windows=count)]
+    own = [Source(source=SELF, windows=count)] if (count := steps[0].own_windows) else []
     return [
         step.model_copy(update={"dataset": given + own})
         if [getattr(step, name) for name in OF_WINDOWS] == first

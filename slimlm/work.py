@@ -18,11 +18,13 @@ from slimlm.statistics.sweep import TOKENS
 
 Work = dict[str, float]  # by stage, in their order
 
+SAMPLING, MEASURING = "sampling text", "measuring"
 WRITING = 0.75  # a window of the model's own
 SWEEPING, BACK = 0.75, 1.8  # a window whose gradients are taken, and back
 CUTTING = 0.85  # a window through one of the models that are cut alone
 REFITTING, REFINING = 3.8, 1.7  # a window of a block beside the dense one; each epoch of refinement
 HEAD = 0.5
+SOLVING = 6.0  # least squares of as many inputs as a window has tokens; d^3 where a pass is d^2
 REPAIRING, SEEING, LOOKING = 7.0, 3.0, 0.05  # pruning towards the dense block, by statistics, without data
 TRAINING = 1.5  # a window of a step, judging included
 
@@ -46,7 +48,7 @@ def work_of(step: AnyStep, model: StreamedModel) -> Work:
     """Of a resolved step on a model, behind its checks."""
     work: Work = {}
     if step.own_windows:
-        work["sampling text"] = WRITING * written_for(step.own_windows)
+        work[SAMPLING] = WRITING * written_for(step.own_windows)
     if isinstance(step, PruneStep):
         work |= _pruning(step, model)
     elif isinstance(step, RecoverStep):
@@ -54,7 +56,7 @@ def work_of(step: AnyStep, model: StreamedModel) -> Work:
     else:
         work |= _slicing(step, model)
     if step.measure:
-        work["measuring"] = 2.0 * step.eval_windows
+        work[MEASURING] = 2.0 * step.eval_windows
     return work
 
 
@@ -91,7 +93,7 @@ def _slicing(step: SliceStep | RotateStep, model: StreamedModel) -> Work:
         return work | {"slicing": LOOKING * windows}
     if not step.widths or len(step.width_choices) > 1:
         work["measuring widths"] = CUTTING * curves.CUTS * min(curves.WINDOWS, windows)
-    work["refitting"] = (REFITTING + REFINING * step.refine) * windows
+    work["refitting"] = (REFITTING + REFINING * step.refine) * windows + _solving(step, model)
     return work | ({"refitting the head": HEAD * windows} if fits_head(model) else {})
 
 
@@ -104,7 +106,7 @@ def _pruning(step: PruneStep, model: StreamedModel) -> Work:
     elif step.allocation != "uniform":
         work["allocating"] = windows
     if step.repairs:
-        work["pruning"] = (REPAIRING + REFINING * step.refine) * windows
+        work["pruning"] = (REPAIRING + REFINING * step.refine) * windows + _solving(step, model)
         return work | ({"refitting the head": HEAD * windows} if refits_head(model) else {})
     return work | {"pruning": max(1.0, (SEEING if step.dataset else LOOKING) * windows)}
 
@@ -113,6 +115,12 @@ def _recovering(step: RecoverStep) -> Work:
     assert step.max_seq_length is not None
     work = {"asking the teacher": float(step.num_windows)} if step.teacher_top_k else {}
     return work | {"recovering": TRAINING * step.tokens / step.max_seq_length, "writing": 1.0}
+
+
+def _solving(step: AnyStep, model: StreamedModel) -> float:
+    """What is done once, however many windows there are."""
+    assert step.max_seq_length is not None
+    return SOLVING * max(group.inputs for group in model.blocks[0].groups) / step.max_seq_length
 
 
 def _sweeping(step: AnyStep) -> Work:

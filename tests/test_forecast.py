@@ -13,7 +13,8 @@ from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
 from slimlm.forecast import Forecast, forecast, require_room
-from slimlm.probe import run_probe
+from slimlm.methods import method_of
+from slimlm.probe import FEW, run_probe
 from slimlm.recipe import Recipe, make_recipe, one_step
 from slimlm.stages import compress, later_steps
 from tests.conftest import CONFIGS, SIZES, build_tiny, in_steps, random_tokens
@@ -67,7 +68,7 @@ def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(
     config = json.loads((place / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert manifest["parameters"]["dense"] < sum(p.numel() for p in job.model.model.parameters())
-    assert {event["part"] for event in events} == {"model.layers.0"}
+    assert {event["part"] for event in events} == {"model.layers.0", "lm_head"}
     assert manifest["calibration"]["windows"] == 6
     assert job.plan.widths == "hidden=24,mlp=48,groups=2/hidden=32,mlp=40,groups=2"
     assert manifest["method"]["widths"].removesuffix(",blocks=1") in job.plan.widths.split("/")
@@ -143,7 +144,7 @@ def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(
     found = forecast(job, [], HOW)
     ((manifest, events),) = probed
     parts = {event["part"] for event in events}
-    assert parts == {"model.layers.0", "model.layers.1"}
+    assert parts == {"model.layers.0", "model.layers.1", "lm_head"}
     run = manifest["run"]["seconds"]
     second = sum(event["seconds"] for event in events if event["part"] == "model.layers.1")
     assert found.seconds == pytest.approx(run["total"] + second + not_shown(job, 2) * run["checking"])
@@ -180,11 +181,11 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
         },
     }
     took = {"model.layers.0": 7.0, "model.layers.1": 2.0, "lm_head": 50.0}
-    events = [{"part": part, "seconds": seconds} for part, seconds in took.items()] * 2
+    events = [{"what": "refitting", "part": part, "seconds": seconds} for part, seconds in took.items()] * 2
     monkeypatch.setattr(forecast_module, "probe", lambda *_: (manifest, events))
     job = check(recipe.steps[0], HOW)
     found = forecast(job, [], HOW)
-    assert found.seconds == pytest.approx(20 + (2 + 2) + not_shown(job, 2) * 1)
+    assert found.seconds == pytest.approx(20 + (7 + 7) + not_shown(job, 2) * 1)
     assert found.memory == {"host": 500}
     waiting = spilled(job.recipe, job.model)
     assert found.scratch == waiting
@@ -198,13 +199,14 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     more = spilled(last, job.model)
     assert more > waiting
     found = forecast(job, later_steps(job, whole), HOW)
-    assert found.seconds == pytest.approx(2 * (20 + not_shown(job, 2) * 1) + (2 + 2))
-    assert found.memory == {"host": 900}
+    assert found.seconds == pytest.approx(2 * (20 + not_shown(job, 2) * 1) + (7 + 7))
+    waits = 32 * 32 * 4 * (50 + method_of(last).scratch(last, job.model)) * (1 - FEW / 50)  # in fp32
+    assert found.memory == {"host": pytest.approx(900 + waits)}
     assert found.scratch == more
     assert found.result == 4 + sum(spec.nbytes for spec in job.plan.tensors.values()) * 1400 // 800
     del manifest["stages"]
     manifest["run"]["seconds"]["sampling"] = 4.0
-    assert forecast(job, [], HOW).seconds == pytest.approx(20 + (2 + 2 + 4 / 2) + not_shown(job, 2) * 1)
+    assert forecast(job, [], HOW).seconds == pytest.approx(20 + 7 + 7 + not_shown(job, 2) * (1 + 4))
     others = sum(parameter.numel() for parameter in job.model.model.parameters()) - 10
     config = job.model.config
     job.recipe = job.recipe.model_copy(update={"dataset": "self"})

@@ -6,6 +6,7 @@ which is convex in T. Least squares would spend itself on logits of tokens nobod
 """
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,7 +23,7 @@ from slimlm.model.streamed import StreamedModel
 from slimlm.progress import Progress
 from slimlm.ranks import Ranks
 
-STEP = "head fitted"
+STEP, STAGE = "head fitted", "refitting the head"
 EPOCHS = 3
 STEP_TOKENS = 2048
 
@@ -47,7 +48,8 @@ def fit_head(pair: Pair, seed: int, progress: Progress, rate: float = RATE) -> t
     """
     dense, width, ranks = pair.dense, pair.basis.shape[1], pair.deal.ranks
     prior = head_map(dense, pair.basis)
-    progress.stage("refitting the head", EPOCHS + 3)
+    progress.stage(STAGE, EPOCHS + 3)
+    start = time.perf_counter()
     with dense.loaded([dense.family.final_norm, *dense.head_parts]):
         rows, bias = _logit_rows(dense)
 
@@ -70,6 +72,7 @@ def fit_head(pair: Pair, seed: int, progress: Progress, rate: float = RATE) -> t
             progress.step()
         after = _divergence(pair, fit)
         progress.step()
+    progress.done(STAGE, dense.family.head, time.perf_counter() - start)
     if not math.isfinite(before + after):
         raise RunFailure(f"refitting {dense.family.head} gave NaN or Inf: use --no-refit")
     notes = {"kl_least_squares": before, "kl": min(after, before)}
