@@ -37,6 +37,7 @@ from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import AnyStep, RecoverStep, SliceStep
 from slimlm.resolve import output_of, resolve
 from slimlm.run import Plan
+from slimlm.slice.plan import kept_times, time_decoding
 from slimlm.unasked import Unasked, unasked
 from slimlm.windows import (
     beside_given,
@@ -149,9 +150,10 @@ def check(step: AnyStep, how: How) -> Job:
     tokenizer = load_tokenizer(source.path, step.trust_remote_code)
     teacher = _teacher(step, model, output, how) if isinstance(step, RecoverStep) else None
     can, asked = unasked(step, teacher or model, tokenizer, how.ranks), step
-    step, plan = planned(
-        resolve(can.decided(step), source, tokens_wanted(step, model), model.config, (teacher or model).config), model
-    )
+    wanted = tokens_wanted(step, model)
+    step = resolve(can.decided(step), source, wanted, model.config, (teacher or model).config)
+    _time(step, model, output, how)
+    step, plan = planned(step, model)
     _refuse_other_class(model, plan)
     how.progress.line(f"model: {source}")
     for require in how.checks:
@@ -186,6 +188,15 @@ def _teacher(step: RecoverStep, model: StreamedModel, output: Path, how: How) ->
     check_output(output, how.may_replace(output), [path], how.work_dir)
     how.progress.line(f"towards: {path}")
     return teacher
+
+
+def _time(step: AnyStep, model: StreamedModel, output: Path, how: How) -> None:
+    """Have a model know how long decoding takes, where its latency is asked for: as the run to resume measured it, so
+    that this one comes to the same. Raises UserError."""
+    if isinstance(step, SliceStep) and step.latency is not None:
+        how.progress.stage("timing products", 1)
+        model.times = how.ranks.decided(lambda: time_decoding(model, step, kept_times(output) if how.resume else None))
+        how.progress.step()
 
 
 def planned(step: AnyStep, model: StreamedModel) -> tuple[AnyStep, Plan]:

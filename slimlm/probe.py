@@ -119,7 +119,7 @@ def _shown_step(job: Job, step: AnyStep, shown: int, plan: Plan | None) -> AnySt
     inside = {*chain.from_iterable(skipped[:shown])}
     step = step.model_copy(update={"skip": [n for n in job.model.skipped if n in inside | {job.model.family.head}]})
     by_hand = plan.widths if plan is not None and isinstance(step, SliceStep) else None
-    return step.model_copy(update={"widths": by_hand}) if by_hand else step
+    return step.model_copy(update={"widths": by_hand, "latency": None}) if by_hand else step
 
 
 def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:

@@ -161,12 +161,12 @@ def later_steps(first: Job, recipe: Recipe) -> list[AnyStep]:
 
 
 def plans_of_later(first: Job, steps: list[AnyStep]) -> Iterator[tuple[AnyStep, Plan | None]]:
-    """Each step after the first, the checked one, and its plan where the shapes it will find are known; the model
-    leaves out meanwhile what the step skips. Raises UserError for one that cannot be."""
+    """Each step after the first, the checked one, and its plan where the shapes it will find are known and nothing is
+    to be timed; the model leaves out meanwhile what it skips. Raises UserError for one that cannot be."""
     is_kept = first.keeps_shapes
     for step in steps:
         with skipping(first.model, step.skip):
-            plan = method_of(step).plan(first.model, step) if is_kept else None
+            plan = method_of(step).plan(first.model, step) if is_kept and not getattr(step, "latency", None) else None
             yield step, plan
         is_kept = plan is not None and plan.parameters == first.plan.parameters
 

@@ -182,6 +182,12 @@ def compare_fingerprints(before: Mapping[str, Json], now: Mapping[str, Json], an
     return differing
 
 
+def last_record(directory: Path, step: str) -> Record | None:
+    """The newest record of a step in the journal in `directory`, without going on from it."""
+    records, _ = _whole_records(directory / JOURNAL_NAME)
+    return next((record for record in reversed(records) if record["step"] == step), None)
+
+
 def is_complete(directory: Path) -> bool:
     """Whether the run whose journal is in `directory` came to its end, but perhaps for giving its result the name."""
     return any(record["step"] == COMPLETE for record in _whole_records(directory / JOURNAL_NAME)[0])

@@ -73,6 +73,8 @@ def compress_command(options: CompressOptions) -> None:
 
         slimlm compress -m meta-llama/Llama-3.2-3B -s 0.2 --dataset wikitext2 -o smaller
 
+        slimlm compress -m llama --latency 0.8
+
         slimlm compress -m llama --method slimlm --pattern 2:4
 
         slimlm compress -m llama -s 0.2 --set round_to=16 --set budget=hidden
@@ -137,7 +139,7 @@ def chosen_recipe(name: str | None, settings: Mapping[str, Value]) -> Recipe:
         method = settings["method"]
         raise UserError(f"{method} has a command of its own: try `slimlm {method} --help`")
     for needed in ("model", "sparsity"):
-        if needed not in settings and not (needed == "sparsity" and {"pattern", "widths"} & settings.keys()):
+        if needed not in settings and not (needed == "sparsity" and {"latency", "pattern", "widths"} & settings.keys()):
             raise UserError(
                 f"--{needed} is missing (or give --recipe): try `slimlm compress --model llama --sparsity 0.25`"
             )

@@ -18,7 +18,7 @@ Value = str | int | float | bool | list[str] | None
 
 PANELS = {  # of the commands that run a recipe, in the order of their help; other commands have the order only
     "What to do": (
-        "model", "sparsity", "method", "pattern", "recipe", "revision", "widths", "skip", "refit", "refine",
+        "model", "sparsity", "latency", "method", "pattern", "recipe", "revision", "widths", "skip", "refit", "refine",
         "allocation", "teacher", "tokens", "minutes", "lora", "learning_rate", "objective", "optimizer",
         "hidden_weight", "assignments",
     ),
@@ -43,7 +43,7 @@ METAVARS = {
 }
 AS_WORDS = ("num_calibration_samples", "eval_windows")  # that may be numbers
 SHOWN = {  # defaults that a field's own does not say
-    "sparsity": "none; needed unless a pattern, widths or a recipe say it",
+    "sparsity": "none; needed unless a latency, a pattern, widths or a recipe say it",
     "method": "slice",
     "allocation": "as in the method's paper",
     "num_calibration_samples": "auto: 128, or as many more as the widths that are fitted need",

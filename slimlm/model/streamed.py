@@ -23,13 +23,15 @@ from slimlm.errors import UserError
 from slimlm.families import family_of
 from slimlm.model.block import Block, Group
 from slimlm.model.linears import is_turned
+from slimlm.model.shape_times import StepTimes
 from slimlm.model.stream import owner_of, put, set_parameter
 
 
 class StreamedModel:
     """A model whose weights are in memory only where a context says so, in `dtype` on `device`, however stored.
 
-    skipped: linears that are to stay as they are, by full name, and their weights (`skip.py`).
+    skipped: linears that are to stay as they are, by full name, and their weights (`skip.py`). times: how long decoding
+    takes (`step_times.py`), where a step asked for it.
     Raises UserError for a checkpoint that does not fit its config.
     """
 
@@ -63,6 +65,7 @@ class StreamedModel:
             raise UserError(f"{config.model_type!r} model has no blocks at {family.blocks}")
         self.blocks: list[Block] = list(map(partial(Block, self), count(), modules))
         self.skipped: dict[str, int] = {}
+        self.times: StepTimes | None = None
         self.keys_of = self._assign_keys()
         self.ahead = Prefetch(checkpoint, self.device)
 

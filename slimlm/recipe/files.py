@@ -35,11 +35,12 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Json] | None = None) -
 
 
 def as_file(recipe: Mapping[str, Json]) -> dict[str, Json]:
-    """What `dumped` gives without what a file need not say, or may not: nothing, and the sparsity that widths give."""
+    """What `dumped` gives without what a file need not say, or may not: nothing, and the sparsity that widths or a
+    latency give."""
     settings = {name: value for name, value in recipe.items() if value is not None}
     steps = [{name: value for name, value in step.items() if value is not None} for step in steps_of(recipe)]
     for step in steps:
-        if "widths" in step:
+        if {"widths", "latency"} & step.keys():
             step.pop("sparsity", None)
     return {**settings, "steps": steps}
 

@@ -67,7 +67,7 @@ FIELDS: dict[str, FieldInfo] = {  # what a setting is, of whichever steps have i
     **RecoverStep.model_fields,
     **Step.model_fields,
 }
-FLAGS = {*Step.model_fields, "sparsity", "pattern", "widths", "refit", "refine", "allocation"}
+FLAGS = {*Step.model_fields, "sparsity", "latency", "pattern", "widths", "refit", "refine", "allocation"}
 OF_RECOVERY = {
     "teacher", "objective", "tokens", "minutes", "lora", "learning_rate", "optimizer", "hidden_weight", "teacher_top_k",
     "gradient_checkpointing",
@@ -202,7 +202,7 @@ def _error(message: str, source: str) -> UserError:
 
 
 def _refusal(error: ValidationError, source: str, kind: type[BaseModel], method: str = "") -> UserError:
-    first = min(error.errors(), key=lambda one: one["type"] == "missing")  # what is missing may be misspelt
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # what is missing may be misspelt
     context = first.get("ctx", {})
     key = str(context.get("key") or ".".join(str(part) for part in first["loc"]))
     named = key if source or not key else flag_of(key)

@@ -13,6 +13,11 @@ class SliceStep(Step):
 
     method: Literal["slice"] = "slice"
     sparsity: float = Field(0.0, description=SPARSITY)
+    latency: float | None = Field(
+        None,
+        description="slicing: instead of a sparsity, the share of its time for a token, above 0 and below 1, that the "
+        "model is to take at most when it decodes on this machine, as predicted from products that are timed before",
+    )
     widths: str | None = Field(
         None,
         description="slicing: widths by hand, as in hidden=224,mlp=496 (also groups, blocks), or several to "
@@ -52,16 +57,19 @@ class SliceStep(Step):
 
     @property
     def share(self) -> float | None:
-        return None if self.widths else self.sparsity
+        return None if self.widths or self.latency else self.sparsity
 
     @property
     def extent(self) -> str:
+        if self.latency:
+            return f"latency-{self.latency * 100:g}"
         by_hand = (self.widths or "").replace("=", "").replace(",", "-").replace("/", "-or-")
         return by_hand or super().extent
 
     @property
     def described(self) -> str:
-        return f"{self.method}, " + (f"widths {self.widths}" if self.widths else f"sparsity {self.sparsity:g}")
+        asked = f"latency {self.latency:g}" if self.latency else f"sparsity {self.sparsity:g}"
+        return f"{self.method}, " + (f"widths {self.widths}" if self.widths else asked)
 
     @property
     def width_choices(self) -> list[dict[str, int]]:
@@ -79,13 +87,26 @@ class SliceStep(Step):
 
     @model_validator(mode="after")
     def _says_how_much(self) -> Self:
-        if self.widths and "sparsity" in self.model_fields_set:
-            raise ValueError("widths say how sparse: leave out sparsity, or widths")
-        if not self.widths and "sparsity" not in self.model_fields_set:
+        asked = [name for name in ("latency", "widths") if getattr(self, name) is not None]
+        asked += ["sparsity"] if "sparsity" in self.model_fields_set else []
+        if len(asked) > 1:
+            raise ValueError(f"{asked[0]} says how much goes: leave out {asked[1]}, or {asked[0]}")
+        if not asked:
             raise ValueError("'sparsity' is not given")
-        if not self.widths:
+        if asked == ["sparsity"]:
             require_share(self.sparsity)
+        if self.latency is not None:
+            _require_latency(self.latency)
+            if self.basis == "per-block":
+                raise ValueError("latency is for one basis: leave out basis, or give a sparsity")
         return self
+
+
+def _require_latency(latency: float) -> None:
+    """Raises ValueError for what is no share of a time to be left."""
+    if not 0 < latency < 1:
+        meant = f": did you mean {latency / 100:g}?" if 2 <= latency < 100 else ""
+        raise ValueError(f"latency is the share of the time that is left, above 0 and below 1, not {latency:g}{meant}")
 
 
 class RotateStep(Step):

@@ -16,6 +16,11 @@ def compress_summary(manifest: Manifest) -> str:
     """What was asked for, what was achieved, on what it was measured, and what it took."""
     seconds, peaks = took(manifest)
     lines = [*done_lines(manifest), *recovered(manifest)]
+    if latency := manifest["method"].get("latency"):
+        lines.append(
+            f"decoding: {latency['predicted_ms']:,.3g} ms a token predicted, {latency['ratio']:.3f} of the "
+            f"{latency['dense_ms']:,.3g} measured before"
+        )
     if manifest["measured"]:
         measured = manifest["measured"]
         lines.append(windows_line(measured, dtypes_of(measured)))

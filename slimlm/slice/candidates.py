@@ -2,17 +2,23 @@
 
 import itertools
 import math
+import operator
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+
+import torch
 
 from slimlm.errors import UserError
 from slimlm.linalg.budget import is_near
 from slimlm.recipe import SliceStep
 from slimlm.slice.config import narrows
+from slimlm.slice.decoding import Decoding
 from slimlm.slice.shapes import Shapes
 from slimlm.slice.widths import BLOCK, COARSE, COARSEST, Layout, Widths
 
 GRANULES = (32, 16, 8, 4, 2, 1)
+SLACK = 0.02  # of the dense model's time, that a split may be faster than the slowest that is fast enough
 Span = tuple[int, int]  # least and most
 
 
@@ -36,6 +42,8 @@ def splits_for(shapes: Shapes, recipe: SliceStep) -> list[Widths]:
     and for widths given by hand that cannot be had."""
     if recipe.widths:
         return [_by_hand(shapes.layout, recipe, choice) for choice in recipe.width_choices]
+    if recipe.latency is not None:
+        return fast_enough(shapes, recipe)
     splits = candidates(shapes, recipe)
     if not splits:
         steps = f" in multiples of {recipe.round_to}" if recipe.round_to else ""
@@ -124,30 +132,39 @@ def candidates(shapes: Shapes, recipe: SliceStep) -> list[Widths]:
 
 
 def _narrower(shapes: Shapes, sparsity: float, granule: int) -> list[Widths]:
-    layout = shapes.layout
+    widths = _of_stream(shapes.layout, granule)
+    return [split for split in widths if is_near(shapes.removed_share(split), sparsity)]
+
+
+def _of_stream(layout: Layout, granule: int) -> list[Widths]:
+    """Those in which hidden_size alone is another, ascending."""
     dense, multiple = layout.dense, math.lcm(granule, layout.divisor(layout.dense.groups))
     sizes = range(multiple, dense.hidden, multiple) if narrows(layout) else ()
-    widths = (replace(dense, hidden=hidden) for hidden in sizes)
-    return [split for split in widths if is_near(shapes.removed_share(split), sparsity)]
+    return [replace(dense, hidden=hidden) for hidden in sizes]
 
 
 def _splits(shapes: Shapes, sparsity: float, granule: int) -> Iterator[Widths]:
     layout, dense = shapes.layout, shapes.dense
-    ties = (False, True) if layout.ties_rotated and not layout.is_even else (False,)
-    target = (1 - sparsity) * shapes.whole
-    for depth, groups, hidden in _stacks(layout, sparsity, granule):
-        for tied in ties if hidden < dense.hidden else (False,):
+    target, least = (1 - sparsity) * shapes.whole, math.ceil(len(dense.blocks) * (1 - sparsity))
+    for depth, groups, hidden in _stacks(layout, least, granule):
+        for tied in _ties(layout, hidden):
             whole = Widths(hidden, dense.mlp, groups, tuple(range(depth)), tied)
             for split in _with_mlp(shapes, whole, target, granule):
                 if split != dense and is_near(shapes.removed_share(split), sparsity):
                     yield split
 
 
-def _stacks(layout: Layout, sparsity: float, granule: int) -> Iterator[tuple[int, int, int]]:
-    """Blocks, key/value groups and hidden_size that a split may leave."""
+def _ties(layout: Layout, hidden: int) -> tuple[bool, ...]:
+    """What a split of this hidden_size may say of the head's tie."""
+    is_open = layout.ties_rotated and not layout.is_even and hidden < layout.dense.hidden
+    return (False, True) if is_open else (False,)
+
+
+def _stacks(layout: Layout, least: int, granule: int) -> Iterator[tuple[int, int, int]]:
+    """Blocks, key/value groups and hidden_size that a split may leave, most first. least: blocks, if any may go."""
     dense, blocks = layout.dense, len(layout.dense.blocks)
     whole = layout.family.numbered or "blocks" in layout.fixed
-    least = blocks if whole else max(1, math.ceil(blocks * (1 - sparsity)))
+    least = blocks if whole else max(1, least)
     fewest = dense.groups if "groups" in layout.fixed else 1
     can_narrow = narrows(layout)
     for depth, groups in itertools.product(
@@ -174,10 +191,75 @@ def _with_mlp(shapes: Shapes, widths: Widths, target: float, granule: int) -> li
     exact = (target - none) / ((whole - none) / widths.mlp)
     if exact >= widths.mlp:
         return [widths]
-    coarse = (COARSE, COARSEST) if granule == BLOCK else ()
-    steps = [math.lcm(step, layout.mlp_divisor) for step in (granule, *coarse) if step <= widths.mlp]
-    sizes = {max(1, min(widths.mlp // step, round(exact / step))) * step for step in steps}
+    sizes = {max(1, min(widths.mlp // step, round(exact / step))) * step for step in _steps(layout, granule)}
     return [replace(widths, mlp=mlp) for mlp in sorted(sizes)]
+
+
+def _steps(layout: Layout, granule: int) -> list[int]:
+    """What MLP widths may be multiples of."""
+    coarse = (COARSE, COARSEST) if granule == BLOCK else ()
+    return [math.lcm(step, layout.mlp_divisor) for step in (granule, *coarse) if step <= layout.dense.mlp]
+
+
+def fast_enough(shapes: Shapes, recipe: SliceStep) -> list[Widths]:
+    """All splits predicted to decode in at most so much of the dense model's time, and hardly less; blocks counted from
+    the front. Widths as with a sparsity. Raises UserError where it cannot be that fast."""
+    assert recipe.latency is not None
+    layout, decoding = shapes.layout, Decoding(shapes)
+    most, alone = recipe.latency * decoding.dense, recipe.budget == "hidden" or not recipe.refit
+    for granule in (recipe.round_to,) if recipe.round_to else GRANULES:
+        if alone:
+            found = [split for split in _of_stream(layout, granule) if decoding.of(split) <= most][-1:]
+        else:
+            found = _fast(decoding, most, granule)
+        if found:
+            return found
+    least = _least(layout, recipe.round_to or 1, alone)
+    share = decoding.of(least) / decoding.dense
+    raise UserError(f"latency {recipe.latency:g} cannot be reached: the least is {share:.4f} ({least})")
+
+
+def _least(layout: Layout, granule: int, alone: bool) -> Widths:
+    """The smallest split. alone: of those in which hidden_size alone is another."""
+    if alone:
+        return next(iter(_of_stream(layout, granule)), layout.dense)
+    *_, (depth, groups, hidden) = _stacks(layout, 1, granule)
+    return Widths(hidden, _mlps(layout, granule)[0], groups, tuple(range(depth)))
+
+
+def _mlps(layout: Layout, granule: int) -> list[int]:
+    """All widths that an MLP may have, ascending, the dense one last."""
+    dense = layout.dense.mlp
+    if not dense or "mlp" in layout.fixed:
+        return [dense]
+    step = math.lcm(granule, layout.mlp_divisor)
+    return [*range(step, dense, step), dense]
+
+
+def _fast(decoding: Decoding, most: float, granule: int) -> list[Widths]:
+    """With each stack, the widest MLP of each kind of step with which it takes at most so many seconds, where that is
+    near the slowest of all."""
+    layout, dense = decoding.shapes.layout, decoding.shapes.dense
+    mlps = _mlps(layout, granule)
+    steps = _steps(layout, granule) or [1]
+    allowed = torch.tensor([[mlp % step == 0 or mlp == dense.mlp for mlp in mlps] for step in steps])
+    # Fewer blocks than meet it by themselves would do nothing for other widths.
+    depths = range(1, len(dense.blocks) + 1)
+    least = bisect_right(depths, most, key=lambda depth: decoding.of(replace(dense, blocks=dense.blocks[:depth])))
+    found: dict[Widths, float] = {}
+    for depth, stacks in itertools.groupby(_stacks(layout, least, granule), operator.itemgetter(0)):
+        sides = [(hidden, groups) for _, groups, hidden in stacks]
+        seconds = decoding.across(depth, sides, mlps)
+        fits = (seconds <= most)[:, None] & allowed  # [sides, steps, mlps]
+        widest = torch.where(fits, torch.arange(len(mlps)), -1).amax(-1)
+        taken = seconds.gather(1, widest.clamp_min(0))
+        for (hidden, groups), *own in zip(sides, widest.tolist(), taken.tolist(), strict=True):
+            for place, each in zip(*own, strict=True):
+                if place >= 0:
+                    found[Widths(hidden, mlps[place], groups, tuple(range(depth)))] = each
+    slowest = max(found.values(), default=0.0)
+    near = [split for split, taken in found.items() if taken >= slowest - SLACK * decoding.dense]
+    return [replace(split, tied=tied) for split in near for tied in _ties(layout, split.hidden)]
 
 
 def axes_of(splits: list[Widths]) -> str:

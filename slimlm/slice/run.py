@@ -28,6 +28,7 @@ from slimlm.slice import curves
 from slimlm.slice.basis import Basis, StreamStatistics, basis_from, collected, own_basis
 from slimlm.slice.candidates import splits_for
 from slimlm.slice.config import plan_widths
+from slimlm.slice.decoding import TIMES, Decoding
 from slimlm.slice.per_block import Slicer, basis_of, embedding_gram, embedding_rows, head_of
 from slimlm.slice.plan import rotated_influence
 from slimlm.slice.refit import Refit
@@ -45,6 +46,8 @@ def run_slice(run: Run[SliceStep]) -> Outcome:
         return _run_per_block(run)
     model, shapes = run.model, Shapes(Layout(run.model))
     layout, splits = shapes.layout, splits_for(shapes, run.recipe)
+    if model.times and not run.journal.last(TIMES):
+        run.journal.commit(TIMES, times=model.times.described())  # whoever resumes must come to the same splits
     found = _basis(run, layout, splits)
     widths, notes = _settle(run, layout, splits, found)
     plan = plan_widths(shapes, widths, run.recipe.dtype)
@@ -55,6 +58,8 @@ def run_slice(run: Run[SliceStep]) -> Outcome:
     notes = {**found.notes, **notes}
     if uneven := layout.uneven(widths):
         notes["uneven"] = uneven
+    if run.recipe.latency is not None:
+        notes["latency"] = Decoding(shapes).described(widths)
     del found  # larger than what is kept of it
     run.result.lay_out(plan.tensors, plan.carrier)
     if run.recipe.refit:

@@ -89,6 +89,24 @@ class Shapes:
             if names & {*axis.columns} and len(shape) > 1:
                 shape[-1] = shape[-1] // full * width
 
+    def counted(self, blocks: tuple[int, ...]) -> Counter[Kind]:
+        """How many of these blocks are of each kind."""
+        return Counter(picked(self._kinds, blocks))
+
+    def products(self, kind: Kind, widths: Widths) -> Counter[tuple[int, int]]:
+        """Of the linears in a block of a kind, and how many there are of each: [out, in]."""
+        linears = [entry for entry in self._of_kind[kind] if entry[1] in ("reader", "writer") and len(entry[3]) == 2]
+        return Counter(self._product(entry, widths) for entry in linears)
+
+    def head_product(self, widths: Widths) -> tuple[int, int]:
+        """The head's: [out, in]."""
+        name = f"{self.model.family.head}.weight"
+        return self._product(next(entry for entry in self._outside if entry[0] == name), widths)
+
+    def _product(self, entry: Shape, widths: Widths) -> tuple[int, int]:
+        out, inner = turned_shape(self.model.model, entry[0], self._shape_of(entry, widths))
+        return out, inner
+
     def parameters(self, widths: Widths) -> int:
         """Counted without listing tensors: there may be very many widths to choose from."""
         hidden, mlp, groups = widths.hidden, widths.mlp, widths.groups
@@ -114,7 +132,7 @@ class Shapes:
     def _polynomial(self, blocks: tuple[int, ...]) -> Polynomial:
         """Parameters inside some blocks, by powers of hidden, MLP and groups."""
         total: Counter[Powers] = Counter()
-        for kind, count in Counter(picked(self._kinds, blocks)).items():
+        for kind, count in self.counted(blocks).items():
             total.update({powers: count * one for powers, one in self._corners[kind].items()})
         return {powers: count for powers, count in total.items() if count}
 

@@ -13,7 +13,7 @@ import torch
 import slimlm
 from slimlm.errors import RunFailure, UserError
 from slimlm.evaluation.speed.engines import LlamaCppRunner, VllmRunner, is_gguf, require_installed
-from slimlm.evaluation.speed.timing import Taken
+from slimlm.model.decoding import Taken
 from tests.conftest import random_tokens
 
 QUICK: dict[str, Any] = {"prompt_tokens": 4, "new_tokens": 3, "rounds": 2, "device": "cpu"}

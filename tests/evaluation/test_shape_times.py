@@ -8,16 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimlm.evaluation.speed.shape_times import (
-    Shape,
-    ShapeTimes,
-    WithShapes,
-    block_constant,
-    predicted_decode,
-    product_shapes,
-    products_seconds,
-)
-from slimlm.evaluation.speed.timing import Taken
+from slimlm.evaluation.speed.shape_times import WithShapes, product_shapes
+from slimlm.model.decoding import Taken
+from slimlm.model.shape_times import Shape, ShapeTimes, block_constant, predicted_decode, products_seconds
 from tests.conftest import random_tokens
 
 CPU = torch.device("cpu")
@@ -98,3 +91,15 @@ def test_a_prediction_is_products_and_a_constant_a_block():
     narrow = products_seconds({(4, 4): 2, (16, 8): 4}, seconds)
     assert predicted_decode(dense, 6, constant) == pytest.approx(6.5)
     assert predicted_decode(narrow, 5, constant) == pytest.approx(1.25 + 3.75)
+
+
+def test_in_short_turns_all_of_the_memory_is_gone_through():
+    """Shapes go on where the last one ended, and begin anew where there is no room for a whole weight."""
+    times = ShapeTimes({(4, 8): 2, (16, 8): 1}, 1, torch.float32, CPU, turn=4 * 64)
+    assert times.memory.numel() == 2 * 32 + 128
+    places = []
+    for _ in range(2):
+        times.measure()
+        places.append(times.place)
+    assert places == [64 + 128, 64 + 128]
+    assert [times._weights(32).storage_offset() // 32 for _ in range(4)] == [0, 2, 4, 0]

@@ -18,8 +18,9 @@ import slimlm
 from slimlm.cli import app
 from slimlm.errors import UserError
 from slimlm.evaluation.speed.judging import is_fast
-from slimlm.evaluation.speed.stock import StockRunner, flops_per_token, greedy, settle, zeros_in
-from slimlm.evaluation.speed.timing import Spread, Taken, decode_ratio, interleaved, prefill_ratio, speed_of
+from slimlm.evaluation.speed.stock import StockRunner, flops_per_token, zeros_in
+from slimlm.evaluation.speed.timing import Spread, decode_ratio, interleaved, prefill_ratio, speed_of
+from slimlm.model.decoding import Taken, greedy, settle
 from slimlm.progress import Progress
 from tests.conftest import SIZES, build_tiny, random_tokens
 

@@ -58,6 +58,7 @@ def test_a_method_is_its_row_where_a_step_does_not_say_otherwise(name: str):
     [
         TWO,
         {"model": "x", "steps": [{"method": "slice", "widths": "hidden=224,mlp=496"}]},
+        {"model": "x", "steps": [{"method": "slice", "latency": 0.8}]},
         {"model": "x", "steps": [{"method": "rotate", "seed": 3}, {"method": "slice", "sparsity": 0.3, "seed": 4}]},
         {"model": "x", "skip": ["lm_head"], "steps": [{"method": "mfac", "sparsity": 0.5, "fisher_samples": 9}]},
         {"model": "x", "steps": [{"method": "sparsegpt", "sparsity": 0.6, "shots": 3}]},
@@ -110,7 +111,7 @@ def test_sparsity_out_of_range_is_refused(method: str, value: float):
     ("values", "message"),
     [
         ({"sparsty": 0.2}, "unknown key 'sparsty'; did you mean 'sparsity'"),
-        ({"zzz": 1}, r"unknown key 'zzz' \(slice reads sparsity, widths, round_to, .*\)$"),
+        ({"zzz": 1}, r"unknown key 'zzz' \(slice reads sparsity, latency, widths, round_to, .*\)$"),
         ({"sparsity": "much"}, "sparsity: .*valid number"),
         ({"dtype": "float8"}, "dtype: .*bfloat16"),
         ({"batch_size": 0}, "batch_size: .*greater than or equal to 1"),
@@ -220,6 +221,29 @@ def test_widths_stand_in_for_a_sparsity_and_do_not_go_with_one():
         one_step(model="llama", widths="hidden=224", sparsity=0.2)
     with pytest.raises(UserError, match="widths are like hidden=224"):
         one_step(model="llama", widths="hiden=224")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"latency": 0}, "latency is the share of the time that is left, above 0 and below 1, not 0$"),
+        ({"latency": 1}, "above 0 and below 1, not 1$"),
+        ({"latency": float("nan")}, "above 0 and below 1, not nan$"),
+        ({"latency": 80}, "not 80: did you mean 0.8?"),
+        ({"latency": 0.8, "sparsity": 0.2}, "latency says how much goes: leave out sparsity, or latency"),
+        ({"latency": 0.8, "widths": "mlp=32"}, "latency says how much goes: leave out widths, or latency"),
+        ({"latency": 0.8, "basis": "per-block"}, "latency is for one basis"),
+        (
+            {"latency": 0.8, "method": "wanda"},
+            "wanda does not read latency .it reads sparsity, pattern",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_latency_is_refused(values: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        one_step(model="x", **values)
+    step = SliceStep(model="x", latency=0.8)
+    assert (step.share, step.extent, step.described) == (None, "latency-80", "slice, latency 0.8")
 
 
 @pytest.mark.parametrize(

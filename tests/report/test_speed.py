@@ -8,7 +8,8 @@ from rich.console import Console
 
 from slimlm.evaluation.speed.figures import Bench, ModelSpeed
 from slimlm.evaluation.speed.shape_times import Prediction
-from slimlm.evaluation.speed.timing import Taken, speed_of
+from slimlm.evaluation.speed.timing import speed_of
+from slimlm.model.decoding import Taken
 from slimlm.report.speed import speed_lines, speed_tables
 
 WOBBLE = (0.9, 0.95, 1, 1.1, 1.2)

@@ -23,10 +23,11 @@ from slimlm.evaluation.speed.contenders import (
 from slimlm.evaluation.speed.engines import LLAMA_CPP, TRANSFORMERS, VLLM, LlamaCppRunner, is_gguf, require_installed
 from slimlm.evaluation.speed.figures import Bench, ModelSpeed
 from slimlm.evaluation.speed.judging import judged, known_shapes, predictions, shape_times
-from slimlm.evaluation.speed.shape_times import Prediction, Shape, WithShapes
+from slimlm.evaluation.speed.shape_times import Prediction, WithShapes
 from slimlm.evaluation.speed.sparse_kernels import refuse_2_of_4_without_gpu
 from slimlm.evaluation.speed.stock import flops_per_token
 from slimlm.evaluation.speed.timing import CLOCKS, BatchSpeed, interleaved, speed_of
+from slimlm.model.shape_times import Shape
 from slimlm.progress import Progress
 from slimlm.settings import DTYPES, BenchSettings, by_name
 

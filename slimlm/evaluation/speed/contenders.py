@@ -16,10 +16,11 @@ from slimlm.errors import UserError
 from slimlm.evaluation.found import Found, find_model
 from slimlm.evaluation.loading import load_model
 from slimlm.evaluation.speed.engines import LlamaCppRunner, VllmRunner
-from slimlm.evaluation.speed.shape_times import MOST_BYTES
 from slimlm.evaluation.speed.sparse_kernels import Swapped, kernels_for, swap_kernels
-from slimlm.evaluation.speed.stock import StockRunner, settle, zeros_in
+from slimlm.evaluation.speed.stock import StockRunner, zeros_in
 from slimlm.evaluation.speed.timing import CLOCKS, Runner
+from slimlm.model.decoding import settle
+from slimlm.model.shape_times import MOST_BYTES
 from slimlm.progress import Progress
 from slimlm.settings import BenchSettings, EvalSettings
 

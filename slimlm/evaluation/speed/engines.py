@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from slimlm.errors import RunFailure, UserError, one_line
-from slimlm.evaluation.speed.timing import Clock, Taken
+from slimlm.model.decoding import Clock, Taken
 
 TRANSFORMERS, LLAMA_CPP, VLLM = "transformers", "llama.cpp", "vllm"
 PACKAGES = {LLAMA_CPP: ("llama_cpp", "llama-cpp-python"), VLLM: ("vllm", "vllm")}

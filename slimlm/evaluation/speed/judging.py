@@ -11,17 +11,11 @@ from transformers import PreTrainedModel
 from slimlm.device import product_dtype
 from slimlm.evaluation.speed.contenders import Contender
 from slimlm.evaluation.speed.figures import ModelSpeed
-from slimlm.evaluation.speed.shape_times import (
-    Prediction,
-    Shape,
-    ShapeTimes,
-    block_constant,
-    predicted_decode,
-    product_shapes,
-    products_seconds,
-)
-from slimlm.evaluation.speed.timing import BatchSpeed, Clock, decode_ratio, prefill_ratio
+from slimlm.evaluation.speed.shape_times import Prediction, product_shapes
+from slimlm.evaluation.speed.timing import BatchSpeed, decode_ratio, prefill_ratio
 from slimlm.evaluation.speed.verdict import Facts, verdict
+from slimlm.model.decoding import Clock
+from slimlm.model.shape_times import Shape, ShapeTimes, block_constant, predicted_decode, products_seconds
 
 Widths = frozenset[int]
 

@@ -12,24 +12,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-Clock = Callable[[], float]  # seconds
+from slimlm.model.decoding import Clock, Taken
+
 FEWEST = 5  # rounds whose extremes hold a median 15 times in 16
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Of one run of a batch: seconds until each sequence has its first token, seconds of every step after it, which
-    gives each one token more, and bytes of memory at the peak, where they are known."""
-
-    first: float
-    steps: tuple[float, ...]
-    memory: int | None = None
-
-    @property
-    def step(self) -> float:
-        """Seconds of a step, the median: what interrupts a few of them does not count."""
-        return statistics.median(self.steps)
 
 
 class Runner(Protocol):
