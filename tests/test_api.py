@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import slimlm
 from slimlm import UserError, one_step
 from slimlm.cli import app
+from tests.api_page import PAGE, page
 from tests.conftest import CONFIGS, build_tiny, random_tokens
 
 TEXTS = ["The old house stood at the end of the lane, and nobody had lived there since. " * 30] * 3
@@ -125,3 +126,8 @@ def test_results_take_paths_and_print_as_their_commands_show_them(loaded, tmp_pa
             assert done.stdout.rstrip() == shown.rstrip()
     assert "a&lt;b&gt;.txt" in made._repr_html_()
     assert "decode tok/s" in str(benched)
+
+
+def test_the_page_of_the_docs_is_that_of_the_docstrings():
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.api_page"
+    assert all(f"## `slimlm.{name}`" in page() for name in slimlm.__all__ if not name.startswith("_"))

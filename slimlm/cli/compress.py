@@ -191,9 +191,9 @@ def _print_result(result: "CompressResult", expected: dict[str, float]) -> None:
     from slimlm.report.table import manifest_table
     from slimlm.report.terminal import console
 
-    manifest = result.manifest
-    console().print(manifest_table(manifest))
-    print(compress_summary(manifest))
+    manifest, screen = result.manifest, console()
+    screen.print(manifest_table(manifest))
+    screen.print(compress_summary(manifest), soft_wrap=not screen.is_terminal)  # lines are whole in a log
     for line in expectation_lines(manifest, expected):
         print(line)
     print(f"written to {result.output_dir}; what next:")
