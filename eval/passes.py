@@ -45,9 +45,9 @@ class Stages(LogProgress):
 
     now = ""
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int, first: int = 0) -> None:
         Stages.now = name
-        super().stage(name, total)
+        super().stage(name, total, first)
 
 
 def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:

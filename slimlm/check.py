@@ -1,5 +1,6 @@
 """Everything that can be checked before a run, checked before the run."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from slimlm.run import Plan
 from slimlm.slice.plan import kept_times, time_decoding
 from slimlm.unasked import Unasked, unasked
 from slimlm.windows import (
+    also_calibrated,
     beside_given,
     calibration_windows,
     evaluation_windows,
@@ -49,6 +51,8 @@ from slimlm.windows import (
     tokens_wanted,
 )
 from slimlm.work import with_measuring
+
+logger = logging.getLogger(__name__)
 
 
 def require_less(step: AnyStep, model: StreamedModel, plan: Plan) -> None:
@@ -64,7 +68,7 @@ class How:
     resume: what an earlier run wrote may stand at the output, and is gone on from; anyway: where it is of another
     machine or version, too. work_dir: where hidden states are to wait, if not beside the output. access: to the hub.
     ranks: that share the work. checks: what a plan has to pass before any work. stream_memory: bytes of memory for
-    hidden states that wait, if not a share of what is free.
+    hidden states that wait, if not a share of what is free. whole: of the first of several steps, where all are to be.
     """
 
     progress: Progress = field(default_factory=LogProgress)
@@ -73,6 +77,7 @@ class How:
     anyway: bool = False
     work_dir: Path | None = None
     stream_memory: int | None = None
+    whole: Path | None = None
     access: Access = field(default_factory=Access)
     ranks: Ranks = ALONE
     checks: tuple[Callable[[AnyStep, StreamedModel, Plan], None], ...] = (require_less,)
@@ -92,7 +97,7 @@ class Job:
     teacher: the dense model, where the one to work on is not.
 
     recipe: the step, resolved. started, memory_before: the clock's seconds and the process's resident bytes when all
-    this began. seconds: what each stage took so far.
+    this began. also_calibrated: documents measured on that are in the windows. seconds: what each stage took so far.
     """
 
     recipe: AnyStep
@@ -107,6 +112,7 @@ class Job:
     windows: Windows | None
     started: float
     memory_before: int
+    also_calibrated: int
     seconds: dict[str, float] = field(default_factory=dict)
     resumed: bool = False
 
@@ -165,18 +171,24 @@ def check(step: AnyStep, how: How) -> Job:
     step = with_measuring(beside_given(step, windows), model)
     test = evaluation_windows(step, tokenizer, model.config.vocab_size)
     require_held_out(step, windows)
-    for line in (*said_of_tokens(step, model, windows), *said_of_test(test, windows)):
-        how.progress.line(line)
-    job = Job(step, source, output, model, tokenizer, plan, can, teacher, test, windows, started, memory_before)
+    seen = also_calibrated(test, windows) if test else 0
+    for line in (*said_of_tokens(step, model, windows), *said_of_test(test, seen)):
+        logger.warning("%s", line)
+    job = Job(step, source, output, model, tokenizer, plan, can, teacher, test, windows, started, memory_before, seen)
     _check_room(job, how)
-    how.progress.stage("checking weights", parameter_count(model.model))
-    start = time.perf_counter()
-    model.checkpoint.check_finite(how.progress.step, how.ranks)
-    if teacher is not None:
-        teacher.checkpoint.check_finite(lambda count: None, how.ranks)
-    job.seconds["checking"] = time.perf_counter() - start  # the one part of this that grows with the model
+    _check_weights(job, how)
     forget_peak(model.device)  # that of the run is from here on
     return job
+
+
+def _check_weights(job: Job, how: How) -> None:
+    """The one part of this that grows with the model. Raises UserError for weights that are not finite."""
+    how.progress.stage("checking weights", parameter_count(job.model.model))
+    start = time.perf_counter()
+    job.model.checkpoint.check_finite(how.progress.step, how.ranks)
+    if job.teacher is not None:
+        job.teacher.checkpoint.check_finite(lambda count: None, how.ranks)
+    job.seconds["checking"] = time.perf_counter() - start
 
 
 def _teacher(step: RecoverStep, model: StreamedModel, output: Path, how: How) -> StreamedModel:
@@ -195,7 +207,9 @@ def _time(step: AnyStep, model: StreamedModel, output: Path, how: How) -> None:
     that this one comes to the same. Raises UserError."""
     if isinstance(step, SliceStep) and step.latency is not None:
         how.progress.stage("timing products", 1)
-        model.times = how.ranks.decided(lambda: time_decoding(model, step, kept_times(output) if how.resume else None))
+        model.times = how.ranks.decided(
+            lambda: time_decoding(model, step, kept_times(output, how.whole) if how.resume else None)
+        )
         how.progress.step()
 
 

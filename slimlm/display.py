@@ -84,7 +84,7 @@ class Cell(Whole):
 def in_notebook() -> bool:
     """Whether a notebook's kernel runs this."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return type(shell).__name__ == KERNEL
+    return KERNEL in (kind.__name__ for kind in type(shell).__mro__)  # Colab's is derived from it
 
 
 def usual(progress: Progress | None) -> Progress:

@@ -179,7 +179,7 @@ def _done(manifest: Manifest, path: Path) -> Done:
 
 def _described(step: dict[str, Any]) -> str:
     """A step of a manifest, in words."""
-    said = (f"{name} {step[name]}" for name in ("sparsity", "widths", "pattern", "tokens") if step.get(name))
+    said = (f"{name} {step[name]}" for name in ("sparsity", "latency", "widths", "pattern", "tokens") if step.get(name))
     return ", ".join([step["method"], *said])
 
 

@@ -38,7 +38,7 @@ from slimlm.prune.group import code_hash
 from slimlm.ranks import Ranks
 from slimlm.recipe import RAN_REMOTE_CODE, AnyStep, Recipe, as_file, dumped, steps_of
 from slimlm.run import Outcome
-from slimlm.windows import also_calibrated, tokens_wanted
+from slimlm.windows import tokens_wanted
 
 # What a step says of how and where it is run, and of what is done with the result: none of it decides a bit.
 UNDECISIVE = {
@@ -167,7 +167,7 @@ def measured(job: Job, comparison: Comparison | None) -> Measured | None:
     return {
         **job.test.describe(),
         "documents": len(job.test.documents.unique()),
-        "also_calibrated": also_calibrated(job.test, job.windows),
+        "also_calibrated": job.also_calibrated,
         "dense": comparison.dense.describe(),
         "compressed": comparison.compressed.describe(),
     }

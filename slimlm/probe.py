@@ -19,15 +19,16 @@ from typing import TypedDict
 import numpy
 import yaml
 
+from slimlm.calibration import STANDARD_INPUT
 from slimlm.check import How, Job
 from slimlm.checkpoint.code import code_files
 from slimlm.checkpoint.companions import companions
 from slimlm.checkpoint.kinds import INDEX_NAME
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest
 from slimlm.compression import LOG_NAME
-from slimlm.errors import RunFailure, SlimlmError
+from slimlm.errors import RunFailure, SlimlmError, UserError
 from slimlm.model.walk import every
-from slimlm.recipe import SELF, AnyStep, Recipe, SliceStep, Source, as_file, dumped, load_recipe
+from slimlm.recipe import OF_HUB, SELF, AnyStep, Recipe, SliceStep, Source, as_file, dumped, load_recipe
 from slimlm.run import Plan
 from slimlm.slice.config import BY_BLOCK
 from slimlm.slice.plan import rotated_influence
@@ -35,7 +36,7 @@ from slimlm.stages import compress_recipe, plans_of_later
 
 MEMORY = "--stream-memory="
 FEW = 8  # windows, which tell what more of them take
-OF_WINDOWS = ("dataset", "text_column", "num_calibration_samples", "max_seq_length", "seed")
+OF_WINDOWS = ("dataset", "text_column", *OF_HUB, "num_calibration_samples", "max_seq_length", "seed")
 
 
 class Event(TypedDict):
@@ -105,12 +106,15 @@ def _shown_steps(job: Job, later: list[AnyStep], shown: int, tokens: Path) -> li
     numpy.save(tokens, job.windows.tokens[:count].numpy())
     given = [Source(source=str(tokens), windows=count)]
     own = [Source(source=SELF, windows=count)] if (count := steps[0].own_windows) else []
-    return [
-        step.model_copy(update={"dataset": given + own})
+    steps = [
+        step.model_copy(update={"dataset": given + own, **dict.fromkeys(OF_HUB)})
         if [getattr(step, name) for name in OF_WINDOWS] == first
         else step
         for step in steps
     ]
+    if any(source == STANDARD_INPUT for step in steps for source, _ in step.parts):
+        raise UserError("--dry-run: steps that take different windows of standard input cannot be tried: give a file")
+    return steps
 
 
 def _shown_step(job: Job, step: AnyStep, shown: int, plan: Plan | None) -> AnyStep:

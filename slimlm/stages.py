@@ -39,7 +39,7 @@ from slimlm.models import teacher_of
 from slimlm.progress import Progress
 from slimlm.prune.plan import require_room_later
 from slimlm.ranks import ALONE, Ranks
-from slimlm.recipe import SELF, AnyStep, PruneStep, Recipe, RecoverStep, SliceStep, Source
+from slimlm.recipe import OF_HUB, SELF, AnyStep, PruneStep, Recipe, RecoverStep, SliceStep, Source
 from slimlm.resolve import NO_DATA, output_of, with_data
 from slimlm.run import Plan
 from slimlm.settings import CompressSettings, PushSettings, RunSettings, by_name
@@ -47,7 +47,7 @@ from slimlm.windows import calibration_windows, tokens_wanted
 from slimlm.work import with_measuring, work_of
 
 CALIBRATION_NAME = "calibration.npy"
-OF_PLACES = ("model", "revision", "output_dir", "num_calibration_samples", "max_seq_length")  # of a step in a run
+OF_PLACES = ("model", "revision", "output_dir", *OF_HUB, "num_calibration_samples", "max_seq_length")  # in a run
 
 
 def how_of(settings: RunSettings, ranks: Ranks = ALONE) -> How:
@@ -131,7 +131,7 @@ def _first(recipe: Recipe, output: Path, how: How) -> Job:
     check_output(output, how.may_replace(output), [], how.work_dir)
     place = Staging(output).stages
     step = recipe.steps[0].model_copy(update={"output_dir": str(place / "1")})
-    first = check(step, replace(how, overwrite=True))
+    first = check(step, replace(how, overwrite=True, whole=output))
     check_output(output, how.may_replace(output), first.inputs, how.work_dir)
     if not how.is_there(output):  # all results stand until the last is done, none of them larger than the first
         kept = max(journalled(step, first.model) for step in later_steps(first, recipe))
@@ -249,6 +249,8 @@ class _Several:
             known = {SELF: Source(source=str(sampled[0]), windows=count)}
             sources = [known.get(source) or Source(source=source, windows=windows) for source, windows in step.parts]
             settings |= {"dataset": sources, "max_seq_length": length}
+            if {source for source, _ in step.parts} == {SELF}:
+                settings |= dict.fromkeys(OF_HUB)
         overwrite = self.how.overwrite or place != self.staging.output
         return check(step.model_copy(update=settings), replace(self.how, overwrite=overwrite))
 

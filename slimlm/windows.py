@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimlm.calibration import (
@@ -26,7 +27,7 @@ from slimlm.methods import method_of
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.whole import whole
 from slimlm.progress import Progress
-from slimlm.recipe import SELF, AnyStep, RecoverStep, Source
+from slimlm.recipe import OF_HUB, SELF, AnyStep, RecoverStep, Source, flag_of
 from slimlm.resolve import own_beside
 
 GRAM = 16  # tokens of a run that two texts hardly share by chance
@@ -43,8 +44,7 @@ def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocab
     length, given = step.max_seq_length, [part for part in step.parts if part[0] != SELF]
     if not given:
         return None
-    if any(step.meant[1:]) and not any(is_of_hub(source, Path(source).expanduser()) for source, _ in given):
-        _refuse_hub(step, given[0][0])
+    _require_hub(step, [source for source, _ in given])
     windows = interleaved(
         [load_windows(source, tokenizer, count, length, step.seed, step.meant) for source, count in given]
     )
@@ -52,12 +52,15 @@ def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocab
     return windows
 
 
-def _refuse_hub(step: AnyStep, source: str) -> None:
-    """Raises UserError where no data is from the hub, but for the split of a saved dataset."""
-    is_saved = Path(source).expanduser().is_dir() and not local_files(source, Path(source).expanduser())
-    for name, value in step.meant._asdict().items():
-        if name != "column" and value is not None and not (is_saved and name == "split"):
-            raise UserError(f"--dataset-{name} is for datasets from the hub, and {source} is none")
+def _require_hub(step: AnyStep, sources: list[str]) -> None:
+    """Raises UserError where something is said of datasets on the hub, or of the split of saved ones, and there is none
+    of them."""
+    paths = {source: Path(source).expanduser() for source in sources}
+    of_hub = any(is_of_hub(source, path) for source, path in paths.items())
+    saved = any(path.is_dir() and not local_files(source, path) for source, path in paths.items())
+    for name in OF_HUB:
+        if getattr(step, name) is not None and not of_hub and not (saved and name == "dataset_split"):
+            raise UserError(f"{flag_of(name)} is for datasets from the hub, and {', '.join(sources)} is none")
 
 
 def also_calibrated(test: TestWindows, windows: Windows | None) -> int:
@@ -66,11 +69,20 @@ def also_calibrated(test: TestWindows, windows: Windows | None) -> int:
     if windows is None or not test.documents.numel():
         return 0
     size = min(GRAM, max(1, min(test.tokens.shape[1], windows.tokens.shape[1]) // 8))  # few are cut by windows' ends
-    factors = torch.randint(-(2**62), 2**62, (size,), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    mine, theirs = ((tokens.unfold(1, size, 1) * factors).sum(-1) for tokens in (test.tokens, windows.tokens))
+    mine, theirs = _runs(test.tokens, size), _runs(windows.tokens, size)
     known, documents = torch.isin(mine, theirs), test.documents[:, size - 1 :]
     shares = (known[documents == number].double().mean() for number in documents.unique())
     return sum(bool(share >= 0.5) for share in shares)
+
+
+def _runs(tokens: Tensor, size: int) -> Tensor:
+    """A number for every run of so many tokens [n, time] that no other run has but by chance: [n, time - size + 1]."""
+    factors = torch.randint(-(2**62), 2**62, (size,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    count = tokens.shape[1] - size + 1
+    found = torch.zeros(len(tokens), count, dtype=torch.int64)
+    for place, factor in enumerate(factors):
+        found += tokens[:, place : place + count] * factor
+    return found
 
 
 def beside_given(step: AnyStep, windows: Windows | None) -> AnyStep:
@@ -111,7 +123,7 @@ def tokens_wanted(step: AnyStep, model: StreamedModel) -> int:
     """To fit the matrices with most inputs from; 0 where nothing is fitted."""
     if isinstance(step, RecoverStep) or not method_of(step).holds_out(step):
         return 0
-    return TOKENS_PER_INPUT * max(group.inputs for group in model.blocks[0].groups)
+    return TOKENS_PER_INPUT * model.widest
 
 
 def said_of_tokens(step: AnyStep, model: StreamedModel, windows: Windows | None) -> list[str]:
@@ -123,19 +135,18 @@ def said_of_tokens(step: AnyStep, model: StreamedModel, windows: Windows | None)
         return []
     enough = math.ceil(step.num_calibration_samples * wanted / max(1, learnt))
     return [
-        f"WARNING: {learnt:,} tokens are few to fit matrices of {wanted // TOKENS_PER_INPUT:,} inputs from, and other "
+        f"{learnt:,} tokens are few to fit matrices of {wanted // TOKENS_PER_INPUT:,} inputs from, and other "
         f"text may lose by it: --num-calibration-samples {enough} would do"
     ]
 
 
-def said_of_test(test: TestWindows | None, windows: Windows | None) -> list[str]:
-    """A line where documents that are measured on are calibrated on, too."""
-    count = also_calibrated(test, windows) if test else 0
+def said_of_test(test: TestWindows | None, count: int) -> list[str]:
+    """A line where so many documents that are measured on are calibrated on, too."""
     if not test or not count:
         return []
     number = len(test.documents.unique())
     return [
-        f"WARNING: {count} of the {number} documents to measure on are in the calibration text, too, so that the "
+        f"{count} of the {number} documents to measure on are in the calibration text, too, so that the "
         "result will look better than it is: give another --eval-text"
     ]
 

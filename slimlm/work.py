@@ -120,7 +120,7 @@ def _recovering(step: RecoverStep) -> Work:
 def _solving(step: AnyStep, model: StreamedModel) -> float:
     """What is done once, however many windows there are."""
     assert step.max_seq_length is not None
-    return SOLVING * max(group.inputs for group in model.blocks[0].groups) / step.max_seq_length
+    return SOLVING * model.widest / step.max_seq_length
 
 
 def _sweeping(step: AnyStep) -> Work:

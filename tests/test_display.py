@@ -3,6 +3,7 @@
 import io
 import shutil
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,15 +128,19 @@ def test_a_run_that_goes_on_says_what_it_keeps(settings: dict, monkeypatch: pyte
 def test_a_log_that_is_no_terminal_gets_a_line_a_minute(capsys: pytest.CaptureFixture, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(shown_by_commands, "MINUTE", 0.01)
+    told = threading.Event()
+    tell = shown_by_commands.Logged.tell
+    monkeypatch.setattr(shown_by_commands.Logged, "tell", lambda logged: (tell(logged), told.set()))
     with progress_shown() as progress:
+        progress.pace.clock = lambda: 5.0
         progress.expect([{"one": 1.0, "two": 3.0}, {"one": 4.0}])
         progress.stage("two", 3)
         progress.step()
         progress.done("two", ODD, 1.0)
         progress.line(f"model: {ODD}")
-        said = ""
-        while "of all" not in said:
-            said += capsys.readouterr().err
+        told.clear()
+        assert told.wait(60)
+    said = capsys.readouterr().err
     assert f"model: {ODD}\n" in said
     assert "step 1 of 2, two 1/3: 25% of all, 0 s left, " in said
     assert "two in 1.0 s" not in said
@@ -150,6 +155,7 @@ def test_a_bar_shows_its_stage_as_it_is_within_80_columns(monkeypatch):
     terminal.file = screen
     monkeypatch.setattr("slimlm.report.progress.console", lambda stderr: terminal)
     with progress_shown() as progress:
+        progress.pace.clock = lambda: 5.0
         progress.expect([{"sampling text": 1.0}] * 3)
         progress.stage("sampling text", 160)
         progress.step(120)
@@ -163,7 +169,7 @@ def test_a_bar_shows_its_stage_as_it_is_within_80_columns(monkeypatch):
 
 
 def test_a_notebook_has_lines_and_one_that_changes(monkeypatch: pytest.MonkeyPatch):
-    shell = type(display.KERNEL, (), {})()
+    shell = type("Shell", (type(display.KERNEL, (), {}),), {})()  # Colab's
     shows: list[str] = []
     handle = SimpleNamespace(update=lambda data, raw: shows.append(f"= {data['text/plain']}"))
 
@@ -174,6 +180,7 @@ def test_a_notebook_has_lines_and_one_that_changes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=show))
     progress = usual(None)
+    progress.pace.clock = lambda: 5.0
     progress.expect([{"one": 1.0}])
     progress.stage("one", 4)
     progress.line("model: here")

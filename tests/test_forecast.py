@@ -1,13 +1,18 @@
+import io
 import json
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
+from datasets import Dataset, DatasetDict
 from transformers import LlamaConfig
 
 import slimlm.forecast as forecast_module
 import slimlm.probe as probe_module
+from slimlm.calibration import sources
 from slimlm.check import How, Job, check, spilled
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.device import _left_in_container
@@ -252,3 +257,29 @@ def test_a_containers_limit_counts_less_what_is_taken_but_for_cached_files(tmp_p
         path.write_text(text)
     assert _left_in_container(tmp_path) == 600
     assert _left_in_container(tmp_path / "none") > 2**60
+
+
+def test_a_split_is_forgotten_where_the_probe_has_tokens_in_place_of_a_dataset(
+    recipe: Recipe, tmp_path: Path, in_process, probed
+):
+    text = Dataset.from_dict({"text": [(tmp_path / "text.txt").read_text()]})
+    DatasetDict(test=text).save_to_disk(tmp_path / "saved")
+    more = {"dataset": str(tmp_path / "saved"), "dataset_split": "test"}
+    forecast(check(recipe.updated(**more).steps[0], HOW), [], HOW)
+    ((manifest, _),) = probed
+    assert manifest["calibration"]["windows"] == 6
+
+
+def test_steps_that_would_read_standard_input_anew_are_refused(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, in_process
+):
+    stream = SimpleNamespace(buffer=io.BytesIO(b"The old house stood at the end of the lane. " * 200), isatty=bool)
+    monkeypatch.setattr(sys, "stdin", stream)
+    sources._piped.cache_clear()
+    (step,) = recipe.updated(dataset="-").steps
+    then = {"method": "sparsegpt", "sparsity": 0.5, "num_calibration_samples": 7}
+    whole = in_steps(step.model_dump(include=step.model_fields_set), then)
+    job = check(whole.steps[0], HOW)
+    with pytest.raises(UserError, match="different windows of standard input"):
+        forecast(job, later_steps(job, whole), HOW)
+    sources._piped.cache_clear()

@@ -121,6 +121,15 @@ def test_a_later_step_is_timed_when_its_turn_comes_and_resumed_with_that(
     assert len(measured) == 1
 
 
+def test_a_complete_result_whose_first_step_was_timed_is_not_timed_again(measured: list[StepTimes], settings: dict):
+    steps = [{"method": "slice", "latency": 0.7}, {"method": "magnitude", "sparsity": 0.3}]
+    recipe = make_recipe({**settings, "steps": steps})
+    expected = result(compress(recipe).output_dir)
+    assert len(measured) == 1
+    assert result(compress(recipe, resume=True).output_dir) == expected
+    assert len(measured) == 1
+
+
 def test_pruning_what_was_sliced_to_a_latency_finds_whole_groups(measured: list[StepTimes], settings: dict):
     made = compress(in_steps({**settings, "latency": 0.7, "round_to": 8}, {"method": "magnitude", "pattern": "2:4"}))
     assert made.manifest["stages"][0]["method"]["latency"]["ratio"] <= 0.7

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy
 import pytest
 import yaml
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
 from slimlm import compression, stages
@@ -332,3 +333,14 @@ def test_packing_into_a_place_where_runs_were_interrupted_is_refused(settings: d
         pack(tiny_llama, Path(settings["output_dir"]))
     monkeypatch.undo()
     compress(recipe, resume=True)
+
+
+def test_what_is_said_of_hub_datasets_does_not_hold_for_text_that_a_step_before_wrote(settings: dict, tmp_path: Path):
+    text = Dataset.from_dict({"text": ["The old house stood at the end of the lane. " * 200]})
+    DatasetDict(test=text).save_to_disk(tmp_path / "saved")
+    steps = [{"method": "slice", "widths": "mlp=40", "self_share": 0.5}, {"method": "wanda", "sparsity": 0.5}]
+    steps[1]["dataset"] = "self"
+    more = {"dataset": str(tmp_path / "saved"), "dataset_split": "test", "steps": steps}
+    manifest = compress(make_recipe({**settings, **more})).manifest
+    assert manifest["stages"][0]["recipe"]["dataset_split"] == "test"
+    assert manifest["sparsity"]["zeros_in_pruned_matrices"] == pytest.approx(0.5, abs=0.01)

@@ -176,20 +176,19 @@ def test_the_defaults_give_a_stock_model_and_say_what_they_did(
 
 
 def test_too_few_tokens_for_what_is_fitted_are_said_with_the_number_that_would_do(
-    tiny_llama: Path, text: Path, tmp_path: Path
+    tiny_llama: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     """Ten for each of the widest matrix's inputs, four of five windows being learnt from."""
-    progress = Lines()
     few = {"sparsity": 0.25, "dataset": str(text), "self_share": 0.0, "num_calibration_samples": 10}
-    job = checked(tiny_llama, tmp_path / "out", progress, **few)
+    job = checked(tiny_llama, tmp_path / "out", **few)
     widest = job.model.config.intermediate_size
-    (line,) = [line for line in progress.said if line.startswith("WARNING")]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert f"{24 * 8:,} tokens are few to fit matrices of {widest} inputs" in line
     enough = int(line.split("--num-calibration-samples ")[1].split()[0])
     assert 24 * enough * 4 / 5 >= 10 * widest > 24 * (enough - 2) * 4 / 5
-    again = Lines()
-    checked(tiny_llama, tmp_path / "out", again, **{**few, "num_calibration_samples": enough})
-    assert not [line for line in again.said if line.startswith("WARNING")]
+    caplog.clear()
+    checked(tiny_llama, tmp_path / "out", **{**few, "num_calibration_samples": enough})
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize("asked", [{}, {"num_calibration_samples": "auto"}, {"num_calibration_samples": None}])
@@ -214,7 +213,6 @@ def test_as_many_windows_are_taken_as_the_widths_need(
     assert (step.num_windows - step.own_windows, step.own_windows) == (given, own)
 
 
-def test_what_fits_nothing_wants_no_tokens(tiny_llama: Path, text: Path, tmp_path: Path):
-    progress = Lines()
-    checked(tiny_llama, tmp_path / "out", progress, method="sparsegpt", sparsity=0.5, dataset=str(text))
-    assert not [line for line in progress.said if line.startswith("WARNING")]
+def test_what_fits_nothing_wants_no_tokens(tiny_llama: Path, text: Path, tmp_path: Path, caplog):
+    checked(tiny_llama, tmp_path / "out", method="sparsegpt", sparsity=0.5, dataset=str(text))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -1,11 +1,12 @@
 """Calibration data: any text source to token windows."""
 
 from slimlm.calibration.sample import SAMPLING_BATCH, go_on, remembered, sample_windows, side_by_side, written_for
-from slimlm.calibration.sources import is_of_hub, local_documents, local_files, split_documents
+from slimlm.calibration.sources import STANDARD_INPUT, is_of_hub, local_documents, local_files, split_documents
 from slimlm.calibration.windows import Windows, interleaved, load_windows, require_known, start_token
 
 __all__ = [
     "SAMPLING_BATCH",
+    "STANDARD_INPUT",
     "Windows",
     "go_on",
     "interleaved",

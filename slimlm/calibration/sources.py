@@ -89,9 +89,9 @@ def _file_rows(path: Path, column: str | None) -> Iterator[Row]:
 def _piped() -> bytes:
     """All of standard input, once. Raises UserError where there is nobody to pipe it, or several to read it."""
     if world_size() > 1:
-        raise UserError("--dataset -: several processes cannot all read standard input: give them a file")
+        raise UserError("several processes cannot all read standard input: give them a file")
     if sys.stdin is None or sys.stdin.isatty():
-        raise UserError("--dataset -: nothing is piped in: `cat notes.txt | slimlm compress --dataset - ...`")
+        raise UserError("standard input is a terminal, and nothing is piped in: `cat notes.txt | slimlm ...`")
     return sys.stdin.buffer.read()
 
 

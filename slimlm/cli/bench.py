@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, fields
 
-from slimlm.cli.options import FiguresFile, Shown, command
+from slimlm.cli.options import FiguresFile, Verbosity, command
 from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.settings import BenchSettings
 
 
 @dataclass(frozen=True)
-class BenchOptions(BenchSettings, FiguresFile, Shown):
+class BenchOptions(BenchSettings, FiguresFile, Verbosity):
     """What is measured, and where the figures go."""
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from slimlm.cli.assign import with_assigned
 from slimlm.cli.launch import in_processes
-from slimlm.cli.options import ORDER, FiguresFile, ManyProcesses, Shown, Value, command
+from slimlm.cli.options import ORDER, FiguresFile, ManyProcesses, Value, Verbosity, command
 from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.errors import UserError
 from slimlm.recipe import FLAGS, OF_RECOVERY, Recipe, Step, load_recipe, recipe_of_flags
@@ -32,7 +32,7 @@ RECOVER_FLAGS = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotateOptions(RunSettings, ManyProcesses, FiguresFile, Shown):
+class RotateOptions(RunSettings, ManyProcesses, FiguresFile, Verbosity):
     """How a recipe is run. settings: of flags, by name."""
 
     settings: dict[str, Value] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from slimlm.cli.launch import in_processes
-from slimlm.cli.options import FiguresFile, ManyProcesses, Shown, command
+from slimlm.cli.options import FiguresFile, ManyProcesses, Verbosity, command
 from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.settings import EvalSettings
 from slimlm.started import own_rank
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvalOptions(EvalSettings, ManyProcesses, FiguresFile, Shown):
+class EvalOptions(EvalSettings, ManyProcesses, FiguresFile, Verbosity):
     """What is measured, and where the figures go."""
 
 

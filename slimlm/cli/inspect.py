@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, fields
 
-from slimlm.cli.options import FiguresFile, Shown, command
+from slimlm.cli.options import FiguresFile, Verbosity, command
 from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.settings import InspectSettings
 
 
 @dataclass(frozen=True)
-class InspectOptions(InspectSettings, FiguresFile, Shown):
+class InspectOptions(InspectSettings, FiguresFile, Verbosity):
     """What is looked at, and where the figures go."""
 
 

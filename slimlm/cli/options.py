@@ -73,7 +73,7 @@ JSON_HELP = "also write all figures to this file; `-` is standard output, and al
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class Verbosity:
     """What a command shows while it runs."""
 
     quiet: bool = described(False, "show warnings and what comes out, and nothing of how far the work is")

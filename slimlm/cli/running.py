@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimlm.cli.options import Shown
+from slimlm.cli.options import Verbosity
 from slimlm.errors import Interrupted
 from slimlm.started import own_rank
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from slimlm.progress import Progress
 
 
-USUAL = Shown()
+USUAL = Verbosity()
 
 
 class Stopped(BaseException):
@@ -23,7 +23,7 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def running(when_interrupted: str = "interrupted", shown: Shown = USUAL) -> "Iterator[Progress]":
+def running(when_interrupted: str = "interrupted", shown: Verbosity = USUAL) -> "Iterator[Progress]":
     """Progress while it runs; Ctrl-C and signals as an error of our own, whose exit code the shell understands."""
     with _shown(shown.quiet) as progress:
         try:

@@ -97,6 +97,11 @@ class StreamedModel:
         """All that methods prune, in the model's order."""
         return list(chain.from_iterable(block.groups for block in self.blocks))
 
+    @property
+    def widest(self) -> int:
+        """Inputs of the matrices that have most; 0 where none are pruned."""
+        return max((group.inputs for group in self.groups), default=0)
+
     @cached_property
     def matrices(self) -> dict[str, torch.Size]:
         """Shapes [out, in] of all that methods prune, by full name."""

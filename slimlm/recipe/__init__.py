@@ -26,13 +26,14 @@ from slimlm.recipe.recipe import (
 )
 from slimlm.recipe.recovering import RecoverStep
 from slimlm.recipe.slicing import RotateStep, SliceStep
-from slimlm.recipe.step import SELF, Meant, Source, Step
+from slimlm.recipe.step import OF_HUB, SELF, Meant, Source, Step
 
 __all__ = [
     "FIELDS",
     "FISHERS",
     "FLAGS",
     "GRAMS",
+    "OF_HUB",
     "OF_RECOVERY",
     "RAN_REMOTE_CODE",
     "ROWS",

@@ -41,6 +41,9 @@ def require_share(sparsity: float) -> None:
         raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {sparsity:g}{meant}")
 
 
+OF_HUB = ("dataset_config", "dataset_split", "dataset_revision")  # settings
+
+
 class Meant(NamedTuple):
     """What of a dataset is meant: the column, where it is not to be found out; of one on the hub its configuration,
     split and revision, where these are not its own defaults and the training split."""

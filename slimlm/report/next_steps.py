@@ -5,11 +5,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from slimlm.calibration import STANDARD_INPUT
 from slimlm.checkpoint.card import kind_of
 from slimlm.checkpoint.clients import LLAMA_CPP, READ_BY
 from slimlm.checkpoint.manifest import Manifest, stages_of, steps_in
 from slimlm.checkpoint.resolve import BUNDLED
-from slimlm.recipe import SELF
+from slimlm.recipe import OF_HUB, SELF, flag_of
 
 SERVING = "# pip install 'transformers[serving]'"
 
@@ -60,16 +61,18 @@ def _dense(manifest: Manifest) -> str:
 
 def _data(manifest: Manifest) -> str:
     """The data of the last step; none where it had none, or a mixture that no flag can say."""
-    data, column = _asked(manifest, "dataset"), _asked(manifest, "text_column")
+    data = given = _asked(manifest, "dataset")
     if isinstance(data, list):
         shares = [part["share"] or part["windows"] for part in data]
         is_one_kind = len({part["share"] is None for part in data}) == 1
         parts = [f"{part['source']}:{share:g}" for part, share in zip(data, shares, strict=True)]
         is_said = is_one_kind and all(re.fullmatch(r"[^,]+:\d*\.?\d+", part) for part in parts)
         data = ",".join(parts) if is_said and len(parts) > 1 else data[0]["source"] if len(data) == 1 else None
-    if data in (None, SELF):
+    sources = [part["source"] for part in given] if isinstance(given, list) else [given]
+    if data in (None, SELF) or STANDARD_INPUT in sources:
         return ""
-    return f" --dataset {quote(data)}" + (f" --text-column {quote(column)}" if column else "")
+    named = {flag_of(name): _asked(manifest, name) for name in ("text_column", *OF_HUB)}
+    return "".join([f" --dataset {quote(data)}", *(f" {flag} {quote(said)}" for flag, said in named.items() if said)])
 
 
 def _is_smaller(manifest: Manifest) -> bool:

@@ -18,8 +18,8 @@ def compress_summary(manifest: Manifest) -> str:
     lines = [*done_lines(manifest), *recovered(manifest)]
     if latency := manifest["method"].get("latency"):
         lines.append(
-            f"decoding: {latency['predicted_ms']:,.3g} ms a token predicted, {latency['ratio']:.3f} of the "
-            f"{latency['dense_ms']:,.3g} measured before"
+            f"decoding: {latency['predicted_ms']:,.3g} ms a token predicted, {latency['ratio']:.3f} of what the dense "
+            f"model takes, {latency['dense_ms']:,.3g}"
         )
     if manifest["measured"]:
         measured = manifest["measured"]
@@ -32,8 +32,11 @@ def done_lines(made: Manifest | Done) -> list[str]:
     """What was asked for, and what was achieved."""
     sparsity = made["sparsity"]
     zeros = sparsity["zeros_in_pruned_matrices"] is not None
+    # Widths and latencies request none.
+    is_asked = sparsity["of"] != "parameters" or sparsity["requested"] != sparsity["parameters_removed"]
+    asked = f"requested {sparsity['requested']:g}, " if is_asked else ""
     return [
-        f"sparsity requested {sparsity['requested']:g}, achieved {sparsity['achieved']:.4f} of {sparsity['of']}; "
+        f"sparsity {asked}achieved {sparsity['achieved']:.4f} of {sparsity['of']}; "
         f"{sparsity['parameters_removed']:.4f} of all parameters are gone",
         *(f"{name} {before} -> {after}" for name, (before, after) in made["changes"].items()),
         *(["zeros neither shrink nor speed up a stock checkpoint"] if zeros else []),

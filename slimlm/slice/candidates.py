@@ -214,7 +214,8 @@ def fast_enough(shapes: Shapes, recipe: SliceStep) -> list[Widths]:
             found = _fast(decoding, most, granule)
         if found:
             return found
-    least = _least(layout, recipe.round_to or 1, alone)
+        if decoding.of(least := _least(layout, recipe.round_to or 1, alone)) > most:  # no finer step would do
+            break
     share = decoding.of(least) / decoding.dense
     raise UserError(f"latency {recipe.latency:g} cannot be reached: the least is {share:.4f} ({least})")
 

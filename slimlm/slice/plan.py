@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from slimlm.checkpoint.journal import last_record
-from slimlm.checkpoint.manifest import read_manifest
+from slimlm.checkpoint.manifest import read_manifest, stages_of
 from slimlm.checkpoint.staging import Staging
 from slimlm.errors import UserError
 from slimlm.model.shape_times import StepTimes
@@ -63,12 +63,14 @@ def time_decoding(model: StreamedModel, recipe: SliceStep, known: StepTimes | No
     return step_times(model, wanted, model.stored_dtype("", recipe.dtype))
 
 
-def kept_times(output: Path) -> StepTimes | None:
-    """What a run measured whose result is at `output`, or is to be."""
+def kept_times(output: Path, whole: Path | None = None) -> StepTimes | None:
+    """What a run measured whose result is at `output`, or is to be, or was the first step of what is at `whole`."""
     record = last_record(Staging(output).work, TIMES)
     if record is None:
         manifest = read_manifest(output) if output.is_dir() else None
         record = manifest.get("method", {}).get("latency") if manifest else None
+    if record is None and whole is not None and (manifest := read_manifest(whole)):
+        record = next((stage["method"].get("latency") for stage in stages_of(manifest)), None)
     return StepTimes.read(**record["times"]) if record else None
 
 

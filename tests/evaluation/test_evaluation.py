@@ -127,7 +127,7 @@ def test_models_with_different_tokenizers_are_not_compared(tmp_path: Path):
     [
         ({"tasks": ("arc_eazy",)}, "unknown task 'arc_eazy'; did you mean 'arc_easy'"),
         ({"tasks": ("missing.yaml",)}, "does not exist"),
-        ({"text": "/nowhere.txt"}, "cannot be read: No such file"),
+        ({"text": "/nowhere.txt"}, "cannot be read: there is no such file"),
         ({"device": "cuda:9"}, "device 'cuda:9' is not available"),
         ({"window": 10**7}, "beyond the models' context"),
         ({"limit": 0, "tasks": ("arc_easy",)}, "--limit 0"),

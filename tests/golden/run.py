@@ -42,7 +42,7 @@ class Stopping(Progress):
     def __init__(self, stop: int | None) -> None:
         self.stop, self.steps, self.checks = stop, 0, True
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int, first: int = 0) -> None:
         self.checks = name.startswith("checking")
 
     def step(self, count: int = 1) -> None:

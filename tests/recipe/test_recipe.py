@@ -235,7 +235,7 @@ def test_widths_stand_in_for_a_sparsity_and_do_not_go_with_one():
         ({"latency": 0.8, "basis": "per-block"}, "latency is for one basis"),
         (
             {"latency": 0.8, "method": "wanda"},
-            "wanda does not read latency .it reads sparsity, pattern",
+            "wanda does not read latency, which is for slice .it reads sparsity, pattern",
         ),
     ],
 )

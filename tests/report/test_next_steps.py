@@ -128,6 +128,10 @@ def test_data_are_given_again_where_a_flag_can_say_them(place: Path):
     assert data(two) == "--dataset a.txt:0.5,self:0.25"
     counted = [{**part, "share": None, "windows": 8 * (place + 1)} for place, part in enumerate(two)]
     assert data(counted) == "--dataset a.txt:8,self:16"
+    assert data("-") == data([{**two[0], "source": "-"}, two[1]]) == ""  # nobody pipes it in again
+    manifest["recipe"] |= {"dataset_config": "en", "dataset_split": "test"}
+    assert data("me/data") == "--dataset me/data --dataset-config en --dataset-split test"
+    manifest["recipe"] |= {"dataset_config": None, "dataset_split": None}
     assert data([two[0], counted[1]]) == data([{**two[0], "source": "a,b.txt"}, two[1]]) == ""
 
 
