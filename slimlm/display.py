@@ -47,9 +47,10 @@ class Whole(Progress):
 
     @property
     def figures(self) -> str:
-        """The share of all work, the time left of all, memory."""
+        """The share of all work, the time left of all, memory; of the stage at hand where more is not known."""
         left = self.pace.left
-        words = [f"{self.pace.share:.0%} of all", *([] if left is None else [f"{in_words(left)} left"])]
+        of_all = " of all" if self.pace.parts else ""
+        words = [f"{self.pace.share:.0%}{of_all}", *([] if left is None else [f"{in_words(left)} left"])]
         return ", ".join([*words, f"{resident_memory() / 1e9:.1f} GB"])
 
 

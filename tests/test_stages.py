@@ -344,3 +344,10 @@ def test_what_is_said_of_hub_datasets_does_not_hold_for_text_that_a_step_before_
     manifest = compress(make_recipe({**settings, **more})).manifest
     assert manifest["stages"][0]["recipe"]["dataset_split"] == "test"
     assert manifest["sparsity"]["zeros_in_pruned_matrices"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_whoever_may_read_one_file_of_a_result_may_read_all(settings: dict, tmp_path: Path):
+    made = compress(one_step(**{**settings, "widths": "hidden=24"})).output_dir
+    modes = {path.name: path.stat().st_mode & 0o777 for path in made.rglob("*") if path.is_file()}
+    assert "basis.safetensors" in modes
+    assert len(set(modes.values())) == 1, modes

@@ -39,7 +39,7 @@ def documents_of(dataset: str, path: Path, seed: int, made: Made, meant: Meant =
         random.Random(seed).shuffle(documents)
         return iter(documents)
     if not is_of_hub(dataset, path):
-        return _dataset_rows(dataset, _load_saved(path), made, meant.split)
+        return _dataset_rows(dataset, _load_saved(dataset, path), made, meant.split)
     rows = _dataset_rows(dataset, _load_hub(dataset, seed, meant), made)
     return iter(["\n\n".join(str(row) for row in rows)]) if dataset in JOINED else rows
 
@@ -104,11 +104,12 @@ def _piped_rows() -> Iterator[Row]:
         raise UserError(f"standard input cannot be read as {'JSON' if is_json else 'text'}: {error}") from error
 
 
-def _load_saved(path: Path) -> Any:
+def _load_saved(dataset: str, path: Path) -> Any:
     from datasets import load_from_disk
 
     if not path.exists():
-        raise UserError(f"calibration data {path} does not exist")
+        several = " (several sources need their shares: a.txt:0.7,b.txt:0.3)" if "," in dataset else ""
+        raise UserError(f"calibration data {path} does not exist{several}")
     try:
         return load_from_disk(str(path))
     except (OSError, ValueError) as error:

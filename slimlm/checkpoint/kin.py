@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from slimlm.checkpoint.disk import disk_errors
+from slimlm.checkpoint.disk import disk_errors, write_whole
 from slimlm.checkpoint.manifest import read_manifest, steps_in
 
 KIN = Path("slimlm") / "basis.safetensors"
@@ -61,4 +61,4 @@ def write_kin(kin: Kin, directory: Path) -> None:
     path = directory / KIN
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
-        save_file({"basis": kin.basis.float().cpu().contiguous(), "blocks": kin.blocks.cpu()}, path)
+        write_whole(path, save({"basis": kin.basis.float().cpu().contiguous(), "blocks": kin.blocks.cpu()}))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from slimlm.cli.assign import with_assigned
 from slimlm.cli.launch import in_processes
-from slimlm.cli.options import ORDER, FiguresFile, ManyProcesses, Value, Verbosity, command
+from slimlm.cli.options import ORDER, SHOWN_OF_RECOVERY, FiguresFile, ManyProcesses, Value, Verbosity, command
 from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.errors import UserError
 from slimlm.recipe import FLAGS, OF_RECOVERY, Recipe, Step, load_recipe, recipe_of_flags
@@ -110,7 +110,7 @@ def rotate_command(options: RotateOptions) -> None:
     _run(recipe_of_flags(settings), options)
 
 
-@command(RecoverOptions, RECOVER_FLAGS)
+@command(RecoverOptions, RECOVER_FLAGS, SHOWN_OF_RECOVERY)
 def recover_command(options: RecoverOptions) -> None:
     """Train back what compression lost, towards the dense model.
 

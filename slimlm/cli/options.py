@@ -1,6 +1,6 @@
 """Commands' options, made from what they set: a recipe's fields, and fields of dataclasses of settings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import wraps
 from inspect import Parameter, Signature
@@ -59,6 +59,13 @@ SHOWN = {  # defaults that a field's own does not say
     "output_dir": "MODEL-METHOD-PERCENT, or MODEL-rotate",
 }
 
+SHOWN_OF_RECOVERY = SHOWN | {
+    "dataset": "self",
+    "self_share": "0.5; 1 where there is no dataset",
+    "max_seq_length": "as the model was compressed with, else its context, up to 2048",
+    "output_dir": "MODEL-recover",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ManyProcesses:
@@ -99,14 +106,15 @@ class _Told(NamedTuple):
 
 
 def command(
-    kind: type[Options], settings: Sequence[str] = ()
+    kind: type[Options], settings: Sequence[str] = (), shown: Mapping[str, str] = SHOWN
 ) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Makes a function of options a command that typer reads: each described field of `kind` is one.
 
     settings: of a recipe; those given are a dictionary in the field `settings`. What is not given has its default.
+    shown: their defaults, in words.
     """
     told, arguments = _told(kind), {field.name for field in fields(kind) if field.default is MISSING}
-    told |= {name: _of_recipe(name) for name in settings}
+    told |= {name: _of_recipe(name, shown) for name in settings}
     options = [
         _argument(name, told[name]) if name in arguments else _option(name, told[name], bool(settings))
         for name in sorted(told, key=lambda name: ORDER.index(name) if name in ORDER else -1)
@@ -139,10 +147,10 @@ def _told(kind: type[HubSettings]) -> dict[str, _Told]:
     }
 
 
-def _of_recipe(name: str) -> _Told:
+def _of_recipe(name: str, shown: Mapping[str, str]) -> _Told:
     info = FIELDS[name]
     default = None if info.is_required() or info.default_factory else info.default
-    return _Told(info.annotation, default, info.description or "", SHOWN.get(name, ""))
+    return _Told(info.annotation, default, info.description or "", shown.get(name, ""))
 
 
 def _argument(name: str, told: _Told) -> Parameter:

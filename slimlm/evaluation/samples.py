@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from slimlm.errors import RunFailure, UserError, one_line
 from slimlm.evaluation.account import Samples, accounts
@@ -42,7 +42,7 @@ def write_samples(
     """A directory `models/N` for each, the dense one last; the texts' tokens; and `data`. Raises RunFailure."""
     try:
         tokens = {f"{text.name}/{part}": getattr(text, part).contiguous() for text in texts for part in PARTS}
-        save_file(tokens, place / TOKENS)
+        (place / TOKENS).write_bytes(save(tokens))
         for number, samples in enumerate([*models, *([] if dense is None else [dense])]):
             _write(place / "models" / str(number), samples)
         whole = json.dumps({**data, "facts": [one.facts for one in models] + ([dense.facts] if dense else [])})
@@ -53,7 +53,7 @@ def write_samples(
 
 def _write(place: Path, samples: Samples) -> None:
     place.mkdir(parents=True)
-    save_file({name: one.contiguous() for name, one in samples.figures.items()}, place / TOKENS)
+    (place / TOKENS).write_bytes(save({name: one.contiguous() for name, one in samples.figures.items()}))
     if samples.found is not None:
         found = {**samples.found, "samples": list(samples.found["samples"])}
         (place / TASKS).write_text(json.dumps(found, default=str), encoding="utf-8")

@@ -71,10 +71,14 @@ class Source(BaseModel):
 
 
 def mixture(text: str) -> str | list[dict[str, Json]]:
-    """What `a.txt:0.7,self:0.3` says, in a file's form; other texts as they are."""
+    """What `a.txt:0.7,self:0.3` says, in a file's form; other texts as they are. Raises ValueError where some sources
+    have no share."""
     parts = [part.strip().rpartition(":") for part in text.split(",")]
-    if len(parts) < 2 or not all(source and re.fullmatch(r"\d*\.?\d+", share) for source, _, share in parts):
+    have = [bool(source and re.fullmatch(r"\d*\.?\d+", share)) for source, _, share in parts]
+    if len(parts) < 2 or not any(have):
         return text
+    if not all(have):
+        raise ValueError(f"of several sources each needs its share, as in a.txt:0.7,b.txt:0.3: {text}")
     return [{"source": source, "share": float(share)} for source, _, share in parts]
 
 

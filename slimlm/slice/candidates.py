@@ -107,7 +107,11 @@ def uneven_line(layout: Layout, splits: list[Widths]) -> str | None:
     uneven = [layout.uneven(split) for split in splits]
     if not all(uneven):
         return None
-    names = ", ".join(f"{name} {row}" for name, row in uneven[0].items()) if len(splits) == 1 else "these"
+    names = (
+        ", ".join(f"{name} {row}" for name, row in uneven[0].items())
+        if len(splits) == 1
+        else "all widths to choose from"
+    )
     return (
         f"{names}: no multiple of {BLOCK}, so quantised files (GGUF, int4) will hold such matrices unquantised, and "
         "kernels run them slower"

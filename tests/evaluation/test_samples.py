@@ -64,7 +64,7 @@ def test_figures_outlive_samples_that_cannot_be_kept(tmp_path: Path, monkeypatch
     def full(*_: object) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("slimlm.evaluation.samples.save_file", full)
+    monkeypatch.setattr("slimlm.evaluation.samples.save", full)
     few = {"tasks": (), "num_windows": 2, "window": 32, "generate": 0}
     found = evaluate("llama", log_samples=tmp_path / "a", **few)
     assert "--log-samples" in str(found.unsaved)

@@ -258,3 +258,9 @@ def test_a_shards_size_is_written_with_its_unit(size: str, expected: int):
 def test_a_size_without_a_unit_is_refused(size: str):
     with pytest.raises(UserError, match="max_shard_size: a size is like 5GB"):
         one_step(model="x", sparsity=0.5, max_shard_size=size)
+
+
+def test_of_several_sources_each_needs_its_share():
+    with pytest.raises(UserError, match="of several sources each needs its share, as in a.txt:0.7,b.txt:0.3: a:0.5,b"):
+        one_step(model="llama", sparsity=0.2, dataset="a:0.5,b")
+    assert one_step(model="llama", sparsity=0.2, dataset="a, b").steps[0].dataset == "a, b"
