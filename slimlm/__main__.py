@@ -1,4 +1,4 @@
-from slimlm.cli import main
+from slimlm.cli import leave
 
 if __name__ == "__main__":
-    main()
+    leave()

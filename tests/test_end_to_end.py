@@ -279,6 +279,28 @@ def test_a_stopped_run_leaves_nothing_under_the_final_name(tmp_path: Path, stop:
         assert "Traceback" not in error
 
 
+def test_a_stopped_run_does_not_wait_for_threads_that_wait_for_one_another(tmp_path: Path):
+    script = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import slimlm.inspection
+from slimlm.cli import leave
+
+def stuck(*_):
+    lock, held, pool = threading.Lock(), threading.Event(), ThreadPoolExecutor(1)
+    lock.acquire()
+    pool.submit(lambda: (held.set(), lock.acquire()))
+    held.wait()
+    raise KeyboardInterrupt
+
+slimlm.inspection.inspect_model = stuck
+sys.argv = ["slimlm", "inspect", "llama"]
+leave()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+
+
 def test_help_teaches_and_imports_nothing_heavy():
     script = (
         "import sys, slimlm.cli, slimlm; assert not {'torch', 'transformers', 'datasets', 'lm_eval'} & set(sys.modules)"

@@ -1,5 +1,6 @@
 """The wheel in an environment that holds what the wheel says it needs and nothing else, far from the clone."""
 
+import json
 import os
 import subprocess
 import sys
@@ -85,7 +86,8 @@ def test_what_readme_promises_works_from_the_wheel(installed: Path, tmp_path: Pa
 
 
 def test_recipes_are_found_in_the_wheel(installed: Path, tmp_path: Path):
-    listed = dict(line.split(maxsplit=1) for line in run(str(installed), "recipes", cwd=tmp_path).splitlines())
+    recipes = json.loads(run(str(installed), "recipes", "--json", "-", cwd=tmp_path))["recipes"]
+    listed = {recipe["name"]: recipe["path"] for recipe in recipes}
     assert listed.keys() == {path.stem for path in (ROOT / "recipes").iterdir()}
     assert all(Path(path).is_relative_to(installed.parents[1]) for path in listed.values())
     said = run(str(installed), "compress", "--recipe", "llama-slice-25", "--dry-run", *QUICK, cwd=tmp_path)
