@@ -286,7 +286,7 @@ from concurrent.futures import ThreadPoolExecutor
 import slimlm.inspection
 from slimlm.cli import leave
 
-def stuck(*_):
+def stuck(**_):
     lock, held, pool = threading.Lock(), threading.Event(), ThreadPoolExecutor(1)
     lock.acquire()
     pool.submit(lambda: (held.set(), lock.acquire()))
