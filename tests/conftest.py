@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PretrainedConfig
@@ -123,3 +124,12 @@ def random_tokens(count: int = 5, length: int = 24, seed: int = 1) -> torch.Tens
 def logits_of(path: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What stock transformers says."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()(tokens).logits
+
+
+def on_tokens(model: Path, place: Path) -> dict[str, Any]:
+    """Settings of a recipe that calibrates a model on a few windows of tokens, everything in one place."""
+    numpy.save(place / "tokens.npy", random_tokens(20, 24).numpy())
+    return {
+        "model": str(model), "dataset": str(place / "tokens.npy"), "num_calibration_samples": 20,
+        "max_seq_length": 24, "eval_windows": 2, "output_dir": str(place / "out"),
+    }  # fmt: skip

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy
 import pytest
 
 from slimlm import display
@@ -22,7 +21,7 @@ from slimlm.report.progress import progress_shown
 from slimlm.report.terminal import console
 from slimlm.stages import compress
 from slimlm.work import LEAST_MEASURED, MOST_MEASURED, work_of
-from tests.conftest import in_steps, random_tokens
+from tests.conftest import in_steps, on_tokens
 from tests.test_resume import Killed, die_at
 
 ODD = "./a[/b][v2] :smile: [bold]"
@@ -57,11 +56,7 @@ class Told(Whole):
 
 @pytest.fixture
 def settings(tiny_llama: Path, tmp_path: Path) -> dict:
-    numpy.save(tmp_path / "tokens.npy", random_tokens(20, 24).numpy())
-    return {
-        "model": str(tiny_llama), "dataset": str(tmp_path / "tokens.npy"), "num_calibration_samples": 20,
-        "max_seq_length": 24, "eval_windows": 2, "output_dir": str(tmp_path / "out"),
-    }  # fmt: skip
+    return on_tokens(tiny_llama, tmp_path)
 
 
 @pytest.mark.parametrize(

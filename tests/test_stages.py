@@ -16,18 +16,14 @@ from slimlm.errors import UserError
 from slimlm.recipe import Recipe, make_recipe, one_step
 from slimlm.report.summary import compress_summary
 from slimlm.stages import compress
-from tests.conftest import CONFIGS, build_tiny, in_steps, random_tokens
+from tests.conftest import CONFIGS, build_tiny, in_steps, on_tokens, random_tokens
 from tests.prune.test_run import LINEAR
 from tests.test_resume import Killed, die_at
 
 
 @pytest.fixture
 def settings(tiny_llama: Path, tmp_path: Path) -> dict:
-    numpy.save(tmp_path / "tokens.npy", random_tokens(20, 24).numpy())
-    return {
-        "model": str(tiny_llama), "dataset": str(tmp_path / "tokens.npy"), "num_calibration_samples": 20,
-        "max_seq_length": 24, "eval_windows": 2, "output_dir": str(tmp_path / "out"),
-    }  # fmt: skip
+    return on_tokens(tiny_llama, tmp_path)
 
 
 def weights(path: Path | str) -> bytes:

@@ -155,7 +155,7 @@ def _of_recipe(name: str, shown: Mapping[str, str]) -> _Told:
 
 def _argument(name: str, told: _Told) -> Parameter:
     """Of several words where it may be a sequence."""
-    argument = typer.Argument(..., help=_sentence(told.description), show_default=False)
+    argument = typer.Argument(..., help=sentence(told.description), show_default=False)
     kind = list[str] if Sequence[str] in _kinds(told.annotation) else _kind(told.annotation)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=argument, annotation=kind)
 
@@ -169,7 +169,7 @@ def _option(name: str, told: _Told, has_panels: bool) -> Parameter:
         None,
         declared,
         *([SHORT[name]] if name in SHORT else []),
-        help=_sentence(told.description) + (f"  [default: {shown}]" if shown else ""),
+        help=sentence(told.description) + (f"  [default: {shown}]" if shown else ""),
         show_default=False,
         min=told.least,
         metavar=METAVARS.get(name),
@@ -179,7 +179,8 @@ def _option(name: str, told: _Told, has_panels: bool) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 
-def _sentence(description: str) -> str:
+def sentence(description: str) -> str:
+    """For help: a description as it stands in settings, as a sentence."""
     return f"{description[:1].upper()}{description[1:]}."
 
 

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from slimlm.cli.options import JSON_HELP
+from slimlm.cli.options import JSON_HELP, sentence
 from slimlm.cli.running import ready_to_tell, running, tell
 
 Source = Annotated[Path, typer.Argument(help="Directory to read.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help=f"{JSON_HELP[:1].upper()}{JSON_HELP[1:]}.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help=sentence(JSON_HELP))]
 Target = Annotated[Path, typer.Argument(help="Directory to make.")]
 
 

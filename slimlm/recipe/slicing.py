@@ -96,17 +96,10 @@ class SliceStep(Step):
         if asked == ["sparsity"]:
             require_share(self.sparsity)
         if self.latency is not None:
-            _require_latency(self.latency)
+            require_share(self.latency, "latency is the share of the time that is left")
             if self.basis == "per-block":
                 raise ValueError("latency is for one basis: leave out basis, or give a sparsity")
         return self
-
-
-def _require_latency(latency: float) -> None:
-    """Raises ValueError for what is no share of a time to be left."""
-    if not 0 < latency < 1:
-        meant = f": did you mean {latency / 100:g}?" if 2 <= latency < 100 else ""
-        raise ValueError(f"latency is the share of the time that is left, above 0 and below 1, not {latency:g}{meant}")
 
 
 class RotateStep(Step):

@@ -34,11 +34,11 @@ def bytes_of(size: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def require_share(sparsity: float) -> None:
-    """Raises ValueError for what is no share to remove."""
-    if not 0 < sparsity < 1:
-        meant = f": did you mean {sparsity / 100:g}?" if 2 <= sparsity < 100 else ""
-        raise ValueError(f"sparsity is the share to remove, above 0 and below 1, not {sparsity:g}{meant}")
+def require_share(share: float, said: str = "sparsity is the share to remove") -> None:
+    """Raises ValueError for what is no share. said: of what it is one."""
+    if not 0 < share < 1:
+        meant = f": did you mean {share / 100:g}?" if 2 <= share < 100 else ""
+        raise ValueError(f"{said}, above 0 and below 1, not {share:g}{meant}")
 
 
 OF_HUB = ("dataset_config", "dataset_split", "dataset_revision")  # settings

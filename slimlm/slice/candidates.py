@@ -211,15 +211,18 @@ def fast_enough(shapes: Shapes, recipe: SliceStep) -> list[Widths]:
     assert recipe.latency is not None
     layout, decoding = shapes.layout, Decoding(shapes)
     most, alone = recipe.latency * decoding.dense, recipe.budget == "hidden" or not recipe.refit
-    for granule in (recipe.round_to,) if recipe.round_to else GRANULES:
-        if alone:
-            found = [split for split in _of_stream(layout, granule) if decoding.of(split) <= most][-1:]
-        else:
-            found = _fast(decoding, most, granule)
-        if found:
-            return found
-        if decoding.of(least := _least(layout, recipe.round_to or 1, alone)) > most:  # no finer step would do
-            break
+
+    def found_with(granule: int) -> list[Widths]:
+        if not alone:
+            return _fast(decoding, most, granule)
+        return [split for split in _of_stream(layout, granule) if decoding.of(split) <= most][-1:]
+
+    first, *finer = (recipe.round_to,) if recipe.round_to else GRANULES
+    if found := found_with(first):
+        return found
+    least = _least(layout, recipe.round_to or 1, alone)
+    if decoding.of(least) <= most and (found := next(filter(None, map(found_with, finer)), [])):
+        return found
     share = decoding.of(least) / decoding.dense
     raise UserError(f"latency {recipe.latency:g} cannot be reached: the least is {share:.4f} ({least})")
 
