@@ -9,7 +9,7 @@ calibration tokens of the run: with a few of them where what takes long is in pr
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from slimlm.methods import method_of
 from slimlm.model.hidden import SHARE
 from slimlm.model.walk import every
 from slimlm.probe import Event, few, probe, shown_keys
+from slimlm.prober import Prober
 from slimlm.recipe import AnyStep, RecoverStep
 from slimlm.work import MEASURING, SAMPLING, Work, work_of
 
@@ -52,7 +53,7 @@ class Forecast:
         return self.result + self.scratch
 
 
-def forecast(job: Job, later: list[AnyStep], how: How, processes: int = 1) -> Forecast:
+def forecast(job: Job, later: list[AnyStep], how: How, prober: Prober, processes: int = 1) -> Forecast:
     """Probe the first blocks of a checked run, in a directory beside its output. Raises RunFailure when that fails, and
     UserError for training, of which first blocks tell nothing.
 
@@ -70,7 +71,9 @@ def forecast(job: Job, later: list[AnyStep], how: How, processes: int = 1) -> Fo
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=where)))
             for where in (home, *([how.work_dir] if how.work_dir else []))
         )
-        manifest, events = probe(job, later, shown, place, waiting[0] if waiting else None, how.stream_memory)
+        manifest, events = probe(
+            job, later, shown, place, replace(how, work_dir=waiting[0] if waiting else None), prober
+        )
     how.progress.step()
     (_, memory), more = took(manifest), dict[str, int]()
     if any("sampling" in stage["run"]["seconds"] for stage in stages_of(manifest)):

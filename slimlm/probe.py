@@ -1,15 +1,13 @@
 """A real run on the first blocks of a model, in a process of its own: what `--dry-run` goes by.
 
-`python -m slimlm.probe [--trust-remote-code] [--stream-memory=BYTES] RECIPE [WORK_DIR]` is that process. The recipe
-lies in a directory of the probe's own, and so is the one where hidden states wait. Its standard input is a pipe that
-the dry run holds open; when that dies, even by `kill -9`, the pipe ends, and so does the probe.
+`python -m slimlm.probe` is that process: a `Prober`'s. The recipe lies in a directory of the probe's own, and so is the
+one where hidden states wait: when the dry run dies, and with it standard input, the probe ends and takes both along.
 """
 
 import _thread
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from itertools import chain
@@ -26,16 +24,16 @@ from slimlm.checkpoint.companions import companions
 from slimlm.checkpoint.kinds import INDEX_NAME
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest
 from slimlm.compression import LOG_NAME
-from slimlm.errors import RunFailure, SlimlmError, UserError
+from slimlm.errors import SlimlmError, UserError
 from slimlm.model.walk import every
+from slimlm.prober import Asked, Prober
 from slimlm.recipe import OF_HUB, SELF, AnyStep, Recipe, SliceStep, Source, as_file, dumped, load_recipe
 from slimlm.run import Plan
 from slimlm.slice.config import BY_BLOCK
 from slimlm.slice.plan import rotated_influence
 from slimlm.stages import compress_recipe, plans_of_later
 
-MEMORY = "--stream-memory="
-FEW = 8  # windows, which tell what more of them take
+FEW = 6  # windows at least: every fifth is held out
 OF_WINDOWS = ("dataset", "text_column", *OF_HUB, "num_calibration_samples", "max_seq_length", "seed")
 
 
@@ -48,48 +46,32 @@ class Event(TypedDict):
 
 
 def probe(
-    job: Job, later: list[AnyStep], shown: int, place: Path, work_dir: Path | None, stream_memory: int | None = None
+    job: Job, later: list[AnyStep], shown: int, place: Path, how: How, prober: Prober
 ) -> tuple[Manifest, list[Event]]:
     """The manifest and the log of a run, and of steps later than its own, on the first `shown` blocks.
 
-    place, work_dir: empty directories for all of it, and for hidden states. stream_memory: as the run is to have it.
-    Raises RunFailure.
+    place: an empty directory for all of it. how: as the run, but for a work_dir of its own. Raises RunFailure.
     """
     _show_first_blocks(job, shown, place / "model")
     recipe = Recipe(steps=_shown_steps(job, later, shown, place / "tokens.npy")).updated(
         model=str(place / "model"), output_dir=str(place / "out"), revision=None, trust_remote_code=False
     )
     (place / "recipe.yaml").write_text(yaml.safe_dump(as_file(dumped(recipe))))
-    trust = ["--trust-remote-code"] if job.recipe.trust_remote_code else []
-    memory = [] if stream_memory is None else [f"{MEMORY}{stream_memory}"]
-    arguments = [*trust, *memory, str(place / "recipe.yaml"), *([str(work_dir)] if work_dir else [])]
-    ours, held = os.pipe()  # nobody writes: that it closes when this process ends, however it does, ends the probe
-    try:
-        command = [sys.executable, "-m", "slimlm.probe", *arguments]
-        done = subprocess.run(command, stdin=ours, capture_output=True, text=True, check=False)
-    finally:
-        os.close(ours)
-        os.close(held)
-    if done.returncode < 0:
-        raise RunFailure(
-            f"the probe of the first blocks was killed by signal {-done.returncode}, probably for want of memory: "
-            "lower --batch-size or --max-seq-length"
-        )
-    if done.returncode != 0:
-        raise RunFailure(f"the probe of the first blocks failed: {done.stderr.strip().splitlines()[-1]}")
+    waiting = None if how.work_dir is None else str(how.work_dir)
+    prober.carry_out(Asked(str(place / "recipe.yaml"), waiting, job.recipe.trust_remote_code, how.stream_memory))
     manifest: Manifest = json.loads((place / "out" / MANIFEST_NAME).read_text())
     log = (place / "out" / LOG_NAME).read_text()
     return manifest, [json.loads(line) for line in log.splitlines()]
 
 
 def few(step: AnyStep) -> AnyStep:
-    """A step on so few windows, and refined so little, that `work_of` tells from it what the whole takes: where all
-    that takes long is in proportion to them."""
+    """A step on a batch of windows, and refined so little, that `work_of` tells from it what the whole takes: where all
+    that takes long is in proportion to them, and memory is what a batch needs."""
     step = step.model_copy(update={"eval_windows": min(step.eval_windows, step.batch_size)})
-    count = step.num_windows
-    if not step.repairs or count <= FEW:
+    count, kept = step.num_windows, max(FEW, step.batch_size)
+    if not step.repairs or count <= kept:
         return step
-    parts = [Source(source=source, windows=max(1, round(part * FEW / count))) for source, part in step.parts]
+    parts = [Source(source=source, windows=max(1, round(part * kept / count))) for source, part in step.parts]
     return step.model_copy(update={"dataset": parts, "refine": min(1, vars(step)["refine"])})
 
 
@@ -167,24 +149,32 @@ def end_with_parent() -> None:
     _thread.interrupt_main()
 
 
-def run_probe(recipe: Path, work_dir: Path | None, trusted: bool, stream_memory: int | None = None) -> None:
+def run_probe(asked: Asked) -> None:
     """Carry out a recipe. The model is a part of the one that is meant, and may grow by what makes the whole smaller.
 
     Raises UserError and RunFailure.
     """
-    chosen = load_recipe(str(recipe), {"trust_remote_code": True} if trusted else None)
-    compress_recipe(chosen, How(checks=(), work_dir=work_dir, stream_memory=stream_memory))
+    chosen = load_recipe(asked.recipe, {"trust_remote_code": True} if asked.trusted else None)
+    work_dir = None if asked.work_dir is None else Path(asked.work_dir)
+    compress_recipe(chosen, How(checks=(), work_dir=work_dir, stream_memory=asked.stream_memory))
 
 
-if __name__ == "__main__":
-    trusted = sys.argv[1] == "--trust-remote-code"
-    memory = [int(given.removeprefix(MEMORY)) for given in sys.argv if given.startswith(MEMORY)]
-    recipe, *places = map(Path, sys.argv[1 + trusted + len(memory) :])
+def main() -> None:
+    """Wait for what is asked, and do it; nothing where nobody asks any more."""
+    line = sys.stdin.readline()
+    if not line:
+        return
+    asked = Asked(*json.loads(line))
     try:
         threading.Thread(target=end_with_parent, daemon=True).start()
-        run_probe(recipe, places[0] if places else None, trusted, memory[0] if memory else None)
+        run_probe(asked)
     except SlimlmError as error:
         sys.exit(str(error))
     finally:
-        for place in (recipe.parent, *places) if ended.is_set() else ():
-            shutil.rmtree(place, ignore_errors=True)
+        for place in (Path(asked.recipe).parent, asked.work_dir) if ended.is_set() else ():
+            if place is not None:
+                shutil.rmtree(place, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

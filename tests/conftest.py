@@ -21,6 +21,8 @@ from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.resolve import BUNDLED
 from slimlm.checkpoint.skeleton import load_config
 from slimlm.model.streamed import StreamedModel
+from slimlm.probe import run_probe
+from slimlm.prober import Prober
 from slimlm.recipe import Recipe, Step, make_recipe
 from slimlm.unasked import EPOCHS, OWN_SHARE
 from tests.deprecation import HEARD
@@ -84,6 +86,14 @@ def closed_forms() -> Iterator[None]:
         patch.setattr("slimlm.unasked.EPOCHS", 0)
         patch.setattr("slimlm.unasked.OWN_SHARE", 0.0)
         yield
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes without a process of their own, whose imports take longer than all that a tiny model needs."""
+    monkeypatch.setattr(Prober, "__init__", lambda self: None)
+    monkeypatch.setattr(Prober, "close", lambda self: None)
+    monkeypatch.setattr(Prober, "carry_out", lambda self, asked: run_probe(asked))
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from transformers import LlamaConfig
 
 import slimlm.forecast as forecast_module
 import slimlm.probe as probe_module
+from slimlm import prober
 from slimlm.calibration import sources
 from slimlm.check import How, Job, check, spilled
 from slimlm.checkpoint.skeleton import parameter_count
@@ -19,8 +22,9 @@ from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
 from slimlm.forecast import Forecast, forecast, require_room
 from slimlm.methods import method_of
-from slimlm.probe import FEW, run_probe
-from slimlm.recipe import Recipe, make_recipe, one_step
+from slimlm.probe import FEW, few
+from slimlm.prober import Prober
+from slimlm.recipe import AnyStep, Recipe, make_recipe, one_step
 from slimlm.stages import compress, later_steps
 from tests.conftest import CONFIGS, SIZES, build_tiny, in_steps, random_tokens
 from tests.families.configs import family_config
@@ -38,16 +42,9 @@ def recipe(tmp_path: Path) -> Recipe:
     )  # fmt: skip
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes without a process of their own, whose imports take longer than all that a tiny model needs."""
-
-    def run(command: list[str], **_) -> subprocess.CompletedProcess:
-        assert command[1:3] == ["-m", "slimlm.probe"]
-        run_probe(Path(command[3]), None, False)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(probe_module.subprocess, "run", run)
+def forecast_of(job: Job, later: Sequence[AnyStep] = ()) -> Forecast:
+    with closing(Prober()) as waiting:
+        return forecast(job, list(later), HOW, waiting)
 
 
 @pytest.fixture
@@ -69,7 +66,7 @@ def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(
     job = check(recipe.updated(widths="hidden=24/mlp=40").steps[0], HOW)
     place = tmp_path / "probe"
     place.mkdir()
-    manifest, events = probe_module.probe(job, [], 1, place, None)
+    manifest, events = probe_module.probe(job, [], 1, place, HOW, Prober())
     config = json.loads((place / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert manifest["parameters"]["dense"] < sum(p.numel() for p in job.model.model.parameters())
@@ -89,7 +86,7 @@ def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, 
     update = {"model": str(path), "widths": "hidden=24", "dataset": str(tmp_path / "tokens.npy"), "measure": False}
     job = check(recipe.updated(**update).steps[0], HOW)
     assert job.plan.parameters < parameter_count(job.model.model)
-    found = forecast(job, [], HOW)
+    found = forecast_of(job)
     ((manifest, _),) = probed
     assert manifest["parameters"]["compressed"] > manifest["parameters"]["dense"]
     assert found.disk >= 4 * job.plan.parameters
@@ -101,7 +98,7 @@ def test_what_makes_one_block_larger_may_make_the_model_smaller(recipe: Recipe, 
         {
             "steps": [
                 {"method": "magnitude", "sparsity": 0.25},
-                {"method": "slice", "widths": "mlp=40,blocks=2", "num_calibration_samples": 8},
+                {"method": "slice", "widths": "mlp=40,blocks=2", "num_calibration_samples": 5},
             ]
         },
         {
@@ -120,7 +117,7 @@ def test_every_run_of_several_is_probed(recipe: Recipe, tmp_path: Path, in_proce
     whole = make_recipe({**shared, **settings})
     assert len(whole.steps) == 2 + ("dataset" in settings)
     job = check(whole.steps[0], HOW)
-    found = forecast(job, later_steps(job, whole), HOW)
+    found = forecast_of(job, later_steps(job, whole))
     ((manifest, events),) = probed
     runs = [stage["run"] for stage in (*manifest["stages"], manifest)]
     assert len(runs) == len(whole.steps)
@@ -146,7 +143,7 @@ def test_a_block_of_each_kind_is_probed_and_stands_for_those_like_it(
     config.mlp_only_layers = [0]
     path = build_tiny(config, tmp_path / "moe")
     job = check(recipe.updated(model=str(path)).steps[0], HOW)
-    found = forecast(job, [], HOW)
+    found = forecast_of(job)
     ((manifest, events),) = probed
     parts = {event["part"] for event in events}
     assert parts == {"model.layers.0", "model.layers.1", "lm_head"}
@@ -164,7 +161,7 @@ def not_shown(job: Job, shown: int) -> float:
 
 
 def test_a_forecast_writes_nothing_and_says_what_the_run_then_takes(recipe: Recipe, tmp_path: Path, probed):
-    found = forecast(check(recipe.steps[0], HOW), [], HOW)
+    found = forecast_of(check(recipe.steps[0], HOW))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
     run = compress(recipe).manifest
     assert found.disk >= run["run"]["work_bytes"] + 4 * run["parameters"]["compressed"]
@@ -189,7 +186,7 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     events = [{"what": "refitting", "part": part, "seconds": seconds} for part, seconds in took.items()] * 2
     monkeypatch.setattr(forecast_module, "probe", lambda *_: (manifest, events))
     job = check(recipe.steps[0], HOW)
-    found = forecast(job, [], HOW)
+    found = forecast_of(job)
     assert found.seconds == pytest.approx(20 + (7 + 7) + not_shown(job, 2) * 1)
     assert found.memory == {"host": 500}
     waiting = spilled(job.recipe, job.model)
@@ -203,20 +200,22 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     (last,) = later_steps(job, whole)
     more = spilled(last, job.model)
     assert more > waiting
-    found = forecast(job, later_steps(job, whole), HOW)
+    found = forecast_of(job, later_steps(job, whole))
     assert found.seconds == pytest.approx(2 * (20 + not_shown(job, 2) * 1) + (7 + 7))
-    waits = 32 * 32 * 4 * (50 + method_of(last).scratch(last, job.model)) * (1 - FEW / 50)  # in fp32
+    waits = (
+        32 * 32 * 4 * (50 + method_of(last).scratch(last, job.model)) * (1 - max(FEW, last.batch_size) / 50)
+    )  # in fp32
     assert found.memory == {"host": pytest.approx(900 + waits)}
     assert found.scratch == more
     assert found.result == 4 + sum(spec.nbytes for spec in job.plan.tensors.values()) * 1400 // 800
     del manifest["stages"]
     manifest["run"]["seconds"]["sampling"] = 4.0
-    assert forecast(job, [], HOW).seconds == pytest.approx(20 + 7 + 7 + not_shown(job, 2) * (1 + 4))
+    assert forecast_of(job).seconds == pytest.approx(20 + 7 + 7 + not_shown(job, 2) * (1 + 4))
     others = sum(parameter.numel() for parameter in job.model.model.parameters()) - 10
     config = job.model.config
     job.recipe = job.recipe.model_copy(update={"dataset": "self"})
     cached = 2 * config.num_key_value_heads * config.head_dim * 7 * 32  # keys and values of the windows written for 6
-    assert forecast(job, [], HOW).memory == {"host": 500 + 4 * (others + cached)}
+    assert forecast_of(job).memory == {"host": 500 + 4 * (others + cached)}
 
 
 def test_too_little_memory_or_disk_is_an_error_that_says_what_to_change(recipe: Recipe, tmp_path: Path, monkeypatch):
@@ -233,17 +232,18 @@ def test_too_little_memory_or_disk_is_an_error_that_says_what_to_change(recipe: 
 
 
 def test_a_probe_that_is_killed_says_so(recipe: Recipe, monkeypatch):
-    killed = subprocess.CompletedProcess([], -9, "", "")
-    monkeypatch.setattr(probe_module.subprocess, "run", lambda *args, **kwargs: killed)
+    start = subprocess.Popen
+    dying = [sys.executable, "-c", "import os; input(); os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(prober.subprocess, "Popen", lambda _, **pipes: start(dying, **pipes))
     with pytest.raises(RunFailure, match="killed by signal 9, probably for want of memory"):
-        forecast(check(recipe.steps[0], HOW), [], HOW)
+        forecast_of(check(recipe.steps[0], HOW))
 
 
 def test_a_probe_that_fails_says_why(recipe: Recipe, tmp_path: Path):
     job = check(recipe.steps[0], HOW)
     (tmp_path / "model" / "tokenizer.json").unlink()
     with pytest.raises(RunFailure, match="probe of the first blocks failed: .*tokenizer"):
-        forecast(job, [], HOW)
+        forecast_of(job)
 
 
 @pytest.mark.parametrize("prefix", ["memory.{}", "memory/memory.{}"])
@@ -265,7 +265,7 @@ def test_a_split_is_forgotten_where_the_probe_has_tokens_in_place_of_a_dataset(
     text = Dataset.from_dict({"text": [(tmp_path / "text.txt").read_text()]})
     DatasetDict(test=text).save_to_disk(tmp_path / "saved")
     more = {"dataset": str(tmp_path / "saved"), "dataset_split": "test"}
-    forecast(check(recipe.updated(**more).steps[0], HOW), [], HOW)
+    forecast_of(check(recipe.updated(**more).steps[0], HOW))
     ((manifest, _),) = probed
     assert manifest["calibration"]["windows"] == 6
 
@@ -281,5 +281,11 @@ def test_steps_that_would_read_standard_input_anew_are_refused(
     whole = in_steps(step.model_dump(include=step.model_fields_set), then)
     job = check(whole.steps[0], HOW)
     with pytest.raises(UserError, match="different windows of standard input"):
-        forecast(job, later_steps(job, whole), HOW)
+        forecast_of(job, later_steps(job, whole))
     sources._piped.cache_clear()
+
+
+@pytest.mark.parametrize(("batch", "kept"), [(4, 6), (8, 8), (16, 16), (64, 50)])
+def test_a_probe_has_a_whole_batch_of_windows_and_some_to_hold_out(recipe: Recipe, batch: int, kept: int):
+    (step,) = recipe.updated(num_calibration_samples=50, batch_size=batch, refine=3).steps
+    assert few(step).num_windows == kept

@@ -1,7 +1,6 @@
 """Slicing to a share of the time that decoding takes: from a recipe to a checkpoint, killed on the way or not."""
 
 import json
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from slimlm import probe
 from slimlm.check import How, _time
 from slimlm.cli import app
 from slimlm.errors import UserError
@@ -168,12 +166,7 @@ def test_the_bundled_model_is_made_faster_on_this_machine(tmp_path: Path):
     assert f"ms a token predicted, {said['ratio']:.3f} of what the dense model takes" in done.output
 
 
-def test_a_dry_run_says_what_is_measured(settings: dict, measured: list[StepTimes], monkeypatch: pytest.MonkeyPatch):
-    def run(command: list[str], **_) -> subprocess.CompletedProcess:
-        probe.run_probe(Path(command[3]), None, False)  # without a process of its own
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(probe.subprocess, "run", run)
+def test_a_dry_run_says_what_is_measured(settings: dict, measured: list[StepTimes], in_process):
     words = ["compress", "-m", settings["model"], "--latency", "0.7", "--dataset", settings["dataset"], "--dry-run"]
     words += [
         "--num-calibration-samples",

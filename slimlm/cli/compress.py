@@ -1,6 +1,7 @@
 """`slimlm compress` and `slimlm rotate`: what runs a recipe."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from slimlm.cli.launch import in_processes
 from slimlm.cli.options import ORDER, SHOWN_OF_RECOVERY, FiguresFile, ManyProcesses, Value, Verbosity, command
 from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.errors import UserError
+from slimlm.prober import Prober
 from slimlm.recipe import FLAGS, OF_RECOVERY, Recipe, Step, load_recipe, recipe_of_flags
 from slimlm.settings import PushSettings, RunSettings, described
 from slimlm.started import own_rank
@@ -164,7 +166,7 @@ def _run(recipe: Recipe, options: RotateOptions, kind: type[RunSettings] = RunSe
 def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
     require_there(recipe.steps[0].model)
     ready_to_tell(options.json_path)
-    with running(shown=options) as progress:
+    with closing(Prober()) as prober, running(shown=options) as progress:
         from slimlm.check import check
         from slimlm.device import check_process
         from slimlm.forecast import forecast, require_room
@@ -179,7 +181,7 @@ def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
         job = check(recipe.steps[0].model_copy(update={"output_dir": str(output_of(recipe.steps))}), how)
         check_later(job, recipe, progress, how.access)
         later = later_steps(job, recipe)
-        found = forecast(job, later, how, options.num_processes or 1)
+        found = forecast(job, later, how, prober, options.num_processes or 1)
     told = job, found, later, how.work_dir
     tell(forecast_figures(*told), options.json_path, lambda: print(forecast_summary(*told)))
     require_room(job, found, how.work_dir)

@@ -1,5 +1,6 @@
 """Modules that the user wants to stay dense stay so to the last bit, whatever the method."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from slimlm.checkpoint.manifest import read_manifest
 from slimlm.errors import UserError
 from slimlm.forecast import forecast
 from slimlm.model.skip import skip_modules
+from slimlm.prober import Prober
 from slimlm.progress import Progress
 from slimlm.recipe import SliceStep, make_recipe, one_step
 from slimlm.stages import check_later, later_steps
@@ -154,7 +156,8 @@ def test_a_dry_run_probes_the_blocks_that_it_shows(steps: list[dict[str, Any]], 
     how = How()
     job = check(recipe.steps[0], how)
     check_later(job, recipe, Progress())
-    assert forecast(job, later_steps(job, recipe), how).result > 0
+    with closing(Prober()) as prober:
+        assert forecast(job, later_steps(job, recipe), how, prober).result > 0
 
 
 def test_a_later_runs_names_are_checked_before_the_first(tmp_path: Path):

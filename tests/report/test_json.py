@@ -1,7 +1,6 @@
 """What `--json` writes: as the schemas in docs/schema/ say it, alone on standard output, and nowhere else but there."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,9 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-import slimlm.probe as probe_module
 from slimlm.cli import app
 from slimlm.compression import CompressResult
 from slimlm.errors import UserError
-from slimlm.probe import run_probe
 from slimlm.report.outputs import OUTPUTS
 from tests.conftest import CONFIGS, build_tiny
 from tests.schemas import PLACE, differences, schema_of
@@ -98,12 +95,7 @@ def test_a_rotation_and_a_recovery_are_told(place: Path):
 
 
 @pytest.mark.parametrize("words", [["-s", "0.25"], ["--method", "magnitude", "--pattern", "2:4"]])
-def test_a_dry_run_is_told(place: Path, words: list[str], monkeypatch):
-    def run(command: list[str], **_) -> subprocess.CompletedProcess:
-        run_probe(Path(command[3]), None, False)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(probe_module.subprocess, "run", run)
+def test_a_dry_run_is_told(place: Path, words: list[str], in_process):
     text, output = str(place / "text.txt"), str(place / "never")
     data = [] if "magnitude" in words else ["--dataset", text]
     model = ["-m", str(place / "model"), "--eval-text", text, *DATA, "-o", output]
