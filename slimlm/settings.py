@@ -107,7 +107,11 @@ class EvalSettings(ModelSettings):
     """What `evaluate` measures, and how; tasks None takes slimlm's own."""
 
     model: str | Sequence[str] = field(metadata={"description": "directories, hub ids, or `llama`"})
-    against: str | None = described(None, "dense model to compare with, on identical windows and questions")
+    against: str | None = described(
+        None,
+        "dense model to compare with, on identical windows and questions; or what `--log-samples` of an earlier run "
+        "kept of it",
+    )
     _: KW_ONLY
     against_revision: str | None = described(None, "hub revision of the model to compare with")
     tasks: Sequence[str] | None = described(
@@ -125,7 +129,10 @@ class EvalSettings(ModelSettings):
         None, "windows of each text, evenly spaced; 0 takes all", "128; of wikitext2 and c4 all", least=0
     )
     window: int | None = described(
-        None, "tokens in a window", "as compressed with, else the model's context up to 2048", least=2
+        None,
+        "tokens in a window",
+        "as compressed with, else the model's context up to 2048; of an earlier run as there",
+        least=2,
     )
     corrupt: Sequence[str] | None = described(
         None, "measure corrupted texts too, comma-separated: `typos`, `drop`, `case`"

@@ -1,26 +1,31 @@
 """`slimlm eval`: texts, lm-eval tasks and generation, for models on identical documents."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimlm.calibration import start_token
 from slimlm.checkpoint.manifest import versions
 from slimlm.device import check_precision, machine
 from slimlm.display import usual
 from slimlm.errors import RunFailure, UserError, nearest, out_of_memory, require_at_least
-from slimlm.evaluation.account import accounts
+from slimlm.evaluation.account import Samples, accounts
 from slimlm.evaluation.corrupt import CORRUPTIONS
+from slimlm.evaluation.earlier import conditions_of, read_earlier, require_same, with_window
 from slimlm.evaluation.harness import load_task_manager
 from slimlm.evaluation.measuring import Measuring, Plan
 from slimlm.evaluation.samples import check_samples, write_samples
-from slimlm.evaluation.subjects import find_subjects, find_texts, find_writing
+from slimlm.evaluation.subjects import Subject, find_subjects, find_texts, find_writing
 from slimlm.evaluation.tasks import DEFAULT_TASKS
 from slimlm.meeting import start_ranks
 from slimlm.progress import Progress
 from slimlm.ranks import Ranks
 from slimlm.settings import DTYPES, EvalSettings, by_name
 from slimlm.shown import Shown
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +56,7 @@ class Evaluation(Shown):
 def evaluate(settings: EvalSettings) -> Evaluation:
     """Measure `model`, one or several, and `against` on the very same windows, questions and prompts.
 
+    against: the dense model, or a directory that log_samples of an earlier run wrote, with what that measured of it.
     text: files or names of texts; None for the Python language reference and standard library. num_windows: 0 takes all
     of a text. window None takes the length the model was compressed with, else its context up to 2048. tasks: () for
     none. device_map: "auto" spreads a model over several GPUs. token, cache_dir: for models on the hub, as
@@ -65,25 +71,17 @@ def evaluate(settings: EvalSettings) -> Evaluation:
 def _evaluate(settings: EvalSettings, ranks: Ranks) -> Evaluation:
     progress = usual(settings.progress) if ranks.first else Progress()
     settings = _checked(settings, ranks)
-    models, dense = find_subjects(settings)
+    earlier = read_earlier(settings)
+    settings = settings if earlier is None else with_window(settings, earlier[1])
+    models, dense = find_subjects(settings if earlier is None else replace(settings, against=None))
     everyone = [*models, *([] if dense is None else [dense])]
     texts = find_texts(everyone, settings)
-    manager = load_task_manager(settings.tasks) if settings.tasks else None
-    for one in everyone if manager else ():
-        if start_token(one.tokenizer) is None:
-            raise UserError(
-                f"tasks begin with BOS or EOS, and the tokenizer of {one.resolved.name} has neither: use --tasks none"
-            )
-    plan = Plan(settings, texts, manager, find_writing(everyone, settings))
-    measuring = Measuring(plan, models, dense, ranks, progress)
-    if not measuring.streamed:
-        progress.expect([measuring.work(one) for one in everyone])
-    samples = []
-    for number, model in enumerate(models):
-        progress.part(number)
-        samples.append(measuring.measured(model))
-    progress.part(len(models))
-    dense_samples = measuring.of_dense(samples)
+    plan = Plan(settings, texts, _manager(everyone, settings), find_writing(everyone, settings))
+    conditions = conditions_of(plan, models[0]) if earlier is not None or settings.log_samples is not None else {}
+    if earlier is not None:
+        require_same(earlier[1], conditions, str(settings.against))
+    measuring = Measuring(plan, models, dense, ranks, progress, None if earlier is None else earlier[0])
+    samples, dense_samples = _measured(measuring)
     data = {
         **accounts(samples, dense_samples, texts, settings.fragile),
         "texts": [{"name": text.name, **text.describe()} for text in texts],
@@ -97,11 +95,39 @@ def _evaluate(settings: EvalSettings, ranks: Ranks) -> Evaluation:
     found = Evaluation(data)
     if settings.log_samples is not None and ranks.first:
         try:
-            write_samples(settings.log_samples, data, samples, dense_samples, texts)
+            everything = [*samples, *([] if dense_samples is None else [dense_samples])]
+            write_samples(settings.log_samples, data, everything, texts, conditions)
         except RunFailure as error:  # the figures are worth more than what they come from
             logger.error("%s", error)
             return replace(found, unsaved=error)
     return found
+
+
+def _manager(everyone: Sequence[Subject], settings: EvalSettings) -> "TaskManager | None":
+    """Raises UserError for tasks that cannot be had, and models that cannot be asked them."""
+    if not settings.tasks:
+        return None
+    manager = load_task_manager(settings.tasks)
+    for one in everyone:
+        if start_token(one.tokenizer) is None:
+            raise UserError(
+                f"tasks begin with BOS or EOS, and the tokenizer of {one.resolved.name} has neither: use --tasks none"
+            )
+    return manager
+
+
+def _measured(measuring: Measuring) -> tuple[list[Samples], Samples | None]:
+    """Of the models, and of the dense one."""
+    models, progress = measuring.models, measuring.progress
+    if not measuring.streamed:
+        everyone = [*models, *([] if measuring.dense is None else [measuring.dense])]
+        progress.expect([measuring.work(one) for one in everyone])
+    samples = []
+    for number, model in enumerate(models):
+        progress.part(number)
+        samples.append(measuring.measured(model))
+    progress.part(len(models))
+    return samples, measuring.of_dense(samples)
 
 
 def _settings(settings: EvalSettings) -> dict[str, Any]:

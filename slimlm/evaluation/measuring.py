@@ -52,13 +52,17 @@ class Plan:
 @dataclass
 class Measuring:
     """In which all models are measured in one way, told by the largest before any is loaded: each whole beside the
-    dense one; or, where memory has no room for that, block by block; or each by itself, where it cannot go by block."""
+    dense one; or, where memory has no room for that, block by block; or each by itself, where it cannot go by block.
+
+    earlier: what was measured of the dense model before, in its place.
+    """
 
     plan: Plan
     models: Sequence[Subject]
     dense: Subject | None
     ranks: Ranks
     progress: Progress
+    earlier: Samples | None = None
     loaded: PreTrainedModel | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +92,13 @@ class Measuring:
         lines = ["models write nothing: they go by block"] if asks and not self.writes else []
         if self.dense is not None and self.plan.texts and not all(map(self._is_beside, self.models)):
             lines.append("no KL: models could not be had side by side, or have other vocabularies")
+        if self.earlier is not None:
+            name, silent = self.earlier.facts["name"], self.earlier.written is None and self.writes
+            lines.append(
+                f"{name} is taken from samples, which hold no logits: no KL, no same top token, and nothing of how "
+                "likely it finds what others write"
+            )
+            lines += [f"no comparison of what models write: the samples have nothing that {name} wrote"] * silent
         return lines
 
     def work(self, subject: Subject) -> dict[str, float]:
@@ -107,10 +118,12 @@ class Measuring:
 
     def of_dense(self, others: Sequence[Samples]) -> Samples | None:
         """The dense model, whose figures are put beside those of others where they do not stand there yet."""
-        if self.dense is None:
+        samples = self.earlier
+        if self.dense is not None:
+            known = [dense_figures(one) for one in others if one.has_dense]
+            samples = self._measured(self.dense, None, known[0] if known else None)
+        if samples is None:
             return None
-        known = [dense_figures(one) for one in others if one.has_dense]
-        samples = self._measured(self.dense, None, known[0] if known else None)
         for other in others:
             if not other.has_dense:
                 both = {name: [one, samples.figures[name]] for name, one in other.figures.items()}
