@@ -163,7 +163,10 @@ class BenchSettings(ModelSettings):
     """What `bench` measures, and how."""
 
     model: str | Sequence[str] = field(
-        metadata={"description": "directories or hub ids, for transformers; `.gguf` files, for llama.cpp; or `llama`"}
+        metadata={
+            "description": "directories or hub ids, for transformers; `.gguf` files and directories with one, for "
+            "llama.cpp; or `llama`"
+        }
     )
     against: str | None = described(None, "dense model to compare with; all take turns")
     _: KW_ONLY
@@ -182,6 +185,7 @@ class BenchSettings(ModelSettings):
     clock: str = described(
         "wall", "wall, or cpu: the processor's time of one thread, which other work on the machine hardly lengthens"
     )
+    device_map: str | None = described(None, "how to place models: `auto` spreads each over several GPUs")
     seed: int = described(0, "draws the prompts", least=0)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import slimlm
 from slimlm.errors import RunFailure, UserError
-from slimlm.evaluation.speed.engines import LlamaCppRunner, VllmRunner, is_gguf, require_installed
+from slimlm.evaluation.speed.engines import LlamaCppRunner, VllmRunner, gguf_files, require_installed
 from slimlm.model.decoding import Taken
 from tests.conftest import random_tokens
 
@@ -91,14 +91,43 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("slimlm.evaluation.speed.engines.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install llama-cpp-python"):
         slimlm.bench(str(gguf(tmp_path / "a.gguf")), **QUICK)
+    with pytest.raises(UserError, match="pip install llama-cpp-python"):
+        slimlm.bench(str(tmp_path), **QUICK)
     with pytest.raises(UserError, match="pip install vllm"):
         require_installed("vllm")
     require_installed("transformers")
 
 
 def test_a_name_with_another_ending_is_no_gguf(tmp_path: Path):
-    assert not is_gguf("llama")
-    assert is_gguf(str(gguf(tmp_path / "a.gguf")))
+    assert gguf_files("llama") == []
+    file = gguf(tmp_path / "a.gguf")
+    assert gguf_files(str(file)) == [file]
+
+
+def test_a_directory_with_a_gguf_is_that_file(llama_cpp: list[Any], tmp_path: Path):
+    for name in "ad":
+        (tmp_path / name).mkdir()
+        gguf(tmp_path / name / "model.gguf")
+        (tmp_path / name / "config.json").write_text("{}")
+    found = slimlm.bench(str(tmp_path / "a"), against=str(tmp_path / "d"), **QUICK)
+    assert (found.engine, found.models[0].name) == ("llama.cpp", str(tmp_path / "a"))
+    assert found.models[0].path == str(tmp_path / "a/model.gguf")
+    gguf(tmp_path / "a/other.gguf")
+    with pytest.raises(UserError, match="a holds several GGUF files: give one of them, as in .*a/model.gguf"):
+        slimlm.bench(str(tmp_path / "a"), **QUICK)
+    gguf(tmp_path / "d/model.safetensors")
+    assert gguf_files(str(tmp_path / "d")) == []  # a checkpoint that has a GGUF file beside it
+    with pytest.raises(UserError, match=r"a/model.gguf is for llama.cpp and .*/d is not"):
+        slimlm.bench(str(tmp_path / "a/model.gguf"), against=str(tmp_path / "d"), **QUICK)
+
+
+def test_a_split_gguf_is_one_model_read_by_its_first(llama_cpp: list[Any], tmp_path: Path):
+    files = [gguf(tmp_path / f"model-{number:05}-of-00003.gguf") for number in (1, 2, 3)]
+    assert gguf_files(str(tmp_path)) == files
+    gguf(tmp_path / "another.gguf")
+    assert gguf_files(str(files[0])) == files
+    found = slimlm.bench(str(files[0]), **QUICK)
+    assert (found.models[0].bytes, llama_cpp[0][0]) == (12, files[0].name)
 
 
 class Vllm:

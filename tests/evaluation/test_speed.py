@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -17,11 +18,14 @@ from typer.testing import CliRunner
 import slimlm
 from slimlm.cli import app
 from slimlm.errors import UserError
+from slimlm.evaluation.speed import contenders
+from slimlm.evaluation.speed.contenders import refuse_too_many, sources
 from slimlm.evaluation.speed.judging import is_fast
 from slimlm.evaluation.speed.stock import StockRunner, flops_per_token, zeros_in
 from slimlm.evaluation.speed.timing import Spread, decode_ratio, interleaved, prefill_ratio, speed_of
 from slimlm.model.decoding import Taken, greedy, settle
 from slimlm.progress import Progress
+from slimlm.settings import BenchSettings
 from tests.conftest import SIZES, build_tiny, random_tokens
 
 QUICK: dict[str, Any] = {"batch_sizes": (1, 2), "prompt_tokens": 4, "new_tokens": 3, "rounds": 1}
@@ -220,6 +224,8 @@ def test_models_of_other_vocabularies_and_contexts_share_prompts(tmp_path: Path)
         ({"engine": "vllm"}, "vllm is not installed here"),
         ({"model": ("nowhere/at/all",)}, "'nowhere/at/all' does not exist"),
         ({"model": ()}, "give a model"),
+        ({"kernels": "bsr", "device_map": "auto"}, "--device-map is for models as stored in transformers"),
+        ({"device_map": "nonsense"}, "cannot be loaded by transformers: "),
         ({"model": "no.gguf"}, "GGUF file no.gguf does not exist"),
         ({"new_tokens": 128}, "--new-tokens 128 is beyond the models' context"),
         ({"against": "/nowhere"}, "'/nowhere' does not exist"),
@@ -245,6 +251,38 @@ def test_models_that_do_not_fit_together_are_refused(tiny_llama: Path, monkeypat
     monkeypatch.setattr("slimlm.evaluation.speed.contenders.available_memory", lambda device: {"host": 1000})
     with pytest.raises(UserError, match="give fewer models"):
         slimlm.bench(str(tiny_llama), against="llama", **QUICK)
+
+
+def test_a_model_that_is_spread_is_measured_where_its_parts_are(tiny_llama: Path):
+    found = slimlm.bench(str(tiny_llama), against="llama", **QUICK, device_map="auto", device="cpu")
+    plain = slimlm.bench(str(tiny_llama), against="llama", **QUICK, device="cpu")
+    assert (found.device, found.models[0].flops) == (plain.device, plain.models[0].flops)
+    assert found.models[0].batches[0].memory == plain.models[0].batches[0].memory
+
+
+def test_parts_that_are_fetched_at_every_step_are_no_model_to_measure(tiny_llama: Path, monkeypatch):
+    def spread(path: Path, how: Any) -> Any:
+        assert how.device_map == "auto"
+        model = loaded(path)
+        model.model.layers[1].to("meta")
+        return model
+
+    monkeypatch.setattr("slimlm.evaluation.speed.contenders.load_model", spread)
+    with pytest.raises(UserError, match=f"--device-map auto leaves parts of {tiny_llama} elsewhere than on cpu"):
+        slimlm.bench(str(tiny_llama), **QUICK, device_map="auto", device="cpu")
+
+
+@pytest.mark.parametrize(("is_spread", "fits"), [(False, False), (True, True)])
+def test_all_gpus_together_have_room_for_what_is_spread(is_spread: bool, fits: bool, tiny_llama: Path, monkeypatch):
+    """Of two, each of which holds two thirds of what the model takes."""
+    (source,) = sources(BenchSettings(str(tiny_llama)), [str(tiny_llama)], torch.device("cpu"))
+    room = source.bytes * 2 * 2 // 3
+    monkeypatch.setattr(contenders, "available_memory", lambda device: {"host": 1, "gpu": room})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with nullcontext() if fits else pytest.raises(UserError, match="free on cuda:0: they take turns"):
+        refuse_too_many([source], torch.device("cuda:0"), is_spread)
+    with pytest.raises(UserError, match="free on cpu: they"):
+        refuse_too_many([source], torch.device("cpu"), is_spread)
 
 
 def test_what_a_processor_multiplies_fast(monkeypatch: pytest.MonkeyPatch):

@@ -20,7 +20,7 @@ from slimlm.evaluation.speed.contenders import (
     stock_contenders,
     vllm_contenders,
 )
-from slimlm.evaluation.speed.engines import LLAMA_CPP, TRANSFORMERS, VLLM, LlamaCppRunner, is_gguf, require_installed
+from slimlm.evaluation.speed.engines import LLAMA_CPP, TRANSFORMERS, VLLM, LlamaCppRunner, gguf_files, require_installed
 from slimlm.evaluation.speed.figures import Bench, ModelSpeed
 from slimlm.evaluation.speed.judging import judged, known_shapes, predictions, shape_times
 from slimlm.evaluation.speed.shape_times import Prediction, WithShapes
@@ -57,7 +57,7 @@ def bench(settings: BenchSettings) -> Bench:
         return _bench_files(settings, names, sizes, progress)
     found = sources(settings, names, device)
     if engine == TRANSFORMERS:
-        refuse_too_many(found, device)
+        refuse_too_many(found, device, is_spread=bool(settings.device_map))
     return _bench_checkpoints(settings, engine, found, sizes, progress)
 
 
@@ -91,7 +91,7 @@ def _checked(settings: BenchSettings, names: Sequence[str]) -> tuple[BenchSettin
 def _engine(settings: BenchSettings, names: Sequence[str]) -> str:
     """What runs them all. Raises UserError for models of which some are GGUF files."""
     every = (*names, *([settings.against] if settings.against else []))
-    files = [name for name in every if is_gguf(name)]
+    files = [name for name in every if gguf_files(name)]
     if not files:
         return settings.engine
     if len(files) < len(every):
@@ -103,7 +103,9 @@ def _engine(settings: BenchSettings, names: Sequence[str]) -> str:
 
 
 def _check_device(settings: BenchSettings, engine: str, device: torch.device) -> None:
-    """Raises UserError for kernels and clocks that are not there."""
+    """Raises UserError for kernels and clocks that are not there, and for models that cannot be spread."""
+    if settings.device_map and (engine != TRANSFORMERS or settings.kernels not in ("auto", "none")):
+        raise UserError("--device-map is for models as stored in transformers: leave it out, or --engine and --kernels")
     if settings.kernels == "2:4":
         refuse_2_of_4_without_gpu(device)
     if engine == VLLM and settings.kernels not in ("auto", "none"):
@@ -174,7 +176,7 @@ def _measured(
         settings.rounds,
         settings.clock,
         settings.seed,
-        settings.device,
+        ", ".join(dict.fromkeys(str(device) for one in contenders for device in one.devices)) or settings.device,
         machine(torch.device(settings.device)),
     )
 

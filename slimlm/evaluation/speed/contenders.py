@@ -15,9 +15,9 @@ from slimlm.device import available_memory
 from slimlm.errors import UserError
 from slimlm.evaluation.found import Found, find_model
 from slimlm.evaluation.loading import load_model
-from slimlm.evaluation.speed.engines import LlamaCppRunner, VllmRunner
+from slimlm.evaluation.speed.engines import LlamaCppRunner, VllmRunner, gguf_files
 from slimlm.evaluation.speed.sparse_kernels import Swapped, kernels_for, swap_kernels
-from slimlm.evaluation.speed.stock import StockRunner, zeros_in
+from slimlm.evaluation.speed.stock import StockRunner, devices_of, zeros_in
 from slimlm.evaluation.speed.timing import CLOCKS, Runner
 from slimlm.model.decoding import settle
 from slimlm.model.shape_times import MOST_BYTES
@@ -55,6 +55,11 @@ class Contender:
         """What to call those that it runs with."""
         return self.swapped.kernels if self.swapped else AS_STORED
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where transformers has its weights."""
+        return [] if self.model is None else devices_of(self.model)
+
 
 def sources(settings: BenchSettings, names: Sequence[str], device: torch.device) -> list[Source]:
     """Of every model, the dense one last where there is one. Raises UserError for what is no whole checkpoint."""
@@ -67,21 +72,25 @@ def sources(settings: BenchSettings, names: Sequence[str], device: torch.device)
 def _source(settings: BenchSettings, name: str, revision: str | None, kernels: str, device: torch.device) -> Source:
     found = find_model(name, revision, settings)
     manifest = read_manifest(found.path)
-    wanted = {"auto": kernels_for(manifest, device), "none": None}.get(kernels, kernels)
+    usual = None if settings.device_map else kernels_for(manifest, device)
+    wanted = {"auto": usual, "none": None}.get(kernels, kernels)
     return Source(**vars(found), manifest=manifest, kernels=wanted)
 
 
-def refuse_too_many(sources: Sequence[Source], device: torch.device) -> None:
+def refuse_too_many(sources: Sequence[Source], device: torch.device, is_spread: bool = False) -> None:
     """Raises UserError unless all models fit into memory together, with what sparse kernels and the timing of shapes
-    take besides."""
+    take besides. is_spread: over all GPUs, where there are any."""
     each = [source.bytes * (2 if source.kernels else 1) + min(source.bytes, MOST_BYTES) for source in sources]
     needed = sum(each)
-    memory = available_memory(device)
-    free = memory.get("gpu", memory["host"])
+    everywhere = is_spread and device.type == "cuda"
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if everywhere else [device]
+    memories = [available_memory(one) for one in devices]
+    free = sum(memory.get("gpu", memory["host"]) for memory in memories)
     if needed > free:
         raise UserError(
-            f"the models take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB is free on {device}: they take "
-            "turns, so all have to be there; give fewer models, or --dtype bfloat16"
+            f"the models take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB is free on "
+            f"{', '.join(map(str, devices))}: they take turns, so all have to be there; give fewer models, or --dtype "
+            "bfloat16"
         )
 
 
@@ -118,10 +127,13 @@ def _sparse(source: Source, settings: BenchSettings, tokens: Tensor, progress: P
 def _stock(source: Source, settings: BenchSettings, tokens: Tensor | None) -> Contender:
     """tokens: [batch, time], where it is to have sparse kernels."""
     path = source.path
-    how = EvalSettings(
-        str(path), dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
-    )
-    model = load_model(path, how)
+    names = ("dtype", "device", "device_map", "trust_remote_code")
+    model = load_model(path, EvalSettings(str(path), **{name: getattr(settings, name) for name in names}))
+    if not {one.type for one in devices_of(model)} <= {torch.device(settings.device).type}:
+        raise UserError(
+            f"--device-map {settings.device_map} leaves parts of {path} elsewhere than on {settings.device}, and what "
+            "is fetched at every step would be all that is measured: give fewer models, or --dtype bfloat16"
+        )
     settle(model)
     use_only_known(source.checkpoint, model)
     parameters, zeros = parameter_count(model), zeros_in(model)
@@ -135,14 +147,18 @@ def _stock(source: Source, settings: BenchSettings, tokens: Tensor | None) -> Co
 
 
 def gguf_contenders(names: Sequence[str], settings: BenchSettings) -> list[Contender]:
-    """GGUF files, loaded by llama.cpp. Raises UserError for one that it cannot load."""
-    paths = [Path(name).expanduser() for name in names]
+    """GGUF files, or directories with one, loaded by llama.cpp. Raises UserError for one that it cannot load."""
     context, threads = settings.prompt_tokens + settings.new_tokens, torch.get_num_threads()
     clock, on_gpu = CLOCKS[settings.clock], settings.device.startswith("cuda")
-    return [
-        Contender(name, path, LlamaCppRunner(path, context, threads, on_gpu, clock), path.stat().st_size, "its own")
-        for name, path in zip(names, paths, strict=True)
-    ]
+    found = []
+    for name in names:
+        files = gguf_files(name)
+        runner, size = (
+            LlamaCppRunner(files[0], context, threads, on_gpu, clock),
+            sum(one.stat().st_size for one in files),
+        )
+        found.append(Contender(name, files[0], runner, size, "its own"))
+    return found
 
 
 def vllm_contenders(sources: Sequence[Source], settings: BenchSettings) -> list[Contender]:

@@ -3,6 +3,7 @@
 Neither is a dependency. Each takes prompts as tokens and says how long they took, as `timing` wants it.
 """
 
+import re
 import time
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from slimlm.model.decoding import Clock, Taken
 
 TRANSFORMERS, LLAMA_CPP, VLLM = "transformers", "llama.cpp", "vllm"
 PACKAGES = {LLAMA_CPP: ("llama_cpp", "llama-cpp-python"), VLLM: ("vllm", "vllm")}
+PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of a model that is split, which llama.cpp reads by its first
 GPU_SHARE = 0.9  # of a GPU's memory that vLLM's models take together
 
 
@@ -95,10 +97,20 @@ class VllmRunner:
         return self.clock() - start
 
 
-def is_gguf(name: str) -> bool:
-    """Whether it is llama.cpp's to read. Raises UserError for such a file that is not there."""
+def gguf_files(name: str) -> list[Path]:
+    """What llama.cpp is to read of a file or directory, the first being what it is given; nothing of what is not its.
+    Raises UserError for such a file that is not there, and for a directory with several models."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        found = sorted(path.glob("*.gguf"))
+        models = {PART.sub("", one.name) for one in found}
+        if len(models) > 1:
+            raise UserError(f"{name} holds several GGUF files: give one of them, as in {found[0]}")
+        return found
     if not name.endswith(".gguf"):
-        return False
-    if not Path(name).expanduser().is_file():
+        return []
+    if not path.is_file():
         raise UserError(f"GGUF file {name} does not exist")
-    return True
+    others = path.parent.glob("*.gguf") if PART.search(path.name) else ()
+    whole = PART.sub("", path.name)
+    return [path, *(other for other in others if other != path and PART.sub("", other.name) == whole)]

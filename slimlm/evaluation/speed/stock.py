@@ -27,17 +27,24 @@ class StockRunner:
         return sum(size_of(tensor) for tensor in (*self.model.parameters(), *self.model.buffers()))
 
     def run(self, prompts: Tensor, new_tokens: int) -> Taken:
-        """prompts: [batch, time], on any device. On a GPU memory is what its allocator had given out at the peak, less
+        """prompts: [batch, time], on any device. On GPUs memory is what their allocator had given out at the peak, less
         what other models have there; on a CPU it is counted: weights, and the keys and values of the last token."""
-        device = self.model.device
-        prompts = prompts.to(device)
-        if device.type != "cuda":
+        devices = devices_of(self.model)
+        prompts = prompts.to(self.model.device)
+        if devices[0].type != "cuda":
             found = greedy(self.model, prompts, new_tokens, self.clock)
             return replace(found.taken, memory=self.weights + found.cached)
-        forget_peak(device)
-        before = torch.cuda.memory_allocated(device)
+        for device in devices:
+            forget_peak(device)
+        before = sum(map(torch.cuda.memory_allocated, devices))
         taken = greedy(self.model, prompts, new_tokens, self.clock).taken
-        return replace(taken, memory=self.weights + torch.cuda.max_memory_allocated(device) - before)
+        peak = sum(map(torch.cuda.max_memory_allocated, devices))
+        return replace(taken, memory=self.weights + peak - before)
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Where its weights are, in their order; `meta` of those that are fetched when they are needed."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
 @torch.inference_mode()
