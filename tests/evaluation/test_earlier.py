@@ -248,8 +248,8 @@ def test_the_command_says_so_in_a_line_and_ends_with_2(
     assert message in line
 
 
-def test_which_of_several_models_is_meant_has_to_be_said(place: Path, tmp_path: Path, kept: Path):
-    few = {"tasks": (), "num_windows": 1, "window": 32, "generate": 0, "dtype": "float32"}
+def test_which_of_several_models_is_meant_has_to_be_said(place: Path, how: dict[str, Any], tmp_path: Path, kept: Path):
+    few = {**how, "tasks": (), "generate": 0}
     evaluate([str(place / "dense"), str(place / "small")], log_samples=tmp_path / "two", **few)
     with pytest.raises(UserError, match="samples of 2 models: name one, as in .*two/models/0"):
         evaluate(str(place / "small"), str(tmp_path / "two"), **few)
