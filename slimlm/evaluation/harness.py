@@ -2,10 +2,11 @@
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +90,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """lm-eval on a model in memory, or on one of each rank; for all what `lm_eval.simple_evaluate` returns. Raises
     UserError for settings that it refuses."""
-    with _quiet(), redirect_stdout(sys.stderr), ExitStack() as stack:  # lm-eval prints, and figures may go there
+    # lm-eval prints, and figures may go to standard output
+    with _quiet(), _compiled_once(), redirect_stdout(sys.stderr), ExitStack() as stack:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -116,6 +118,15 @@ def run_tasks(
         except (ValueError, TypeError, ImportError) as error:
             raise running_error(", ".join(settings.tasks or ()), error, settings.num_fewshot) from error
     return found
+
+
+@contextmanager
+def _compiled_once() -> Iterator[None]:
+    """lm-eval compiles a task's templates anew for every document."""
+    from lm_eval.utils import env
+
+    with patch.object(env, "from_string", functools.cache(env.from_string)):
+        yield
 
 
 def task_scores(results: Mapping[str, Mapping[str, float | str]]) -> dict[str, dict[str, Score]]:

@@ -1,8 +1,10 @@
 import math
 from pathlib import Path
 
+import lm_eval.utils
 import pytest
 import torch
+from jinja2 import Environment, Template
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimlm.checkpoint.resolve import BUNDLED
@@ -197,6 +199,21 @@ def test_a_broken_task_file_is_one_clear_line(tmp_path: Path, text: str):
 
 
 @pytest.mark.slow
+def test_a_template_is_compiled_once_for_all_documents(tmp_path: Path, no_index, monkeypatch: pytest.MonkeyPatch):
+    compiled, actual = list[str](), Environment.from_string
+
+    def spy(self: Environment, source: str) -> Template:
+        compiled.append(source)
+        return actual(self, source)
+
+    monkeypatch.setattr(Environment, "from_string", spy)
+    build_tiny(CONFIGS["llama"], tmp_path / "model")
+    evaluate(str(tmp_path / "model"), limit=4, text=(), generate=0)
+    assert compiled
+    assert len(compiled) <= 2 * len(set(compiled))  # once more where the task is loaded
+    assert lm_eval.utils.env.from_string.__func__ is spy  # as it was
+
+
 def test_random_weights_answer_at_chance_and_the_trained_model_above_it(tmp_path: Path, no_index):
     path = build_tiny(CONFIGS["llama"], tmp_path / "random")
     data = evaluate(str(path), "llama", num_windows=1, window=32, limit=100, dtype="float32", generate=0).data
