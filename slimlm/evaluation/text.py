@@ -1,5 +1,6 @@
 """Test text as token windows: fixed, evenly spaced, the same for every model that shares the tokenizer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,7 +71,7 @@ def load_test_windows(
         documents = [CORRUPTIONS[corrupt](document, seed) for document in documents]
         source, name = f"{source} with {corrupt}", f"{name}+{corrupt}"
     bos = None if found.as_papers else start_token(tokenizer)
-    pool = torch.cat([_tokens(document, index, tokenizer, bos, found) for index, document in enumerate(documents)], 1)
+    pool = _tokens(documents, tokenizer, bos, found.as_papers)
     available = min(pool.shape[1] // length, found.most_windows or pool.shape[1])
     if available == 0:
         raise UserError(f"test text {source} holds {pool.shape[1]} tokens, fewer than one window of {length}")
@@ -81,11 +82,13 @@ def load_test_windows(
     return TestWindows(tokens, source, bos, numbers, lengths, name)
 
 
-def _tokens(document: str, index: int, tokenizer: PreTrainedTokenizerBase, bos: int | None, text: Text) -> Tensor:
-    """Of a document [3, tokens]: the tokens, the document's number, and each one's bytes."""
-    found = tokenizer(
-        document, add_special_tokens=text.as_papers, return_offsets_mapping=tokenizer.is_fast, verbose=False
-    )
+def _tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, bos: int | None, as_papers: bool) -> Tensor:
+    """[3, tokens]: the tokens, the numbers of their documents, and each one's bytes."""
+    return torch.cat([_of_one(one, index, tokenizer, bos, as_papers) for index, one in enumerate(documents)], 1)
+
+
+def _of_one(document: str, index: int, tokenizer: PreTrainedTokenizerBase, bos: int | None, as_papers: bool) -> Tensor:
+    found = tokenizer(document, add_special_tokens=as_papers, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     tokens = torch.tensor(found.input_ids, dtype=torch.int64)
     if tokenizer.is_fast:
         lengths = _lengths(document, [end for _, end in found.offset_mapping])
