@@ -23,11 +23,16 @@ from slimlm.methods import METHODS
 from slimlm.recipe import FIELDS, FLAGS, recipe_of_flags
 from slimlm.report.methods import method_rows, methods_table
 
-# A command whose work is replaced by what stands before it.
+# Commands whose work is replaced by what stands before them, so that nothing has to be imported for it.
 WORK = """
 import os, signal, sys
-import slimlm.evaluation.evaluate, slimlm.stages, slimlm.inspection
+from types import SimpleNamespace
 from slimlm.cli import main
+
+def stand_ins(work):
+    sys.modules["slimlm.stages"] = SimpleNamespace(compress=work)
+    sys.modules["slimlm.evaluation.evaluate"] = SimpleNamespace(evaluate=work)
+    sys.modules["slimlm.inspection"] = SimpleNamespace(inspect_model=work)
 
 def run(*arguments):
     sys.argv = ["slimlm", *arguments]
@@ -55,7 +60,10 @@ DATA = {
     "texts": [{"text": "text", "windows": 1, "window": 2, "stride": 2, "bos": None}],
     "versions": {},
 }
-EVALUATED = f"slimlm.evaluation.evaluate.evaluate = lambda *_, **__: slimlm.evaluation.evaluate.Evaluation({DATA!r})\n"
+EVALUATED = f"""
+found = SimpleNamespace(data={DATA!r}, unsaved=None)
+sys.modules["slimlm.evaluation.evaluate"] = SimpleNamespace(evaluate=lambda **_: found)
+"""
 
 
 def python(script: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -115,7 +123,7 @@ def test_an_evaluation_that_fails_leaves_the_file_of_an_earlier_one(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "arguments", [["models"], ["models", "--markdown"], ["methods"], ["--help"], ["compress", "--help"]]
+    "arguments", [["models"], ["models", "--markdown"], ["--help"], ["compress", "--help"]]
 )
 def test_a_reader_that_leaves_early_is_no_error(arguments: list[str]):
     reading, writing = os.pipe()
@@ -156,8 +164,7 @@ def stopped(number):
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    slimlm.stages.compress = slimlm.evaluation.evaluate.evaluate = stopped(number)
-    slimlm.inspection.inspect_model = stopped(number)
+    stand_ins(stopped(number))
     for arguments in (["compress", "-m", "llama", "-s", "0.5"], ["eval", "llama"], ["inspect", "llama"]):
         assert run(*arguments) == 128 + number, (arguments, number)
 """
@@ -280,7 +287,7 @@ def test_set_reaches_the_run(tmp_path: Path):
 def shown(recipe, *_, **__):
     print([(step.method, step.weighting, step.seed) for step in recipe.steps])
     raise KeyboardInterrupt
-slimlm.stages.compress = shown
+stand_ins(shown)
 run("compress", "-m", "llama", "-s", "0.2", "--set", "weighting=none", "--seed", "4", "--set=round_to=8")
 run("rotate", "-m", "llama", "--set", "weighting=none")
 run("rotate", "-m", "llama", "--set", "method=slice")
@@ -298,7 +305,7 @@ def test_options_of_eval_are_arguments_of_evaluate(tmp_path: Path):
 def shown(**settings):
     print({name: value for name, value in sorted(settings.items()) if name != "progress"})
     raise KeyboardInterrupt
-slimlm.evaluation.evaluate.evaluate = slimlm.inspection.inspect_model = shown
+stand_ins(shown)
 run("eval", "llama", "--tasks", "a, b", "--num-windows", "0", "--trust-remote-code", "--limit", "0.5")
 run("eval", "llama", "--tasks", "none", "--against", "other")
 run("inspect", "llama", "--windows", "3", "--cache-dir", "here")

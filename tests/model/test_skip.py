@@ -146,7 +146,7 @@ LAST, HALF = ["model.layers.7"], {"method": "magnitude", "sparsity": 0.5}
         [{**HALF, "skip": LAST}, {"method": "slice", "sparsity": 0.06}],
     ],
 )
-def test_a_dry_run_probes_the_blocks_that_it_shows(steps: list[dict[str, Any]], tmp_path: Path):
+def test_a_dry_run_probes_the_blocks_that_it_shows(steps: list[dict[str, Any]], tmp_path: Path, in_process):
     config = LlamaConfig(**{**SIZES, "num_hidden_layers": 8})
     path = build_tiny(config, tmp_path / "model")
     (tmp_path / "text.txt").write_text("The old house stood at the end of the lane. " * 60)
