@@ -122,9 +122,7 @@ def test_an_evaluation_that_fails_leaves_the_file_of_an_earlier_one(tmp_path: Pa
     assert (tmp_path / "old.json").read_text() == "earlier"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["models"], ["models", "--markdown"], ["--help"], ["compress", "--help"]]
-)
+@pytest.mark.parametrize("arguments", [["models"], ["models", "--markdown"], ["--help"], ["compress", "--help"]])
 def test_a_reader_that_leaves_early_is_no_error(arguments: list[str]):
     reading, writing = os.pipe()
     os.close(reading)
