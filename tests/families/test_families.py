@@ -185,7 +185,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-for folder in (Path(sys.argv[1]) / name for name in sys.argv[2:]):
+for folder in map(Path, sys.argv[1:]):
     own_code = any((folder / "model").glob("modeling_*.py"))
     model = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=own_code).eval()
     assert not own_code or "transformers_modules" in type(model).__module__, type(model)
@@ -209,21 +209,37 @@ assert "slimlm" not in sys.modules
 """
 
 
-def check_in_a_fresh_process(folder: Path, names: list[str], home: Path) -> None:
+def check_in_a_fresh_process(folders: list[Path], home: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(folder), *names], capture_output=True, text=True, cwd=home, check=False,
+        [sys.executable, "-c", FRESH, *map(str, folders)], capture_output=True, text=True, cwd=home, check=False,
         env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HOME": str(home)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="session")
+def by_hand(tinies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models that were narrowed and then pruned, or keep what few have; and their logits before, by name."""
+    folder = tmp_path_factory.mktemp("by_hand")
+    then = {"method": "sparsegpt", "sparsity": 0.5}
+    for name, later, widths in (("opt", [then], "hidden=24"), ("bloom", [], "mlp=40")):
+        path, tokens = folder / name / "model", random_tokens(2, 24)
+        assert pruned(tinies, name, path, *later, widths=widths)["needs_remote_code"]
+        save_file({"logits": logits_of(path, tokens), "tokens": tokens}, folder / name / "before.safetensors")
+    return folder
 
 
 REST = [name for name in ROTATING if name not in ONE_EACH]
 
 
 @pytest.mark.parametrize("names", [ONE_EACH, pytest.param(REST, marks=pytest.mark.slow)], ids=["one of each", "rest"])
-def test_sliced_models_load_in_a_process_without_slimlm_and_generate(sliced: Path, tmp_path: Path, names: list[str]):
+def test_sliced_models_load_in_a_process_without_slimlm_and_generate(
+    sliced: Path, by_hand: Path, tmp_path: Path, names: list[str]
+):
     """Cached or not, padded or not, in a batch or not."""
-    check_in_a_fresh_process(sliced, names, tmp_path)
+    check_in_a_fresh_process(
+        [sliced / name for name in names] + [by_hand / name for name in ("opt", "bloom")], tmp_path
+    )
 
 
 def narrowed(source: Path, path: Path, widths: dict[str, int]) -> Path:
@@ -413,27 +429,16 @@ def test_parameters_are_counted_as_they_will_be(tinies: Path, name: str):
         assert shapes.parameters(widths) == counted, widths
 
 
-def test_what_a_sliced_model_needs_goes_with_it_when_it_is_pruned(tinies: Path, tmp_path: Path):
-    then = {"method": "sparsegpt", "sparsity": 0.5}
-    assert pruned(tinies, "opt", tmp_path / "out", then, widths="hidden=24")["needs_remote_code"]
-    assert (tmp_path / "out" / "modeling_narrow.py").is_file()
-    tokens = random_tokens(2, 8)
-    save_file({"logits": logits_of(tmp_path / "out", tokens), "tokens": tokens}, tmp_path / "before.safetensors")
-    (tmp_path / "all" / "opt").mkdir(parents=True)
-    (tmp_path / "out").rename(tmp_path / "all" / "opt" / "model")
-    (tmp_path / "before.safetensors").rename(tmp_path / "all" / "opt" / "before.safetensors")
-    check_in_a_fresh_process(tmp_path / "all", ["opt"], tmp_path)
+def test_what_a_sliced_model_needs_goes_with_it_when_it_is_pruned(by_hand: Path):
+    """That it loads is seen together with others, in a process of their own."""
+    assert (by_hand / "opt" / "model" / "modeling_narrow.py").is_file()
 
 
 def test_the_norm_behind_an_embedding_stays_as_long_as_the_stream_and_then_goes_into_a_table_of_its_own(
-    tinies: Path, tmp_path: Path
+    tinies: Path, by_hand: Path, tmp_path: Path
 ):
-    settings = {"widths": "mlp=40"}
-    assert pruned(tinies, "bloom", tmp_path / "all" / "bloom" / "model", **settings)["needs_remote_code"]
-    path, tokens = tmp_path / "all" / "bloom" / "model", random_tokens(3, 24)
+    path, tokens = by_hand / "bloom" / "model", random_tokens(3, 24)
     before = logits_of(path, tokens)
-    save_file({"logits": before, "tokens": tokens}, path.parent / "before.safetensors")
-    check_in_a_fresh_process(tmp_path / "all", ["bloom"], tmp_path)
     model = stream(path)
     assert model.head_is_tied
     assert model.family.embedding_norm in model.outside
