@@ -112,18 +112,31 @@ def test_a_run_that_makes_it_worse_gives_back_what_went_in(settings: dict, prune
     assert "nothing was better" in recovered(manifest)[0]
 
 
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, bytes]:
+    """What the first of many runs gives that are alike but for where they are."""
+    return {}
+
+
 @pytest.mark.parametrize("number", [3, 7, 12, 20, 30])
 @pytest.mark.parametrize("after", [False, True])
 def test_a_run_that_dies_goes_on_to_the_same_bytes(
-    settings: dict, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: bool
+    settings: dict,
+    pruned: Path,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    after: bool,
 ):
     recipe = one_step(**recovering(settings, pruned, tokens=24 * 8 * 4, measure=False))
-    expected = result(compress(recipe.updated(output_dir=str(tmp_path / "expected"))).output_dir)
+    if not undisturbed:
+        undisturbed |= result(compress(recipe.updated(output_dir=str(tmp_path / "expected"))).output_dir)
     with monkeypatch.context() as patch:
         die_at(patch, Journal, "commit", number, after)
         with pytest.raises(Killed):
             compress(recipe)
-    assert result(compress(recipe, resume=True).output_dir) == expected
+    assert result(compress(recipe, resume=True).output_dir) == undisturbed
 
 
 def test_what_was_kept_and_is_damaged_is_trained_again(
