@@ -39,7 +39,7 @@ test test-slow test-wheel test-newest: export OMP_WAIT_POLICY = passive
 WORKERS ?= 2
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile --durations 15
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist loadfile --durations 10
