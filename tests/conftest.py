@@ -104,6 +104,14 @@ def closed_forms() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """No machine loses its power here; processes that tests start still wait, thirty times a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def tokenised_once() -> Iterator[None]:
     """Most tests measure on the same texts with equal tokenizers: of those the tokens are remembered."""
     known: dict[tuple[object, ...], torch.Tensor] = {}

@@ -14,7 +14,7 @@ from slimlm.evaluation.evaluate import evaluate
 from slimlm.evaluation.sources import default_texts, load_text, python_reference, python_sources
 from slimlm.evaluation.text import load_test_windows
 
-ROWS = ["", " = Heading = \n", *[" ".join(text.split()[:150]) + "\n" for text in python_reference()[:60]], ""]
+ROWS = ["", " = Heading = \n", *[" ".join(text.split()[:150]) + "\n" for text in python_reference()[:40]], ""]
 
 
 @pytest.fixture(scope="module")
