@@ -212,7 +212,7 @@ assert "slimlm" not in sys.modules
 def check_in_a_fresh_process(folders: list[Path], home: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FRESH, *map(str, folders)], capture_output=True, text=True, cwd=home, check=False,
-        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HOME": str(home)},
+        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HOME": str(home), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
 
