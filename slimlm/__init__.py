@@ -2,11 +2,13 @@
 
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+TYPE_CHECKING = False  # typing takes ten times as long to import as all of this, and Ctrl-C is not heeded yet
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from slimlm.api import compress
     from slimlm.compression import CompressResult
     from slimlm.errors import RunFailure, SlimlmError, UserError
@@ -58,7 +60,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     # PyTorch and transformers take seconds to import; `slimlm --help` must not wait for them.
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)

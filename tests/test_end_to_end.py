@@ -286,14 +286,15 @@ def test_a_stopped_run_does_not_wait_for_threads_that_wait_for_one_another(tmp_p
 import sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from slimlm.cli import leave
+from slimlm.__main__ import leave
+from slimlm.cli.running import Stopped
 
 def stuck(**_):
     lock, held, pool = threading.Lock(), threading.Event(), ThreadPoolExecutor(1)
     lock.acquire()
     pool.submit(lambda: (held.set(), lock.acquire()))
     held.wait()
-    raise KeyboardInterrupt
+    raise Stopped(2)
 
 sys.modules["slimlm.inspection"] = SimpleNamespace(inspect_model=stuck)
 sys.argv = ["slimlm", "inspect", "llama"]

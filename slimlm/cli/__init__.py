@@ -83,19 +83,6 @@ def main() -> None:
     sys.exit(code)
 
 
-def leave() -> None:
-    """The console command. What a signal ended waits for no threads: its exception may have come while a lock was held
-    that they want, and Python would wait for them for ever."""
-    try:
-        main()
-    except SystemExit as end:
-        if isinstance(end.code, int) and end.code >= 128:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
-        raise
-
-
 def _instead(error: Exception) -> str:
     """What to do about a flag that a command does not know."""
     name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
@@ -106,7 +93,7 @@ def _instead(error: Exception) -> str:
 
 
 def _heed_signals() -> None:
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _stop)

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from slimlm.cli.running import Stopped
 from slimlm.errors import Interrupted, UserError
 from slimlm.started import LAUNCHED, LOST, environment, is_launched, world_size
 
@@ -41,8 +42,8 @@ def in_processes(count: int | None, device: str, advice: str = "") -> bool:
         with environment(**{LAUNCHED: "1", "OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": quiet}):
             _require_gpus(count, device)
             _launch(count, advice)
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted{advice}") from error
+    except Stopped as error:
+        raise Interrupted(f"interrupted{advice}", 128 + error.args[0]) from error
     return True
 
 

@@ -19,19 +19,17 @@ USUAL = Verbosity()
 
 
 class Stopped(BaseException):
-    """A polite kill, or a terminal that was closed: ends a run like Ctrl-C. Holds the signal's number."""
+    """Ctrl-C, a polite kill, or a terminal that was closed: ends a run. Holds the signal's number."""
 
 
 @contextmanager
 def running(when_interrupted: str = "interrupted", shown: Verbosity = USUAL) -> "Iterator[Progress]":
-    """Progress while it runs; Ctrl-C and signals as an error of our own, whose exit code the shell understands."""
+    """Progress while it runs; signals as an error of our own, whose exit code the shell understands."""
     with _shown(shown.quiet) as progress:
         try:
             progress.stage("starting", 1)  # importing PyTorch takes seconds
             _set_verbosity(shown.verbose and own_rank() == 0)
             yield progress
-        except KeyboardInterrupt as error:
-            raise Interrupted(when_interrupted) from error
         except Stopped as error:
             raise Interrupted(when_interrupted, 128 + error.args[0]) from error
 

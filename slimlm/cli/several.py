@@ -50,7 +50,7 @@ def end_as_one_of_several(message: str, code: int) -> NoReturn:
     """
     try:
         if code == LOST:
-            with suppress(Stopped, KeyboardInterrupt):
+            with suppress(Stopped):
                 time.sleep(BLAME)
         parent_says = is_launched() and (code == LOST or code - 128 in ENDING)
         if not parent_says and _may_speak():

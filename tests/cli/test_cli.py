@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ WORK = """
 import os, signal, sys
 from types import SimpleNamespace
 from slimlm.cli import main
+from slimlm.cli.running import Stopped
 
 def stand_ins(work):
     sys.modules["slimlm.stages"] = SimpleNamespace(compress=work)
@@ -174,6 +176,44 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     assert lines == [resumable, "slimlm: interrupted", "slimlm: interrupted"] * 3
 
 
+# Python imports this before anything else: Ctrl-C when one of these modules is about to be imported.
+SIGNALLED = """
+import os, signal, sys
+
+class Signalled:
+    def find_spec(self, name, *_):
+        if name == os.environ["AT"]:
+            sys.meta_path.remove(self)
+            print("signalled", flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+sys.meta_path.insert(0, Signalled())
+"""
+CONSOLE = "import sys; from {module} import {function}; sys.argv = ['slimlm', 'methods']; sys.exit({function}())"
+
+
+@pytest.mark.parametrize("started", ["module", "console"])
+@pytest.mark.parametrize(
+    "moment", ["slimlm.cli", "typer", "pydantic_core", "slimlm.cli.compress", "slimlm.report.methods"]
+)
+def test_ctrl_c_is_heeded_from_the_first_import_on(started: str, moment: str, tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text(SIGNALLED)
+    root = Path(__file__).parents[2]
+    entry = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]["slimlm"]
+    module, function = entry.split(":")
+    words = (
+        ["-m", "slimlm", "methods"] if started == "module" else ["-c", CONSOLE.format(module=module, function=function)]
+    )
+    path = f"{tmp_path}{os.pathsep}{root}"
+    done = subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": path, "AT": moment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (130, "signalled\n")
+    assert done.stderr in ("", "slimlm: interrupted\n")
+
+
 @pytest.mark.parametrize("stop", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_dry_run_that_ends_takes_its_probe_along(tmp_path: Path, stop: signal.Signals):
     process = subprocess.Popen(
@@ -284,7 +324,7 @@ def test_set_reaches_the_run(tmp_path: Path):
         + """
 def shown(recipe, *_, **__):
     print([(step.method, step.weighting, step.seed) for step in recipe.steps])
-    raise KeyboardInterrupt
+    raise Stopped(signal.SIGINT)
 stand_ins(shown)
 run("compress", "-m", "llama", "-s", "0.2", "--set", "weighting=none", "--seed", "4", "--set=round_to=8")
 run("rotate", "-m", "llama", "--set", "weighting=none")
@@ -302,7 +342,7 @@ def test_options_of_eval_are_arguments_of_evaluate(tmp_path: Path):
         + """
 def shown(**settings):
     print({name: value for name, value in sorted(settings.items()) if name != "progress"})
-    raise KeyboardInterrupt
+    raise Stopped(signal.SIGINT)
 stand_ins(shown)
 run("eval", "llama", "--tasks", "a, b", "--num-windows", "0", "--trust-remote-code", "--limit", "0.5")
 run("eval", "llama", "--tasks", "none", "--against", "other")
