@@ -26,8 +26,9 @@ PANELS = {  # of the commands that run a recipe, in the order of their help; oth
         "num_calibration_samples", "max_seq_length", "seed"),
     "How to run": (
         "batch_size", "device", "num_processes", "work_dir", "stream_memory", "trust_remote_code", "token", "cache_dir",
-        "gradient_checkpointing", "teacher_top_k", "measure", "eval_text", "eval_windows",
+        "gradient_checkpointing", "teacher_top_k",
     ),
+    "What was lost": ("measure", "eval_text", "eval_windows"),
     "Output": (
         "output_dir", "overwrite", "resume", "resume_anyway", "dry_run", "dtype", "max_shard_size", "push_to_hub",
         "private", "json_path", "quiet", "verbose",

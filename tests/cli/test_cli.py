@@ -266,6 +266,16 @@ def flags_of(name: str) -> dict[str, str]:
     return {option.opts[0].removeprefix("--"): option.help for option in found if option.opts[0].startswith("--")}
 
 
+@pytest.mark.parametrize("name", typer.main.get_command(app).commands)
+def test_no_name_is_cut_in_help_at_80_columns(name: str):
+    shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": ""}).output
+    words = {word for line in shown.splitlines() for word in line.replace(",", " ").split()}
+    assert max(map(len, shown.splitlines())) <= 80
+    for parameter in typer.main.get_command(app).commands[name].params:
+        names = [*parameter.opts, *parameter.secondary_opts]
+        assert {name for name in names if name.startswith("-")} <= words
+
+
 def test_every_flag_is_a_setting_or_one_of_few_others():
     found = flags_of("compress")
     assert len(found) == len(set(found))
