@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from slimlm.evaluation.perplexity import of_no_use
 from slimlm.report.summary import windows_line
 from slimlm.report.table import Row, comparison_table, percent, size_rows
 from slimlm.report.terminal import lines_of
@@ -172,6 +173,8 @@ def warning_lines(data: Figures) -> list[str]:
     lines = [f"WARNING: {line}" for line in data["notes"]]
     lines += [f"WARNING: {entry['name']}: {line}" for entry in data["models"] for line in entry["warnings"]]
     for pair in data["pairs"]:
+        rises = {name: change["log_perplexity_change"] for name, change in pair["texts"].items()}
+        lines += of_no_use(rises, pair["model"])
         collapsed = (pair["generation"] or {}).get("collapsed", [])
         lines += [f"WARNING: {pair['model']}: its own text has collapsed: {reason}" for reason in collapsed]
     return lines

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from slimlm.checkpoint.card import dtypes_of
 from slimlm.inspection import SPARSITIES, Done, Inspection, MatrixFigures
-from slimlm.report.summary import done_lines, windows_line
+from slimlm.report.summary import done_lines, measured_lines
 from slimlm.report.table import figures_table, manifest_table
 from slimlm.slice.candidates import Choice, Span
 
@@ -40,7 +39,7 @@ def _done(done: Done) -> Iterator[Table | Text]:
     )
     lines = done_lines(done)
     if done["measured"]:
-        lines.append(windows_line(done["measured"], dtypes_of(done["measured"])))
+        lines += measured_lines(done["measured"])
     yield from map(Text, filter(None, [*lines, how, done["tried_in"]]))
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from slimlm.check import Job
 from slimlm.checkpoint.card import dtypes_of, recovered
-from slimlm.checkpoint.manifest import Manifest, WindowFigures, took
+from slimlm.checkpoint.manifest import Manifest, Measured, WindowFigures, took
+from slimlm.evaluation.perplexity import of_no_use
 from slimlm.forecast import Forecast
 from slimlm.inspection import Done
 from slimlm.recipe import AnyStep
@@ -22,10 +23,15 @@ def compress_summary(manifest: Manifest) -> str:
             f"model takes, {latency['dense_ms']:,.3g}"
         )
     if manifest["measured"]:
-        measured = manifest["measured"]
-        lines.append(windows_line(measured, dtypes_of(measured)))
+        lines += measured_lines(manifest["measured"])
     lines.append(f"{seconds:.0f} s, peak memory: {_gigabytes(peaks)}, {manifest['run']['machine']}")
     return "\n".join(lines)
+
+
+def measured_lines(measured: Measured) -> list[str]:
+    """On what it was measured, and whether it is of any use."""
+    before, after = measured["dense"]["log_perplexity"], measured["compressed"]["log_perplexity"]
+    return [windows_line(measured, dtypes_of(measured)), *of_no_use({measured["text"]: after - before})]
 
 
 def done_lines(made: Manifest | Done) -> list[str]:

@@ -54,7 +54,12 @@ def test_a_model_that_is_broken_altogether_has_figures_that_can_be_read(data: di
     broken = {**data, "pairs": [pair], "models": [entry, data["models"][1]]}
     console().print(evaluation_tables(broken)[0])
     assert "1.01e+304" in capsys.readouterr().out
-    assert "times" in evaluation_summary(broken).splitlines()[0]
+    summary = evaluation_summary(broken)
+    assert "times" in summary.splitlines()[0]
+    assert (
+        f"WARNING: {pair['model']} is of no use so far: log-perplexity on python-reference rose by 9000.00" in summary
+    )
+    assert "of no use" not in evaluation_summary({**broken, "pairs": []})
 
 
 def test_a_change_without_an_error_may_be_chance(data: dict):
