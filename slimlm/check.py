@@ -46,6 +46,7 @@ from slimlm.windows import (
     calibration_windows,
     evaluation_windows,
     require_held_out,
+    said_of_passes,
     said_of_test,
     said_of_tokens,
     tokens_wanted,
@@ -172,7 +173,8 @@ def check(step: AnyStep, how: How) -> Job:
     test = evaluation_windows(step, tokenizer, model.config.vocab_size)
     require_held_out(step, windows)
     seen = also_calibrated(test, windows) if test else 0
-    for line in (*said_of_tokens(step, model, windows), *said_of_test(test, seen)):
+    said = *said_of_tokens(step, model, windows), *said_of_passes(step, windows), *said_of_test(test, seen)
+    for line in said:
         logger.warning("%s", line)
     job = Job(step, source, output, model, tokenizer, plan, can, teacher, test, windows, started, memory_before, seen)
     _check_room(job, how)

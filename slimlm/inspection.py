@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from slimlm.calibration import load_windows, require_known
+from slimlm.calibration import load_windows, require_known, say_if_few
 from slimlm.checkpoint.card import tried_in
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest, Measured, Sizes, Sparsity, read_manifest, steps_in
@@ -189,6 +189,7 @@ def _matrices(model: StreamedModel, settings: InspectSettings, progress: Progres
     if settings.dataset is not None:
         tokenizer = load_tokenizer(model.checkpoint.path, settings.trust_remote_code)
         windows = load_windows(settings.dataset, tokenizer, settings.windows, settings.window, settings.seed)
+        say_if_few(windows, settings.windows)
         require_known(windows.tokens, model.config.vocab_size, f"data {settings.dataset!r}")
         stream = embed(model, windows.batches(8))
     found: list[MatrixFigures] = []

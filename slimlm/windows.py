@@ -16,6 +16,7 @@ from slimlm.calibration import (
     local_files,
     require_known,
     sample_windows,
+    say_if_few,
     start_token,
     written_for,
 )
@@ -32,6 +33,7 @@ from slimlm.resolve import own_beside
 
 GRAM = 16  # tokens of a run that two texts hardly share by chance
 TOKENS_PER_INPUT = 10  # of a matrix that is fitted by least squares; with half as many a fit follows its own tokens
+OFTEN = 4  # passes over a text that teach about as much as new text would (arXiv 2305.16264)
 
 
 def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Windows | None:
@@ -45,9 +47,11 @@ def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocab
     if not given:
         return None
     _require_hub(step, [source for source, _ in given])
-    windows = interleaved(
-        [load_windows(source, tokenizer, count, length, step.seed, step.meant) for source, count in given]
-    )
+    loaded = [load_windows(source, tokenizer, count, length, step.seed, step.meant) for source, count in given]
+    if not isinstance(step, RecoverStep):  # which goes through them again
+        for own, (_, count) in zip(loaded, given, strict=True):
+            say_if_few(own, count)
+    windows = interleaved(loaded)
     require_known(windows.tokens, vocabulary, f"calibration data {windows.source!r}")
     return windows
 
@@ -138,6 +142,19 @@ def said_of_tokens(step: AnyStep, model: StreamedModel, windows: Windows | None)
         f"{learnt:,} tokens are few to fit matrices of {wanted // TOKENS_PER_INPUT:,} inputs from, and other "
         f"text may lose by it: --num-calibration-samples {enough} would do"
     ]
+
+
+def said_of_passes(step: AnyStep, windows: Windows | None) -> list[str]:
+    """A line where training sees its text so often that it hardly learns from it any more."""
+    assert step.max_seq_length is not None
+    if not isinstance(step, RecoverStep):
+        return []
+    held = step.max_seq_length * ((len(windows.tokens) if windows else 0) + step.own_windows)
+    times = step.tokens / held
+    return [
+        f"{step.tokens:,} tokens are to be learnt from {held:,}, so that each is seen up to {times:.0f} times, and "
+        f"more than {OFTEN} teach little: give more text, or lower --tokens"
+    ] * (times > OFTEN)
 
 
 def said_of_test(test: TestWindows | None, count: int) -> list[str]:

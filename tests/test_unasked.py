@@ -77,12 +77,13 @@ def test_a_mixture_is_taken_as_it_is_said(tiny_llama: Path, tmp_path: Path, text
         assert step.own_windows == own
 
 
-def test_the_share_is_of_the_windows_there_are(tiny_llama: Path, tmp_path: Path):
+def test_the_share_is_of_the_windows_there_are(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     short = tmp_path / "short.txt"
     short.write_text("A text that fills a few windows and no more. " * 14)
     job = checked(tiny_llama, tmp_path / "out", dataset=str(short), sparsity=0.2)
     assert 5 <= len(job.windows.tokens) < 12
     assert job.recipe.own_windows == len(job.windows.tokens)
+    assert f"fills {len(job.windows.tokens)} windows of 24, not 12" in caplog.text
 
 
 def test_later_steps_do_as_the_first(tiny_llama: Path, tmp_path: Path, text: Path):

@@ -132,6 +132,13 @@ def load_windows(
     return Windows(found, dataset, bos, documents={dataset: documents})
 
 
+def say_if_few(windows: Windows, wanted: int) -> None:
+    """Log a warning where a source does not fill as many."""
+    count, length = windows.tokens.shape
+    if count < wanted:
+        logger.warning("calibration data %r fills %d windows of %d, not %d", windows.source, count, length, wanted)
+
+
 def require_known(tokens: Tensor, vocabulary: int, what: str) -> None:
     """Raises UserError for tokens [...] that a model of so many does not have. what: they are of."""
     low, high = int(tokens.min()), int(tokens.max())
@@ -153,8 +160,6 @@ def _cut(pool: Tensor, num_windows: int, length: int, seed: int, source: str) ->
             f"calibration data {source!r} holds {pool.numel()} tokens, fewer than one window of {length}: "
             "give more text or lower --max-seq-length"
         )
-    if available < num_windows:
-        logger.warning("calibration data %r fills %d windows of %d, not %d", source, available, length, num_windows)
     grid = pool[: available * length].view(available, length)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     return grid[order[:num_windows].sort().values].contiguous()

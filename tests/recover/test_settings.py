@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from slimlm.check import How, check
 from slimlm.checkpoint.kin import KIN, Kin, kin_files, read_kin
 from slimlm.errors import UserError
 from slimlm.families import family_of
+from slimlm.progress import Progress
 from slimlm.recipe import one_step
 from slimlm.recover.losses import StreamLoss
 from slimlm.recover.training import Training
@@ -57,6 +59,18 @@ def test_blocks_computed_again_give_the_same_weights(settings: dict, pruned: Pat
     recipe = one_step(**recovering(settings, pruned, measure=False))
     again = recipe.updated(gradient_checkpointing=True, output_dir=str(tmp_path / "again"))
     assert result(compress(recipe).output_dir) == result(compress(again).output_dir)
+
+
+@pytest.mark.parametrize(("tokens", "times"), [(40 * 24 * 6, 6), (40 * 24 * 4, None)])
+def test_text_that_comes_again_is_said_only_where_that_is_often(
+    settings: dict, pruned: Path, caplog: pytest.LogCaptureFixture, tokens: int, times: int | None
+):
+    asked = recovering(settings, pruned, tokens=tokens, self_share=0.0, measure=False)
+    del asked["num_calibration_samples"]
+    check(one_step(**asked).steps[0], How(progress=Progress()))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (times is not None)
+    assert all(f"from {40 * 24:,}, so that each is seen up to {times} times" in line for line in said)
 
 
 def test_a_teacher_is_asked_once(
