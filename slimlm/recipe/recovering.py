@@ -68,7 +68,8 @@ class RecoverStep(Step):
         validate_default=False,
         gt=0,
         allow_inf_nan=False,
-        description="recover: of the optimizer, at its highest",
+        description="recover: of the optimizer, at its highest; 0.0001 is for fewer than 50 steps on a model that "
+        "slimlm refined",
     )
     num_calibration_samples: int = Field(
         UNSAID, validate_default=False, ge=1, description="recover: windows of text; as many as the tokens fill"

@@ -12,7 +12,7 @@ from slimlm.checkpoint.kin import KIN, Kin, kin_files, read_kin
 from slimlm.errors import UserError
 from slimlm.families import family_of
 from slimlm.progress import Progress
-from slimlm.recipe import one_step
+from slimlm.recipe import RecoverStep, one_step
 from slimlm.recover.losses import StreamLoss
 from slimlm.recover.training import Training
 from slimlm.stages import compress
@@ -199,3 +199,12 @@ def test_what_is_made_of_a_slice_says_what_it_is_of_the_first_model(settings: di
     assert made(dense, "per-block", method="slice", sparsity=0.27, basis="per-block") is None
     (tmp_path / "first" / KIN).unlink()
     assert made(tmp_path / "first", "fourth", method="slice", widths="hidden=16,mlp=40,blocks=2") is None
+
+
+def test_one_rate_is_advised_everywhere():
+    docs = Path(__file__).parents[2] / "docs"
+    help_text = str(RecoverStep.model_fields["learning_rate"].description)
+    pages = [(docs / f"{name}.md").read_text(encoding="utf-8") for name in ("recovery", "troubleshooting", "tutorial")]
+    for text in (help_text, *pages):
+        assert "fewer than 50 steps" in text
+        assert "to 1e-4" not in text
