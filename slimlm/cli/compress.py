@@ -189,14 +189,9 @@ def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
 
 def _print_result(result: "CompressResult", expected: dict[str, float]) -> None:
     from slimlm.report.next_steps import next_steps
-    from slimlm.report.summary import compress_summary, expectation_lines
-    from slimlm.report.table import manifest_table
-    from slimlm.report.terminal import console
+    from slimlm.report.summary import compress_shown, expectation_lines
+    from slimlm.report.terminal import lines_of, show
 
-    manifest, screen = result.manifest, console()
-    screen.print(manifest_table(manifest))
-    screen.print(compress_summary(manifest), soft_wrap=not screen.is_terminal)  # lines are whole in a log
-    for line in expectation_lines(manifest, expected):
-        print(line)
-    print(f"written to {result.output_dir}; what next:")
-    print(*next_steps(manifest, result.output_dir), sep="\n")
+    manifest, place = result.manifest, result.output_dir
+    ends = f"written to {place}; what next:", *next_steps(manifest, place)
+    show([*compress_shown(manifest), *lines_of(*expectation_lines(manifest, expected), *ends)])

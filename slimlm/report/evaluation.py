@@ -9,9 +9,9 @@ from rich.text import Text
 from slimlm.evaluation.perplexity import of_no_use
 from slimlm.report.summary import windows_line
 from slimlm.report.table import Row, comparison_table, percent, size_rows
-from slimlm.report.terminal import lines_of
+from slimlm.report.terminal import lines_of, sentences
 
-CUT = 72  # characters of a text that is shown in a line
+ROOM = 80  # characters of a line that shows a text
 WIDEST = 18  # characters of a model's name above its column
 SHOWN = 3  # prompts whose continuations are shown
 MANY = 1e6  # times, from which on digits mean nothing
@@ -20,9 +20,11 @@ Figures = Mapping[str, Any]
 
 
 def evaluation_shown(data: Figures) -> list[Table | Text]:
-    """For the terminal: tables, what was lost, what was written, and what it means."""
+    """For the terminal: tables, what was lost, what was written, what it means, and the lm-eval commands that give the
+    same scores."""
     lines = (*fragile_lines(data), *writing_lines(data["written"]), evaluation_summary(data))
-    return [*evaluation_tables(data), *lines_of(*lines)]
+    commands = [entry["lm_eval_command"] for entry in data["models"] if "lm_eval_command" in entry]
+    return [*evaluation_tables(data), *sentences(*lines), *lines_of(*(f"same scores by: {one}" for one in commands))]
 
 
 def evaluation_tables(data: Figures) -> list[Table]:
@@ -132,9 +134,8 @@ def _number(value: float | None, form: str = "{:.1f}") -> str:
 
 
 def evaluation_summary(data: Figures) -> str:
-    """Verdicts, warnings, texts, versions, and the lm-eval commands that give the same scores."""
+    """Verdicts, warnings, texts, and versions."""
     dtypes = " and ".join(dict.fromkeys(entry["dtype"] for entry in data["models"]))
-    commands = [entry["lm_eval_command"] for entry in data["models"] if "lm_eval_command" in entry]
     return "\n".join(
         [
             *verdict_lines(data),
@@ -142,7 +143,6 @@ def evaluation_summary(data: Figures) -> str:
             *(windows_line(text, dtypes) for text in data["texts"]),
             *_method_lines(data),
             "versions: " + ", ".join(f"{name} {version}" for name, version in data["versions"].items()),
-            *(f"same scores by: {command}" for command in commands),
         ]
     )
 
@@ -202,7 +202,7 @@ def fragile_lines(data: Figures) -> list[str]:
                 f"{pair['model']} lost most on {task}, log-likelihood of the right answer over the best other:"
             )
             lines += [
-                f"  question {one['document']}: {_number(one['margin_change'], '{:+.2f}')}  {_cut(one['question'])}"
+                _cut(f"  question {one['document']}: {_number(one['margin_change'], '{:+.2f}')}  ", one["question"])
                 for one in questions
             ]
     return lines
@@ -213,16 +213,17 @@ def writing_lines(written: Sequence[Figures]) -> list[str]:
     greedy = [(one["model"], [text for text in one["texts"] if text["way"] == "greedy"]) for one in written]
     lines = []
     for number, one in enumerate(greedy[0][1][:SHOWN] if greedy else []):
-        lines.append(f"prompt: {_cut(one['prompt'])}")
-        lines += [f"  {name}: {_cut(texts[number]['text'])}" for name, texts in greedy]
+        lines.append(_cut("prompt: ", one["prompt"]))
+        lines += [_cut(f"  {_end(name)}: ", texts[number]["text"]) for name, texts in greedy]
     return lines
 
 
 def _end(name: str) -> str:
-    """Of a name above a column, as much as leaves figures and labels their room."""
+    """Of a name, as much as leaves figures, labels and texts their room."""
     return name if len(name) <= WIDEST else f"...{name[3 - WIDEST :]}"
 
 
-def _cut(text: str) -> str:
-    shown = " ".join(text.split())
-    return shown if len(shown) <= CUT else f"{shown[: CUT - 3]}..."
+def _cut(label: str, text: str) -> str:
+    """A line, and as much of a text as there is room for."""
+    shown = label + " ".join(text.split())
+    return shown if len(shown) <= ROOM else f"{shown[: ROOM - 3]}..."

@@ -8,6 +8,7 @@ from rich.text import Text
 from slimlm.inspection import SPARSITIES, Done, Inspection, MatrixFigures
 from slimlm.report.summary import done_lines, measured_lines
 from slimlm.report.table import figures_table, manifest_table
+from slimlm.report.terminal import sentences
 from slimlm.slice.candidates import Choice, Span
 
 AXES = ("hidden", "mlp", "groups", "blocks")
@@ -19,8 +20,10 @@ def inspection_shown(found: Inspection) -> list[Table | Text]:
     model = found.model
     widths = ", ".join(f"{axis} {getattr(model, axis)}" for axis in AXES if getattr(model, axis))
     shown: list[Table | Text] = [
-        Text(f"{model.name}: {model.model_type}, {widths}"),
-        Text(f"{model.parameters:,} parameters, {model.bytes:,} bytes of weights, most of them {model.dtype}"),
+        *sentences(
+            f"{model.name}: {model.model_type}, {widths}",
+            f"{model.parameters:,} parameters, {model.bytes:,} bytes of weights, most of them {model.dtype}",
+        )
     ]
     if found.result is not None:
         shown += _done(found.result)
@@ -30,7 +33,7 @@ def inspection_shown(found: Inspection) -> list[Table | Text]:
 
 
 def _done(done: Done) -> Iterator[Table | Text]:
-    yield Text(f"made of {done['made_of']} by {'; then '.join(done['steps'])}")
+    yield from sentences(f"made of {done['made_of']} by {'; then '.join(done['steps'])}")
     yield manifest_table(done)
     how = (
         "transformers loads it with trust_remote_code=True"
@@ -40,7 +43,7 @@ def _done(done: Done) -> Iterator[Table | Text]:
     lines = done_lines(done)
     if done["measured"]:
         lines += measured_lines(done["measured"])
-    yield from map(Text, filter(None, [*lines, how, done["tried_in"]]))
+    yield from sentences(*lines, how, done["tried_in"])
 
 
 def _widths_table(widths: Sequence[Choice]) -> Table:

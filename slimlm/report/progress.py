@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 from slimlm.display import Whole
@@ -28,8 +29,8 @@ class Bar(Whole):
         self.bars.update(self.task, description=self.at, completed=self.pace.share)
 
     def line(self, text: str) -> None:
-        """Above the bar."""
-        self.bars.console.print(text, soft_wrap=True)
+        """Above the bar, broken between words."""
+        self.bars.console.print(text)
 
 
 class _Figures(ProgressColumn):
@@ -64,8 +65,12 @@ def progress_shown() -> Iterator[Progress]:
         with _every_minute(Logged()) as logged:
             yield logged
         return
-    figures = _Figures()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(10), figures)
+    figures = _Figures(Column(no_wrap=True))
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+        BarColumn(10),
+        figures,
+    )
     with RichProgress(*columns, console=terminal, transient=True) as bars:
         figures.whole = bar = Bar(bars)
         yield bar

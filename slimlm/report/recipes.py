@@ -57,7 +57,7 @@ def recipes_shown() -> list[Table | Text]:
     for column in table.columns[1:3]:
         column.justify, column.no_wrap = "left", False
     told = f"{' and '.join(EXPECTED)}: of the result, by the recipe's own run"
-    return [table, *lines_of(told, *(one["path"] for one in recipes))]
+    return [table, Text(told), *lines_of(*(one["path"] for one in recipes))]
 
 
 EXPECTED = ("parameters", "perplexity")

@@ -11,8 +11,7 @@ from slimlm.inspection import Inspection
 from slimlm.report.evaluation import evaluation_shown
 from slimlm.report.inspection import inspection_shown
 from slimlm.report.speed import speed_shown
-from slimlm.report.summary import compress_summary
-from slimlm.report.table import manifest_table
+from slimlm.report.summary import compress_shown
 from slimlm.report.terminal import as_text, lines_of
 
 
@@ -28,7 +27,4 @@ def _parts(found: CompressResult | Evaluation | Bench | Inspection) -> Sequence[
         return speed_shown(found)
     if isinstance(found, Inspection):
         return inspection_shown(found)
-    return [
-        manifest_table(found.manifest),
-        *lines_of(compress_summary(found.manifest), f"written to {found.output_dir}"),
-    ]
+    return [*compress_shown(found.manifest), *lines_of(f"written to {found.output_dir}")]

@@ -9,7 +9,7 @@ from slimlm.checkpoint.manifest import versions
 from slimlm.evaluation.speed.contenders import AS_STORED
 from slimlm.evaluation.speed.figures import Bench, ModelSpeed
 from slimlm.evaluation.speed.timing import BatchSpeed, Ratio, Spread, decode_ratio, prefill_ratio
-from slimlm.report.terminal import lines_of
+from slimlm.report.terminal import sentences
 
 FEW = 0.005  # zeros, which are not worth a row
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -19,8 +19,8 @@ def speed_shown(found: Bench) -> list[Table | Text]:
     """For the terminal: tables, what there is to say of each, and how it was measured."""
     shown: list[Table | Text] = []
     for table, verdict in speed_tables(found):
-        shown += [table, *lines_of(*verdict)]
-    return [*shown, *lines_of(*speed_lines(found))]
+        shown += [table, *sentences(*verdict)]
+    return [*shown, *sentences(*speed_lines(found))]
 
 
 def speed_tables(found: Bench) -> Iterator[tuple[Table, list[str]]]:

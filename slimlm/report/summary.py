@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.table import Table
+from rich.text import Text
+
 from slimlm.check import Job
 from slimlm.checkpoint.card import dtypes_of, recovered
 from slimlm.checkpoint.manifest import Manifest, Measured, WindowFigures, took
@@ -11,6 +14,13 @@ from slimlm.forecast import Forecast
 from slimlm.inspection import Done
 from slimlm.recipe import AnyStep
 from slimlm.report.expected import shapes_of
+from slimlm.report.table import manifest_table
+from slimlm.report.terminal import sentences
+
+
+def compress_shown(manifest: Manifest) -> list[Table | Text]:
+    """For the terminal: what a run did to its model."""
+    return [manifest_table(manifest), *sentences(compress_summary(manifest))]
 
 
 def compress_summary(manifest: Manifest) -> str:

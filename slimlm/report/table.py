@@ -1,10 +1,14 @@
 """Tables for the terminal."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from slimlm.checkpoint.manifest import Manifest
 from slimlm.inspection import Done
@@ -12,16 +16,33 @@ from slimlm.inspection import Done
 Row = tuple[str, Sequence[str]]  # a label, and a cell for each column; a label alone begins a section
 
 
+class _Label:
+    """A name that is broken behind an underscore where its column is too narrow for it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __rich_console__(self, screen: Console, options: ConsoleOptions) -> Iterator[Text]:
+        lines = [""]
+        for part in re.findall("[^_]+_*|_+", self.name):
+            if len(lines[-1] + part) > options.max_width:
+                lines.append("")
+            lines[-1] += part
+        yield Text("\n".join(filter(None, lines)), overflow="fold")
+
+    def __rich_measure__(self, screen: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, len(self.name))
+
+
 def comparison_table(columns: Sequence[str], rows: Sequence[Row]) -> Table:
-    """Figures down, models across; labels are folded before a figure is cut."""
+    """Figures down, models across; labels are broken before a figure is cut."""
     table = Table("", *columns, box=SIMPLE_HEAD, pad_edge=False)
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
-    table.columns[0].overflow = "fold"
     for label, cells in rows:
         if not cells:
             table.add_section()
-        table.add_row(label, *cells)
+        table.add_row(_Label(label), *cells)
     return table
 
 
