@@ -160,7 +160,13 @@ def test_a_bar_shows_its_stage_as_it_is_within_80_columns(monkeypatch):
         assert " GB" in screen.getvalue()
         progress.stage(ODD, 2)
         progress.bars.refresh()
+        progress.stage("perplexity of meta-llama/Llama-3.2-3B-Instruct", 128)
+        progress.bars.refresh()
     assert ODD in screen.getvalue()
+    last = screen.getvalue().rpartition("perplexity of")[2]
+    assert "meta-llama/Llama-3.2-3B-Instruct" in last
+    assert "0/128" in last
+    assert "…" not in screen.getvalue()
 
 
 def test_a_notebook_has_lines_and_one_that_changes(monkeypatch: pytest.MonkeyPatch):
