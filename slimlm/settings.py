@@ -137,7 +137,9 @@ class EvalSettings(ModelSettings):
     corrupt: Sequence[str] | None = described(
         None, "measure corrupted texts too, comma-separated: `typos`, `drop`, `case`"
     )
-    batch_size: int | str = described(8, "windows or questions at a time; `auto` has lm-eval find out for questions")
+    batch_size: int | str | None = described(
+        None, "windows or questions at a time; `auto` has lm-eval find out for questions", "8 windows, 16 questions"
+    )
     limit: float | None = described(None, "questions per task: a number, or a share below 1")
     num_fewshot: int | None = described(None, "examples shown before each question", least=0)
     apply_chat_template: bool = described(False, "put questions and prompts into the tokenizer's chat template")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 YAML = (".yaml", ".yml")
+QUESTIONS = 16  # at a time: they are shorter than windows
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
@@ -95,7 +96,7 @@ def run_tasks(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        how = {"pretrained": model, "tokenizer": tokenizer, "batch_size": settings.batch_size}
+        how = {"pretrained": model, "tokenizer": tokenizer, "batch_size": settings.batch_size or QUESTIONS}
         if ranks.size == 1:
             wrapped = HFLM(**how)
         else:

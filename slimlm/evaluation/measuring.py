@@ -16,7 +16,7 @@ from slimlm.checkpoint.skeleton import build_skeleton, parameter_count, use_only
 from slimlm.evaluation.account import Samples, dense_figures
 from slimlm.evaluation.by_block import has_no_room, is_streamable, measure_by_block
 from slimlm.evaluation.generation import Writing, continuations
-from slimlm.evaluation.harness import run_tasks
+from slimlm.evaluation.harness import QUESTIONS, run_tasks
 from slimlm.evaluation.loading import load_model
 from slimlm.evaluation.questions import kept_of
 from slimlm.evaluation.subjects import Subject
@@ -30,7 +30,7 @@ from slimlm.settings import EvalSettings
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-BATCH = 8  # windows at a time, where lm-eval is to find out how many questions
+BATCH = 8  # windows at a time
 TASKS, WRITING = 2.0, 1.0  # times what all texts cost
 
 
@@ -203,7 +203,7 @@ def lm_eval_command(resolved: ResolvedModel, settings: EvalSettings) -> str:
     arguments += ["parallelize=True"] if settings.device_map else []
     arguments += ["trust_remote_code=True"] if settings.trust_remote_code else []
     words = ["lm_eval", "--model", "hf", "--model_args", ",".join(arguments), "--tasks", ",".join(settings.tasks or ())]
-    words += ["--include_path", str(TASKS_PATH), "--batch_size", str(settings.batch_size)]
+    words += ["--include_path", str(TASKS_PATH), "--batch_size", str(settings.batch_size or QUESTIONS)]
     words += [] if settings.device_map else ["--device", settings.device]
     words += [] if settings.limit is None else ["--limit", repr(settings.limit)]
     words += [] if settings.num_fewshot is None else ["--num_fewshot", str(settings.num_fewshot)]

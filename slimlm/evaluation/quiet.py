@@ -1,4 +1,4 @@
-"""Keeps lm-eval off the screen: what it always says of how slimlm calls it, its bars, and its `git`.
+"""Keeps lm-eval off the screen: what it always says of how slimlm calls it, its bars, and what it asks the machine.
 
 Only in the thread that asks for it: to others, who may use lm-eval too, it is as it was.
 """
@@ -20,6 +20,8 @@ KNOWN = (
     "`pretrained` model kwarg is not of type `str`",
     "Passed an already-initialized model through `pretrained`",
 )
+# By a `git` that complains outside a repository, and by all that the machine says of itself; we use neither.
+DESCRIBING = ("get_git_commit_hash", "add_env_info")
 SPEAKERS = ("lm_eval.api.task", "lm_eval.models.huggingface")
 Made = TypeVar("Made")
 _here = threading.local()
@@ -64,9 +66,10 @@ def _hush() -> None:
         bar = getattr(module, "tqdm", None) if name.startswith("lm_eval.") else None
         if isinstance(bar, type):
             module.tqdm = _at_will(bar)  # type: ignore[attr-defined]
-    describe = getattr(lm_eval.evaluator, "get_git_commit_hash", None)
-    if describe is not None and not hasattr(describe, "__wrapped__"):
-        lm_eval.evaluator.get_git_commit_hash = _unless_quiet(describe)
+    for name in DESCRIBING:
+        describe = getattr(lm_eval.evaluator, name, None)
+        if describe is not None and not hasattr(describe, "__wrapped__"):
+            setattr(lm_eval.evaluator, name, _unless_quiet(describe))
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -81,9 +84,9 @@ def _at_will(bar: Callable[..., Made]) -> Callable[..., Made]:
     return made
 
 
-def _unless_quiet(describe: Callable[[], str | None]) -> Callable[[], str | None]:
+def _unless_quiet(describe: Callable[..., Made]) -> Callable[..., Made | None]:
     @functools.wraps(describe)
-    def described() -> str | None:  # by a `git` that complains outside a repository; no figure of ours holds the answer
-        return None if _is_quiet() else describe()
+    def described(*args: Any) -> Made | None:
+        return None if _is_quiet() else describe(*args)
 
     return described

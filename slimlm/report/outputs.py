@@ -152,7 +152,7 @@ class TasksAsked(TypedDict):
 class HowMeasured(TypedDict):
     """What decides figures beside models, texts and tasks."""
 
-    batch_size: int | str
+    batch_size: int | str | None
     dtype: str
     seed: int | None
     apply_chat_template: bool

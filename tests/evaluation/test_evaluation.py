@@ -199,16 +199,18 @@ def test_a_broken_task_file_is_one_clear_line(tmp_path: Path, text: str):
 
 
 @pytest.mark.slow
-def test_a_template_is_compiled_once_for_all_documents(tmp_path: Path, no_index, monkeypatch: pytest.MonkeyPatch):
-    compiled, actual = list[str](), Environment.from_string
+def test_lm_eval_neither_compiles_a_template_again_nor_describes_the_machine(tmp_path: Path, no_index, monkeypatch):
+    compiled, described, actual = list[str](), list[bool](), Environment.from_string
 
     def spy(self: Environment, source: str) -> Template:
         compiled.append(source)
         return actual(self, source)
 
     monkeypatch.setattr(Environment, "from_string", spy)
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: described.append(True))
     build_tiny(CONFIGS["llama"], tmp_path / "model")
     evaluate(str(tmp_path / "model"), limit=4, text=(), generate=0)
+    assert not described
     assert compiled
     assert len(compiled) <= 2 * len(set(compiled))  # once more where the task is loaded
     assert lm_eval.utils.env.from_string.__func__ is spy  # as it was
