@@ -71,6 +71,7 @@ def forecast(job: Job, later: list[AnyStep], how: How, prober: Prober, processes
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".slimlm-probe-", dir=where)))
             for where in (home, *([how.work_dir] if how.work_dir else []))
         )
+        prober.owns([place, *waiting])
         manifest, events = probe(
             job, later, shown, place, replace(how, work_dir=waiting[0] if waiting else None), prober
         )

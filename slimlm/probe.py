@@ -1,13 +1,14 @@
 """A real run on the first blocks of a model, in a process of its own: what `--dry-run` goes by.
 
-`python -m slimlm.probe` is that process: a `Prober`'s. The recipe lies in a directory of the probe's own, and so is the
-one where hidden states wait: when the dry run dies, and with it standard input, the probe ends and takes both along.
+`python -m slimlm.probe` is that process: a `Prober`'s. The recipe lies in a directory of its own, and so do the hidden
+states that wait: when the dry run dies, and with it standard input, the probe ends and takes its directories along.
 """
 
 import _thread
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 from itertools import chain
@@ -146,7 +147,7 @@ def end_with_parent() -> None:
     while os.read(0, 1):
         pass
     ended.set()
-    _thread.interrupt_main()
+    _thread.interrupt_main(signal.SIGTERM)  # SIGINT may be ignored, as in a shell's background jobs
 
 
 def run_probe(asked: Asked) -> None:
@@ -161,19 +162,18 @@ def run_probe(asked: Asked) -> None:
 
 def main() -> None:
     """Wait for what is asked, and do it; nothing where nobody asks any more."""
-    line = sys.stdin.readline()
-    if not line:
-        return
-    asked = Asked(*json.loads(line))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    places: list[str] = json.loads(sys.stdin.readline() or "[]")
+    asked = sys.stdin.readline()
     try:
-        threading.Thread(target=end_with_parent, daemon=True).start()
-        run_probe(asked)
+        if asked:
+            threading.Thread(target=end_with_parent, daemon=True).start()
+            run_probe(Asked(*json.loads(asked)))
     except SlimlmError as error:
         sys.exit(str(error))
     finally:
-        for place in (Path(asked.recipe).parent, asked.work_dir) if ended.is_set() else ():
-            if place is not None:
-                shutil.rmtree(place, ignore_errors=True)
+        for place in places if ended.is_set() or not asked else ():
+            shutil.rmtree(place, ignore_errors=True)
 
 
 if __name__ == "__main__":

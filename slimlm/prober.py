@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from slimlm.errors import RunFailure
+from slimlm.plain import Json
 
 
 class Asked(NamedTuple):
@@ -22,8 +25,8 @@ class Asked(NamedTuple):
 class Prober:
     """`python -m slimlm.probe`, which imports at once, and then waits for what is asked of it.
 
-    What is asked is a line on its standard input, a pipe that stays open. When this process dies, even by `kill -9`,
-    the pipe ends, and so does the probe.
+    Its standard input is a pipe that stays open: a line says what directories are its own, the next what is asked. When
+    this process dies, even by `kill -9`, the pipe ends, and so does the probe, which takes its directories along.
     """
 
     def __init__(self) -> None:
@@ -35,6 +38,10 @@ class Prober:
         """End it."""
         self._process.kill()
         self._process.communicate()
+
+    def owns(self, places: Sequence[Path]) -> None:
+        """Have it take directories along, should this process die."""
+        self._say([str(place) for place in places])
 
     def carry_out(self, asked: Asked) -> None:
         """Returns when it is done. Raises RunFailure when it failed."""
@@ -53,11 +60,14 @@ class Prober:
 
     def _answer(self, asked: Asked) -> list[str]:
         """The lines of its complaints."""
-        assert self._process.stdin is not None
+        self._say(asked)
         assert self._process.stderr is not None
-        with suppress(BrokenPipeError):  # where it has died, and says of what
-            self._process.stdin.write(json.dumps(asked) + "\n")
-            self._process.stdin.flush()
         said = self._process.stderr.read()
         self._process.wait()
         return said.strip().splitlines() or ["it does not say why"]
+
+    def _say(self, what: Sequence[Json]) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # where it has died, of which it says something
+            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.flush()

@@ -29,6 +29,7 @@ from slimlm.model.streamed import StreamedModel
 from slimlm.model.whole import whole
 from slimlm.progress import Progress
 from slimlm.recipe import OF_HUB, SELF, AnyStep, RecoverStep, Source, flag_of
+from slimlm.recover.text import HELD
 from slimlm.resolve import own_beside
 
 GRAM = 16  # tokens of a run that two texts hardly share by chance
@@ -149,10 +150,11 @@ def said_of_passes(step: AnyStep, windows: Windows | None) -> list[str]:
     assert step.max_seq_length is not None
     if not isinstance(step, RecoverStep):
         return []
-    held = step.max_seq_length * ((len(windows.tokens) if windows else 0) + step.own_windows)
-    times = step.tokens / held
+    kinds = (len(windows.tokens) if windows else 0, step.own_windows)
+    learnt = step.max_seq_length * sum(count - min(HELD, count // HELD_EVERY) for count in kinds)
+    times = step.tokens / learnt
     return [
-        f"{step.tokens:,} tokens are to be learnt from {held:,}, so that each is seen up to {times:.0f} times, and "
+        f"{step.tokens:,} tokens are to be learnt from {learnt:,}, so that each is seen up to {times:.1f} times, and "
         f"more than {OFTEN} teach little: give more text, or lower --tokens"
     ] * (times > OFTEN)
 

@@ -135,6 +135,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes without a process of their own, whose imports take longer than all that a tiny model needs."""
     monkeypatch.setattr(Prober, "__init__", lambda self: None)
     monkeypatch.setattr(Prober, "close", lambda self: None)
+    monkeypatch.setattr(Prober, "owns", lambda self, places: None)
     monkeypatch.setattr(Prober, "carry_out", lambda self, asked: run_probe(asked))
 
 

@@ -239,6 +239,15 @@ def test_a_probe_that_is_killed_says_so(recipe: Recipe, monkeypatch):
         forecast_of(check(recipe.steps[0], HOW))
 
 
+def test_directories_go_with_a_dry_run_that_dies_before_it_asks(tmp_path: Path):
+    (tmp_path / "probe" / "model").mkdir(parents=True)
+    waiting = Prober()
+    waiting.owns([tmp_path / "probe"])
+    waiting._process.communicate(timeout=120)  # closes the pipe, as a death does
+    assert waiting._process.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_probe_that_fails_says_why(recipe: Recipe, tmp_path: Path):
     job = check(recipe.steps[0], HOW)
     (tmp_path / "model" / "tokenizer.json").unlink()

@@ -15,6 +15,7 @@ from slimlm.checkpoint.manifest import versions
 from slimlm.device import device_name
 from slimlm.errors import UserError
 from slimlm.evaluation.account import Samples
+from slimlm.evaluation.harness import QUESTIONS
 from slimlm.evaluation.measuring import Plan
 from slimlm.evaluation.prompts import PROMPTS
 from slimlm.evaluation.quiet import quiet
@@ -27,10 +28,10 @@ from slimlm.settings import EvalSettings
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-AS_GIVEN = (
-    "limit", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "seed", "batch_size", "generate"
-)  # fmt: skip
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function whose source is not to be had
+AS_GIVEN = ("apply_chat_template", "system_instruction", "generate")
+OF_TASKS = ("limit", "num_fewshot", "gen_kwargs")  # which nothing else reads
+WRITTEN = "prompts"  # not there where nothing was written
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function whose source is not to be had
 Conditions = Mapping[str, Json]
 
 
@@ -40,7 +41,7 @@ def read_earlier(settings: EvalSettings) -> tuple[Samples, Conditions] | None:
     models none of which is dense."""
     place = Path(settings.against or "").expanduser()
     number = None
-    if place.parent.name == MODELS and place.name.isdigit() and are_samples(place.parent.parent):
+    if place.parent.name == MODELS and place.name.isdecimal() and are_samples(place.parent.parent):
         place, number = place.parent.parent, int(place.name)
     if settings.against is None or not are_samples(place):
         return None
@@ -67,10 +68,14 @@ def with_window(settings: EvalSettings, there: Conditions) -> EvalSettings:
 def require_same(there: Conditions, here: Conditions, place: str) -> None:
     """Raises UserError that names every condition that is not the same, with both values. Those that one of them lacks
     follow from others, if any others differ: of a text that is not measured there is nothing to be the same."""
-    changed = [name for name in there if name in here and there[name] != here[name]] or sorted({*there} ^ {*here})
+    changed = [name for name in there if name in here and there[name] != here[name]]
+    changed = changed or sorted(({*there} ^ {*here}) - {WRITTEN})
     if changed:
         both = "; ".join(f"{name} was {_said(there, name)}, is now {_said(here, name)}" for name in changed)
-        raise UserError(f"{place} was measured otherwise, and cannot be compared with: {both}")
+        raise UserError(
+            f"{place} was measured otherwise, and until it is measured again, or this as it was, cannot be compared "
+            f"with: {both}"
+        )
 
 
 def _said(conditions: Conditions, name: str) -> str:
@@ -81,18 +86,24 @@ def conditions_of(plan: Plan, subject: Subject) -> dict[str, Json]:
     """Everything that decides what is measured of a model, beside the model: by name, as JSON holds it. Texts,
     questions, prompts and tokenizer by what they hold."""
     settings, tokenizer = plan.settings, subject.tokenizer
-    asked = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in AS_GIVEN}
+    asks = plan.manager is not None
     return {
         **_of_texts(plan.texts, settings),
-        **(_of_tasks(plan) if plan.manager is not None else {"--tasks": []}),
-        **asked,
+        **(_of_tasks(plan) if asks else {"--tasks": []}),
+        **{_flag(name): getattr(settings, name) for name in AS_GIVEN},
+        "--seed": settings.seed or 0,
+        "--batch-size": plan.batch_size,
         "--dtype": str(subject.dtype).removeprefix("torch."),
         "tokenizer": _digest([tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer(list(PROMPTS)).input_ids]),
         "chat template": _digest([tokenizer.chat_template]) if settings.apply_chat_template else None,
-        "prompts": None if plan.writing is None else _digest([plan.writing.prompts]),
+        **({} if plan.writing is None else {WRITTEN: _digest([plan.writing.prompts])}),
         "device": device_name(torch.device(settings.device)),
         **{f"version of {package}": version for package, version in versions().items()},
     }
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _of_texts(texts: Sequence[TestWindows], settings: EvalSettings) -> dict[str, Json]:
@@ -119,6 +130,9 @@ def _of_tasks(plan: Plan) -> dict[str, Json]:
         tasks: Mapping[str, Task] = found["tasks"]
         return {
             "--tasks": sorted({*tasks, *found["groups"]}),
+            **{_flag(name): getattr(plan.settings, name) for name in OF_TASKS},
+            "--seed of tasks": plan.settings.seed,  # lm-eval has others of its own where none is given
+            "--batch-size of tasks": plan.settings.batch_size or QUESTIONS,
             **{f"version of {name}": str(task.VERSION) for name, task in tasks.items()},
             **{f"questions of {name}": _questions(task, plan.settings.num_fewshot) for name, task in tasks.items()},
         }
@@ -134,6 +148,6 @@ def _questions(task: "Task", num_fewshot: int | None) -> str:
 def _digest(parts: Iterable[Json]) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        text = json.dumps(part, sort_keys=True, default=lambda value: ADDRESS.sub("", str(value)))
+        text = json.dumps(part, sort_keys=True, default=lambda one: sorted(one) if isinstance(one, set) else str(one))
         digest.update(f"{ADDRESS.sub('', text)}\n".encode())
     return digest.hexdigest()[:16]

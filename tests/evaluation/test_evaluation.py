@@ -198,7 +198,6 @@ def test_a_broken_task_file_is_one_clear_line(tmp_path: Path, text: str):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 def test_lm_eval_neither_compiles_a_template_again_nor_describes_the_machine(tmp_path: Path, no_index, monkeypatch):
     compiled, described, actual = list[str](), list[bool](), Environment.from_string
 
@@ -216,6 +215,7 @@ def test_lm_eval_neither_compiles_a_template_again_nor_describes_the_machine(tmp
     assert lm_eval.utils.env.from_string.__func__ is spy  # as it was
 
 
+@pytest.mark.slow
 def test_random_weights_answer_at_chance_and_the_trained_model_above_it(tmp_path: Path, no_index):
     path = build_tiny(CONFIGS["llama"], tmp_path / "random")
     data = evaluate(str(path), "llama", num_windows=1, window=32, limit=100, dtype="float32", generate=0).data

@@ -113,4 +113,4 @@ def gguf_files(name: str) -> list[Path]:
         raise UserError(f"GGUF file {name} does not exist")
     others = path.parent.glob("*.gguf") if PART.search(path.name) else ()
     whole = PART.sub("", path.name)
-    return [path, *(other for other in others if other != path and PART.sub("", other.name) == whole)]
+    return sorted({path, *(other for other in others if PART.sub("", other.name) == whole)})
