@@ -368,7 +368,7 @@ run("inspect", "llama", "--windows", "3", "--cache-dir", "here")
     assert "'tasks': ()" in lines[1]
     assert "'against': 'other'" in lines[1]
     assert "'num_windows': None" in lines[1]
-    assert "'batch_size': 8" in lines[1]
+    assert "'batch_size': None" in lines[1]
     assert "'windows': 3" in lines[2]
     assert "'cache_dir': PosixPath('here')" in lines[2]
 
