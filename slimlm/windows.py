@@ -29,7 +29,7 @@ from slimlm.model.streamed import StreamedModel
 from slimlm.model.whole import whole
 from slimlm.progress import Progress
 from slimlm.recipe import OF_HUB, SELF, AnyStep, RecoverStep, Source, flag_of
-from slimlm.recover.text import HELD
+from slimlm.recover.text import held_of
 from slimlm.resolve import own_beside
 
 GRAM = 16  # tokens of a run that two texts hardly share by chance
@@ -151,7 +151,7 @@ def said_of_passes(step: AnyStep, windows: Windows | None) -> list[str]:
     if not isinstance(step, RecoverStep):
         return []
     kinds = (len(windows.tokens) if windows else 0, step.own_windows)
-    learnt = step.max_seq_length * sum(count - min(HELD, count // HELD_EVERY) for count in kinds)
+    learnt = step.max_seq_length * sum(count - held_of(count) for count in kinds)
     times = step.tokens / learnt
     return [
         f"{step.tokens:,} tokens are to be learnt from {learnt:,}, so that each is seen up to {times:.1f} times, and "

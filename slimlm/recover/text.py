@@ -16,6 +16,11 @@ Tokens = Annotated[Tensor, "windows time"]
 Numbers = Annotated[Tensor, "windows", torch.int64]
 
 
+def held_of(count: int) -> int:
+    """Of so many windows of a kind, those that are held out."""
+    return min(HELD, count // HELD_EVERY)
+
+
 @dataclass(frozen=True)
 class Text:
     """tokens: [windows, time]. learned: the numbers of those to learn from, [learned]. held: of those of each kind that
@@ -32,7 +37,7 @@ class Text:
         origins = windows.of_each
         for origin in dict.fromkeys(origins):
             own = torch.tensor([index for index, other in enumerate(origins) if other == origin])
-            count = min(HELD, len(own) // HELD_EVERY)
+            count = held_of(len(own))
             if count:
                 chosen = own[torch.arange(count) * len(own) // count]
                 name = Path(origin).name
