@@ -129,6 +129,14 @@ class Run(Generic[S]):
         """A stream for batches [batch, time], the calibration's by default, that starts over when it is interrupted."""
         return self._embed(self.model, self.scratch.hidden(name), batches)
 
+    def again(self, name: str, stream: Stream) -> Stream:
+        """What `embed` would give for the same batches once more, of a stream that has not moved."""
+        hidden = self.scratch.hidden(name)
+        for own in stream.hidden:
+            hidden.append(own)
+        self.ranks.note("windows", sum(map(len, stream.tokens)))
+        return Stream(stream.tokens, hidden, stream.calls, stream.deal)
+
     def _embed(self, model: StreamedModel, hidden: HiddenStates, batches: list[Tensor] | None = None) -> Stream:
         stream = embed(model, self.batches if batches is None else batches, hidden, self.ranks)
         self.ranks.note("windows", sum(map(len, stream.tokens)))

@@ -1,12 +1,11 @@
-"""What writing a text token by token spends its time on, made fast: attention of one query on CPUs, keys and values
-that are not copied, and a draw.
+"""What writing a text token by token spends its time on, made fast: attention of one query on CPUs, and keys and values
+that are not copied.
 
-PyTorch's attention of a single query in bf16, and its multinomial draw, take most of the time of a small model's
-decoding there; matrix products in fp32, and sums, take a fraction of it.
+PyTorch's attention of a single query in bf16 takes most of the time of a small model's decoding there; matrix products
+in fp32 take a fraction of it.
 """
 
 from functools import cache
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, DynamicLayer
 
 NAME = "slimlm-one-query"
-CACHED = 1 << 19  # keys, or logits, at a time, in fp32: what stays in a cache
+CACHED = 1 << 19  # keys at a time, in fp32: what stays in a cache
 SDPA = "sdpa"
 
 
@@ -93,18 +92,3 @@ class Reserved(DynamicLayer):  # type: ignore[misc]  # transformers has no types
             room[:, :, start : self.filled] = one
         self.keys, self.values = (room[:, :, : self.filled] for room in self.room)
         return self.keys, self.values
-
-
-def draw(
-    logits: Annotated[Tensor, "rows outcomes"], heat: Annotated[Tensor, "rows 1"], generator: torch.Generator
-) -> Annotated[Tensor, "rows 1"]:
-    """One of each row's outcomes at its temperature: where a uniform number falls among the sums of probabilities."""
-    places = torch.rand(len(logits), 1, dtype=torch.float32, generator=generator, device=logits.device)
-    rows = max(1, CACHED // logits.shape[1])
-    parts = zip(*(one.split(rows) for one in (logits, heat, places)), strict=True)
-    return torch.cat([_drawn(*part) for part in parts])
-
-
-def _drawn(logits: Tensor, heat: Tensor, places: Tensor) -> Tensor:
-    sums = (logits.float() / heat).softmax(-1).cumsum(-1)
-    return (sums <= sums[:, -1:] * places).sum(-1, keepdim=True).clamp_max(sums.shape[-1] - 1)

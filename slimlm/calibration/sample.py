@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimlm.calibration.decoding import decode_fast, draw, reserve
+from slimlm.calibration.decoding import decode_fast, reserve
 from slimlm.calibration.openings import OPENINGS
 from slimlm.calibration.windows import Windows, start_token
 from slimlm.deal import Deal, seed_of
 from slimlm.errors import UserError
+from slimlm.linalg.draws import draw
 from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import SELF
 

@@ -87,7 +87,8 @@ def compare_streamed(
 
 def _likelihood(model: StreamedModel, stream: Stream, length: int) -> LogLikelihood:
     likelihood = LogLikelihood(model.dtype)
-    likelihood.count(nll(model, stream), length - 1)
+    (sums,) = nll(model, [stream])
+    likelihood.count(sums, length - 1)
     return likelihood
 
 

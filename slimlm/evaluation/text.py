@@ -106,6 +106,7 @@ def _lengths(document: str, ends: list[int]) -> Tensor:
     """
     places = torch.tensor([0, *ends], dtype=torch.int64).cummax(0).values
     if not document.isascii():
-        sizes = torch.tensor([0, *(len(letter.encode("utf-8", "surrogatepass")) for letter in document)])
-        places = sizes.cumsum(0)[places]
+        encoded = torch.frombuffer(bytearray(document, "utf-8", "surrogatepass"), dtype=torch.uint8)
+        starts = (encoded & 0xC0 != 0x80).nonzero().flatten()  # bytes of which letters are the first
+        places = torch.cat([starts, torch.tensor([len(encoded)])])[places]
     return places.diff()

@@ -5,9 +5,8 @@ from typing import Annotated, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div
 
-LOSS_CHUNK = 2048
 TINY = 1e-6  # of probability, below which nothing is left
 CACHED, LARGE = 1 << 20, 1 << 27  # logits at a time: what stays in a CPU's cache, and what keeps a GPU busy
 
@@ -16,15 +15,7 @@ def window_nll(
     logits: Annotated[Tensor, "batch time vocab"], targets: Annotated[Tensor, "batch time", int]
 ) -> Annotated[Tensor, "batch"]:
     """Negative log-likelihood of each window's targets under its logits, fp64."""
-    windows = []
-    for scores, wanted in zip(
-        logits, targets, strict=True
-    ):  # a window at a time: logits are the largest tensor there is
-        parts = zip(scores.split(LOSS_CHUNK), wanted.split(LOSS_CHUNK), strict=True)
-        windows.append(
-            sum(cross_entropy(part.float(), target, reduction="none").double().sum() for part, target in parts)
-        )
-    return torch.stack([torch.as_tensor(window, dtype=torch.float64) for window in windows])
+    return token_figures(logits, targets)[:, 0].double().sum(-1)
 
 
 def token_figures(

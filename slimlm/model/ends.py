@@ -5,7 +5,7 @@ masks, rotary embeddings and whatever a family passes to its layers are what the
 passing on given states, it scales, caps and projects as it always does.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimlm.checkpoint.lookup import looked_up
 from slimlm.deal import Deal
+from slimlm.device import product_dtype, products_in
 from slimlm.errors import UserError
 from slimlm.linalg.likelihood import divergence, window_nll
 from slimlm.model.block import Block
@@ -103,11 +104,16 @@ def _returned(model: StreamedModel, hidden: Tensor) -> Returned:
 
 
 @torch.no_grad()
-def nll(model: StreamedModel, stream: Stream) -> Tensor:
-    """Negative log-likelihood of each of all ranks' windows' tokens 1.. under the model, of a stream that went through
-    all blocks: fp64 [windows], on the CPU."""
+def nll(model: StreamedModel, streams: Iterable[Stream]) -> list[Tensor]:
+    """Negative log-likelihood of each of all ranks' windows' tokens 1.. under the model, of streams that went through
+    all blocks: fp64 [windows], on the CPU, of each stream."""
+    with head_loaded(model):
+        return [_nll(model, stream) for stream in streams]
+
+
+def _nll(model: StreamedModel, stream: Stream) -> Tensor:
     sums = [torch.zeros(tokens.shape[0], dtype=torch.float64, device=model.device) for tokens in stream.tokens]
-    for number, positions, found in logits(model, stream):
+    for number, positions, found in _logits(model, stream):
         targets = stream.tokens[number][:, 1:][:, positions]
         if targets.shape[1]:
             sums[number] += window_nll(found[:, : targets.shape[1]], targets)
@@ -122,19 +128,24 @@ def logits(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, slice, T
     As many positions at a time as make up to LARGE_LOGITS bytes in fp32, of each batch in turn.
     """
     with head_loaded(model):
-        for number, start, part in _pieces(model, stream):
-            with torch.no_grad():
-                found = _around_blocks(model, part)
-            yield number, slice(start, start + part.shape[1]), found
-            del found  # before the next are computed
+        yield from _logits(model, stream)
+
+
+def _logits(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, slice, Tensor]]:
+    for number, start, part in _pieces(model, stream):
+        with torch.no_grad():
+            found = _around_blocks(model, part)
+        yield number, slice(start, start + part.shape[1]), found
+        del found  # before the next are computed
 
 
 def differentiable_logits(model: StreamedModel, stream: Stream) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(batch number, states [batch, positions, hidden], logits): the logits as a function of the hidden states."""
+    """(batch number, states [batch, positions, hidden], logits): the logits as a function of the hidden states, their
+    products in what is fastest."""
     with head_loaded(model):
         for number, _, part in _pieces(model, stream):
             leaf = part.detach().clone().requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), products_in(leaf.device, product_dtype(leaf)):
                 found = _around_blocks(model, leaf)
             yield number, leaf, found
 

@@ -81,10 +81,10 @@ class Measuring:
                 measured += 1
             if block.index == len(self.model.blocks) - 1:
                 block.unload()
-                self.losses |= {key: self._loss(stream) for key, stream in cut.items()}
+                self.losses |= dict(zip(cut, self._losses(cut.values()), strict=True))
                 cut.clear()
                 self.scratch.clear("cut-*")
-        before = self._loss(self.dense)
+        (before,) = self._losses([self.dense])
         self.scratch.clear()
         return every(
             self.model,
@@ -93,9 +93,9 @@ class Measuring:
             ),
         )
 
-    def _loss(self, stream: Stream) -> Tensor:
-        """Of each window, [windows], mean over tokens."""
-        return nll(self.model, stream) / (self.length - 1)
+    def _losses(self, streams: Iterable[Stream]) -> list[Tensor]:
+        """Of each window, [windows], mean over tokens, of each stream."""
+        return [of_window / (self.length - 1) for of_window in nll(self.model, streams)]
 
     def _behind(self, block: Block) -> dict[tuple[int, int], Stream]:
         """The dense stream behind a block, its weights loaded, pruned to every point; those of the dense model move on,

@@ -118,7 +118,8 @@ class CutStreams:
                 self._at_start(cut, stream)
         for block in walk:
             self._through(block)
-        losses = {cut: nll(self.layout.model, stream) / (self.length - 1) for cut, stream in self.cut.items()}
+        sums = nll(self.layout.model, self.cut.values())
+        losses = {cut: of_window / (self.length - 1) for cut, of_window in zip(self.cut, sums, strict=True)}
         points = {axis: [(cut.removed, losses[cut]) for cut in self.cut if cut and cut.axis == axis] for axis in POINTS}
         return {axis: LossCurve.measured(measured, losses[None]) for axis, measured in points.items()}
 

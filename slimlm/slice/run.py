@@ -147,7 +147,8 @@ def _settle(run: Run[SliceStep], layout: Layout, splits: list[Widths], found: Ba
 def _curves(run: Run[SliceStep], layout: Layout, splits: list[Widths], found: Basis) -> curves.Curves:
     learn, test = learn_and_test(run.batches, curves.WINDOWS)
     learning = run.embed("learning", learn)
-    cut = {cut: run.embed(f"cut-{cut}", test) for cut in (None, *curves.cuts_of(layout, splits))}
+    dense = run.embed("cut-None", test)
+    cut = {None: dense} | {cut: run.again(f"cut-{cut}", dense) for cut in curves.cuts_of(layout, splits)}
     measured = curves.CutStreams(layout, found, learning, cut, test[0].shape[1]).curves(run.walk("measuring widths"))
     run.scratch.clear()
     return measured

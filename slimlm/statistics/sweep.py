@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from slimlm.deal import Deal, Parts, seed_of
+from slimlm.linalg.draws import IGNORED, slopes_of, slopes_of_drawn
 from slimlm.linalg.gram import Gram, is_wide
 from slimlm.model.block import Block
 from slimlm.model.ends import differentiable_logits, embed
@@ -148,14 +148,11 @@ def _at_the_head(model: StreamedModel, stream: Stream, losses: Losses) -> Iterat
         if not parts:
             generator.manual_seed(seed_of(losses.seed, stream.deal.mine[number]))
         if losses.labels == "model":
-            flat = logits.detach().float().flatten(0, 1)
-            wanted = torch.multinomial(flat.softmax(-1), 1, generator=generator).flatten()
-        else:  # nothing follows the last token: -100 is left out of the loss
-            following = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
-            wanted = following[:, done : done + part.shape[1]].flatten()
-        with torch.enable_grad():
-            loss = cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum")
-        loss.backward()
+            slopes = slopes_of_drawn(logits.detach(), generator)
+        else:  # nothing follows the last token
+            following = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+            slopes = slopes_of(logits.detach(), following[:, done : done + part.shape[1]])
+        logits.backward(slopes)
         assert part.grad is not None
         parts.append(part.grad)
         if done + part.shape[1] == tokens.shape[1]:

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
 from slimlm.calibration import decoding
-from slimlm.calibration.decoding import NAME, Reserved, decode_fast, draw, one_query, reserve
+from slimlm.calibration.decoding import NAME, Reserved, decode_fast, one_query, reserve
 from tests.conftest import random_tokens
 from tests.families.configs import SETTINGS, family_config
 
@@ -84,20 +84,3 @@ def test_a_llama_is_one_that_takes_it():
     model = AutoModelForCausalLM.from_config(family_config("qwen2"))
     decode_fast(model)
     assert model.config._attn_implementation == NAME
-
-
-def test_draws_come_as_often_as_is_likely():
-    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    generator, heat = torch.Generator().manual_seed(0), torch.full((20000, 1), 0.5)
-    found = draw(probabilities.sqrt().log().expand(20000, 6), heat, generator).flatten()
-    shares = found.bincount(minlength=6) / 20000
-    assert shares[probabilities == 0].sum() == 0
-    torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
-
-
-def test_draws_are_the_generators():
-    logits, heat = torch.rand(50, 9), torch.ones(50, 1)
-    first, again, other = (draw(logits, heat, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert first.shape == (50, 1)

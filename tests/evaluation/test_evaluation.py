@@ -63,7 +63,7 @@ def test_streamed_and_whole_model_perplexity_are_the_same_number(windows):
 def test_chunking_the_loss_does_not_change_it(monkeypatch):
     logits, tokens = torch.randn(3, 9, 11), torch.randint(0, 11, (3, 9))
     whole = window_nll(logits[:, :-1], tokens[:, 1:])
-    monkeypatch.setattr("slimlm.linalg.likelihood.LOSS_CHUNK", 5)
+    monkeypatch.setattr("slimlm.linalg.likelihood.CACHED", 5)
     assert torch.allclose(window_nll(logits[:, :-1], tokens[:, 1:]), whole, atol=1e-12)
     expected = torch.nn.functional.cross_entropy(logits[1, :-1].double(), tokens[1, 1:], reduction="sum")
     assert whole[1].item() == pytest.approx(expected.item(), rel=1e-6)

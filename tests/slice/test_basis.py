@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimlm.deal import seed_of
+from slimlm.linalg.draws import draw
 from slimlm.linalg.pca import principal_basis
+from slimlm.model import ends
 from slimlm.slice import run as slicing
 from slimlm.slice.basis import MASSIVE
 from slimlm.statistics.sweep import Losses, gradient_covariance
@@ -78,17 +80,20 @@ def losses_by_hand(model: PreTrainedModel, tokens: Tensor, labels: Tensor, place
     return -logits.log_softmax(-1).gather(2, labels.expand(len(moved), -1)[..., None]).sum((1, 2))
 
 
-def test_the_gradient_covariance_is_how_the_loss_answers_when_the_stream_is_moved(tiny_llama: Path, tmp_path: Path):
+def test_the_gradient_covariance_is_how_the_loss_answers_when_the_stream_is_moved(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Squared slopes of the loss of labels that the model draws, along a direction in units of the stream's size."""
+    monkeypatch.setattr(ends, "product_dtype", lambda x: x.dtype)  # the head's products as precise as the rest
     tokens, step, precise = random_tokens(3, 6), 1e-4, stock(tiny_llama).double()
     run = run_at(stream(tiny_llama), list(tokens.split(2)), tmp_path / "run", widths="hidden=16")
     found = gradient_covariance(run.model, Losses(run.batches, 3), walks_of(run))
     model, generator = stock(tiny_llama), torch.Generator()
     drawn = []
     for number, batch in enumerate(tokens.split(2)):
-        probabilities = model(batch).logits.flatten(0, 1).softmax(-1)
+        logits = model(batch).logits.flatten(0, 1)
         generator.manual_seed(seed_of(3, number))
-        drawn.append(torch.multinomial(probabilities, 1, generator=generator).view_as(batch))
+        drawn.append(draw(logits, torch.ones(len(logits), 1), generator).view_as(batch))
     labels = torch.cat(drawn)
     places = inputs_of(model, tokens, [*NORMS, "model.norm"])
     for seed in range(2):
