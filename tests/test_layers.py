@@ -11,7 +11,7 @@ from tests.house_functions import mentioned, named
 
 ROOT = Path(slimlm.__file__).parent
 ORDER = [
-    {"errors", "plain", "shown", "started"},
+    {"errors", "imports", "plain", "shown", "started"},
     {"linalg", "families", "device", "modeling"},
     {"ranks"},
     {"meeting"},

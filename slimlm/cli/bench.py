@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from slimlm.cli.options import FiguresFile, Verbosity, command
 from slimlm.cli.running import ready_to_tell, require_there, running, tell
+from slimlm.imports import importing
 from slimlm.settings import BenchSettings
 
 
@@ -34,7 +35,8 @@ def bench_command(options: BenchOptions) -> None:
     ready_to_tell(options.json_path)
     settings = {field.name: getattr(options, field.name) for field in fields(BenchSettings)}
     with running(shown=options) as progress:
-        from slimlm.evaluation.speed.bench import bench
+        with importing():
+            from slimlm.evaluation.speed.bench import bench
 
         found = bench(**{**settings, "progress": progress})
 

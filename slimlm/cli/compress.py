@@ -10,6 +10,7 @@ from slimlm.cli.launch import in_processes
 from slimlm.cli.options import ORDER, SHOWN_OF_RECOVERY, FiguresFile, ManyProcesses, Value, Verbosity, command
 from slimlm.cli.running import ready_to_tell, require_there, running, tell
 from slimlm.errors import UserError
+from slimlm.imports import importing
 from slimlm.prober import Prober
 from slimlm.recipe import FLAGS, OF_RECOVERY, Recipe, Step, load_recipe, recipe_of_flags
 from slimlm.settings import PushSettings, RunSettings, described
@@ -155,7 +156,8 @@ def _run(recipe: Recipe, options: RotateOptions, kind: type[RunSettings] = RunSe
     if in_processes(options.num_processes, recipe.steps[0].device, RESUME):
         return
     with running(f"interrupted{RESUME}", options) as progress:
-        from slimlm.stages import compress
+        with importing():
+            from slimlm.stages import compress
 
         how = {field.name: getattr(options, field.name) for field in fields(kind)}
         result = compress(recipe=recipe, **{**how, "progress": progress})
@@ -167,13 +169,14 @@ def _dry_run(recipe: Recipe, options: CompressOptions) -> None:
     require_there(recipe.steps[0].model)
     ready_to_tell(options.json_path)
     with closing(Prober()) as prober, running(shown=options) as progress:
-        from slimlm.check import check
-        from slimlm.device import check_process
-        from slimlm.forecast import forecast, require_room
-        from slimlm.report.expected import forecast_figures
-        from slimlm.report.summary import forecast_summary
-        from slimlm.resolve import output_of
-        from slimlm.stages import before_work, check_later, how_of, later_steps
+        with importing():
+            from slimlm.check import check
+            from slimlm.device import check_process
+            from slimlm.forecast import forecast, require_room
+            from slimlm.report.expected import forecast_figures
+            from slimlm.report.summary import forecast_summary
+            from slimlm.resolve import output_of
+            from slimlm.stages import before_work, check_later, how_of, later_steps
 
         check_process()
         before_work(options)

@@ -9,6 +9,7 @@ import typer
 from slimlm.cli.launch import in_processes
 from slimlm.cli.options import FiguresFile, ManyProcesses, Verbosity, command
 from slimlm.cli.running import ready_to_tell, require_there, running, tell
+from slimlm.imports import importing
 from slimlm.settings import EvalSettings
 from slimlm.started import own_rank
 
@@ -45,7 +46,8 @@ def eval_command(options: EvalOptions) -> None:
     settings = {field.name: getattr(options, field.name) for field in fields(EvalSettings)}
     settings["tasks"] = () if options.tasks == ("none",) else options.tasks
     with running(shown=options) as progress:
-        from slimlm.evaluation.evaluate import evaluate
+        with importing():
+            from slimlm.evaluation.evaluate import evaluate
 
         found = evaluate(**{**settings, "progress": progress})
     if own_rank() == 0:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from slimlm.cli.options import FiguresFile, Verbosity, command
 from slimlm.cli.running import ready_to_tell, require_there, running, tell
+from slimlm.imports import importing
 from slimlm.settings import InspectSettings
 
 
@@ -34,7 +35,8 @@ def inspect_command(options: InspectOptions) -> None:
     ready_to_tell(options.json_path)
     settings = {field.name: getattr(options, field.name) for field in fields(InspectSettings)}
     with running(shown=options) as progress:
-        from slimlm.inspection import inspect_model
+        with importing():
+            from slimlm.inspection import inspect_model
 
         found = inspect_model(**{**settings, "progress": progress})
     from slimlm.report.inspection import inspection_shown

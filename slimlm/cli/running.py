@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from slimlm.cli.options import Verbosity
 from slimlm.errors import Interrupted
+from slimlm.imports import importing
 from slimlm.started import own_rank
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def _set_verbosity(verbose: bool) -> None:
         logging.getLogger("slimlm").setLevel(logging.INFO)
     else:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last failure is ours to tell
-        from transformers.utils import logging as transformers_logging
+        with importing():
+            from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()

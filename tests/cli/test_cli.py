@@ -224,7 +224,8 @@ def test_a_dry_run_that_ends_takes_its_probe_along(tmp_path: Path, stop: signal.
     while not probes or not list(tmp_path.glob(".slimlm-probe-*")):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
-        probes = [child for child in psutil.Process(process.pid).children() if "slimlm.probe" in child.cmdline()]
+        children = psutil.Process(process.pid).children()
+        probes = [child for child in children if any("slimlm.probe" in part for part in child.cmdline())]
         time.sleep(0.05)
     process.send_signal(stop)
     process.communicate(timeout=120)
