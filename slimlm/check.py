@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,20 +55,15 @@ from slimlm.work import with_measuring
 logger = logging.getLogger(__name__)
 
 
-def require_less(step: AnyStep, model: StreamedModel, plan: Plan) -> None:
-    """Raises UserError for widths by hand that remove nothing."""
-    if isinstance(step, SliceStep) and step.widths and plan.parameters >= parameter_count(model.model):
-        raise UserError(f"--widths {step.widths} removes nothing: {plan.parameters:,} parameters would be left")
-
-
 @dataclass(frozen=True)
 class How:
     """How a recipe is run, which is none of its business: not a bit of the result depends on it.
 
     resume: what an earlier run wrote may stand at the output, and is gone on from; anyway: where it is of another
     machine or version, too. work_dir: where hidden states are to wait, if not beside the output. access: to the hub.
-    ranks: that share the work. checks: what a plan has to pass before any work. stream_memory: bytes of memory for
-    hidden states that wait, if not a share of what is free. whole: of the first of several steps, where all are to be.
+    ranks: that share the work. of_checked: whether the model is a part of one that has been checked, and may grow by
+    what makes the whole smaller. stream_memory: bytes of memory for hidden states that wait, if not a share of what is
+    free. whole: of the first of several steps, where all are to be.
     """
 
     progress: Progress = field(default_factory=LogProgress)
@@ -81,7 +75,7 @@ class How:
     whole: Path | None = None
     access: Access = field(default_factory=Access)
     ranks: Ranks = ALONE
-    checks: tuple[Callable[[AnyStep, StreamedModel, Plan], None], ...] = (require_less,)
+    of_checked: bool = False
 
     def is_there(self, output: Path) -> bool:
         """Whether there may be a result that stays; whether it is this run's is not decided here."""
@@ -163,11 +157,11 @@ def check(step: AnyStep, how: How) -> Job:
     step, plan = planned(step, model)
     _refuse_other_class(model, plan)
     how.progress.line(f"model: {source}")
-    for require in how.checks:
-        require(step, model, plan)
+    if not how.of_checked:
+        _require_less(step, model, plan)
+        _check_tokenizer(step, tokenizer, model, plan)
     for line in (*describe(step, model, plan), *can.said(asked)):
         how.progress.line(line)
-    _check_tokenizer(step, tokenizer, model, plan)
     windows = calibration_windows(step, tokenizer, model.config.vocab_size)
     step = with_measuring(beside_given(step, windows), model)
     test = evaluation_windows(step, tokenizer, model.config.vocab_size)
@@ -221,6 +215,12 @@ def planned(step: AnyStep, model: StreamedModel) -> tuple[AnyStep, Plan]:
     if isinstance(step, SliceStep) and step.widths:
         step = step.model_copy(update={"sparsity": 1 - plan.parameters / parameter_count(model.model)})
     return step, plan
+
+
+def _require_less(step: AnyStep, model: StreamedModel, plan: Plan) -> None:
+    """Raises UserError for widths by hand that remove nothing."""
+    if isinstance(step, SliceStep) and step.widths and plan.parameters >= parameter_count(model.model):
+        raise UserError(f"--widths {step.widths} removes nothing: {plan.parameters:,} parameters would be left")
 
 
 def inputs_of(step: AnyStep, source: ResolvedModel) -> list[Path]:

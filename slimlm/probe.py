@@ -1,10 +1,11 @@
 """A real run on the first blocks of a model, in a process of its own: what `--dry-run` goes by.
 
-`python -m slimlm.probe` is that process: a `Prober`'s. The recipe lies in a directory of its own, and so do the hidden
+`main` is all that process does: a `Prober`'s. The recipe lies in a directory of its own, and so do the hidden
 states that wait: when the dry run dies, and with it standard input, the probe ends and takes its directories along.
 """
 
 import _thread
+import gc
 import json
 import os
 import shutil
@@ -68,7 +69,8 @@ def probe(
 def few(step: AnyStep) -> AnyStep:
     """A step on a batch of windows, and refined so little, that `work_of` tells from it what the whole takes: where all
     that takes long is in proportion to them, and memory is what a batch needs."""
-    step = step.model_copy(update={"eval_windows": min(step.eval_windows, step.batch_size)})
+    measured = min(2, step.batch_size) if step.repairs else step.batch_size  # repairing takes more memory for a batch
+    step = step.model_copy(update={"eval_windows": min(step.eval_windows, measured)})
     count, kept = step.num_windows, max(FEW, step.batch_size)
     if not step.repairs or count <= kept:
         return step
@@ -81,7 +83,7 @@ def _shown_steps(job: Job, later: list[AnyStep], shown: int, tokens: Path) -> li
     them."""
     steps = [_shown_step(job, job.recipe, shown, job.plan)]
     steps += [_shown_step(job, step, shown, plan) for step, plan in plans_of_later(job, later)]
-    steps = list(map(few, steps))
+    steps = [_measured_on(few(step), job, tokens.with_name("text.txt")) for step in steps]
     if job.windows is None:
         return steps
     first = [getattr(steps[0], name) for name in OF_WINDOWS]
@@ -98,6 +100,15 @@ def _shown_steps(job: Job, later: list[AnyStep], shown: int, tokens: Path) -> li
     if any(source == STANDARD_INPUT for step in steps for source, _ in step.parts):
         raise UserError("--dry-run: steps that take different windows of standard input cannot be tried: give a file")
     return steps
+
+
+def _measured_on(step: AnyStep, job: Job, text: Path) -> AnyStep:
+    """A step that measures, with text of its own, in a file, as long as is needed."""
+    if job.test is None or not step.measure:
+        return step
+    said = job.tokenizer.decode(job.test.tokens[: step.eval_windows].flatten())
+    text.write_text(2 * said, encoding="utf-8")  # what is split again may be a few tokens shorter
+    return step.model_copy(update={"eval_text": str(text)})
 
 
 def _shown_step(job: Job, step: AnyStep, shown: int, plan: Plan | None) -> AnyStep:
@@ -151,13 +162,10 @@ def end_with_parent() -> None:
 
 
 def run_probe(asked: Asked) -> None:
-    """Carry out a recipe. The model is a part of the one that is meant, and may grow by what makes the whole smaller.
-
-    Raises UserError and RunFailure.
-    """
+    """Carry out a recipe on a part of the model that is meant. Raises UserError and RunFailure."""
     chosen = load_recipe(asked.recipe, {"trust_remote_code": True} if asked.trusted else None)
     work_dir = None if asked.work_dir is None else Path(asked.work_dir)
-    compress_recipe(chosen, How(checks=(), work_dir=work_dir, stream_memory=asked.stream_memory))
+    compress_recipe(chosen, How(of_checked=True, work_dir=work_dir, stream_memory=asked.stream_memory))
 
 
 def main() -> None:
@@ -174,7 +182,4 @@ def main() -> None:
     finally:
         for place in places if ended.is_set() or not asked else ():
             shutil.rmtree(place, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    main()
+        gc.freeze()  # as `slimlm` does

@@ -11,6 +11,14 @@ from typing import NamedTuple
 from slimlm.errors import RunFailure
 from slimlm.plain import Json
 
+START = """
+from slimlm.imports import importing
+
+with importing():
+    from slimlm.probe import main
+main()
+"""
+
 
 class Asked(NamedTuple):
     """A recipe's file, the directory where hidden states wait, whether its model's code is trusted, and how many bytes
@@ -23,14 +31,14 @@ class Asked(NamedTuple):
 
 
 class Prober:
-    """`python -m slimlm.probe`, which imports at once, and then waits for what is asked of it.
+    """Runs slimlm/probe.py, which imports at once, and then waits for what is asked of it.
 
     Its standard input is a pipe that stays open: a line says what directories are its own, the next what is asked. When
     this process dies, even by `kill -9`, the pipe ends, and so does the probe, which takes its directories along.
     """
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "slimlm.probe"]
+        command = [sys.executable, "-c", START]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
 

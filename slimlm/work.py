@@ -25,6 +25,7 @@ CUTTING = 0.85  # a window through one of the models that are cut alone
 REFITTING, REFINING = 3.8, 1.7  # a window of a block beside the dense one; each epoch of refinement
 HEAD = 0.5
 SOLVING = 6.0  # least squares of as many inputs as a window has tokens; d^3 where a pass is d^2
+SETTLING = 80.0  # the same for all weights that stay, for each row's mask, swaps included
 REPAIRING, SEEING, LOOKING = 7.0, 3.0, 0.05  # pruning towards the dense block, by statistics, without data
 TRAINING = 1.5  # a window of a step, judging included
 
@@ -93,7 +94,7 @@ def _slicing(step: SliceStep | RotateStep, model: StreamedModel) -> Work:
         return work | {"slicing": LOOKING * windows}
     if not step.widths or len(step.width_choices) > 1:
         work["measuring widths"] = CUTTING * curves.CUTS * min(curves.WINDOWS, windows)
-    work["refitting"] = (REFITTING + REFINING * step.refine) * windows + _solving(step, model)
+    work["refitting"] = (REFITTING + REFINING * step.refine) * windows + _solving(step, model, SOLVING)
     return work | ({"refitting the head": HEAD * windows} if fits_head(model) else {})
 
 
@@ -106,7 +107,7 @@ def _pruning(step: PruneStep, model: StreamedModel) -> Work:
     elif step.allocation != "uniform":
         work["allocating"] = windows
     if step.repairs:
-        work["pruning"] = (REPAIRING + REFINING * step.refine) * windows + _solving(step, model)
+        work["pruning"] = (REPAIRING + REFINING * step.refine) * windows + _solving(step, model, SETTLING)
         return work | ({"refitting the head": HEAD * windows} if refits_head(model) else {})
     return work | {"pruning": max(1.0, (SEEING if step.dataset else LOOKING) * windows)}
 
@@ -117,10 +118,10 @@ def _recovering(step: RecoverStep) -> Work:
     return work | {"recovering": TRAINING * step.tokens / step.max_seq_length, "writing": 1.0}
 
 
-def _solving(step: AnyStep, model: StreamedModel) -> float:
+def _solving(step: AnyStep, model: StreamedModel, each: float) -> float:
     """What is done once, however many windows there are."""
     assert step.max_seq_length is not None
-    return SOLVING * model.widest / step.max_seq_length
+    return each * model.widest / step.max_seq_length
 
 
 def _sweeping(step: AnyStep) -> Work:
