@@ -26,7 +26,7 @@ def leave() -> None:
             os._exit(end.code)
         raise
     finally:
-        gc.freeze()  # Python would look for cycles among all objects of all modules on its way out, for half a second
+        gc.freeze()  # Python would look for cycles among all objects of all modules on its way out
 
 
 if __name__ == "__main__":

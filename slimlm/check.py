@@ -159,7 +159,7 @@ def check(step: AnyStep, how: How) -> Job:
     how.progress.line(f"model: {source}")
     if not how.of_checked:
         _require_less(step, model, plan)
-        _check_tokenizer(step, tokenizer, model, plan)
+    _check_tokenizer(step, tokenizer, model, plan)
     for line in (*describe(step, model, plan), *can.said(asked)):
         how.progress.line(line)
     windows = calibration_windows(step, tokenizer, model.config.vocab_size)

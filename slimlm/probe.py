@@ -69,8 +69,7 @@ def probe(
 def few(step: AnyStep) -> AnyStep:
     """A step on a batch of windows, and refined so little, that `work_of` tells from it what the whole takes: where all
     that takes long is in proportion to them, and memory is what a batch needs."""
-    measured = min(2, step.batch_size) if step.repairs else step.batch_size  # repairing takes more memory for a batch
-    step = step.model_copy(update={"eval_windows": min(step.eval_windows, measured)})
+    step = step.model_copy(update={"eval_windows": min(step.eval_windows, step.batch_size)})
     count, kept = step.num_windows, max(FEW, step.batch_size)
     if not step.repairs or count <= kept:
         return step
@@ -83,7 +82,7 @@ def _shown_steps(job: Job, later: list[AnyStep], shown: int, tokens: Path) -> li
     them."""
     steps = [_shown_step(job, job.recipe, shown, job.plan)]
     steps += [_shown_step(job, step, shown, plan) for step, plan in plans_of_later(job, later)]
-    steps = [_measured_on(few(step), job, tokens.with_name("text.txt")) for step in steps]
+    steps = list(map(few, steps))
     if job.windows is None:
         return steps
     first = [getattr(steps[0], name) for name in OF_WINDOWS]
@@ -100,15 +99,6 @@ def _shown_steps(job: Job, later: list[AnyStep], shown: int, tokens: Path) -> li
     if any(source == STANDARD_INPUT for step in steps for source, _ in step.parts):
         raise UserError("--dry-run: steps that take different windows of standard input cannot be tried: give a file")
     return steps
-
-
-def _measured_on(step: AnyStep, job: Job, text: Path) -> AnyStep:
-    """A step that measures, with text of its own, in a file, as long as is needed."""
-    if job.test is None or not step.measure:
-        return step
-    said = job.tokenizer.decode(job.test.tokens[: step.eval_windows].flatten())
-    text.write_text(2 * said, encoding="utf-8")  # what is split again may be a few tokens shorter
-    return step.model_copy(update={"eval_text": str(text)})
 
 
 def _shown_step(job: Job, step: AnyStep, shown: int, plan: Plan | None) -> AnyStep:

@@ -43,7 +43,7 @@ def slopes_of(
 
 def _slopes(logits: Tensor, given: Tensor, outcome: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """softmax(logits) less 1 at the outcome that some rows' chances and what is given of each make, a few at a time."""
-    found = torch.empty_like(logits)
+    found = torch.empty_like(logits, memory_format=torch.contiguous_format)
     parts = zip(*(one.flatten(0, -2).split(_rows(logits)) for one in (logits, given, found)), strict=True)
     for part, own, place in parts:
         chances = part.float().softmax(-1)

@@ -47,6 +47,11 @@ def test_slopes_of_drawn_outcomes_are_those_of_the_outcomes_that_draw_gives(monk
     assert outcomes.unique().numel() > 3
 
 
+def test_slopes_are_right_however_logits_lie_in_memory():
+    logits, targets = torch.randn(7, 2, 11).transpose(0, 1), torch.randint(0, 11, (2, 7))
+    assert torch.equal(slopes_of(logits, targets), slopes_of(logits.contiguous(), targets))
+
+
 def test_slopes_of_drawn_outcomes_are_nothing_on_average():
     """The score function's mean: what makes their covariance the Fisher information."""
     logits = torch.randn(11).expand(40_000, 11)

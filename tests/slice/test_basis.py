@@ -110,6 +110,20 @@ def test_the_gradient_covariance_is_how_the_loss_answers_when_the_stream_is_move
     assert not list((tmp_path / "run" / "work").glob("scratch-*"))
 
 
+def test_the_gradient_covariance_hardly_changes_with_the_rounding_of_the_heads_products(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tokens = random_tokens(16, 24)
+
+    def covariance(dtype: torch.dtype) -> Tensor:
+        monkeypatch.setattr(ends, "product_dtype", lambda x: dtype)
+        run = run_at(stream(tiny_llama), list(tokens.split(4)), tmp_path / str(dtype), widths="hidden=16")
+        return gradient_covariance(run.model, Losses(run.batches, 0, labels="text"), walks_of(run))
+
+    plain, rounded = map(covariance, (torch.float32, torch.bfloat16))
+    assert 0 < (rounded - plain).norm() < 0.01 * plain.norm()
+
+
 def plant_massive_activations(path: Path) -> Tensor:
     """Give one token, and nothing else, a huge norm in two directions, which every reader looks at: [hidden]."""
     tensors, sink = load_file(path / "model.safetensors"), torch.zeros(32)
