@@ -53,7 +53,7 @@ SHOWN = {  # defaults that a field's own does not say
     "dataset": "self for the bundled model, else required",
     "teacher": "the model that slimlm.json names",
     "minutes": "no limit",
-    "learning_rate": "0.0002, with --lora 0.002, with mfac 0.001",
+    "learning_rate": "0.0002, of a pruned model 0.0004, with --lora 0.002, with mfac 0.001",
     "max_seq_length": "the model's context, up to 2048",
     "eval_text": "the Python language reference",
     "eval_windows": "auto: 128, or as many fewer as take no longer than the rest, but 16",

@@ -7,7 +7,7 @@ from pydantic import Field
 from slimlm.recipe.step import SELF, UNSAID, Step
 
 TOKENS = 2_000_000
-RATE, LORA_RATE, MFAC_RATE = 2e-4, 2e-3, 1e-3  # a change of low rank takes about ten times as much
+RATE, MASK_RATE, LORA_RATE, MFAC_RATE = 2e-4, 4e-4, 2e-3, 1e-3  # a change of low rank takes about ten times as much
 
 
 class RecoverStep(Step):
@@ -91,12 +91,16 @@ class RecoverStep(Step):
         return f"{self.method}, {self.tokens:,} tokens"
 
     def fill(self) -> None:
-        """The teacher's own text, where none is given, and a rate. Raises ValueError."""
+        """The teacher's own text, where none is given, and a rate that no model decides. Raises ValueError."""
         if self.hidden_weight and self.teacher_top_k:
             raise ValueError("hidden_weight needs the teacher beside: leave out teacher_top_k")
         vars(self)["dataset"] = self.dataset or SELF
-        own = LORA_RATE if self.lora else RATE
-        vars(self)["learning_rate"] = self.learning_rate or (own if self.optimizer == "adamw" else MFAC_RATE)
+        if not self.learning_rate and (self.lora or self.optimizer == "mfac"):
+            vars(self)["learning_rate"] = LORA_RATE if self.optimizer == "adamw" else MFAC_RATE
+
+    def rated(self, zeros: float | None) -> Self:
+        """The step with a rate, where it does not say. zeros: the share of them in pruned matrices, if any are."""
+        return self.model_copy(update={"learning_rate": self.learning_rate or (MASK_RATE if zeros else RATE)})
 
     def beside(self) -> Self:
         """The step, whose windows' length is known, with as many of them as it trains on, where it does not say."""

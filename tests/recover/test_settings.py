@@ -130,7 +130,7 @@ def test_what_excludes_another_is_refused(settings: dict, pruned: Path):
 
 
 def test_streams_of_a_slice_are_compared_in_its_basis(settings: dict, tmp_path: Path):
-    sliced = {**settings, "widths": "hidden=24,mlp=40", "method": "slice", "measure": False}
+    sliced = {**settings, "widths": "hidden=24", "refit": False, "method": "slice", "measure": False}
     recipe = in_steps(sliced, {"method": "recover", **TRAINED, "hidden_weight": 0.3})
     manifest = compress(recipe).manifest
     assert manifest["method"]["best_step"] > 0
@@ -199,6 +199,21 @@ def test_what_is_made_of_a_slice_says_what_it_is_of_the_first_model(settings: di
     assert made(dense, "per-block", method="slice", sparsity=0.27, basis="per-block") is None
     (tmp_path / "first" / KIN).unlink()
     assert made(tmp_path / "first", "fourth", method="slice", widths="hidden=16,mlp=40,blocks=2") is None
+
+
+def test_a_mask_learns_at_twice_the_rate_of_a_slice(settings: dict, pruned: Path, tmp_path: Path):
+    sliced = {**settings, "output_dir": str(tmp_path / "sliced"), "method": "slice", "sparsity": 0.25, "refit": False}
+    compress(one_step(**sliced))
+    again = recovering(settings, pruned, output_dir=str(tmp_path / "recovered"), measure=False)
+    compress(one_step(**again))
+    asked = [
+        (tmp_path / "sliced", {}, 2e-4), (pruned, {}, 4e-4), (tmp_path / "recovered", {}, 4e-4),
+        (pruned, {"learning_rate": 1e-5}, 1e-5), (pruned, {"lora": 4}, 2e-3), (pruned, {"optimizer": "mfac"}, 1e-3),
+    ]  # fmt: skip
+    for model, more, rate in asked:
+        told = recovering(settings, model, output_dir=str(tmp_path / "new"))
+        del told["learning_rate"]
+        assert check(one_step(**{**told, **more}).steps[0], How(progress=Progress())).recipe.learning_rate == rate
 
 
 def test_one_rate_is_advised_everywhere():
