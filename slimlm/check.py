@@ -159,7 +159,7 @@ def check(step: AnyStep, how: How) -> Job:
     how.progress.line(f"model: {source}")
     if not how.of_checked:
         _require_less(step, model, plan)
-    _check_tokenizer(step, tokenizer, model, plan)
+        require_tokenizer(step, tokenizer, model, plan)
     for line in (*describe(step, model, plan), *can.said(asked)):
         how.progress.line(line)
     windows = calibration_windows(step, tokenizer, model.config.vocab_size)
@@ -239,7 +239,7 @@ def _refuse_other_class(model: StreamedModel, plan: Plan) -> None:
         )
 
 
-def _check_tokenizer(step: AnyStep, tokenizer: PreTrainedTokenizerBase, model: StreamedModel, plan: Plan) -> None:
+def require_tokenizer(step: AnyStep, tokenizer: PreTrainedTokenizerBase, model: StreamedModel, plan: Plan) -> None:
     """Raises UserError where the result's class would make another tokenizer of the same files."""
     changes_widths = method_of(step).sparsity_of == "parameters"
     carrier = model.family.carrier if changes_widths else None

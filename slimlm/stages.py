@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from slimlm.check import How, Job, check, journalled, spilled
+from slimlm.check import How, Job, check, journalled, require_tokenizer, spilled
 from slimlm.checkpoint.disk import disk_errors
 from slimlm.checkpoint.hub import Access
 from slimlm.checkpoint.journal import Journal, finished_steps
@@ -177,7 +177,9 @@ def check_later(first: Job, recipe: Recipe, progress: Progress, access: Access |
         for line in first.can.said(later):
             progress.line(line)
     slices = [step for step in [first.recipe] if isinstance(step, SliceStep)]
-    for step, _ in plans_of_later(first, later_steps(first, recipe)):
+    for step, plan in plans_of_later(first, later_steps(first, recipe)):
+        if plan is not None:
+            require_tokenizer(step, first.tokenizer, first.model, plan)
         for slicing in slices:
             if isinstance(step, PruneStep):
                 require_room_later(first.model, slicing, step)

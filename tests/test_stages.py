@@ -58,6 +58,19 @@ def test_slicing_then_pruning_is_what_two_commands_give(settings: dict, tmp_path
     assert weights(tmp_path / "repeat") == weights(tmp_path / "out")
 
 
+def test_a_tokenizer_that_a_later_step_would_lose_is_found_before_the_first(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(source: Path, tokenizer: object, model_type: str, trusted: bool) -> None:
+        raise UserError(f"not a {model_type}'s")
+
+    monkeypatch.setattr("slimlm.check.check_tokenizer", refused)
+    monkeypatch.setattr(stages, "carry_out", lambda *args: pytest.fail("it began"))
+    recipe = in_steps({**settings, "method": "magnitude", "sparsity": 0.3}, {"method": "slice", "sparsity": 0.25})
+    with pytest.raises(UserError, match="not a mistral's"):
+        compress(recipe)
+
+
 def test_shots_grow_to_the_sparsity_and_a_dead_run_goes_on_where_it_was(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
