@@ -19,7 +19,7 @@ def draw(
     logits: Annotated[Tensor, "rows outcomes"], heat: Annotated[Tensor, "rows 1"], generator: torch.Generator
 ) -> Annotated[Tensor, "rows 1", int]:
     """One of each row's outcomes at its temperature: where a uniform number falls among the sums of probabilities."""
-    places = _places(len(logits), generator)
+    places = _places(logits, generator)
     parts = zip(*(one.split(_rows(logits)) for one in (logits, heat, places)), strict=True)
     return torch.cat([_drawn((part.float() / heat).softmax(-1), place) for part, heat, place in parts])
 
@@ -28,8 +28,7 @@ def slopes_of_drawn(
     logits: Annotated[Tensor, "*positions outcomes"], generator: torch.Generator
 ) -> Annotated[Tensor, "*positions outcomes"]:
     """Gradients of the negative log-likelihoods of outcomes drawn from the logits themselves."""
-    places = _places(logits[..., 0].numel(), generator)
-    return _slopes(logits, places, _drawn)
+    return _slopes(logits, _places(logits, generator), _drawn)
 
 
 def slopes_of(
@@ -57,8 +56,9 @@ def _drawn(chances: Tensor, places: Tensor) -> Tensor:
     return (sums <= sums[:, -1:] * places).sum(-1, keepdim=True).clamp_max(sums.shape[-1] - 1)
 
 
-def _places(rows: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(rows, 1, dtype=torch.float32, generator=generator, device=generator.device)
+def _places(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A uniform number for each row: [rows, 1]."""
+    return torch.rand(logits[..., 0].numel(), 1, dtype=torch.float32, generator=generator, device=logits.device)
 
 
 def _rows(logits: Tensor) -> int:
