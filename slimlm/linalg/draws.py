@@ -10,8 +10,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-CACHED = 1 << 19  # logits at a time, in fp32: what stays in a CPU's cache
-LARGE = 1 << 27  # and what keeps a GPU busy
+from slimlm.linalg.likelihood import rows_at_once
+
+CACHED = 1 << 19  # logits at a time, in fp32: with their sums, what stays in a CPU's cache
 IGNORED = -100  # a target that is none
 
 
@@ -20,7 +21,8 @@ def draw(
 ) -> Annotated[Tensor, "rows 1", int]:
     """One of each row's outcomes at its temperature: where a uniform number falls among the sums of probabilities."""
     places = _places(logits, generator)
-    parts = zip(*(one.split(_rows(logits)) for one in (logits, heat, places)), strict=True)
+    rows = rows_at_once(logits, CACHED)
+    parts = zip(*(one.split(rows) for one in (logits, heat, places)), strict=True)
     return torch.cat([_drawn((part.float() / heat).softmax(-1), place) for part, heat, place in parts])
 
 
@@ -43,7 +45,8 @@ def slopes_of(
 def _slopes(logits: Tensor, given: Tensor, outcome: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """softmax(logits) less 1 at the outcome that some rows' chances and what is given of each make, a few at a time."""
     found = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    parts = zip(*(one.flatten(0, -2).split(_rows(logits)) for one in (logits, given, found)), strict=True)
+    rows = rows_at_once(logits, CACHED)
+    parts = zip(*(one.flatten(0, -2).split(rows) for one in (logits, given, found)), strict=True)
     for part, own, place in parts:
         chances = part.float().softmax(-1)
         at = outcome(chances, own)
@@ -59,8 +62,3 @@ def _drawn(chances: Tensor, places: Tensor) -> Tensor:
 def _places(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A uniform number for each row: [rows, 1]."""
     return torch.rand(logits[..., 0].numel(), 1, dtype=torch.float32, generator=generator, device=logits.device)
-
-
-def _rows(logits: Tensor) -> int:
-    """At a time."""
-    return max(1, (CACHED if logits.device.type == "cpu" else LARGE) // logits.shape[-1])

@@ -11,6 +11,11 @@ TINY = 1e-6  # of probability, below which nothing is left
 CACHED, LARGE = 1 << 20, 1 << 27  # logits at a time: what stays in a CPU's cache, and what keeps a GPU busy
 
 
+def rows_at_once(logits: Annotated[Tensor, "*positions outcomes"], cached: int) -> int:
+    """How many positions to work on at a time. cached: numbers that stay in a CPU's cache."""
+    return max(1, (cached if logits.device.type == "cpu" else LARGE) // logits.shape[-1])
+
+
 def window_nll(
     logits: Annotated[Tensor, "batch time vocab"], targets: Annotated[Tensor, "batch time", int]
 ) -> Annotated[Tensor, "batch"]:
@@ -26,7 +31,7 @@ def token_figures(
     """Of each target, fp32: its negative log-likelihood; with a dense model's logits also the one under these, KL(dense
     || this) of the two distributions, all in nats, and whether (1 or 0) both find the same token likeliest."""
     models = [logits] if dense is None else [logits, dense]
-    rows = max(1, (CACHED if logits.device.type == "cpu" else LARGE) // logits.shape[-1])
+    rows = rows_at_once(logits, CACHED)
     windows = []
     for wanted, *own in zip(targets, *models, strict=True):  # logits are the largest tensors there are: no copy of all
         pieces = zip(wanted.split(rows), *(one.split(rows) for one in own), strict=True)
@@ -87,8 +92,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, logits: Tensor, *wanted: Tensor) -> Tensor:
         """wanted: logits, or what `Likeliest` holds."""
-        vocabulary, needed = logits.shape[-1], ctx.needs_input_grad[0]
-        rows = max(1, (CACHED if logits.device.type == "cpu" else LARGE) // vocabulary)
+        needed, rows = ctx.needs_input_grad[0], rows_at_once(logits, CACHED)
         parts = [one.reshape(-1, one.shape[-1]).split(rows) for one in (logits, *wanted)]
         slopes, sums = list[Tensor](), list[Tensor]()
         for part, *given in zip(*parts, strict=True):
