@@ -18,6 +18,7 @@ from slimlm.device import check_process, pick_device
 from slimlm.display import usual
 from slimlm.errors import RunFailure, UserError, out_of_memory, require_at_least
 from slimlm.linalg.allocation import outlier_ratio, pq_index, pq_share, spectrum, tail_exponent
+from slimlm.linalg.finite import all_finite
 from slimlm.linalg.gram import Gram
 from slimlm.linalg.hessian import SingularCurvature, hessian
 from slimlm.model.ends import embed
@@ -204,7 +205,7 @@ def _matrices(model: StreamedModel, settings: InspectSettings, progress: Progres
 
 def figures_of(name: str, weight: Tensor, gram: Tensor | None = None) -> MatrixFigures:
     """weight: [out, in]; gram: [in, in] of its inputs. Raises RunFailure on NaN."""
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise RunFailure(f"{name}.weight holds NaN or Inf")
     energies = spectrum(weight)
     outliers, predicted = None, None

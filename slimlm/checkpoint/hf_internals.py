@@ -24,6 +24,7 @@ from slimlm.checkpoint.shard import StoredTensor
 from slimlm.errors import UserError
 from slimlm.progress import Switch
 
+INITIALISED = "_is_hf_initialized"  # set on a parameter: transformers has no random numbers for it
 BARS = Switch(
     transformers_logging.is_progress_bar_enabled,
     transformers_logging.disable_progress_bar,

@@ -21,6 +21,7 @@ from slimlm.checkpoint.kinds import (
 )
 from slimlm.checkpoint.shard import StoredTensor, read_shard
 from slimlm.errors import UserError, one_line
+from slimlm.linalg.finite import all_finite
 from slimlm.plain import Json
 from slimlm.ranks import ALONE, Ranks
 
@@ -83,7 +84,7 @@ class Checkpoint:
         Inf."""
         for key, stored in list(self.tensors.items())[ranks.rank :: ranks.size]:
             for chunk in stored.chunks():
-                if chunk.is_floating_point() and not torch.isfinite(chunk).all():
+                if chunk.is_floating_point() and not all_finite(chunk):
                     what = "NaN" if torch.isnan(chunk).any() else "Inf"
                     raise UserError(f"tensor {key} in {stored.path} holds {what}")
                 advance(chunk.numel())

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from slimlm.checkpoint.code import forget_own_code, runs_own_code
-from slimlm.checkpoint.hf_internals import is_converted, module_names
+from slimlm.checkpoint.hf_internals import INITIALISED, is_converted, module_names
 from slimlm.checkpoint.reader import Checkpoint, read_config
 from slimlm.checkpoint.task import refuse_other_task
 from slimlm.errors import UserError, one_line
@@ -103,6 +103,7 @@ def _emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
         return None  # as it is
     empty = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
     empty.__dict__.update(parameter.__dict__)
+    setattr(empty, INITIALISED, True)
     return empty
 
 

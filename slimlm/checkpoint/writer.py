@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from slimlm.checkpoint.disk import disk_errors, sync, write_whole
 from slimlm.checkpoint.kinds import INDEX_NAME, SINGLE_NAME
 from slimlm.checkpoint.shard import DTYPE_NAMES, StoredTensor, TensorSpec, bytes_of
 from slimlm.errors import RunFailure
+from slimlm.linalg.finite import all_finite
 
 MAX_SHARD_BYTES = 5 * 10**9
 ALIGNED = 64  # bytes: on a CPU weights stay in the mapped file, and products of those across cache lines are slower
@@ -110,7 +110,7 @@ class CheckpointWriter:
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
         dtype = self.places[name].dtype
         cast = tensor.detach().to(device="cpu", dtype=dtype)
-        if cast.is_floating_point() and not torch.isfinite(cast).all():
+        if cast.is_floating_point() and not all_finite(cast):
             raise RunFailure(f"tensor {name} is not finite in {dtype}: write another --dtype")
         return cast
 

@@ -24,6 +24,7 @@ from slimlm.deal import Deal, Parts
 from slimlm.errors import RunFailure
 from slimlm.families import Norm
 from slimlm.fit.ridge import ridge
+from slimlm.linalg.finite import all_finite
 from slimlm.linalg.gram import is_wide
 from slimlm.linalg.regression import Add, Regression, Rows, held_out, judging, keeps_rows
 from slimlm.linalg.ridge import GUESS, Fit
@@ -278,7 +279,7 @@ class BlockPair:
         Raises RunFailure for one that is not finite in it."""
         full = f"{self.small.path}.{name}"
         stored = tensor.to(self.pair.small.stored_dtype(full, self.pair.dtype))
-        if not torch.isfinite(stored).all():
+        if not all_finite(stored):
             raise RunFailure(f"tensor {full} is not finite in {stored.dtype}: write another --dtype")
         self.tensors[name] = stored
 

@@ -5,6 +5,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from slimlm.linalg.finite import all_finite
+
 
 def principal_basis(gram: Annotated[Tensor, "d d"]) -> tuple[Annotated[Tensor, "d d"], Annotated[Tensor, "d"]]:
     """Eigenvectors and eigenvalues of a symmetric gram, largest first.
@@ -13,7 +15,7 @@ def principal_basis(gram: Annotated[Tensor, "d d"]) -> tuple[Annotated[Tensor, "
     section 3.2; because the columns are ordered, the basis for width d' is `basis[:, :d']`. Each column's largest
     component is made positive, so that the sign does not depend on the LAPACK build. Raises ValueError on NaN or Inf.
     """
-    if not torch.isfinite(gram).all():
+    if not all_finite(gram):
         raise ValueError("the Gram matrix holds NaN or Inf")
     gram = gram.double()
     eigenvalues, vectors = torch.linalg.eigh((gram + gram.T) / 2)

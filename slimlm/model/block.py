@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slimlm.device import return_freed_memory
 from slimlm.errors import RunFailure
 from slimlm.families import Family
+from slimlm.linalg.finite import all_finite
 from slimlm.model.linears import See, canonical, matrix, watched
 from slimlm.model.stream import BlockCall, Stop, Stream
 
@@ -102,7 +103,7 @@ class Block:
         """
         out = self.module(hidden, *call.args, **call.kwargs)
         out = out[0] if isinstance(out, tuple) else out
-        self._finite.append(torch.isfinite(out).all())
+        self._finite.append(all_finite(out))
         if out.device.type == "cpu":
             self._require_finite()
         return cast(Tensor, out)

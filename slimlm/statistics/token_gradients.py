@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimlm.deal import Deal
 from slimlm.errors import RunFailure
+from slimlm.linalg.finite import all_finite
 from slimlm.linalg.fisher import CHUNK_ELEMENTS
 from slimlm.model.block import Block
 from slimlm.model.streamed import StreamedModel
@@ -97,7 +98,7 @@ def gather_gradients(
             index = own[number]
             _keep(found, seen, block.family.first_of, (places[index], losses.batches[index].numel(), share))
         joined = _joined(block, found, losses.ranks)
-        if losses.ranks.first and not all(torch.isfinite(rows).all() for rows in joined.values()):
+        if losses.ranks.first and not all(all_finite(rows) for rows in joined.values()):
             raise RunFailure(f"gradients in {block.path} overflow in {model.dtype}")
         joined["window"] = torch.tensor(length if sample.by_sequence else 1)
         yield block, joined

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers.initialization import TORCH_INIT_FUNCTIONS
 
 from slimlm.checkpoint.hf_internals import checkpoint_tensors, load_tensors, module_names, release
 from slimlm.checkpoint.reader import Checkpoint
@@ -25,6 +26,18 @@ def test_a_base_models_names_get_their_prefix(tiny_llama: Path):
         "layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
         "norm.weight": "model.norm.weight",
     }
+
+
+def test_a_skeleton_costs_no_random_numbers(tiny_llama: Path, monkeypatch):
+    drawn = []
+    for name in ("normal_", "zeros_", "ones_"):
+        monkeypatch.setitem(TORCH_INIT_FUNCTIONS, name, lambda tensor, *_, **__: drawn.append(tensor))
+    model = build_skeleton(load_config(tiny_llama))
+    assert not drawn
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(3))  # not one of a skeleton's
+    model.model.layers[0].mlp.up_proj._is_hf_initialized = False
+    model.initialize_weights()
+    assert len(drawn) == 1
 
 
 def test_part_of_a_model_loads_and_is_released(tiny_llama: Path):
