@@ -7,7 +7,7 @@ calibration tokens of the run: with a few of them where what takes long is in pr
 """
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +23,12 @@ from slimlm.device import available_memory
 from slimlm.errors import UserError
 from slimlm.methods import method_of
 from slimlm.model.hidden import SHARE
+from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
 from slimlm.probe import Event, few, probe, shown_keys
 from slimlm.prober import Prober
 from slimlm.recipe import AnyStep, RecoverStep
-from slimlm.work import MEASURING, SAMPLING, Work, work_of
+from slimlm.work import MEASURING, SAMPLING, Work, pass_cost, work_of
 
 LEAST = 2  # blocks to probe: the first of a process is slow, and a GPU has the next one in memory, too
 MOST = 8  # of them; a kind that comes later is taken to be like the slowest of them
@@ -80,33 +81,50 @@ def forecast(job: Job, later: list[AnyStep], how: How, prober: Prober, processes
     if any("sampling" in stage["run"]["seconds"] for stage in stages_of(manifest)):
         # Sampling holds every block at once, and their keys and values.
         others = parameter_count(job.model.model) - manifest["parameters"]["dense"]
-        step = job.recipe
-        assert step.max_seq_length is not None
-        each = remembered(job.model.config, written_for(step.own_windows), step.max_seq_length)
-        others += (len(kinds) - shown) * each
+        step = few(job.recipe, job.model)
+        others += len(kinds) * _remembered(job.recipe, job) - shown * _remembered(step, job)
         more["gpu" if "gpu" in memory else "host"] = others * job.model.checkpoint.main_dtype.itemsize
-    more["host"] = max(more.get("host", 0), *(_more_waiting(step, job, how) for step in (job.recipe, *later)))
+    waits = max(_more_waiting(step, job, how) + _more_in_batches(step, job) for step in (job.recipe, *later))
+    more["host"] = max(more.get("host", 0), waits)
     memory = {where: size + more.get(where, 0) for where, size in memory.items()}  # nothing waits while it samples
     result, scratch = _disk(job, later, stages_of(manifest))
     return Forecast(memory, result, scratch, _seconds(job, later, manifest, events, shown), processes)
 
 
+def _remembered(step: AnyStep, job: Job) -> int:
+    """Elements of the keys and values that a block keeps while the model writes."""
+    assert step.max_seq_length is not None
+    return remembered(job.model.config, written_for(step.own_windows), step.max_seq_length)
+
+
+def _more_in_batches(step: AnyStep, job: Job) -> int:
+    """Bytes of what a block's matrices and norms take in and give in a batch of the run, and not in its probe's."""
+    tokens = [
+        min(one.batch_size, one.num_windows or one.eval_windows) * (one.max_seq_length or 0)
+        for one in (step, few(step, job.model))
+    ]
+    inside: int = sum(map(sum, job.model.matrices.values())) // len(job.model.blocks)
+    passed: int = inside + 4 * job.model.config.hidden_size
+    return (tokens[0] - tokens[1]) * passed * job.model.dtype.itemsize
+
+
 def _more_waiting(step: AnyStep, job: Job, how: How) -> int:
     """Bytes of hidden states that wait in memory in the run, and not in its probe."""
-    shown = few(step).num_windows
-    if shown == step.num_windows:
-        return 0
+    shown = few(step, job.model)
     assert step.max_seq_length is not None
+    share = shown.num_windows * (shown.max_seq_length or 0) / max(1, step.num_windows * step.max_seq_length)
+    if share == 1:
+        return 0
     windows: int = step.num_windows + method_of(step).scratch(step, job.model)
     waiting: int = windows * step.max_seq_length * job.model.config.hidden_size * job.model.dtype.itemsize
     room = available_memory(torch.device("cpu"))["host"] // SHARE if how.stream_memory is None else how.stream_memory
-    return round(min(waiting, room) * (1 - shown / step.num_windows))
+    return round(min(waiting, room) * (1 - share))
 
 
 def _seconds(job: Job, later: list[AnyStep], manifest: Manifest, events: list[Event], shown: int) -> float:
     """Of all steps on all blocks and windows, from what a few of them took."""
     steps, model, timings = (job.recipe, *later), job.model, [stage["run"]["seconds"] for stage in stages_of(manifest)]
-    whole, probed = (_added(work_of(one, model) for one in some) for some in (steps, map(few, steps)))
+    whole, probed = (_added(some, model) for some in (steps, [few(step, model) for step in steps]))
     times = {stage: cost / probed[stage] for stage, cost in whole.items() if probed[stage]}
     in_blocks = sum(event["seconds"] for event in events)
     timed = {name: sum(timing.get(name, 0.0) for timing in timings) for name in ("checking", "sampling", "measuring")}
@@ -136,11 +154,12 @@ def _of_all_blocks(job: Job, events: list[Event], stage: str, shown: int) -> flo
     return rest + sum(one["seconds"] for one in events if one["what"] == stage)
 
 
-def _added(works: Iterable[Work]) -> Work:
-    """Of all steps together."""
+def _added(steps: Sequence[AnyStep], model: StreamedModel) -> Work:
+    """Of all steps together, in tokens' products with the weights."""
     found: Work = {}
-    for work in works:
-        found |= {stage: cost + found.get(stage, 0.0) for stage, cost in work.items()}
+    for step in steps:
+        unit = pass_cost(step, model)
+        found |= {stage: cost * unit + found.get(stage, 0.0) for stage, cost in work_of(step, model).items()}
     return found
 
 

@@ -6,9 +6,12 @@ taken from runs on SmolLM2-135M (30 blocks, 256 windows of 256 tokens, CPU); a m
 factor that is the same for most stages, which is why times are told by the pace of the run itself.
 """
 
-from slimlm.calibration import written_for
+import math
+
+from slimlm.calibration import sampling_batch, written_for
 from slimlm.checkpoint.journal import Journal
 from slimlm.fit.lm_head import fits_head
+from slimlm.linalg.regression import HELD_EVERY
 from slimlm.model.streamed import StreamedModel
 from slimlm.prune import solved
 from slimlm.prune.plan import refits_head
@@ -19,14 +22,18 @@ from slimlm.statistics.sweep import TOKENS
 Work = dict[str, float]  # by stage, in their order
 
 SAMPLING, MEASURING = "sampling text", "measuring"
-WRITING = 0.75  # a window of the model's own
+WRITING = 0.45  # a window of the model's own
+READING = 14  # windows that cost as much as those written together do once: weights are read for every token
 SWEEPING, BACK = 0.75, 1.8  # a window whose gradients are taken, and back
-CUTTING = 0.85  # a window through one of the models that are cut alone
+CUTTING = 0.85  # a held-out window through one of the models that are cut alone
 REFITTING, REFINING = 3.8, 1.7  # a window of a block beside the dense one; each epoch of refinement
 HEAD = 0.5
+DELETING = 4.5  # finding what they do without; see SOLVING
 SOLVING = 6.0  # least squares of as many inputs as a window has tokens; d^3 where a pass is d^2
 SETTLING = 80.0  # the same for all weights that stay, for each row's mask, swaps included
-REPAIRING, SEEING, LOOKING = 7.0, 3.0, 0.05  # pruning towards the dense block, by statistics, without data
+ONCE = {"sparsegpt": 5.0, "wanda": 1.7}  # the same of methods that are done with a block once they have seen it
+ROTATING = 1.0
+REPAIRING, SEEING = 7.0, 3.0  # pruning towards the dense block, and by statistics
 TRAINING = 1.5  # a window of a step, judging included
 
 
@@ -49,7 +56,7 @@ def work_of(step: AnyStep, model: StreamedModel) -> Work:
     """Of a resolved step on a model, behind its checks."""
     work: Work = {}
     if step.own_windows:
-        work[SAMPLING] = WRITING * written_for(step.own_windows)
+        work[SAMPLING] = WRITING * _written(step, model)
     if isinstance(step, PruneStep):
         work |= _pruning(step, model)
     elif isinstance(step, RecoverStep):
@@ -59,6 +66,18 @@ def work_of(step: AnyStep, model: StreamedModel) -> Work:
     if step.measure:
         work[MEASURING] = 2.0 * step.eval_windows
     return work
+
+
+def pass_cost(step: AnyStep, model: StreamedModel) -> float:
+    """What the unit is, in tokens' products with the weights: a window's, and what its tokens attend to, by operations
+    twice, as these are slower ones."""
+    length, sizes = step.max_seq_length, model.matrices.values()
+    assert length is not None
+    heads = getattr(model.config, "num_attention_heads", None) or 0
+    width = getattr(model.config, "head_dim", None) or model.config.hidden_size // max(1, heads)
+    weights = sum(math.prod(size) for size in sizes) / len(model.blocks)
+    attended: float = 2 * length * heads * width / max(1.0, weights)
+    return length * (1 + attended)
 
 
 def with_measuring(step: AnyStep, model: StreamedModel) -> AnyStep:
@@ -86,14 +105,15 @@ def kept_of(journal: Journal, blocks: int) -> list[str]:
 def _slicing(step: SliceStep | RotateStep, model: StreamedModel) -> Work:
     windows = float(step.num_windows)
     if isinstance(step, SliceStep) and step.basis == "per-block":
-        return {"slicing": 2 * windows}
+        return {"slicing": 2 * windows + _solving(step, model, ROTATING)}
     work = {"calibrating": windows}
     if step.weighting == "loss":
         work |= _sweeping(step)
     if not isinstance(step, SliceStep) or not step.refit:
-        return work | {"slicing": LOOKING * windows}
+        return work | {"slicing": _solving(step, model, ROTATING)}
     if not step.widths or len(step.width_choices) > 1:
-        work["measuring widths"] = CUTTING * curves.CUTS * min(curves.WINDOWS, windows)
+        held = max(1.0, min(curves.WINDOWS, windows // HELD_EVERY))
+        work["measuring widths"] = CUTTING * curves.CUTS * held + _solving(step, model, DELETING)
     work["refitting"] = (REFITTING + REFINING * step.refine) * windows + _solving(step, model, SOLVING)
     return work | ({"refitting the head": HEAD * windows} if fits_head(model) else {})
 
@@ -109,7 +129,8 @@ def _pruning(step: PruneStep, model: StreamedModel) -> Work:
     if step.repairs:
         work["pruning"] = (REPAIRING + REFINING * step.refine) * windows + _solving(step, model, SETTLING)
         return work | ({"refitting the head": HEAD * windows} if refits_head(model) else {})
-    return work | {"pruning": max(1.0, (SEEING if step.dataset else LOOKING) * windows)}
+    once = _solving(step, model, ONCE.get(step.method, 0.0))
+    return work | {"pruning": max(1.0, SEEING * windows if step.dataset else 0.0) + once}
 
 
 def _recovering(step: RecoverStep) -> Work:
@@ -118,10 +139,16 @@ def _recovering(step: RecoverStep) -> Work:
     return work | {"recovering": TRAINING * step.tokens / step.max_seq_length, "writing": 1.0}
 
 
+def _written(step: AnyStep, model: StreamedModel) -> int:
+    """Windows that the model writes, and what it costs that so few at a time are written."""
+    assert step.max_seq_length is not None
+    windows = written_for(step.own_windows)
+    return windows + READING * -(-windows // sampling_batch(model.config, step.max_seq_length))
+
+
 def _solving(step: AnyStep, model: StreamedModel, each: float) -> float:
     """What is done once, however many windows there are."""
-    assert step.max_seq_length is not None
-    return each * model.widest / step.max_seq_length
+    return each * model.widest / pass_cost(step, model)
 
 
 def _sweeping(step: AnyStep) -> Work:

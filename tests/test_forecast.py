@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import slimlm.forecast as forecast_module
 import slimlm.probe as probe_module
@@ -20,9 +22,10 @@ from slimlm.check import How, Job, check, spilled
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
-from slimlm.forecast import Forecast, forecast, require_room
+from slimlm.forecast import Forecast, _more_in_batches, forecast, require_room
 from slimlm.methods import method_of
-from slimlm.probe import FEW, few
+from slimlm.model.streamed import StreamedModel
+from slimlm.probe import FEW, REPAIRED, few
 from slimlm.prober import Prober
 from slimlm.recipe import AnyStep, Recipe, make_recipe, one_step
 from slimlm.stages import compress, later_steps
@@ -195,16 +198,14 @@ def test_the_forecast_scales_what_the_probe_took_to_all_blocks(recipe: Recipe, m
     earlier = {"bytes": {"compressed": 800}, "run": {**manifest["run"], "peak_memory_bytes": {"host": 900}}}
     manifest["stages"] = [earlier]
     (step,) = recipe.steps
-    then = {"method": "slimlm", "sparsity": 0.5, "curvature": "gram+fisher", "num_calibration_samples": 50}
+    then = {"method": "slimlm", "sparsity": 0.5, "curvature": "gram+fisher", "num_calibration_samples": 500}
     whole = in_steps(step.model_dump(include=step.model_fields_set), then)
     (last,) = later_steps(job, whole)
     more = spilled(last, job.model)
     assert more > waiting
     found = forecast_of(job, later_steps(job, whole))
     assert found.seconds == pytest.approx(2 * (20 + not_shown(job, 2) * 1) + (7 + 7))
-    waits = (
-        32 * 32 * 4 * (50 + method_of(last).scratch(last, job.model)) * (1 - max(FEW, last.batch_size) / 50)
-    )  # in fp32
+    waits = 32 * 32 * 4 * (500 + method_of(last).scratch(last, job.model)) * (1 - REPAIRED // 32 / 500)  # in fp32
     assert found.memory == {"host": pytest.approx(900 + waits)}
     assert found.scratch == more
     assert found.result == 4 + sum(spec.nbytes for spec in job.plan.tensors.values()) * 1400 // 800
@@ -294,7 +295,56 @@ def test_steps_that_would_read_standard_input_anew_are_refused(
     sources._piped.cache_clear()
 
 
+def on(device: str) -> StreamedModel:
+    return cast(StreamedModel, SimpleNamespace(device=torch.device(device)))
+
+
 @pytest.mark.parametrize(("batch", "kept"), [(4, 6), (8, 8), (16, 16), (64, 50)])
-def test_a_probe_has_a_whole_batch_of_windows_and_some_to_hold_out(recipe: Recipe, batch: int, kept: int):
-    (step,) = recipe.updated(num_calibration_samples=50, batch_size=batch, refine=3).steps
-    assert few(step).num_windows == kept
+def test_a_probe_on_a_gpu_has_a_whole_batch_of_windows_and_some_to_hold_out(recipe: Recipe, batch: int, kept: int):
+    (step,) = recipe.updated(num_calibration_samples=50, batch_size=batch, refine=3, max_seq_length=2048).steps
+    assert (few(step, on("cuda")).num_windows, few(step, on("cuda")).max_seq_length) == (kept, 2048)
+    (pruned,) = one_step(**of_text(recipe), method="sparsegpt", sparsity=0.5, num_calibration_samples=50).steps
+    assert few(pruned, on("cuda")).num_windows == 50
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "kept", "of"), [(256, 128, 8, 256), (2048, 128, 6, 341), (2048, 4, 4, 341), (16, 400, 128, 16)]
+)
+def test_a_probe_on_a_cpu_has_as_many_tokens_as_soon_go_through(
+    recipe: Recipe, length: int, count: int, kept: int, of: int
+):
+    (step,) = recipe.updated(num_calibration_samples=count, max_seq_length=length, refine=3).steps
+    shown = few(step, on("cpu"))
+    assert (shown.num_windows, shown.max_seq_length, shown.refine) == (kept, of, 1)
+    (pruned,) = one_step(**of_text(recipe), method="mfac", sparsity=0.5, num_calibration_samples=count).steps
+    assert few(pruned, on("cpu")).num_windows == count  # its solves take as long for fewer
+
+
+def test_what_more_tokens_in_a_batch_need_is_about_what_a_block_keeps_for_its_gradients(recipe: Recipe):
+    path = build_tiny(LlamaConfig(**SIZES), Path(recipe.steps[0].model).parent / "llama")
+    job = check(recipe.updated(model=str(path)).steps[0], HOW)
+    longer = job.recipe.model_copy(update={"num_calibration_samples": 50, "max_seq_length": 2048, "batch_size": 3})
+    tokens = 3 * 2048 - 3 * (REPAIRED // FEW)
+    assert _more_in_batches(longer, job) == pytest.approx(tokens * kept_for_gradients(path), rel=0.25)
+
+
+def kept_for_gradients(path: Path, tokens: int = 64) -> float:
+    """Bytes for each token that the first block's backward pass needs, but for its weights."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+    found: dict[int, int] = {}
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hidden = torch.randn(1, tokens, model.config.hidden_size, requires_grad=True)
+    places = model.model.rotary_emb(hidden, torch.arange(tokens)[None])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model.layers[0](hidden, position_embeddings=places)
+    return sum(found.values()) / tokens
+
+
+def of_text(recipe: Recipe) -> dict[str, Any]:
+    return recipe.steps[0].model_dump(include={"model", "dataset", "eval_windows"})
