@@ -21,14 +21,15 @@ from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.checkpoint.staging import check_space
 from slimlm.device import available_memory
 from slimlm.errors import UserError
+from slimlm.few import as_they_go, few, filled
 from slimlm.methods import method_of
 from slimlm.model.hidden import SHARE
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
-from slimlm.probe import Event, few, probe, shown_keys
+from slimlm.probe import Event, probe, shown_keys
 from slimlm.prober import Prober
 from slimlm.recipe import AnyStep, RecoverStep
-from slimlm.work import MEASURING, SAMPLING, Work, pass_cost, work_of
+from slimlm.work import MEASURING, SAMPLING, Passed, Work, pass_cost, work_of
 
 LEAST = 2  # blocks to probe: the first of a process is slow, and a GPU has the next one in memory, too
 MOST = 8  # of them; a kind that comes later is taken to be like the slowest of them
@@ -64,7 +65,7 @@ def forecast(job: Job, later: list[AnyStep], how: How, prober: Prober, processes
     if any(isinstance(step, RecoverStep) for step in (job.recipe, *later)):
         raise UserError("--dry-run cannot tell what `recover` takes: leave that step out")
     how.progress.stage("probing the first blocks", 1)
-    kinds = every(job.model, lambda block: block.kind)
+    kinds, steps = every(job.model, lambda block: block.kind), filled(job, later)
     shown = min(MOST, len(kinds), max(LEAST, *(kinds.index(kind) + 1 for kind in kinds)))
     home = next(parent for parent in job.output.parents if parent.is_dir())
     with ExitStack() as stack:
@@ -74,21 +75,22 @@ def forecast(job: Job, later: list[AnyStep], how: How, prober: Prober, processes
         )
         prober.owns([place, *waiting])
         manifest, events = probe(
-            job, later, shown, place, replace(how, work_dir=waiting[0] if waiting else None), prober
+            job, steps, shown, place, replace(how, work_dir=waiting[0] if waiting else None), prober
         )
     how.progress.step()
     (_, memory), more = took(manifest), dict[str, int]()
     if any("sampling" in stage["run"]["seconds"] for stage in stages_of(manifest)):
         # Sampling holds every block at once, and their keys and values.
         others = parameter_count(job.model.model) - manifest["parameters"]["dense"]
-        step = few(job.recipe, job.model)
-        others += len(kinds) * _remembered(job.recipe, job) - shown * _remembered(step, job)
+        others += max(
+            len(kinds) * _remembered(step, job) - shown * _remembered(few(step, job.model), job) for step in steps
+        )
         more["gpu" if "gpu" in memory else "host"] = others * job.model.checkpoint.main_dtype.itemsize
-    waits = max(_more_waiting(step, job, how) + _more_in_batches(step, job) for step in (job.recipe, *later))
+    waits = max(_more_waiting(step, job, how) + _more_in_batches(step, job) for step in steps)
     more["host"] = max(more.get("host", 0), waits)
     memory = {where: size + more.get(where, 0) for where, size in memory.items()}  # nothing waits while it samples
     result, scratch = _disk(job, later, stages_of(manifest))
-    return Forecast(memory, result, scratch, _seconds(job, later, manifest, events, shown), processes)
+    return Forecast(memory, result, scratch, _seconds(job, steps, manifest, events, shown), processes)
 
 
 def _remembered(step: AnyStep, job: Job) -> int:
@@ -98,32 +100,34 @@ def _remembered(step: AnyStep, job: Job) -> int:
 
 
 def _more_in_batches(step: AnyStep, job: Job) -> int:
-    """Bytes of what a block's matrices and norms take in and give in a batch of the run, and not in its probe's."""
+    """Bytes of what a block's matrices and norms take in and give in a batch of the run, and not in its probe's; two
+    thirds of it at a time where no gradients are taken."""
+    if job.model.device.type != "cpu":
+        return 0
     tokens = [
         min(one.batch_size, one.num_windows or one.eval_windows) * (one.max_seq_length or 0)
         for one in (step, few(step, job.model))
     ]
-    inside: int = sum(map(sum, job.model.matrices.values())) // len(job.model.blocks)
-    passed: int = inside + 4 * job.model.config.hidden_size
-    return (tokens[0] - tokens[1]) * passed * job.model.dtype.itemsize
+    each = (tokens[0] - tokens[1]) * Passed.of(job.model).numbers * job.model.dtype.itemsize
+    return round(each if step.repairs else each * 2 / 3)
 
 
 def _more_waiting(step: AnyStep, job: Job, how: How) -> int:
     """Bytes of hidden states that wait in memory in the run, and not in its probe."""
     shown = few(step, job.model)
     assert step.max_seq_length is not None
-    share = shown.num_windows * (shown.max_seq_length or 0) / max(1, step.num_windows * step.max_seq_length)
-    if share == 1:
+    if not step.num_windows:
         return 0
+    share = shown.num_windows * (shown.max_seq_length or 0) / (step.num_windows * step.max_seq_length)
     windows: int = step.num_windows + method_of(step).scratch(step, job.model)
     waiting: int = windows * step.max_seq_length * job.model.config.hidden_size * job.model.dtype.itemsize
     room = available_memory(torch.device("cpu"))["host"] // SHARE if how.stream_memory is None else how.stream_memory
     return round(min(waiting, room) * (1 - share))
 
 
-def _seconds(job: Job, later: list[AnyStep], manifest: Manifest, events: list[Event], shown: int) -> float:
+def _seconds(job: Job, steps: list[AnyStep], manifest: Manifest, events: list[Event], shown: int) -> float:
     """Of all steps on all blocks and windows, from what a few of them took."""
-    steps, model, timings = (job.recipe, *later), job.model, [stage["run"]["seconds"] for stage in stages_of(manifest)]
+    model, timings = job.model, [stage["run"]["seconds"] for stage in stages_of(manifest)]
     whole, probed = (_added(some, model) for some in (steps, [few(step, model) for step in steps]))
     times = {stage: cost / probed[stage] for stage, cost in whole.items() if probed[stage]}
     in_blocks = sum(event["seconds"] for event in events)
@@ -157,7 +161,7 @@ def _of_all_blocks(job: Job, events: list[Event], stage: str, shown: int) -> flo
 def _added(steps: Sequence[AnyStep], model: StreamedModel) -> Work:
     """Of all steps together, in tokens' products with the weights."""
     found: Work = {}
-    for step in steps:
+    for step in as_they_go(steps):
         unit = pass_cost(step, model)
         found |= {stage: cost * unit + found.get(stage, 0.0) for stage, cost in work_of(step, model).items()}
     return found

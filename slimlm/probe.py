@@ -12,9 +12,10 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy
 import yaml
@@ -27,19 +28,14 @@ from slimlm.checkpoint.kinds import INDEX_NAME
 from slimlm.checkpoint.manifest import MANIFEST_NAME, Manifest
 from slimlm.compression import LOG_NAME
 from slimlm.errors import SlimlmError, UserError
-from slimlm.model.streamed import StreamedModel
+from slimlm.few import few, of_windows
 from slimlm.model.walk import every
 from slimlm.prober import Asked, Prober
-from slimlm.recipe import OF_HUB, SELF, AnyStep, PruneStep, Recipe, SliceStep, Source, as_file, dumped, load_recipe
+from slimlm.recipe import OF_HUB, SELF, AnyStep, Recipe, SliceStep, Source, as_file, dumped, load_recipe
 from slimlm.run import Plan
 from slimlm.slice.config import BY_BLOCK
 from slimlm.slice.plan import rotated_influence
 from slimlm.stages import compress_recipe, plans_of_later
-from slimlm.work import ONCE
-
-FEW = 6  # windows at least: every fifth is held out
-REPAIRED, SEEN = 2048, 8192  # tokens that say on a CPU how long steps take that repair what they do, and others
-OF_WINDOWS = ("dataset", "text_column", *OF_HUB, "num_calibration_samples", "max_seq_length", "seed")
 
 
 class Event(TypedDict):
@@ -51,14 +47,15 @@ class Event(TypedDict):
 
 
 def probe(
-    job: Job, later: list[AnyStep], shown: int, place: Path, how: How, prober: Prober
+    job: Job, steps: Sequence[AnyStep], shown: int, place: Path, how: How, prober: Prober
 ) -> tuple[Manifest, list[Event]]:
-    """The manifest and the log of a run, and of steps later than its own, on the first `shown` blocks.
+    """The manifest and the log of a run of a few of the first blocks, on little text.
 
-    place: an empty directory for all of it. how: as the run, but for a work_dir of its own. Raises RunFailure.
+    steps: of the whole run, the checked one first. place: an empty directory for all of it. how: as the run, but for a
+    work_dir of its own. Raises RunFailure.
     """
     _show_first_blocks(job, shown, place / "model")
-    recipe = Recipe(steps=_shown_steps(job, later, shown, place / "tokens.npy")).updated(
+    recipe = Recipe(steps=_shown_steps(job, steps, shown, place / "tokens.npy")).updated(
         model=str(place / "model"), output_dir=str(place / "out"), revision=None, trust_remote_code=False
     )
     (place / "recipe.yaml").write_text(yaml.safe_dump(as_file(dumped(recipe))))
@@ -69,46 +66,17 @@ def probe(
     return manifest, [json.loads(line) for line in log.splitlines()]
 
 
-def few(step: AnyStep, model: StreamedModel) -> AnyStep:
-    """A step on so little text, and refined so little, that `work_of` tells from it what the whole takes, where all
-    that takes long is in proportion to that. On a GPU a batch of windows, which says what memory is needed, too."""
-    step = step.model_copy(update={"eval_windows": min(step.eval_windows, step.batch_size)})
-    if not _is_in_proportion(step, model):
-        return step
-    assert step.max_seq_length is not None
-    count, length, kept = step.num_windows, step.max_seq_length, max(FEW, step.batch_size)
-    if model.device.type == "cpu":
-        tokens = REPAIRED if step.repairs else SEEN
-        kept = max(FEW, tokens // length)
-        length = min(length, max(2, tokens // kept))
-    less: dict[str, Any] = {"max_seq_length": length}
-    if count > kept:
-        less["dataset"] = [
-            Source(source=source, windows=max(1, round(part * kept / count))) for source, part in step.parts
-        ]
-    if step.repairs:
-        less["refine"] = min(1, vars(step)["refine"])
-    return step.model_copy(update=less)
-
-
-def _is_in_proportion(step: AnyStep, model: StreamedModel) -> bool:
-    """Whether what takes long is in proportion to the text, but for what `work_of` knows of."""
-    if step.repairs or model.device.type != "cpu":
-        return step.repairs
-    return not isinstance(step, PruneStep) or step.dataset is None or step.method in ONCE
-
-
-def _shown_steps(job: Job, later: list[AnyStep], shown: int, tokens: Path) -> list[AnyStep]:
+def _shown_steps(job: Job, whole: Sequence[AnyStep], shown: int, tokens: Path) -> list[AnyStep]:
     """All steps on a few windows and the first blocks. tokens: a file for the first one's, and of all that share
     them."""
-    whole = [(job.recipe, job.plan), *plans_of_later(job, later)]
-    steps = [few(_shown_step(job, step, shown, plan), job.model) for step, plan in whole]
-    if job.windows is None:
-        return steps
-    first, *others = ([getattr(step, name) for name in OF_WINDOWS] for step, _ in whole)
-    shared = [step for step, of_windows in zip(steps, [first, *others], strict=True) if of_windows == first]
-    numpy.save(tokens, job.windows.tokens[: max(step.num_windows - step.own_windows for step in shared)].numpy())
-    steps = [_on_tokens(step, tokens) if step in shared else step for step in steps]
+    first, *later = whole
+    steps = [_shown_step(job, first, shown, job.plan)]
+    steps += [_shown_step(job, step, shown, plan) for step, plan in plans_of_later(job, later)]
+    steps = [few(step, job.model) for step in steps]
+    if job.windows is not None:
+        numpy.save(tokens, job.windows.tokens.numpy())
+        shared = [of_windows(step) == of_windows(first) for step in whole]
+        steps = [_on_tokens(step, tokens) if share else step for step, share in zip(steps, shared, strict=True)]
     if any(source == STANDARD_INPUT for step in steps for source, _ in step.parts):
         raise UserError("--dry-run: steps that take different windows of standard input cannot be tried: give a file")
     return steps

@@ -7,12 +7,14 @@ factor that is the same for most stages, which is why times are told by the pace
 """
 
 import math
+from dataclasses import dataclass
 
 from slimlm.calibration import sampling_batch, written_for
 from slimlm.checkpoint.journal import Journal
 from slimlm.fit.lm_head import fits_head
 from slimlm.linalg.regression import HELD_EVERY
 from slimlm.model.streamed import StreamedModel
+from slimlm.model.walk import every
 from slimlm.prune import solved
 from slimlm.prune.plan import refits_head
 from slimlm.recipe import AnyStep, PruneStep, RecoverStep, RotateStep, SliceStep
@@ -31,7 +33,7 @@ HEAD = 0.5
 DELETING = 4.5  # finding what they do without; see SOLVING
 SOLVING = 6.0  # least squares of as many inputs as a window has tokens; d^3 where a pass is d^2
 SETTLING = 80.0  # the same for all weights that stay, for each row's mask, swaps included
-ONCE = {"sparsegpt": 5.0, "wanda": 1.7}  # the same of methods that are done with a block once they have seen it
+ONCE = {"left-to-right": 5.0, "none": 1.7}  # the same, by update, of methods that see a block once
 ROTATING = 1.0
 REPAIRING, SEEING = 7.0, 3.0  # pruning towards the dense block, and by statistics
 TRAINING = 1.5  # a window of a step, judging included
@@ -71,13 +73,35 @@ def work_of(step: AnyStep, model: StreamedModel) -> Work:
 def pass_cost(step: AnyStep, model: StreamedModel) -> float:
     """What the unit is, in tokens' products with the weights: a window's, and what its tokens attend to, by operations
     twice, as these are slower ones."""
-    length, sizes = step.max_seq_length, model.matrices.values()
+    length = step.max_seq_length
     assert length is not None
     heads = getattr(model.config, "num_attention_heads", None) or 0
     width = getattr(model.config, "head_dim", None) or model.config.hidden_size // max(1, heads)
-    weights = sum(math.prod(size) for size in sizes) / len(model.blocks)
-    attended: float = 2 * length * heads * width / max(1.0, weights)
+    attended: float = 2 * length * heads * width / max(1.0, Passed.of(model).weights)
     return length * (1 + attended)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a token goes through in a block, on the average of them. numbers: that matrices and norms take in and give.
+    weights: of the matrices; all: experts' that it is not sent to, too."""
+
+    numbers: float
+    weights: float
+    all: float
+
+    @classmethod
+    def of(cls, model: StreamedModel) -> "Passed":
+        """By the shapes of a model's matrices; all experts' where its config does not say to how many a token goes."""
+        counts = every(model, lambda block: block.family.experts.count if block.family.experts else 0)
+        used, blocks = getattr(model.config, "num_experts_per_tok", None), len(model.blocks)
+        share = used / max(counts) if used and any(counts) else 1.0
+        shares = {name: share if name.rpartition(".")[2].isdigit() else 1.0 for name in model.matrices}
+        numbers = sum(shares[name] * sum(size) for name, size in model.matrices.items())
+        sizes = {name: math.prod(size) for name, size in model.matrices.items()}
+        weights = sum(shares[name] * size for name, size in sizes.items())
+        around: int = 4 * model.config.hidden_size
+        return cls(numbers / blocks + around, weights / blocks, sum(sizes.values()) / blocks)
 
 
 def with_measuring(step: AnyStep, model: StreamedModel) -> AnyStep:
@@ -109,11 +133,11 @@ def _slicing(step: SliceStep | RotateStep, model: StreamedModel) -> Work:
     work = {"calibrating": windows}
     if step.weighting == "loss":
         work |= _sweeping(step)
-    if not isinstance(step, SliceStep) or not step.refit:
-        return work | {"slicing": _solving(step, model, ROTATING)}
-    if not step.widths or len(step.width_choices) > 1:
+    if isinstance(step, SliceStep) and (len(step.width_choices) > 1 or (step.refit and not step.widths)):
         held = max(1.0, min(curves.WINDOWS, windows // HELD_EVERY))
         work["measuring widths"] = CUTTING * curves.CUTS * held + _solving(step, model, DELETING)
+    if not isinstance(step, SliceStep) or not step.refit:
+        return work | {"slicing": _solving(step, model, ROTATING)}
     work["refitting"] = (REFITTING + REFINING * step.refine) * windows + _solving(step, model, SOLVING)
     return work | ({"refitting the head": HEAD * windows} if fits_head(model) else {})
 
@@ -129,7 +153,7 @@ def _pruning(step: PruneStep, model: StreamedModel) -> Work:
     if step.repairs:
         work["pruning"] = (REPAIRING + REFINING * step.refine) * windows + _solving(step, model, SETTLING)
         return work | ({"refitting the head": HEAD * windows} if refits_head(model) else {})
-    once = _solving(step, model, ONCE.get(step.method, 0.0))
+    once = _solving(step, model, ONCE.get(step.update, 0.0) if step.dataset else 0.0)
     return work | {"pruning": max(1.0, SEEING * windows if step.dataset else 0.0) + once}
 
 
@@ -148,7 +172,8 @@ def _written(step: AnyStep, model: StreamedModel) -> int:
 
 def _solving(step: AnyStep, model: StreamedModel, each: float) -> float:
     """What is done once, however many windows there are."""
-    return each * model.widest / pass_cost(step, model)
+    passed = Passed.of(model)
+    return each * model.widest * (passed.all / max(1.0, passed.weights)) / pass_cost(step, model)
 
 
 def _sweeping(step: AnyStep) -> Work:

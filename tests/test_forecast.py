@@ -22,10 +22,10 @@ from slimlm.check import How, Job, check, spilled
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.device import _left_in_container
 from slimlm.errors import RunFailure, UserError
+from slimlm.few import FEW, REPAIRED, SEEN, as_they_go, few, filled
 from slimlm.forecast import Forecast, _more_in_batches, forecast, require_room
 from slimlm.methods import method_of
 from slimlm.model.streamed import StreamedModel
-from slimlm.probe import FEW, REPAIRED, few
 from slimlm.prober import Prober
 from slimlm.recipe import AnyStep, Recipe, make_recipe, one_step
 from slimlm.stages import compress, later_steps
@@ -69,7 +69,7 @@ def test_the_probe_runs_the_first_block_with_the_runs_own_tokens_and_choices(
     job = check(recipe.updated(widths="hidden=24/mlp=40").steps[0], HOW)
     place = tmp_path / "probe"
     place.mkdir()
-    manifest, events = probe_module.probe(job, [], 1, place, HOW, Prober())
+    manifest, events = probe_module.probe(job, [job.recipe], 1, place, HOW, Prober())
     config = json.loads((place / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert manifest["parameters"]["dense"] < sum(p.numel() for p in job.model.model.parameters())
@@ -295,8 +295,68 @@ def test_steps_that_would_read_standard_input_anew_are_refused(
     sources._piped.cache_clear()
 
 
+def test_what_the_probe_took_is_multiplied_by_tokens_and_what_they_attend_to(recipe: Recipe, monkeypatch):
+    """By hand, for windows that are six times as long in the run."""
+    job = check(recipe.updated(widths="mlp=40").steps[0], HOW)
+    more = {"dataset": "no file", "num_calibration_samples": 100, "max_seq_length": 2048, "refine": 3}
+    job.recipe, job.windows = job.recipe.model_copy(update=more), None
+    run = {"seconds": {"checking": 0.0, "total": 30.0}, "peak_memory_bytes": {"host": 0}, "work_bytes": 0}
+    manifest = {"bytes": {"compressed": 1}, "run": {**run, "scratch_bytes": 0}}
+    parts = [f"model.layers.{index}" for index in range(2)]
+    stages = {"calibrating": 1.0, "refitting": 10.0}
+    events = [{"what": what, "part": part, "seconds": seconds} for part in parts for what, seconds in stages.items()]
+    monkeypatch.setattr(forecast_module, "probe", lambda *_: (manifest, events))
+    config = job.model.config
+    weights = sum(one.numel() for one in job.model.model.model.layers[0].parameters() if one.dim() == 2)
+    attended = 2 * config.num_attention_heads * config.head_dim / weights
+    run_pass, probe_pass = (length * (1 + length * attended) for length in (2048, 341))
+    calibrating = 100 * run_pass / (6 * probe_pass)
+    once = 6 * config.intermediate_size
+    refitting = ((3.8 + 3 * 1.7) * 100 * run_pass + once) / ((3.8 + 1.7) * 6 * probe_pass + once)
+    blocks = config.num_hidden_layers
+    assert forecast_of(job).seconds == pytest.approx(8 + blocks * (calibrating + 10 * refitting))
+
+
+def test_every_step_leaves_out_what_it_skips_itself(recipe: Recipe, in_process, probed):
+    (step,) = recipe.steps
+    shared = step.model_dump(include=step.model_fields_set - {"sparsity", "method"})
+    steps = [
+        {"method": "wanda", "sparsity": 0.5, "skip": "*.down_proj"},
+        {"method": "sparsegpt", "sparsity": 0.6, "skip": "*.q_proj"},
+    ]
+    whole = make_recipe({**shared, "steps": [*steps, {"method": "magnitude", "sparsity": 0.7}]})
+    job = check(whole.steps[0], HOW)
+    forecast_of(job, later_steps(job, whole))
+    ((manifest, _),) = probed
+    skipped = [" ".join(step["skip"]) for step in manifest["recipe"]["steps"]]
+    assert ["down_proj" in names for names in skipped] == [True, False, False]
+    assert ["q_proj" in names for names in skipped] == [False, True, False]
+
+
+def test_windows_count_as_far_as_the_text_goes(recipe: Recipe):
+    job = check(recipe.updated(num_calibration_samples=1000, self_share=0.5).steps[0], HOW)
+    there = len(job.windows.tokens)
+    assert there < 1000
+    (step,) = filled(job, [])
+    assert step.num_windows == there + step.own_windows
+    assert few(step, job.model).num_windows == step.num_windows  # 32 tokens each
+
+
+def test_a_later_step_goes_by_what_the_model_wrote_in_an_earlier_one(recipe: Recipe):
+    own = [{"source": "a", "windows": 5}, {"source": "self", "windows": 7}]
+    first, then, last = (
+        one_step(model="m", method=method, sparsity=0.5, dataset=data, max_seq_length=length).steps[0]
+        for method, data, length in (("slice", own, 256), ("sparsegpt", own, 2048), ("wanda", own[:1], 2048))
+    )
+    found = list(as_they_go([first, then, last]))
+    assert found[0] == first
+    assert (found[1].num_windows, found[1].own_windows, found[1].max_seq_length) == (12, 0, 256)
+    assert found[2] == last
+
+
 def on(device: str) -> StreamedModel:
-    return cast(StreamedModel, SimpleNamespace(device=torch.device(device)))
+    config = SimpleNamespace(_attn_implementation="sdpa")
+    return cast(StreamedModel, SimpleNamespace(device=torch.device(device), config=config))
 
 
 @pytest.mark.parametrize(("batch", "kept"), [(4, 6), (8, 8), (16, 16), (64, 50)])
@@ -320,12 +380,16 @@ def test_a_probe_on_a_cpu_has_as_many_tokens_as_soon_go_through(
     assert few(pruned, on("cpu")).num_windows == count  # its solves take as long for fewer
 
 
-def test_what_more_tokens_in_a_batch_need_is_about_what_a_block_keeps_for_its_gradients(recipe: Recipe):
-    path = build_tiny(LlamaConfig(**SIZES), Path(recipe.steps[0].model).parent / "llama")
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_what_more_tokens_in_a_batch_need_is_about_what_a_block_keeps_for_its_gradients(recipe: Recipe, family: str):
+    config = LlamaConfig(**SIZES) if family == "llama" else family_config(family)
+    path = build_tiny(config, Path(recipe.steps[0].model).parent / family)
     job = check(recipe.updated(model=str(path)).steps[0], HOW)
     longer = job.recipe.model_copy(update={"num_calibration_samples": 50, "max_seq_length": 2048, "batch_size": 3})
     tokens = 3 * 2048 - 3 * (REPAIRED // FEW)
     assert _more_in_batches(longer, job) == pytest.approx(tokens * kept_for_gradients(path), rel=0.25)
+    seen = longer.model_copy(update={"refit": False})
+    assert _more_in_batches(seen, job) < _more_in_batches(longer, job) * (3 * 2048 - 3 * SEEN // FEW) / tokens
 
 
 def kept_for_gradients(path: Path, tokens: int = 64) -> float:

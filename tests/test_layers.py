@@ -36,7 +36,7 @@ ORDER = [
     {"measure"},
     {"compression"},
     {"stages"},
-    {"prober", "api"},
+    {"prober", "api", "few"},
     {"probe"},
     {"forecast"},
     {"report"},
