@@ -51,13 +51,21 @@ def of_windows(step: AnyStep) -> list[object]:
     return [getattr(step, name) for name in OF_WINDOWS]
 
 
+def of_test(step: AnyStep) -> list[object]:
+    """What decides which windows a step is measured on."""
+    return [getattr(step, name) for name in ("eval_text", "eval_windows", "max_seq_length")]
+
+
 def filled(job: Job, later: Iterable[AnyStep]) -> list[AnyStep]:
-    """A run's steps with the windows that there are: its text may fill fewer than asked for."""
+    """A run's steps with the windows that there are: its texts may fill fewer than asked for."""
     steps = [job.recipe, *later]
+    if job.test is not None:
+        first, count = of_test(job.recipe), len(job.test.tokens)
+        steps = [step.model_copy(update={"eval_windows": count}) if of_test(step) == first else step for step in steps]
     if job.windows is None:
         return steps
-    there, first = Counter(job.windows.of_each), of_windows(job.recipe)
-    return [_with_those(step, there) if of_windows(step) == first else step for step in steps]
+    there, known = Counter(job.windows.of_each), of_windows(job.recipe)
+    return [_with_those(step, there) if of_windows(step) == known else step for step in steps]
 
 
 def _with_those(step: AnyStep, there: Counter[str]) -> AnyStep:

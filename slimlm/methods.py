@@ -34,10 +34,13 @@ def _sweep(recipe: Step, model: StreamedModel) -> int:
 
 
 def _slicing_scratch(recipe: SliceStep | RotateStep, model: StreamedModel) -> int:
-    """Three streams in the refit, or every block's input for the gradients, or all cuts."""
+    """Three streams in the refit, or every block's input for the gradients, or all cuts and what they learn from."""
     refit = 3 * recipe.num_windows if isinstance(recipe, SliceStep) and recipe.refit else 0
     gradients = _sweep(recipe, model) if recipe.weighting == "loss" else 0
-    return max(refit, gradients, curves.WINDOWS * curves.CUTS)
+    cuts = 0
+    if isinstance(recipe, SliceStep) and recipe.measures_widths:
+        cuts = (curves.CUTS - 1) * curves.measured_on(recipe.num_windows) + min(curves.WINDOWS, recipe.num_windows)
+    return max(refit, gradients, cuts)
 
 
 def _slicing_calibrates(recipe: SliceStep, path: Path) -> bool:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from slimlm.calibration import sampling_batch, written_for
 from slimlm.checkpoint.journal import Journal
 from slimlm.fit.lm_head import fits_head
-from slimlm.linalg.regression import HELD_EVERY
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
 from slimlm.prune import solved
@@ -72,12 +71,12 @@ def work_of(step: AnyStep, model: StreamedModel) -> Work:
 
 def pass_cost(step: AnyStep, model: StreamedModel) -> float:
     """What the unit is, in tokens' products with the weights: a window's, and what its tokens attend to, by operations
-    twice, as these are slower ones."""
+    and a half, as these are slower ones."""
     length = step.max_seq_length
     assert length is not None
     heads = getattr(model.config, "num_attention_heads", None) or 0
     width = getattr(model.config, "head_dim", None) or model.config.hidden_size // max(1, heads)
-    attended: float = 2 * length * heads * width / max(1.0, Passed.of(model).weights)
+    attended: float = 1.5 * length * heads * width / max(1.0, Passed.of(model).weights)
     return length * (1 + attended)
 
 
@@ -133,8 +132,8 @@ def _slicing(step: SliceStep | RotateStep, model: StreamedModel) -> Work:
     work = {"calibrating": windows}
     if step.weighting == "loss":
         work |= _sweeping(step)
-    if isinstance(step, SliceStep) and (len(step.width_choices) > 1 or (step.refit and not step.widths)):
-        held = max(1.0, min(curves.WINDOWS, windows // HELD_EVERY))
+    if isinstance(step, SliceStep) and step.measures_widths:
+        held = curves.measured_on(step.num_windows)
         work["measuring widths"] = CUTTING * curves.CUTS * held + _solving(step, model, DELETING)
     if not isinstance(step, SliceStep) or not step.refit:
         return work | {"slicing": _solving(step, model, ROTATING)}

@@ -308,7 +308,7 @@ def test_what_the_probe_took_is_multiplied_by_tokens_and_what_they_attend_to(rec
     monkeypatch.setattr(forecast_module, "probe", lambda *_: (manifest, events))
     config = job.model.config
     weights = sum(one.numel() for one in job.model.model.model.layers[0].parameters() if one.dim() == 2)
-    attended = 2 * config.num_attention_heads * config.head_dim / weights
+    attended = 1.5 * config.num_attention_heads * config.head_dim / weights
     run_pass, probe_pass = (length * (1 + length * attended) for length in (2048, 341))
     calibrating = 100 * run_pass / (6 * probe_pass)
     once = 6 * config.intermediate_size

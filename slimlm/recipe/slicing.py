@@ -72,6 +72,11 @@ class SliceStep(Step):
         return f"{self.method}, " + (f"widths {self.widths}" if self.widths else asked)
 
     @property
+    def measures_widths(self) -> bool:
+        """Whether they are chosen by what cutting each alone costs."""
+        return len(self.width_choices) > 1 or (self.refit and self.budget == "all" and not self.widths)
+
+    @property
     def width_choices(self) -> list[dict[str, int]]:
         """The widths set by hand; several where one of them is to be chosen."""
         choices = ([pair.partition("=") for pair in choice.split(",")] for choice in (self.widths or "").split("/"))

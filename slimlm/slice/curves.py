@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slimlm.linalg.budget import LossCurve, predicted_loss, spaced
 from slimlm.linalg.gram import Gram
+from slimlm.linalg.regression import HELD_EVERY
 from slimlm.linalg.units import removals
 from slimlm.model.block import Block
 from slimlm.model.ends import nll
@@ -30,6 +31,11 @@ CUTS = sum(POINTS.values()) + 2  # streams: one for each, the dense one, and the
 WINDOWS = 24  # held out, to measure a curve on, and as many to find what to delete from
 REFIT_LEAVES = {"hidden": 0.75, "tied": 0.25}  # of what cutting costs, the share that the refit does not win back
 Curves = Mapping[str, LossCurve]  # by axis
+
+
+def measured_on(windows: int) -> int:
+    """Held-out ones among so many calibration windows; all of them where those are too few."""
+    return min(WINDOWS, windows // HELD_EVERY or windows)
 
 
 @dataclass(frozen=True)
