@@ -94,8 +94,19 @@ def _shown_step(job: Job, step: AnyStep, shown: int, plan: Plan | None) -> AnySt
     skipped = every(job.model, lambda block: [f"{block.path}.{name}" for name in block.family.skipped])
     inside = {*chain.from_iterable(skipped[:shown])}
     step = step.model_copy(update={"skip": [n for n in job.model.skipped if n in inside | {job.model.family.head}]})
-    by_hand = plan.widths if plan is not None and isinstance(step, SliceStep) else None
-    return step.model_copy(update={"widths": by_hand, "latency": None}) if by_hand else step
+    if plan is None or not plan.widths or not isinstance(step, SliceStep):
+        return step
+    by_hand = step.model_copy(update={"widths": plan.widths, "latency": None})
+    return by_hand.model_copy(update={"widths": _widest(by_hand)})
+
+
+def _widest(step: SliceStep) -> str:
+    """Of widths to choose from, those that keep most of the stream, where they are several: what few blocks and windows
+    say of the others decides nothing, and a head that is fitted to another stream takes long."""
+    choices = (step.widths or "").split("/")
+    streams = [choice.get("hidden", 0) for choice in step.width_choices]
+    kept = [choice for choice, stream in zip(choices, streams, strict=True) if stream == max(streams)]
+    return "/".join(kept if len(kept) > 1 else choices)
 
 
 def _show_first_blocks(job: Job, shown: int, directory: Path) -> None:

@@ -26,6 +26,7 @@ from slimlm.few import FEW, REPAIRED, SEEN, as_they_go, few, filled
 from slimlm.forecast import Forecast, _more_in_batches, forecast, require_room
 from slimlm.methods import method_of
 from slimlm.model.streamed import StreamedModel
+from slimlm.probe import _shown_steps
 from slimlm.prober import Prober
 from slimlm.recipe import AnyStep, Recipe, make_recipe, one_step
 from slimlm.stages import compress, later_steps
@@ -331,6 +332,15 @@ def test_every_step_leaves_out_what_it_skips_itself(recipe: Recipe, in_process, 
     skipped = [" ".join(step["skip"]) for step in manifest["recipe"]["steps"]]
     assert ["down_proj" in names for names in skipped] == [True, False, False]
     assert ["q_proj" in names for names in skipped] == [False, True, False]
+
+
+def test_a_probe_tries_what_is_likely_to_be_taken(recipe: Recipe, tmp_path: Path):
+    job = check(recipe.updated(widths="hidden=24/mlp=40/mlp=24").steps[0], HOW)
+    (step,) = _shown_steps(job, [job.recipe], 1, tmp_path / "tokens.npy")
+    assert [(choice["hidden"], choice["mlp"]) for choice in step.width_choices] == [(32, 40), (32, 24)]
+    job = check(recipe.updated(widths="hidden=24/mlp=40").steps[0], HOW)
+    (step,) = _shown_steps(job, [job.recipe], 1, tmp_path / "tokens.npy")
+    assert [(choice["hidden"], choice["mlp"]) for choice in step.width_choices] == [(24, 48), (32, 40)]
 
 
 def test_windows_count_as_far_as_the_text_goes(recipe: Recipe):
