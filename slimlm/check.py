@@ -35,6 +35,7 @@ from slimlm.models import open_model, resolve_known, teacher_of
 from slimlm.progress import LogProgress, Progress, resident_memory
 from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import AnyStep, RecoverStep, SliceStep
+from slimlm.recover.run import with_streams
 from slimlm.resolve import output_of, resolve
 from slimlm.run import Plan
 from slimlm.slice.plan import kept_times, time_decoding
@@ -149,7 +150,10 @@ def check(step: AnyStep, how: How) -> Job:
     model = open_model(source.path, device, "fast", step.trust_remote_code)
     skip_modules(model, step.skip)
     tokenizer = load_tokenizer(source.path, step.trust_remote_code)
-    teacher = _teacher(step, model, output, how) if isinstance(step, RecoverStep) else None
+    teacher = None
+    if isinstance(step, RecoverStep):
+        teacher = _teacher(step, model, output, how)
+        step = with_streams(step, model, teacher, how.progress)
     can, asked = unasked(step, teacher or model, tokenizer, how.ranks), step
     wanted = tokens_wanted(step, model)
     step = resolve(can.decided(step), source, wanted, model.config, (teacher or model).config)

@@ -15,7 +15,6 @@ from slimlm.errors import UserError
 from slimlm.families import FAMILIES, family_of
 from slimlm.model.streamed import StreamedModel
 from slimlm.recipe import RecoverStep
-from slimlm.recover.run import kin_of
 
 
 def resolve_known(model: str, revision: str | None, trust_remote_code: bool, access: Access) -> ResolvedModel:
@@ -60,8 +59,6 @@ def teacher_of(step: RecoverStep, model: StreamedModel, access: Access) -> Strea
     ]
     if vocabularies[0] != vocabularies[1]:
         raise UserError(f"the teacher {source} has other tokens than {step.model}: give --teacher, its dense model")
-    if step.hidden_weight:
-        kin_of(model, teacher)  # which says what is missing
     if step.teacher_top_k >= teacher.config.vocab_size:
         raise UserError(f"--teacher-top-k {step.teacher_top_k}: {source} has {teacher.config.vocab_size} tokens in all")
     return teacher

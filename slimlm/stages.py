@@ -40,6 +40,7 @@ from slimlm.progress import Progress
 from slimlm.prune.plan import require_room_later
 from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import OF_HUB, SELF, AnyStep, PruneStep, Recipe, RecoverStep, SliceStep, Source
+from slimlm.recover.run import with_streams
 from slimlm.resolve import NO_DATA, output_of, with_data
 from slimlm.run import Plan
 from slimlm.settings import CompressSettings, PushSettings, RunSettings, by_name
@@ -184,7 +185,9 @@ def check_later(first: Job, recipe: Recipe, progress: Progress, access: Access |
             if isinstance(step, PruneStep):
                 require_room_later(first.model, slicing, step)
         if isinstance(step, RecoverStep) and step.teacher:
-            teacher_of(step, first.model, access or Access())
+            teacher = teacher_of(step, first.model, access or Access())
+            if step.hidden_weight:
+                with_streams(step, first.model, teacher, progress)
         if step.dataset is None and method_of(step).calibrates(step, first.source.path):
             raise UserError(f"{NO_DATA}, for the {step.method} that comes later, too")
         slices += [step] if isinstance(step, SliceStep) else []

@@ -1,5 +1,6 @@
 """The step that trains what is left of a model."""
 
+import math
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field
@@ -7,7 +8,10 @@ from pydantic import Field
 from slimlm.recipe.step import SELF, UNSAID, Step
 
 TOKENS = 2_000_000
-RATE, MASK_RATE, LORA_RATE, MFAC_RATE = 2e-4, 4e-4, 2e-3, 1e-3  # a change of low rank takes about ten times as much
+HIDDEN_WEIGHT = 20.0
+RATE, MASK_RATE, OF_STEPS = 2e-4, 6e-4, 100  # in so many steps; in others by the root of how many there are
+MOST_STEPS = 16 * OF_STEPS  # that raise it
+LORA_RATE, MFAC_RATE = 2e-3, 1e-3  # a change of low rank takes about ten times as much
 
 
 class RecoverStep(Step):
@@ -49,7 +53,8 @@ class RecoverStep(Step):
         0, ge=0, description="M-FAC as optimizer: neighbouring weights whose correlations count; 0 for all"
     )
     hidden_weight: float = Field(
-        0.0,
+        UNSAID,
+        validate_default=False,
         ge=0,
         allow_inf_nan=False,
         description="recover: what the streams behind the blocks count for beside predictions",
@@ -68,8 +73,7 @@ class RecoverStep(Step):
         validate_default=False,
         gt=0,
         allow_inf_nan=False,
-        description="recover: of the optimizer, at its highest; 0.0001 is for fewer than 50 steps on a model that "
-        "slimlm refined",
+        description="recover: of the optimizer, at its highest",
     )
     num_calibration_samples: int = Field(
         UNSAID, validate_default=False, ge=1, description="recover: windows of text; as many as the tokens fill"
@@ -94,13 +98,24 @@ class RecoverStep(Step):
         """The teacher's own text, where none is given, and a rate that no model decides. Raises ValueError."""
         if self.hidden_weight and self.teacher_top_k:
             raise ValueError("hidden_weight needs the teacher beside: leave out teacher_top_k")
+        if self.hidden_weight is None and (self.teacher_top_k or self.objective != "kl"):
+            vars(self)["hidden_weight"] = 0.0
         vars(self)["dataset"] = self.dataset or SELF
         if not self.learning_rate and (self.lora or self.optimizer == "mfac"):
             vars(self)["learning_rate"] = LORA_RATE if self.optimizer == "adamw" else MFAC_RATE
 
     def rated(self, zeros: float | None) -> Self:
-        """The step with a rate, where it does not say. zeros: the share of them in pruned matrices, if any are."""
-        return self.model_copy(update={"learning_rate": self.learning_rate or (MASK_RATE if zeros else RATE)})
+        """The step, whose windows' length is known, with a rate for so many steps, where it does not say.
+        zeros: the share of them in pruned matrices, if any are."""
+        assert self.max_seq_length is not None
+        steps = self.tokens / (self.batch_size * self.max_seq_length)
+        rate = (MASK_RATE if zeros else RATE) * math.sqrt(min(steps, MOST_STEPS) / OF_STEPS)
+        return self.model_copy(update={"learning_rate": self.learning_rate or float(f"{rate:.2g}")})
+
+    def with_streams(self, known: bool) -> Self:
+        """The step with what streams count for, where it does not say. known: what they are of the teacher's."""
+        weight = self.hidden_weight if self.hidden_weight is not None else HIDDEN_WEIGHT * known
+        return self.model_copy(update={"hidden_weight": weight})
 
     def beside(self) -> Self:
         """The step, whose windows' length is known, with as many of them as it trains on, where it does not say."""

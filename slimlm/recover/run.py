@@ -17,6 +17,7 @@ from slimlm.model.result import Rows
 from slimlm.model.streamed import StreamedModel
 from slimlm.model.walk import every
 from slimlm.model.whole import recompute, whole
+from slimlm.progress import Progress
 from slimlm.recipe import RecoverStep
 from slimlm.recover.losses import StreamLoss
 from slimlm.recover.needs import SIDES, memory_needed
@@ -107,20 +108,31 @@ def _teacher(run: Run[RecoverStep], text: Text) -> Teacher:
     return Remembered(Likeliest(**{name: one.cpu() for name, one in recalled[1].items()}))
 
 
-def kin_of(model: StreamedModel, dense: StreamedModel) -> Kin:
-    """What a model's stream is of its dense one's. Raises UserError where nothing says so."""
+def kin_of(model: StreamedModel, dense: StreamedModel) -> Kin | str:
+    """What a model's stream is of its dense one's, or why that cannot be told."""
     path, blocks = model.checkpoint.path, len(dense.blocks)
     found = read_kin(path, model.config.hidden_size, len(model.blocks))
     if len(model.blocks) < 2:
-        raise UserError("--hidden-weight: there is nothing behind a single block but the head: leave it out")
+        return "there is nothing behind a single block but the head"
     if found is None:
-        raise UserError(f"--hidden-weight: no {KIN} in {path} says what its stream is of the dense one's: leave it out")
+        return f"no {KIN} in {path} says what its stream is of the dense one's"
     if found.basis.shape[0] != dense.config.hidden_size or int(found.blocks.max()) >= blocks:
-        raise UserError(
-            f"--hidden-weight: {path / KIN} is of a dense model of width {found.basis.shape[0]}, and "
-            f"{dense.checkpoint.path} has {dense.config.hidden_size} and {blocks} blocks: leave it out"
+        return (
+            f"{path / KIN} is of a dense model of width {found.basis.shape[0]}, and {dense.checkpoint.path} has "
+            f"{dense.config.hidden_size} and {blocks} blocks"
         )
     return found
+
+
+def with_streams(step: RecoverStep, model: StreamedModel, dense: StreamedModel, progress: Progress) -> RecoverStep:
+    """The step with what streams count for, where it does not say. Raises UserError where they shall and cannot."""
+    kin = kin_of(model, dense)
+    if isinstance(kin, str):
+        if step.hidden_weight:
+            raise UserError(f"--hidden-weight: {kin}: leave it out")
+        if step.hidden_weight is None:
+            progress.line(f"predictions alone are learned: {kin}")
+    return step.with_streams(isinstance(kin, Kin))
 
 
 def _streams(run: Run[RecoverStep]) -> StreamLoss | None:
@@ -129,6 +141,7 @@ def _streams(run: Run[RecoverStep]) -> StreamLoss | None:
     if not run.recipe.hidden_weight:
         return None
     kin = kin_of(run.model, run.dense)
+    assert isinstance(kin, Kin)
     kin = kin._replace(basis=kin.basis.to(run.model.device))
     return StreamLoss(run.recipe.hidden_weight, kin, run.model.family.centred)
 

@@ -12,7 +12,8 @@ from slimlm.checkpoint.kin import KIN, Kin, kin_files, read_kin
 from slimlm.errors import UserError
 from slimlm.families import family_of
 from slimlm.progress import Progress
-from slimlm.recipe import RecoverStep, one_step
+from slimlm.recipe import one_step
+from slimlm.recipe.recovering import HIDDEN_WEIGHT
 from slimlm.recover.losses import StreamLoss
 from slimlm.recover.training import Training
 from slimlm.stages import compress
@@ -201,13 +202,14 @@ def test_what_is_made_of_a_slice_says_what_it_is_of_the_first_model(settings: di
     assert made(tmp_path / "first", "fourth", method="slice", widths="hidden=16,mlp=40,blocks=2") is None
 
 
-def test_a_mask_learns_at_twice_the_rate_of_a_slice(settings: dict, pruned: Path, tmp_path: Path):
+def test_the_rate_goes_by_what_was_done_and_in_how_many_steps(settings: dict, pruned: Path, tmp_path: Path):
     sliced = {**settings, "output_dir": str(tmp_path / "sliced"), "method": "slice", "sparsity": 0.25, "refit": False}
     compress(one_step(**sliced))
     again = recovering(settings, pruned, output_dir=str(tmp_path / "recovered"), measure=False)
     compress(one_step(**again))
     asked = [
-        (tmp_path / "sliced", {}, 2e-4), (pruned, {}, 4e-4), (tmp_path / "recovered", {}, 4e-4),
+        (tmp_path / "sliced", {}, 5.7e-5), (pruned, {}, 1.7e-4), (tmp_path / "recovered", {}, 1.7e-4),
+        (pruned, {"tokens": 24 * 8 * 400}, 1.2e-3), (pruned, {"tokens": 10**9}, 2.4e-3),
         (pruned, {"learning_rate": 1e-5}, 1e-5), (pruned, {"lora": 4}, 2e-3), (pruned, {"optimizer": "mfac"}, 1e-3),
     ]  # fmt: skip
     for model, more, rate in asked:
@@ -216,10 +218,16 @@ def test_a_mask_learns_at_twice_the_rate_of_a_slice(settings: dict, pruned: Path
         assert check(one_step(**{**told, **more}).steps[0], How(progress=Progress())).recipe.learning_rate == rate
 
 
-def test_one_rate_is_advised_everywhere():
-    docs = Path(__file__).parents[2] / "docs"
-    help_text = str(RecoverStep.model_fields["learning_rate"].description)
-    pages = [(docs / f"{name}.md").read_text(encoding="utf-8") for name in ("recovery", "troubleshooting", "tutorial")]
-    for text in (help_text, *pages):
-        assert "fewer than 50 steps" in text
-        assert "to 1e-4" not in text
+def test_streams_count_where_the_teacher_is_beside_and_they_are_known(settings: dict, pruned: Path, tmp_path: Path):
+    def weight(model: Path, **more) -> float:
+        told = recovering(settings, model, output_dir=str(tmp_path / "new"), **more)
+        return check(one_step(**told).steps[0], How(progress=Progress())).recipe.hidden_weight
+
+    sliced = {**settings, "output_dir": str(tmp_path / "sliced"), "method": "slice", "sparsity": 0.25, "refit": False}
+    compress(one_step(**sliced))
+    assert weight(pruned) == weight(tmp_path / "sliced") == HIDDEN_WEIGHT
+    assert weight(pruned, hidden_weight=0.0) == 0
+    assert weight(pruned, hidden_weight=3.0) == 3
+    assert weight(pruned, teacher_top_k=8) == weight(pruned, objective="cross-entropy") == 0
+    (tmp_path / "sliced" / KIN).unlink()
+    assert weight(tmp_path / "sliced") == 0
