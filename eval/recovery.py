@@ -5,12 +5,12 @@
         --texts ../shared/data/books_test.txt ../shared/data/docs_test.txt
 
 Half of the windows are of the given text, half are written by the dense model, once for all arms. An arm is a way and a
-rate. `adamw`: towards the dense model's predictions, the default of `slimlm recover`. `streams`: these count, too.
-`likely`: its 64 likeliest tokens alone. `data`: towards the text. `lora`: changes of rank 16. `mfac`: that optimizer.
-`isometric`: as `adamw`, after every matrix's root mean square singular value was set to what it is in the dense model
-(dynamical isometry, arXiv 2105.05916). `dense`: the dense model itself towards the same text, which is what more data
-gives where nothing was lost (arXiv 2210.13738). Held-out windows choose; `--texts` are looked at last, where they are
-given (`eval/stock.py`). An arm that is done is kept in the work directory and not run again.
+rate. `adamw`: towards the dense model's predictions and streams, the default of `slimlm recover`. `predictions`:
+towards them alone. `likely`: its 64 likeliest tokens alone. `data`: towards the text. `lora`: changes of rank 16.
+`mfac`: that optimizer. `isometric`: as `adamw`, after every matrix's root mean square singular value was set to what it
+is in the dense model (dynamical isometry, arXiv 2105.05916). `dense`: the dense model itself towards the same text,
+which is what more data gives where nothing was lost (arXiv 2210.13738). Held-out windows choose; `--texts` are looked
+at last, where they are given (`eval/stock.py`). An arm that is done is kept in the work directory and not run again.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from slimlm.stages import compress
 WAYS: dict[str, dict[str, object]] = {
     "adamw": {},
     "isometric": {},
-    "streams": {"hidden_weight": 0.1},
+    "predictions": {"hidden_weight": 0.0},
     "likely": {"teacher_top_k": 64},
     "data": {"objective": "cross-entropy"},
     "lora": {"lora": 16},
