@@ -39,9 +39,6 @@ def resolve(step: AnyStep, source: ResolvedModel, wanted: int, *configs: Pretrai
     if length > context:
         raise UserError(f"--max-seq-length {length} is beyond the model's context of {context} tokens")
     step = step.model_copy(update={"dataset": dataset, "max_seq_length": length, "output_dir": str(output_of([step]))})
-    if isinstance(step, RecoverStep):
-        manifest = read_manifest(source.path)
-        step = step.rated(manifest and manifest["sparsity"]["zeros_in_pruned_matrices"])
     return with_data(step, wanted)
 
 

@@ -104,13 +104,10 @@ class RecoverStep(Step):
         if not self.learning_rate and (self.lora or self.optimizer == "mfac"):
             vars(self)["learning_rate"] = LORA_RATE if self.optimizer == "adamw" else MFAC_RATE
 
-    def rated(self, zeros: float | None) -> Self:
-        """The step, whose windows' length is known, with a rate for so many steps, where it does not say.
-        zeros: the share of them in pruned matrices, if any are."""
-        assert self.max_seq_length is not None
-        steps = self.tokens / (self.batch_size * self.max_seq_length)
+    def rate(self, steps: int, zeros: float | None) -> float:
+        """The learning rate for so many steps. zeros: the share of them in pruned matrices, if any are."""
         rate = (MASK_RATE if zeros else RATE) * math.sqrt(min(steps, MOST_STEPS) / OF_STEPS)
-        return self.model_copy(update={"learning_rate": self.learning_rate or float(f"{rate:.2g}")})
+        return self.learning_rate or float(f"{rate:.2g}")
 
     def with_streams(self, known: bool) -> Self:
         """The step with what streams count for, where it does not say. known: what they are of the teacher's."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slimlm.checkpoint.kin import KIN, Kin, read_kin
+from slimlm.checkpoint.manifest import read_manifest
 from slimlm.deal import Deal
 from slimlm.device import available_memory, keep_freed_memory, training_dtype
 from slimlm.errors import RunFailure, UserError
@@ -175,10 +176,13 @@ def _require_memory(run: Run[RecoverStep]) -> None:
 def _schedule(run: Run[RecoverStep], text: Text) -> Schedule:
     recipe = run.recipe
     steps = max(1, recipe.tokens // (recipe.batch_size * text.tokens.shape[1]))
-    towards = recipe.objective == "kl"
-    return Schedule(
-        steps, recipe.batch_size, recipe.learning_rate, recipe.seed, towards, recipe.lora, _optimizer(recipe)
-    )
+    rate, towards = _rate(run, steps), recipe.objective == "kl"
+    return Schedule(steps, recipe.batch_size, rate, recipe.seed, towards, recipe.lora, _optimizer(recipe))
+
+
+def _rate(run: Run[RecoverStep], steps: int) -> float:
+    manifest = read_manifest(run.model.checkpoint.path)
+    return run.recipe.rate(steps, manifest and manifest["sparsity"]["zeros_in_pruned_matrices"])
 
 
 def _optimizer(recipe: RecoverStep) -> Callable[[Changed], Optimizer]:
@@ -199,7 +203,8 @@ def _in_time(run: Run[RecoverStep], training: Training) -> Schedule:
         step, judging = record["seconds"]
     assert run.recipe.minutes is not None
     most = max(1, int((60 * run.recipe.minutes - (1 + JUDGED) * judging) / step))
-    return replace(training.schedule, steps=min(training.schedule.steps, most))
+    steps = min(training.schedule.steps, most)
+    return replace(training.schedule, steps=steps, rate=_rate(run, steps))
 
 
 def _keep(run: Run[RecoverStep], training: Training) -> None:
