@@ -150,10 +150,7 @@ def check(step: AnyStep, how: How) -> Job:
     model = open_model(source.path, device, "fast", step.trust_remote_code)
     skip_modules(model, step.skip)
     tokenizer = load_tokenizer(source.path, step.trust_remote_code)
-    teacher = None
-    if isinstance(step, RecoverStep):
-        teacher = _teacher(step, model, output, how)
-        step = with_streams(step, model, teacher, how.progress)
+    step, teacher = _taught(step, model, output, how)
     can, asked = unasked(step, teacher or model, tokenizer, how.ranks), step
     wanted = tokens_wanted(step, model)
     step = resolve(can.decided(step), source, wanted, model.config, (teacher or model).config)
@@ -191,15 +188,18 @@ def _check_weights(job: Job, how: How) -> None:
     job.seconds["checking"] = time.perf_counter() - start
 
 
-def _teacher(step: RecoverStep, model: StreamedModel, output: Path, how: How) -> StreamedModel:
-    """What a model is to be like. Raises UserError for one that it cannot be trained towards."""
+def _taught(step: AnyStep, model: StreamedModel, output: Path, how: How) -> tuple[AnyStep, StreamedModel | None]:
+    """The step, and what its model is to be like, if anything. Raises UserError for one that it cannot be trained
+    towards."""
+    if not isinstance(step, RecoverStep):
+        return step, None
     teacher = teacher_of(step, model, how.access)
     path = teacher.checkpoint.path
     if path == model.checkpoint.path:
         raise UserError(f"{step.model} cannot be trained towards itself: give --teacher, the dense model")
     check_output(output, how.may_replace(output), [path], how.work_dir)
     how.progress.line(f"towards: {path}")
-    return teacher
+    return with_streams(step, model, teacher, how.progress), teacher
 
 
 def _time(step: AnyStep, model: StreamedModel, output: Path, how: How) -> None:
