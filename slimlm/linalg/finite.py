@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def all_finite(x: Annotated[Tensor, "..."]) -> Annotated[Tensor, "", torch.bool]:
+def all_finite(x: Annotated[Tensor, "..."]) -> Annotated[Tensor, "", bool]:
     """Whether a tensor of any shape holds no NaN and no Inf: a bool tensor of no dimensions, on the same device.
 
     By its least and its largest number, which are NaN where any is: a read of it, and nothing as large is made, which
