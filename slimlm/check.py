@@ -31,7 +31,7 @@ from slimlm.methods import method_of
 from slimlm.model.hidden import sides
 from slimlm.model.skip import skip_modules
 from slimlm.model.streamed import StreamedModel
-from slimlm.models import open_model, resolve_known, teacher_of
+from slimlm.models import is_made_of, open_model, resolve_known, teacher_of
 from slimlm.progress import LogProgress, Progress, resident_memory
 from slimlm.ranks import ALONE, Ranks
 from slimlm.recipe import AnyStep, RecoverStep, SliceStep
@@ -199,7 +199,7 @@ def _taught(step: AnyStep, model: StreamedModel, output: Path, how: How) -> tupl
         raise UserError(f"{step.model} cannot be trained towards itself: give --teacher, the dense model")
     check_output(output, how.may_replace(output), [path], how.work_dir)
     how.progress.line(f"towards: {path}")
-    return with_streams(step, model, teacher, how.progress), teacher
+    return with_streams(step, model, teacher, is_made_of(step, model, teacher, how.access), how.progress), teacher
 
 
 def _time(step: AnyStep, model: StreamedModel, output: Path, how: How) -> None:

@@ -64,6 +64,17 @@ def teacher_of(step: RecoverStep, model: StreamedModel, access: Access) -> Strea
     return teacher
 
 
+def is_made_of(step: RecoverStep, model: StreamedModel, teacher: StreamedModel, access: Access) -> bool:
+    """Whether a teacher is what a model's manifest, and those of what it was made of, lead to."""
+    if not step.teacher:
+        return True
+    try:
+        first = _made_of(step.model_copy(update={"teacher": None}), model.checkpoint.path, access)
+    except UserError:  # nothing says so, or it is gone
+        return False
+    return first.path == teacher.checkpoint.path
+
+
 def _made_of(step: RecoverStep, path: Path, access: Access) -> ResolvedModel:
     """The teacher that a step names, or the model that the one in a directory was made of, and that one, to the first.
 

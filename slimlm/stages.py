@@ -187,7 +187,7 @@ def check_later(first: Job, recipe: Recipe, progress: Progress, access: Access |
         if isinstance(step, RecoverStep) and step.teacher:
             teacher = teacher_of(step, first.model, access or Access())
             if step.hidden_weight:
-                with_streams(step, first.model, teacher, progress)
+                with_streams(step, first.model, teacher, True, progress)
         if step.dataset is None and method_of(step).calibrates(step, first.source.path):
             raise UserError(f"{NO_DATA}, for the {step.method} that comes later, too")
         slices += [step] if isinstance(step, SliceStep) else []

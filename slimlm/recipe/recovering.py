@@ -98,8 +98,6 @@ class RecoverStep(Step):
         """The teacher's own text, where none is given, and a rate that no model decides. Raises ValueError."""
         if self.hidden_weight and self.teacher_top_k:
             raise ValueError("hidden_weight needs the teacher beside: leave out teacher_top_k")
-        if self.hidden_weight is None and (self.teacher_top_k or self.objective != "kl"):
-            vars(self)["hidden_weight"] = 0.0
         vars(self)["dataset"] = self.dataset or SELF
         if not self.learning_rate and (self.lora or self.optimizer == "mfac"):
             vars(self)["learning_rate"] = LORA_RATE if self.optimizer == "adamw" else MFAC_RATE
@@ -111,8 +109,10 @@ class RecoverStep(Step):
 
     def with_streams(self, known: bool) -> Self:
         """The step with what streams count for, where it does not say. known: what they are of the teacher's."""
-        weight = self.hidden_weight if self.hidden_weight is not None else HIDDEN_WEIGHT * known
-        return self.model_copy(update={"hidden_weight": weight})
+        if self.hidden_weight is not None:
+            return self
+        counts = known and self.objective == "kl" and not self.teacher_top_k
+        return self.model_copy(update={"hidden_weight": HIDDEN_WEIGHT if counts else 0.0})
 
     def beside(self) -> Self:
         """The step, whose windows' length is known, with as many of them as it trains on, where it does not say."""

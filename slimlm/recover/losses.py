@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from slimlm.checkpoint.kin import Kin
+from slimlm.errors import RunFailure
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 def text_loss(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -30,6 +33,8 @@ class StreamLoss:
 
     def __call__(self, states: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
         """[] in fp32. states [windows, time, width], wanted [windows, time, hidden]: what enters each block."""
+        if not min(len(states), len(wanted)):
+            raise RunFailure("the model's own code does not give its hidden states: use --hidden-weight 0")
         pairs = list(enumerate(self.kin.blocks[:-1].tolist()))
         terms = [self._behind(states[index + 1], wanted[block + 1]) for index, block in pairs]
         return self.weight * torch.stack(terms).mean()
@@ -37,7 +42,7 @@ class StreamLoss:
     def _behind(self, x: Tensor, wanted: Tensor) -> Tensor:
         target = self._seen(wanted.float()) @ self.kin.basis
         error = self._seen(x.float() - target)
-        return (error.square().sum(-1) / target.square().sum(-1)).sum()
+        return (error.square().sum(-1) / target.square().sum(-1).clamp_min(TINY)).sum()
 
     def _seen(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x

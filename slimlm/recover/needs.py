@@ -3,6 +3,7 @@
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.model.streamed import StreamedModel
 from slimlm.recipe import RecoverStep
+from slimlm.recover.teacher import few
 
 SIDES = ("a", "b")  # of what is kept to go on from, by turns: one is whole while the other is written
 NUMBER = 4  # bytes of one in fp32
@@ -33,12 +34,24 @@ def likely_bytes(recipe: RecoverStep) -> int:
     return LIKELY * recipe.teacher_top_k * recipe.num_windows * recipe.max_seq_length
 
 
+def compared_bytes(recipe: RecoverStep, model: StreamedModel, dense: StreamedModel) -> int:
+    """Of both models' streams behind all blocks, for the windows that go through at a time, and their differences."""
+    if not recipe.hidden_weight:
+        return 0
+    assert recipe.max_seq_length is not None
+    tokens = few(model.config, recipe.max_seq_length) * recipe.max_seq_length
+    numbers = [len(one.blocks) * int(one.config.hidden_size) for one in (dense, model, model)]
+    return NUMBER * tokens * sum(numbers)
+
+
 def memory_needed(recipe: RecoverStep, model: StreamedModel, dense: StreamedModel) -> int:
-    """For both models and what training one takes, without what passes between their layers."""
+    """For both models and what training one takes, without what passes between their layers, but for streams that are
+    compared, which wait until all of them are there."""
     training = (LOW_RANK if recipe.lora else WHOLE) * parameter_count(model.model)
     remembered = remembered_bytes(recipe, changed_count(recipe, model))
     # M-FAC's is one piece, of which there is another while it is written, factored or read again.
     training += 2 * remembered if recipe.optimizer == "mfac" else remembered
+    training += compared_bytes(recipe, model, dense)
     teacher, likely = dense.checkpoint.bytes_on_disk(), likely_bytes(recipe)
     return max(training, teacher) + likely if recipe.teacher_top_k else training + teacher
 

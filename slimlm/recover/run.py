@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimlm.checkpoint.kin import KIN, Kin, read_kin
+from slimlm.checkpoint.kin import KIN, Kin, is_moved, kin_files, read_kin
 from slimlm.checkpoint.manifest import read_manifest
 from slimlm.deal import Deal
 from slimlm.device import available_memory, keep_freed_memory, training_dtype
@@ -115,7 +115,7 @@ def kin_of(model: StreamedModel, dense: StreamedModel) -> Kin | str:
     found = read_kin(path, model.config.hidden_size, len(model.blocks))
     if len(model.blocks) < 2:
         return "there is nothing behind a single block but the head"
-    if found is None:
+    if found is None or (not kin_files(path) and len(model.blocks) != blocks):
         return f"no {KIN} in {path} says what its stream is of the dense one's"
     if found.basis.shape[0] != dense.config.hidden_size or int(found.blocks.max()) >= blocks:
         return (
@@ -125,15 +125,19 @@ def kin_of(model: StreamedModel, dense: StreamedModel) -> Kin | str:
     return found
 
 
-def with_streams(step: RecoverStep, model: StreamedModel, dense: StreamedModel, progress: Progress) -> RecoverStep:
-    """The step with what streams count for, where it does not say. Raises UserError where they shall and cannot."""
+def with_streams(
+    step: RecoverStep, model: StreamedModel, dense: StreamedModel, is_own: bool, progress: Progress
+) -> RecoverStep:
+    """The step with what streams count for, where it does not say. is_own: whether the model was made of the dense one,
+    as far as its manifest says. Raises UserError where they shall count and cannot."""
     kin = kin_of(model, dense)
-    if isinstance(kin, str):
-        if step.hidden_weight:
-            raise UserError(f"--hidden-weight: {kin}: leave it out")
-        if step.hidden_weight is None:
-            progress.line(f"predictions alone are learned: {kin}")
-    return step.with_streams(isinstance(kin, Kin))
+    if isinstance(kin, str) and step.hidden_weight:
+        raise UserError(f"--hidden-weight: {kin}: leave it out")
+    unknown = f"the model was not made of {dense.checkpoint.path}, says its slimlm.json"
+    why = kin if isinstance(kin, str) else unknown if not is_own or is_moved(dense.checkpoint.path) else ""
+    if why and step.hidden_weight is None:
+        progress.line(f"predictions alone are learned, not streams (--hidden-weight): {why}")
+    return step.with_streams(not why)
 
 
 def _streams(run: Run[RecoverStep]) -> StreamLoss | None:
@@ -169,7 +173,8 @@ def _require_memory(run: Run[RecoverStep]) -> None:
     if needed > free:
         raise RunFailure(
             f"training takes {needed / 1e9:,.1f} GB of {where} memory for weights and what the optimizer remembers, "
-            f"and {free / 1e9:,.1f} GB are free: use a larger machine, --lora, --teacher-top-k or fewer mfac_gradients"
+            f"and {free / 1e9:,.1f} GB are free: use a larger machine, --lora, --teacher-top-k, --hidden-weight 0 "
+            "or fewer mfac_gradients"
         )
 
 

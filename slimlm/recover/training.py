@@ -194,7 +194,7 @@ class Training:
 
     @cached_property
     def _few(self) -> int:
-        return few(self.student, self.text.tokens.shape[1])
+        return few(self.student.config, self.text.tokens.shape[1])
 
     def _loss(self, numbers: Numbers, is_kl: bool, streams: StreamLoss | None = None) -> Tensor:
         """Of some windows, summed over tokens."""
@@ -203,7 +203,7 @@ class Training:
             found = self.student(input_ids=tokens, use_cache=False, output_hidden_states=looks)
             said = self.teacher(numbers, tokens, looks) if is_kl or looks else None
         loss = divergence(found.logits, said.predictions) if said and is_kl else text_loss(found.logits, tokens)
-        return loss + streams(found.hidden_states, said.states) if said and streams else loss
+        return loss + streams(found.hidden_states or (), said.states) if said and streams else loss
 
     def _judge(self, losses: Sequence[float], progress: Progress, seconds: float) -> None:
         """Look at held-out windows, and take the weights if they are the best. losses, seconds: of the steps since the

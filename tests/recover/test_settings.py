@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from slimlm.check import How, check
 from slimlm.checkpoint.kin import KIN, Kin, kin_files, read_kin
-from slimlm.errors import UserError
+from slimlm.errors import RunFailure, UserError
 from slimlm.families import family_of
 from slimlm.progress import Progress
 from slimlm.recipe import RecoverStep, load_recipe, one_step
@@ -243,5 +243,17 @@ def test_streams_count_where_the_teacher_is_beside_and_they_are_known(settings: 
     assert weight(pruned, hidden_weight=0.0) == 0
     assert weight(pruned, hidden_weight=3.0) == 3
     assert weight(pruned, teacher_top_k=8) == weight(pruned, objective="cross-entropy") == 0
+    assert weight(pruned, teacher=settings["model"]) == HIDDEN_WEIGHT
+    deeper = CONFIGS["llama"].__class__(**{**CONFIGS["llama"].to_dict(), "num_hidden_layers": 5})
+    assert weight(pruned, teacher=str(build_tiny(deeper, tmp_path / "deeper"))) == 0
+    other = str(build_tiny(CONFIGS["llama"], tmp_path / "other"))
+    assert weight(pruned, teacher=other) == 0
+    assert weight(pruned, teacher=other, hidden_weight=3.0) == 3
     (tmp_path / "sliced" / KIN).unlink()
     assert weight(tmp_path / "sliced") == 0
+
+
+def test_code_that_gives_no_hidden_states_is_told_so():
+    kin = Kin(torch.eye(4), torch.arange(3))
+    with pytest.raises(RunFailure, match="does not give its hidden states: use --hidden-weight 0"):
+        StreamLoss(1.0, kin, False)((), [torch.zeros(1, 2, 4)] * 4)
