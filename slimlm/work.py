@@ -152,8 +152,9 @@ def _pruning(step: PruneStep, model: StreamedModel) -> Work:
     if step.repairs:
         work["pruning"] = (REPAIRING + REFINING * step.refine) * windows + _solving(step, model, SETTLING)
         return work | ({"refitting the head": HEAD * windows} if refits_head(model) else {})
-    once = _solving(step, model, ONCE.get(step.update, 0.0) if step.dataset else 0.0)
-    return work | {"pruning": max(1.0, SEEING * windows if step.dataset else 0.0) + once}
+    if not step.dataset:
+        return work | {"pruning": 1.0}
+    return work | {"pruning": max(1.0, SEEING * windows) + _solving(step, model, ONCE.get(step.update, 0.0))}
 
 
 def _recovering(step: RecoverStep) -> Work:
