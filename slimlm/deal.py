@@ -39,19 +39,22 @@ S = TypeVar("S", bound=Summed)
 
 
 class Sum:
-    """Of tensors like these, [...] each, one by one."""
+    """Of tensors like these, [...] each, one by one; the first are taken as they are."""
 
     def __init__(self, like: Sequence[Tensor]) -> None:
-        self.totals = [torch.zeros_like(tensor, requires_grad=False) for tensor in like]
+        self.like, self.totals = like, list[Tensor]()
 
     def add(self, tensors: Sequence[Tensor | None]) -> None:
-        """Add to each, [...], what there is for it."""
-        for total, tensor in zip(self.totals, tensors, strict=True):
-            if tensor is not None:
-                total += tensor
+        """Use up some more, [...] each, where there is any."""
+        found = zip(self.totals or self.like, tensors, strict=True)
+        if self.totals:
+            self.totals = [one if more is None else one.add_(more) for one, more in found]
+        else:
+            self.totals = [torch.zeros_like(one, requires_grad=False) if more is None else more for one, more in found]
 
     def tensors(self) -> list[Tensor]:
         """The sums, [...] each."""
+        self.add([None] * len(self.like))
         return self.totals
 
     def replace(self, tensors: Sequence[Tensor]) -> None:

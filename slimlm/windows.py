@@ -29,12 +29,12 @@ from slimlm.model.streamed import StreamedModel
 from slimlm.model.whole import whole
 from slimlm.progress import Progress
 from slimlm.recipe import OF_HUB, SELF, AnyStep, RecoverStep, Source, flag_of
+from slimlm.recipe.recovering import OFTEN
 from slimlm.recover.text import held_of
 from slimlm.resolve import own_beside
 
 GRAM = 16  # tokens of a run that two texts hardly share by chance
 TOKENS_PER_INPUT = 10  # of a matrix that is fitted by least squares; with half as many a fit follows its own tokens
-OFTEN = 4  # passes over a text that teach about as much as new text would (arXiv 2305.16264)
 
 
 def calibration_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Windows | None:
@@ -91,11 +91,14 @@ def _runs(tokens: Tensor, size: int) -> Tensor:
 
 
 def beside_given(step: AnyStep, windows: Windows | None) -> AnyStep:
-    """The step with as much text of the model's own as its share is of the windows that the given text fills."""
+    """The step with as much text of the model's own as its share is of the windows that the given text fills, and as
+    lacks for training to see it once and the given no more than often."""
     if windows is None or not step.own_windows or not step.self_share or not isinstance(step.dataset, list):
         return step
-    own = Source(source=SELF, windows=own_beside(len(windows.tokens), step.self_share))
-    return step.model_copy(update={"dataset": [step.dataset[0], own]})
+    given = len(windows.tokens)
+    lacking = step.filled - step.times(given) * given if isinstance(step, RecoverStep) and not step.minutes else 0
+    count = max(own_beside(given, step.self_share), lacking)
+    return step.model_copy(update={"dataset": [step.dataset[0], Source(source=SELF, windows=count)]})
 
 
 def evaluation_windows(step: AnyStep, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> TestWindows | None:

@@ -145,7 +145,7 @@ def _gradient(ranks: Ranks, fit: MapFit, x: Tensor, seen: Tensor) -> Tensor:
     shares = zip(deal.pick(x.tensor_split(LANES)), deal.pick(seen.tensor_split(LANES)), strict=True)
     for number, (own, its) in enumerate(shares):
         part = parts.at(number)
-        fit.add_gradient(part.totals[0], own, its)
+        fit.add_gradient(part.tensors()[0], own, its)
     found = parts.shared()
     assert found is not None
-    return found.totals[0]
+    return found.tensors()[0]

@@ -144,7 +144,7 @@ class _Descent:
                     part.add(torch.autograd.grad(out, changed, at.grad, allow_unused=True))
         shared = parts.shared()
         assert shared is not None
-        return shared.totals
+        return shared.tensors()
 
     def _out(self, number: int, windows: Tensor) -> Tensor:
         """What the compressed block gives for some windows of a batch: [windows, time, width], or [..., hidden] where

@@ -8,6 +8,7 @@ from pydantic import Field
 from slimlm.recipe.step import SELF, UNSAID, Step
 
 TOKENS = 2_000_000
+OFTEN = 4  # passes over a text that teach about as much as new text would (arXiv 2305.16264)
 HIDDEN_WEIGHT = 20.0
 RATE, MASK_RATE, OF_STEPS = 2e-4, 6e-4, 100  # in so many steps; in others by the root of how many there are
 MOST_STEPS = 16 * OF_STEPS  # that raise it
@@ -31,7 +32,9 @@ class RecoverStep(Step):
     objective: Literal["kl", "cross-entropy"] = Field(
         "kl", description="recover: towards what the teacher predicts, or towards the tokens of the text"
     )
-    tokens: int = Field(TOKENS, ge=1, description="recover: tokens to train on, the same text again where it ends")
+    tokens: int = Field(
+        TOKENS, ge=1, description="recover: tokens to train on, of which the teacher writes what the given text has not"
+    )
     minutes: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="recover: train no longer than this, measured on the first steps"
     )
@@ -57,7 +60,7 @@ class RecoverStep(Step):
         validate_default=False,
         ge=0,
         allow_inf_nan=False,
-        description="recover: what the streams behind the blocks count for beside predictions",
+        description="recover: what the streams behind the blocks count for beside predictions, at first",
     )
     teacher_top_k: int = Field(
         0,
@@ -102,6 +105,16 @@ class RecoverStep(Step):
         if not self.learning_rate and (self.lora or self.optimizer == "mfac"):
             vars(self)["learning_rate"] = LORA_RATE if self.optimizer == "adamw" else MFAC_RATE
 
+    @property
+    def filled(self) -> int:
+        """How many windows, whose length is known, the tokens fill."""
+        assert self.max_seq_length is not None
+        return math.ceil(self.tokens / self.max_seq_length)
+
+    def times(self, given: int) -> int:
+        """How often so many given windows are seen while what the teacher writes, beside as much, is once."""
+        return 1 if self.minutes else max(1, min(OFTEN, (self.filled - self.own_windows) // max(1, given)))
+
     def rate(self, steps: int, zeros: float | None) -> float:
         """The learning rate for so many steps. zeros: the share of them in pruned matrices, if any are."""
         rate = (MASK_RATE if zeros else RATE) * math.sqrt(min(steps, MOST_STEPS) / OF_STEPS)
@@ -116,9 +129,6 @@ class RecoverStep(Step):
 
     def beside(self) -> Self:
         """The step, whose windows' length is known, with as many of them as it trains on, where it does not say."""
-        count, share = self.num_calibration_samples, self.self_share if isinstance(self.dataset, str) else 0
-        if count is None:
-            assert self.max_seq_length is not None
-            left = 1.0 if self.dataset == SELF else 1 - (share or 0)
-            count = max(1, round(self.tokens / self.max_seq_length * left))
+        left = 1 - (self.self_share or 0) * (isinstance(self.dataset, str) and self.dataset != SELF)
+        count = self.num_calibration_samples or max(1, round(self.filled * left))
         return self.model_copy(update={"num_calibration_samples": count})

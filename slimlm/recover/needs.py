@@ -3,7 +3,7 @@
 from slimlm.checkpoint.skeleton import parameter_count
 from slimlm.model.streamed import StreamedModel
 from slimlm.recipe import RecoverStep
-from slimlm.recover.teacher import few
+from slimlm.recover.teacher import at_once
 
 SIDES = ("a", "b")  # of what is kept to go on from, by turns: one is whole while the other is written
 NUMBER = 4  # bytes of one in fp32
@@ -39,7 +39,7 @@ def compared_bytes(recipe: RecoverStep, model: StreamedModel, dense: StreamedMod
     if not recipe.hidden_weight:
         return 0
     assert recipe.max_seq_length is not None
-    tokens = few(model.config, recipe.max_seq_length) * recipe.max_seq_length
+    tokens = at_once(model.config, recipe.max_seq_length) * recipe.max_seq_length
     numbers = [len(one.blocks) * int(one.config.hidden_size) for one in (dense, model, model)]
     return NUMBER * tokens * sum(numbers)
 

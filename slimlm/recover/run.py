@@ -72,7 +72,7 @@ def _trained(run: Run[RecoverStep]) -> Found:
     """Raises RunFailure for too little memory, or text."""
     assert run.dense is not None
     assert run.windows is not None
-    text = Text.of(run.windows)
+    text = Text.of(run.windows, run.recipe.times(len(run.windows.tokens) - run.recipe.own_windows))
     if not text.held or not len(text.learned):
         raise RunFailure(f"{len(run.windows.tokens)} windows are too few to learn from some and judge by others")
     _require_memory(run)
@@ -242,7 +242,7 @@ def _notes(training: Training) -> dict[str, Any]:
     tokens = state.step * schedule.size * training.text.tokens.shape[1]
     return {
         "steps": state.step, "best_step": state.best_step, "trained_tokens": tokens, "zeros_kept": training.zeros,
-        "learning_rate": schedule.rate, "windows": len(training.text.learned), "history": state.history,
+        "learning_rate": schedule.rate, "windows": len(training.text.learned.unique()), "history": state.history,
         "held_out_windows": {name: len(numbers) for name, numbers in training.text.held.items()},
         "compute_dtype": str(training.dtype).removeprefix("torch."),
     }  # fmt: skip

@@ -56,7 +56,7 @@ class Remembered:
         return Said(self.likeliest.at(numbers, tokens.device))
 
 
-def few(config: PretrainedConfig, time: int) -> int:
+def at_once(config: PretrainedConfig, time: int) -> int:
     """How many windows of so many tokens go through a model at a time, for the sake of its logits."""
     return max(1, LOGITS // int(4 * time * config.vocab_size))
 
@@ -71,7 +71,7 @@ def likeliest_of(
     place = device if ranks.size > 1 else "cpu"  # where other ranks get them from
     found = [Likeliest.of(torch.empty(0, time, model.config.vocab_size, device=place), count)]
     mine = Deal(ranks, len(tokens)).mine
-    for batch in tokens[mine.start : mine.stop].split(few(model.config, time)):
+    for batch in tokens[mine.start : mine.stop].split(at_once(model.config, time)):
         with products_in(device, dtype):
             logits = model(input_ids=batch.to(device, torch.int64), use_cache=False).logits
         found.append(Likeliest(*(one.to(place) for one in Likeliest.of(logits, count))))

@@ -10,6 +10,7 @@ from torch import Tensor
 from slimlm.calibration import Windows
 from slimlm.deal import seed_of
 from slimlm.linalg.regression import HELD_EVERY
+from slimlm.recipe import SELF
 
 HELD = 32  # windows of each kind that are held out, at most, and one of HELD_EVERY where that is fewer
 Tokens = Annotated[Tensor, "windows time"]
@@ -23,18 +24,18 @@ def held_of(count: int) -> int:
 
 @dataclass(frozen=True)
 class Text:
-    """tokens: [windows, time]. learned: the numbers of those to learn from, [learned]. held: of those of each kind that
-    judge, by its name, [held] each."""
+    """tokens: [windows, time]. learned: the numbers of those to learn from, some of them several times, [learned].
+    held: of those of each kind that judge, by its name, [held] each."""
 
     tokens: Tokens
     learned: Numbers
     held: dict[str, Numbers]
 
     @classmethod
-    def of(cls, windows: Windows) -> "Text":
-        """Of every kind some are held out, evenly spread over it."""
-        held, learned = dict[str, Tensor](), torch.ones(len(windows.tokens), dtype=torch.bool)
-        origins = windows.of_each
+    def of(cls, windows: Windows, times: int = 1) -> "Text":
+        """Of every kind some are held out, evenly spread over it. times: that given text is learnt in a pass."""
+        held, origins = dict[str, Tensor](), windows.of_each
+        learned = torch.tensor([1 if origin == SELF else times for origin in origins])
         for origin in dict.fromkeys(origins):
             own = torch.tensor([index for index, other in enumerate(origins) if other == origin])
             count = held_of(len(own))
@@ -42,8 +43,8 @@ class Text:
                 chosen = own[torch.arange(count) * len(own) // count]
                 name = Path(origin).name
                 held[origin if name in held else name] = chosen
-                learned[chosen] = False
-        return cls(windows.tokens, learned.nonzero().flatten(), held)
+                learned[chosen] = 0
+        return cls(windows.tokens, torch.arange(len(origins)).repeat_interleave(learned), held)
 
     def of_step(self, step: int, size: int, seed: int) -> Numbers:
         """The windows of a step: the text again and again, each time in an order of its own."""

@@ -8,15 +8,15 @@ were stay, and those that came in are among them. A step's windows are dealt out
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimlm.deal import Deal, Parts
+from slimlm.deal import Deal, Parts, Sum
 from slimlm.device import products_in, training_dtype
 from slimlm.errors import RunFailure
 from slimlm.linalg.likelihood import divergence
@@ -27,7 +27,7 @@ from slimlm.ranks import Ranks
 from slimlm.recover.losses import StreamLoss, text_loss
 from slimlm.recover.low_rank import adapt
 from slimlm.recover.optimizers import Adam, Changed, Named, Optimizer
-from slimlm.recover.teacher import Teacher, few
+from slimlm.recover.teacher import Teacher, at_once
 from slimlm.recover.text import Numbers, Text
 
 WARM_UP = 0.05  # of all steps
@@ -35,26 +35,6 @@ LARGEST_NORM = 1.0  # of all gradients together
 JUDGED = 8  # times that held-out windows are looked at on the way
 PATIENCE = 3  # of them in a row that may bring nothing
 TIMED = 2  # steps that say how long one takes, after a first one
-
-
-class Gradients:
-    """A sum of gradients, of parameters like these; the first ones are taken as they are."""
-
-    def __init__(self, like: Iterable[Tensor]) -> None:
-        self.like, self.sums = like, list[Tensor]()
-
-    def add(self, found: Sequence[Tensor]) -> None:
-        """Use up some more, [...] each."""
-        self.sums = [a.add_(b) for a, b in zip(self.sums, found, strict=True)] if self.sums else list(found)
-
-    def tensors(self) -> list[Tensor]:
-        """The sums, [...] each."""
-        self.sums = self.sums or list(map(torch.zeros_like, self.like))
-        return self.sums
-
-    def replace(self, tensors: Sequence[Tensor]) -> None:
-        """Hold these instead, [...] each."""
-        self.sums = list(tensors)
 
 
 @dataclass(frozen=True)
@@ -172,29 +152,30 @@ class Training:
 
     def _gradients(self, step: int) -> tuple[float, list[Tensor]]:
         """The loss of a token of a step's windows, and its gradients."""
-        schedule = self.schedule
+        schedule, changed, length = self.schedule, [*self.changed.values()], self.text.tokens.shape[1]
         numbers = self.text.of_step(step, schedule.size, schedule.seed)
         deal, own = Deal(self.ranks, len(numbers)), list[tuple[float, int]]()
-        parts = Parts(deal, partial(Gradients, self.changed.values()))
-        tokens = len(numbers) * self.text.tokens.shape[1]
+        parts = Parts(deal, partial(Sum, changed))
         self.ranks.note("windows", len(deal.mine))
+        # Streams say sooner what to do than predictions, and are worth less than these in the end.
+        streams = self.streams and replace(self.streams, weight=self.streams.weight * cosine(step / schedule.steps))
         for lane in deal.own_lanes:
             for start in deal.lanes[lane][:: self._few]:
                 some = numbers[start : min(start + self._few, deal.lanes[lane].stop)]
                 part = parts.at(start - deal.mine.start)  # which adds up lanes that are done
                 with torch.enable_grad():
-                    loss = self._loss(some, schedule.is_kl, self.streams)
-                    found = torch.autograd.grad(loss / tokens, [*self.changed.values()], materialize_grads=True)
+                    loss = self._loss(some, schedule.is_kl, streams)
+                    found = torch.autograd.grad(loss / (len(numbers) * length), changed, allow_unused=True)
                 part.add(found)
-                own.append((float(loss.detach()), some.numel() * self.text.tokens.shape[1]))
+                own.append((float(loss.detach()), len(some) * length))
                 del loss, found
         shared = parts.shared()
         assert shared is not None
-        return self.ranks.mean(own), shared.sums
+        return self.ranks.mean(own), shared.tensors()
 
     @cached_property
     def _few(self) -> int:
-        return few(self.student.config, self.text.tokens.shape[1])
+        return at_once(self.student.config, self.text.tokens.shape[1])
 
     def _loss(self, numbers: Numbers, is_kl: bool, streams: StreamLoss | None = None) -> Tensor:
         """Of some windows, summed over tokens."""

@@ -160,8 +160,8 @@ def test_so_many_steps_as_there_is_time_for(settings: dict, pruned: Path, monkey
 
 
 def test_timing_changes_nothing(settings: dict, pruned: Path, tmp_path: Path):
-    recipe = one_step(**recovering(settings, pruned, minutes=1e6, measure=False))
-    plain = one_step(**recovering(settings, pruned, measure=False, output_dir=str(tmp_path / "plain")))
+    asked = recovering(settings, pruned, measure=False, tokens=24 * 8 * 6)
+    recipe, plain = one_step(**asked, minutes=1e6), one_step(**{**asked, "output_dir": str(tmp_path / "plain")})
     assert result(compress(recipe).output_dir) == result(compress(plain).output_dir)
 
 

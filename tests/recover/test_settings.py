@@ -74,6 +74,28 @@ def test_text_that_comes_again_is_said_only_where_that_is_often(
     assert all(f"from {32 * 24:,}, so that each is seen up to {times} times" in line for line in said)
 
 
+@pytest.mark.parametrize(
+    ("asked", "given", "own", "times"),
+    [
+        ({"tokens": 24 * 40}, 30, 10, 1),
+        ({"tokens": 24 * 100, "self_share": 0.5}, 40, 60, 1),
+        ({"tokens": 24 * 200, "self_share": 0.5}, 40, 120, 2),
+        ({"tokens": 24 * 800, "self_share": 0.5}, 40, 640, 4),
+        ({"tokens": 24 * 800, "minutes": 1}, 40, 13, 1),
+        ({"tokens": 24 * 100, "self_share": 0.0}, 40, 0, 2),
+    ],
+)
+def test_the_teacher_writes_what_text_the_tokens_need(
+    settings: dict, pruned: Path, asked: dict, given: int, own: int, times: int
+):
+    told = recovering(settings, pruned, measure=False, **asked)
+    del told["num_calibration_samples"]
+    job = check(one_step(**told).steps[0], How(progress=Progress()))
+    assert isinstance(job.recipe, RecoverStep)
+    assert len(job.windows.tokens) == given
+    assert (job.recipe.own_windows, job.recipe.times(given)) == (own, times)
+
+
 def test_a_teacher_is_asked_once(
     settings: dict,
     pruned: Path,

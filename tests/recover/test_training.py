@@ -1,5 +1,6 @@
 """Training of a whole model towards another, in memory."""
 
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -49,7 +50,9 @@ def trained(schedule: Schedule = STEPS, student: PreTrainedModel | None = None, 
     return found
 
 
-def by_hand(student: PreTrainedModel, teacher: PreTrainedModel, schedule: Schedule) -> dict[str, Tensor]:
+def by_hand(
+    student: PreTrainedModel, teacher: PreTrainedModel, schedule: Schedule, streams: StreamLoss | None = None
+) -> dict[str, Tensor]:
     """Its weights after a loop that a textbook would have: all windows of a step at once."""
     own = text()
     adam = torch.optim.AdamW(student.parameters(), lr=1.0, betas=BETAS, weight_decay=0)
@@ -62,6 +65,9 @@ def by_hand(student: PreTrainedModel, teacher: PreTrainedModel, schedule: Schedu
         else:
             chosen = student(input_ids=tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])
             loss = -chosen.sum() / tokens.numel()
+        if streams:
+            states = [one(input_ids=tokens, output_hidden_states=True).hidden_states for one in (student, teacher)]
+            loss = loss + cosine(step / schedule.steps) * streams(*states) / tokens.numel()
         warm = min(1.0, (step + 1) / (WARM_UP * schedule.steps))
         adam.param_groups[0]["lr"] = schedule.rate * warm * cosine(step / schedule.steps)
         adam.zero_grad()
@@ -206,11 +212,14 @@ def test_every_window_is_seen_once_before_any_is_again():
 
 def test_windows_of_every_kind_are_held_out_and_not_learned_from():
     tokens = torch.arange(40)[:, None].expand(40, 3).contiguous()
-    own = Text.of(Windows(tokens, "x", None, ("/some/a.txt",) * 25 + ("self",) * 10 + ("/other/a.txt",) * 5))
+    windows = Windows(tokens, "x", None, ("/some/a.txt",) * 25 + ("self",) * 10 + ("/other/a.txt",) * 5)
+    own = Text.of(windows)
     assert {name: len(held) for name, held in own.held.items()} == {"a.txt": 5, "self": 2, "/other/a.txt": 1}
     held = torch.cat(list(own.held.values())).tolist()
     assert sorted(held + own.learned.tolist()) == list(range(40))
     assert max(own.held["a.txt"]) < 25 <= min(own.held["self"])
+    again = Counter(Text.of(windows, 3).learned.tolist())
+    assert again == {number: 1 if number in range(25, 35) else 3 for number in own.learned.tolist()}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -320,6 +329,21 @@ def test_streams_count_in_the_basis_they_were_cut_by():
     centred = StreamLoss(1.0, eye, True)
     torch.testing.assert_close(centred(moved, states), torch.tensor(0.0), rtol=0, atol=1e-5)
     assert StreamLoss(1.0, eye, False)(moved, states) > 1
+
+
+def test_streams_count_for_as_much_as_is_left_of_the_rate():
+    student = model(1)
+    kin = Kin(torch.eye(student.config.hidden_size), torch.arange(len(student.model.layers)))
+    streams = StreamLoss(2.0, kin, False)
+    schedule = Schedule(40, STEPS.size, STEPS.rate, STEPS.seed)
+    found = Training(student, Beside(model(0)), text(), schedule, ALONE, streams=streams)
+    for _ in range(schedule.steps):
+        found._step()
+    expected = by_hand(model(1), model(0), schedule, streams)
+    constant = by_hand(model(1), model(0), schedule, StreamLoss(1.0, kin, False))
+    for key, weight in found.changed.items():
+        torch.testing.assert_close(weight, expected[key], rtol=5e-3, atol=1e-3)
+    assert any(not torch.allclose(constant[key], expected[key], rtol=5e-3, atol=1e-3) for key in expected)
 
 
 def test_streams_come_nearer_where_they_count():
