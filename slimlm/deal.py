@@ -45,7 +45,7 @@ class Sum:
         self.like, self.totals = like, list[Tensor]()
 
     def add(self, tensors: Sequence[Tensor | None]) -> None:
-        """Use up some more, [...] each, where there is any."""
+        """Use up some more, [...] each, where there is any; no two of them may share memory."""
         found = zip(self.totals or self.like, tensors, strict=True)
         if self.totals:
             self.totals = [one if more is None else one.add_(more) for one, more in found]

@@ -89,6 +89,17 @@ def test_all_that_is_declared_is_there_and_all_that_is_there_is_declared(tinies:
     assert pruned + routers == in_blocks
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_two_parameters_gradients_are_one_tensor(tinies: Path, name: str):
+    """`deal.Sum` takes the first as they are and adds to them in place."""
+    model = AutoModelForCausalLM.from_pretrained(tinies / name, dtype=torch.float32).eval()
+    loss = model(random_tokens(2, 24)).logits.float().logsumexp(-1).sum()
+    found = [one for one in torch.autograd.grad(loss, [*model.parameters()], allow_unused=True) if one is not None]
+    assert len(found) > 10
+    assert len({one.untyped_storage().data_ptr() for one in found}) == len(found)
+    assert all(one.is_contiguous() or one.T.is_contiguous() for one in found)
+
+
 PLANNED = [name for name in SETTINGS if getattr(family_config(name), "base_model_tp_plan", None)]
 
 
