@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 4096
+FEWEST = 128  # tokens of which half a Gram is computed
+ROWS, STRIPS = 256, 8  # of a Gram at a time: at least so many rows, and into how many strips it is cut at most
 Sums = Annotated[Tensor, "..."]
 WIDE = 2048  # inputs above which second moments are the largest thing there is, and kept in fp32
 
@@ -41,6 +43,22 @@ def add_products(
             total += some.T @ other
 
 
+def add_gram(total: Annotated[Tensor, "width width"], x: Annotated[Tensor, "tokens width"]) -> None:
+    """The same of `x^T x` to a symmetric total, little more than half of it computed: strips from the diagonal on.
+
+    All of it for few tokens, whose product takes less than mirroring.
+    """
+    width = len(total)
+    if len(x) < FEWEST:
+        add_products(total, x, x)
+        return
+    size = max(ROWS, -(-width // STRIPS))
+    for start in range(0, width, size):
+        stop = start + size
+        add_products(total[start:stop, start:], x[:, start:stop], x[:, start:])
+        total[stop:, start:stop] = total[start:stop, stop:].T
+
+
 class Gram:
     """Running sum of `x^T x` over tokens: [width, width], in fp64, or fp32 where it is WIDE.
 
@@ -57,7 +75,7 @@ class Gram:
             raise ValueError(f"activations of width {x.shape[-1]} for a Gram of width {self.matrix.shape[0]}")
         x = x.reshape(-1, x.shape[-1])
         x = x if x.dtype == torch.float64 else x.float()
-        add_products(self.matrix, x, x)
+        add_gram(self.matrix, x)
         self.tokens += x.shape[0]
 
     def diagonal(self) -> Annotated[Tensor, "width"]:

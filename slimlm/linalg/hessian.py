@@ -14,6 +14,7 @@ from slimlm.linalg.cholesky import factor_in_place, invert_in_place
 
 DAMPING = 0.01
 TRIES = 5
+Rows = slice | Annotated[Tensor, "rows", bool] | Annotated[Tensor, "rows", int]  # some of them
 FISHER_SHARE = 0.5  # of the trace of a Gram with gradients beside it
 
 
@@ -40,7 +41,7 @@ class Hessian:
     def dtype(self) -> torch.dtype:
         return self.matrix.dtype
 
-    def rows(self, rows: slice) -> "Hessian":
+    def rows(self, rows: Rows) -> "Hessian":
         """The curvature of some rows only."""
         return self
 
@@ -103,7 +104,7 @@ class RowHessian(Hessian):
     x: Annotated[Tensor, "tokens in"]
     weight: Annotated[Tensor, "tokens out"]
 
-    def rows(self, rows: slice) -> "RowHessian":
+    def rows(self, rows: Rows) -> "RowHessian":
         return replace(self, weight=self.weight[:, rows])
 
     def apply(self, change: Annotated[Tensor, "out in"]) -> Annotated[Tensor, "out in"]:

@@ -12,7 +12,7 @@ from typing import Annotated, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from slimlm.linalg.hessian import Hessian
+from slimlm.linalg.hessian import Hessian, Rows
 from slimlm.linalg.masks import Tile, pooled, spread_out
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ BATCH_ELEMENTS = 1 << 23  # of the rows' own inverses held at once
 ITERATIONS = 200  # of conjugate gradients, at most
 TOLERANCE = 2e-2  # error in the norm of H, of the root of a row's loss, at which they end
 ROUGHLY = 1e-1  # the same while a mask is still being refined
+PAIRS = 16  # of what might be swapped in a row, looked at in a round; an eighth of a wide one's inputs
 LEAST = 30  # units of rounding of a row's weights, below which its error is not followed
 # (scores of some neighbouring columns, the first column) -> what to prune of them
 Choice = Callable[[Annotated[Tensor, "out width"], int], Annotated[Tensor, "out width", bool]]
@@ -113,10 +114,49 @@ class Solved:
     gradient: Annotated[Tensor, "out in"]
     loss: Annotated[Tensor, "out"]
 
-    def replaced(self, rows: Annotated[Tensor, "out", bool], other: "Solved") -> "Solved":
-        """With the other's in some rows."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Solved(*(torch.where(rows[(...,) + (None,) * (one.dim() - 1)], new, one) for one, new in pairs))
+    def those(self, rows: Rows) -> "Solved":
+        """Some rows' own."""
+        return Solved(*(one[rows] for one in vars(self).values()))
+
+    def put(self, rows: Annotated[Tensor, "rows", int], other: "Solved") -> None:
+        """Have the other as these rows' own, in place."""
+        if other is not self:
+            for one, new in zip(vars(self).values(), vars(other).values(), strict=True):
+                one[rows] = new
+
+
+@dataclass
+class _Going:
+    """Conjugate gradients of some rows, each by itself: how far they are, and what they go by."""
+
+    hessian: Hessian
+    at: Solved
+    kept: Annotated[Tensor, "rows in"]
+    rounding: Annotated[Tensor, "rows"]
+    direction: Annotated[Tensor, "rows in"]
+    product: Annotated[Tensor, "rows"]
+
+    def those(self, rows: Rows) -> "_Going":
+        """Some of them, to go on with."""
+        hessian, at, *tensors = vars(self).values()
+        return _Going(hessian.rows(rows), at.those(rows), *(tensor[rows] for tensor in tensors))
+
+    def small(self, tolerance: float) -> Annotated[Tensor, "rows"]:
+        """What `product`, the square of a row's error, is to come to."""
+        return (tolerance**2 * self.at.loss).maximum(self.rounding)
+
+    def step(self, going: Annotated[Tensor, "rows", bool]) -> None:
+        """Let those that are going take one."""
+        tiny, at = torch.finfo(self.kept.dtype).tiny, self.at
+        image = self.hessian.apply(self.direction)
+        length = going * self.product / (self.direction * image).sum(1).clamp_min(tiny)
+        at.found.addcmul_(length[:, None], self.direction)
+        at.gradient.addcmul_(length[:, None], image, value=-1)
+        at.loss.sub_(length * self.product)
+        residual = torch.mul(at.gradient, self.kept, out=image)
+        step = (residual @ self.hessian.inverse).mul_(self.kept)
+        before, self.product = self.product, (residual * step).sum(1)
+        self.direction = step.addcmul((self.product / before.clamp_min(tiny))[:, None], self.direction)
 
 
 def joint(
@@ -130,44 +170,43 @@ def joint(
 
     Conjugate gradients (Hestenes & Stiefel 1952) for all rows at once, preconditioned by (H^-1)_KK, which is (H_KK)^-1
     but for what pruned and kept inputs have to do with one another. A row ends when the error, in the norm of H, is
-    `tolerance` of the root of its loss, whatever the others do: a good start saves iterations. Rows that do not get
-    there in ITERATIONS are said in the log, with how far they came. A dead input's weight is zero.
+    `tolerance` of the root of its loss, whatever the others do: a good start saves iterations. Once half of the rows
+    are done, products are of the others alone. Rows that do not get there in ITERATIONS are said in the log, with how
+    far they came. A dead input's weight is zero.
     """
-    info = torch.finfo(weight.dtype)
     kept = (~(pruned | hessian.dead)).to(weight.dtype)
     found = (weight if start is None else start) * kept
     gradient = hessian.apply(weight - found)
     loss = ((weight - found) * gradient).sum(1)
-    rounding = (LEAST * info.eps) ** 2 * (weight.square() @ hessian.matrix.diagonal())
+    rounding = (LEAST * torch.finfo(weight.dtype).eps) ** 2 * (weight.square() @ hessian.matrix.diagonal())
     residual = gradient * kept
-    direction = step = (residual @ hessian.inverse).mul_(kept)
-    product = (residual * step).sum(1)
+    step = (residual @ hessian.inverse).mul_(kept)
+    solved = Solved(found, gradient, loss)
+    some = _Going(hessian, solved, kept, rounding, step, (residual * step).sum(1))
+    place = torch.arange(len(weight), device=weight.device)
     for _ in range(ITERATIONS):
-        small = (tolerance**2 * loss).maximum(rounding)
-        going = product > small
-        if not going.any():
+        going = some.product > some.small(tolerance)
+        count = int(going.sum())
+        if not count:
             break
-        image = hessian.apply(direction)
-        length = going * product / (direction * image).sum(1).clamp_min(info.tiny)
-        found.addcmul_(length[:, None], direction)
-        gradient.addcmul_(length[:, None], image, value=-1)
-        loss = loss - length * product
-        residual = torch.mul(gradient, kept, out=residual)
-        step = (residual @ hessian.inverse).mul_(kept)
-        before, product = product, (residual * step).sum(1)
-        direction = step.addcmul((product / before.clamp_min(info.tiny))[:, None], direction)
+        if 2 * count <= len(place):
+            solved.put(place, some.at)
+            place, some, going = place[going], some.those(going), going[going]
+        some.step(going)
     else:
-        _say_unfinished(product, small, tolerance)
-    return Solved(found, gradient, loss)
+        _say_unfinished(some, tolerance, len(weight))
+    solved.put(place, some.at)
+    return solved
 
 
-def _say_unfinished(product: Tensor, small: Tensor, tolerance: float) -> None:
-    """product: [out], squares of the rows' errors; small: [out], what they were to come to."""
+def _say_unfinished(rows: _Going, tolerance: float, count: int) -> None:
+    """count: of all rows."""
+    small, product = rows.small(tolerance), rows.product
     if unfinished := int((product > small).sum()):
         reached = tolerance * float((product / small.clamp_min(torch.finfo(small.dtype).tiny)).max().sqrt())
         logger.warning(
             "%d of %d rows are solved to %.1e instead of %.0e: conjugate gradients ended after %d iterations",
-            *(unfinished, len(product), reached, tolerance, ITERATIONS),
+            *(unfinished, count, reached, tolerance, ITERATIONS),
         )
 
 
@@ -200,15 +239,15 @@ def swapped(
     solved: Solved,
     group: int = 0,
     tile: Tile = (1, 1),
-) -> tuple[Solved, Annotated[Tensor, "out in", bool]]:
-    """One refinement of a mask: weights that are cheap to lose for ones that would win more; (solved, pruned) anew.
+) -> tuple[Solved, Annotated[Tensor, "out in", bool], Annotated[Tensor, "out", bool]]:
+    """One refinement of a mask: weights that are cheap to lose for ones that would win more. What is solved on another
+    mask, that mask, and which rows are better for it; the others are to keep what they have.
 
     solved: jointly on `pruned`. Losing kept weight k costs v_k^2 / [H_KK^-1]_kk; gaining pruned weight p wins
     g_p^2 / s_p, with g the gradient H (W - V) and s_p >= 1 / [H^-1]_pp what is left of H_pp after K; the middle of the
     two bounds of s_p is taken. Pairs are made in each row from the surest on while they win (with `group`, one within
-    each group of that many columns), a quarter of what would win at a time; a row keeps the old mask where the joint
-    solution on the new one is no better. tile: rows and columns of what is lost and gained as one, a row of tiles then
-    being what is a row else.
+    each group of that many columns): of the first PAIRS, or eighth, a quarter of what would win at a time. tile: rows
+    and columns of what is lost and gained as one, a row of tiles then being what is a row else.
     """
     inverse = hessian.inverse.diagonal()
     spread = (hessian.matrix.diagonal() / inverse).sqrt()  # geometric mean of H_pp and 1 / [H^-1]_pp
@@ -216,18 +255,16 @@ def swapped(
     gain = pooled(solved.gradient.square() / spread, tile).masked_fill(~is_pruned, -torch.inf)
     cost = pooled(solved.found.square() * spread, tile).masked_fill(is_pruned, torch.inf)
     shape = (-1, group or gain.shape[1])
-    best_gain, incoming = gain.view(shape).sort(dim=1, descending=True, stable=True)
-    least_cost, outgoing = cost.view(shape).sort(dim=1, stable=True)
-    wins = best_gain - least_cost
-    count = (wins > 0).sum(1)
-    count = (count > 0).long() if group else -(-count // 4)
-    chosen = torch.arange(wins.shape[1], device=wins.device) < count[:, None]
-    rows = torch.arange(wins.shape[0], device=wins.device)[:, None].expand_as(chosen)
+    pairs = 1 if group else min(shape[1], max(PAIRS, shape[1] // 8))
+    best_gain, incoming = gain.view(shape).topk(pairs)
+    least_cost, outgoing = cost.view(shape).topk(pairs, largest=False)
+    wins = best_gain > least_cost
+    chosen = torch.arange(pairs, device=wins.device) < -(-wins.sum(1, keepdim=True) // 4)
+    rows = torch.arange(len(wins), device=wins.device)[:, None].expand_as(chosen)
     mask = is_pruned.reshape(shape).clone()
     mask[rows[chosen], incoming[chosen]] = False
     mask[rows[chosen], outgoing[chosen]] = True
     mask = spread_out(mask.view(is_pruned.shape), tile)
     other = joint(weight, hessian, mask, solved.found, ROUGHLY)
     before, after = (one.loss.view(-1, tile[0]).sum(1) for one in (solved, other))
-    better = (after < before).repeat_interleave(tile[0])
-    return solved.replaced(better, other), torch.where(better[:, None], mask, pruned)
+    return other, mask, (after < before).repeat_interleave(tile[0])

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from slimlm.linalg.gram import Sums, add_products, gram_dtype
+from slimlm.linalg.gram import Sums, add_gram, add_products, gram_dtype
 
 WIDEST = 4096  # inputs above which second moments of held-out tokens are not kept
 HELD_ELEMENTS = 1 << 24  # of the inputs of held-out tokens, kept as they are instead
@@ -52,7 +52,7 @@ class Moments:
 
     def add(self, x: Annotated[Tensor, "tokens in"], y: Annotated[Tensor, "tokens out"]) -> None:
         """Add tokens, in fp32 or fp64."""
-        add_products(self.xx, x, x)
+        add_gram(self.xx, x)
         add_products(self.xy, x, y)
 
     @contextmanager

@@ -4,7 +4,7 @@ weight: [out, in]; chosen: what the mask left of it, and what is pruned, as in `
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -50,10 +50,31 @@ def joint(weight: Tensor, curvature: Hessian, quota: Quota, chosen: Chosen, swap
         rows = slice(at, at + step)
         own, pruned = curvature.rows(rows), chosen[1][rows]
         found = obs.joint(weight[rows], own, pruned, start[rows], obs.ROUGHLY)
-        for _ in range(swaps):
-            found, pruned = obs.swapped(weight[rows], own, pruned, found, quota.group, quota.tile)
+        found, pruned = swapped(weight[rows], own, (found, pruned), quota, swaps)
         solved.append((obs.joint(weight[rows], own, pruned, found.found, obs.TOLERANCE).found, pruned))
     return torch.cat([found for found, _ in solved]).to(dtype), torch.cat([pruned for _, pruned in solved])
+
+
+def swapped(
+    weight: Annotated[Tensor, "out in"],
+    curvature: Hessian,
+    solved: tuple[obs.Solved, Annotated[Tensor, "out in", bool]],
+    quota: Quota,
+    rounds: int,
+) -> tuple[obs.Solved, Annotated[Tensor, "out in", bool]]:
+    """What is jointly solved on a mask, used up, and that mask, refined by so many rounds of `obs.swapped`.
+
+    Rows that are no better for a round would not be for the next, and are done.
+    """
+    found, pruned = solved[0], solved[1].clone()
+    place = torch.arange(len(weight), device=weight.device)
+    for _ in range(rounds):
+        some = weight[place], curvature.rows(place), pruned[place], found.those(place)
+        other, mask, better = obs.swapped(*some, quota.group, quota.tile)
+        place = place[better]
+        found.put(place, other.those(better))
+        pruned[place] = mask[better]
+    return found, pruned
 
 
 Update = Callable[[Tensor, Any, Quota, Chosen, int], Chosen]

@@ -85,7 +85,7 @@ class PruneStep(Step):
         UNSAID,
         validate_default=False,
         ge=0,
-        description="pruning: times that a mask with a joint update is refined by swaps",
+        description="pruning: times, at most, that a mask with a joint update is refined by swaps",
     )
     refit: bool = Field(True, description=REFIT)
     refine: int = Field(UNSAID, validate_default=False, ge=0, description=REFINE)

@@ -41,6 +41,17 @@ def test_gram_of_half_precision_activations_is_accumulated_without_losing_them()
     assert gram.matrix.dtype == torch.float64
 
 
+@pytest.mark.parametrize("width", [1, 300, 2100])
+def test_half_of_a_gram_is_mirrored(width: int):
+    """Few tokens at a time and many; whoever multiplies them rounds both sides of the diagonal otherwise."""
+    x = torch.randn(400, width, generator=torch.Generator().manual_seed(0))
+    gram = Gram(width)
+    for part in x.split([15, 200, 185]):
+        gram.add(part)
+    assert torch.allclose(gram.matrix, gram.matrix.T, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(gram.matrix, (x.double().T @ x.double()).to(gram.matrix), rtol=1e-4, atol=1e-3)
+
+
 def test_gram_refuses_another_width():
     with pytest.raises(ValueError, match="width 3"):
         Gram(4).add(torch.zeros(2, 3))
