@@ -192,11 +192,12 @@ class Parts(Generic[S]):
         return ranks.sent(so_far, like, holders[-1], owner)
 
     def shared(self) -> S | None:
-        """The same for all."""
-        ranks, found = self.deal.ranks, self.total()
-        if ranks.size > 1 and ranks.agreed(found is not None):
+        """The same for all, from the last, with whom the sum arrives."""
+        ranks, last = self.deal.ranks, self.deal.ranks.size - 1
+        found = self.total(last)
+        if ranks.size > 1 and ranks.agreed(found is not None, last):
             found = found or self.make()
             tensors = found.tensors()
-            ranks.share(tensors)
+            ranks.share(tensors, last)
             found.replace(tensors)
         return found
