@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from slimlm.fit import refine
-from slimlm.model import ends
+from slimlm import device as slimlm_device
 from slimlm.recipe import one_step
 from slimlm.stages import compress
 
@@ -137,7 +136,7 @@ def compare(models: Path, text: Path, out: Path) -> Iterator[dict[str, Any]]:
     """Each run on the CPU and on the other device: whether the weights are the same, and both perplexities."""
     common = {"dataset": str(text), "num_calibration_samples": 20, "max_seq_length": 32, "eval_windows": 4}
     with other_device() as other:
-        refine.product_dtype = ends.product_dtype = lambda x: x.dtype  # the same on both
+        slimlm_device.product_dtype = lambda device, dtype=torch.float32: dtype  # the same on both
         for number, (name, settings) in enumerate(RUNS):
             weights, perplexities = [], []
             for device in ("cpu", other):

@@ -145,9 +145,9 @@ def test_the_api_refuses_what_the_flags_refuse(settings: dict[str, int], words: 
 @pytest.mark.parametrize(("flags", "expected"), [("fma avx512_bf16 avx2", torch.bfloat16), ("fma avx2", torch.float32)])
 def test_products_for_gradients_are_in_what_the_processor_has(monkeypatch, flags: str, expected: torch.dtype):
     monkeypatch.setattr("slimlm.device._processor", lambda what: flags)
-    assert product_dtype(torch.zeros(2)) == expected
-    assert product_dtype(torch.zeros(2, device="meta")) == torch.float32
-    assert product_dtype(torch.zeros(2, dtype=torch.float16, device="meta")) == torch.float16
+    assert product_dtype(torch.device("cpu")) == expected
+    assert product_dtype(torch.device("meta")) == torch.float32
+    assert product_dtype(torch.device("meta"), torch.float16) == torch.float16
 
 
 def test_the_memory_there_is_does_not_hang_on_what_is_free(monkeypatch, tmp_path: Path):

@@ -117,7 +117,7 @@ class Family:
     heads: config attribute whose value must divide `hidden_size`, where the config class checks that.
     residual_scale, logit_divisor: config attributes of a factor on what writers add, and of a divisor of the logits.
     scaled_by_width: whether embeddings are scaled by the square root of hidden_size besides.
-    tuples: whether a block returns a tuple.
+    tuples: whether a block returns a tuple. alibi: whether it adds a token's place to scores, unless the config says.
     numbered: whether what a block computes depends on its number, so that none can be left out.
     carrier: the class that carries a sliced result, where that is not its own.
     rotates: whether the residual stream can be moved into another basis; `why_not` says why it cannot.
@@ -148,6 +148,7 @@ class Family:
     logit_divisor: str | None = None
     scaled_by_width: bool = False
     tuples: bool = False
+    alibi: bool = False
     numbered: bool = False
     carrier: Carrier | None = None
     why_not: str | None = None

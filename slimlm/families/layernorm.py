@@ -146,6 +146,7 @@ BLOOM = replace(
     model_type="bloom",
     norms=TWO_NORMS,
     parallel=False,
+    alibi=True,
     embedding_norm="transformer.word_embeddings_layernorm",
     mlp=Axis(("ffn_dim",), rows=UP, columns=DOWN),
     carrier=Carrier("narrow_bloom", stock=False, mlp=True),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.deal import Deal, Parts, Sum, seed_of
-from slimlm.device import product_dtype, products_in
+from slimlm.device import products_in, quick_products
 from slimlm.fit.beside_dense import BlockPair
 from slimlm.fit.lm_head import fits_head
 from slimlm.linalg.softmax import cosine
@@ -159,7 +159,7 @@ class _Descent:
 
     def _in_products(self, like: Tensor) -> AbstractContextManager[None]:
         """Inside, products for gradients are in what is fastest; errors are in the model's own dtype."""
-        return products_in(like.device, product_dtype(like) if torch.is_grad_enabled() else like.dtype)
+        return (quick_products if torch.is_grad_enabled() else products_in)(like.device, like.dtype)
 
     def _losses(self, out: Tensor, number: int, windows: Tensor) -> Iterator[Tensor]:
         """What the block gives is off by, summed over some tokens at a time."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slimlm.checkpoint.lookup import looked_up
 from slimlm.deal import Deal
-from slimlm.device import product_dtype, products_in
+from slimlm.device import quick_products
 from slimlm.errors import UserError
 from slimlm.linalg.likelihood import divergence, window_nll
 from slimlm.model.block import Block
@@ -145,7 +145,7 @@ def differentiable_logits(model: StreamedModel, stream: Stream) -> Iterator[tupl
     with head_loaded(model):
         for number, _, part in _pieces(model, stream):
             leaf = part.detach().clone().requires_grad_()
-            with torch.enable_grad(), products_in(leaf.device, product_dtype(leaf)):
+            with torch.enable_grad(), quick_products(leaf.device, leaf.dtype):
                 found = _around_blocks(model, leaf)
             yield number, leaf, found
 

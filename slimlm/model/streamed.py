@@ -5,7 +5,7 @@ comes before and after the blocks), `block.py` and `walk.py` (the blocks themsel
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, count
@@ -19,6 +19,7 @@ from slimlm.checkpoint.hf_internals import load_tensors, module_names, release
 from slimlm.checkpoint.prefetch import Prefetch
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.checkpoint.skeleton import build_skeleton, check_against_skeleton, refuse_absurd_sizes, use_only_known
+from slimlm.device import quick_products
 from slimlm.errors import UserError
 from slimlm.families import family_of
 from slimlm.model.block import Block, Group
@@ -217,6 +218,12 @@ class StreamedModel:
             yield
         finally:
             self.model.set_experts_implementation(before)
+
+    def quick_products(self) -> AbstractContextManager[None]:
+        """Inside, CPUs make products in what is fastest, for what rounding does not decide. It does in a mixture, whose
+        router would choose others, and where a token's place is added to scores (alibi)."""
+        decides = self.family.experts or getattr(self.config, "alibi", self.family.alibi)
+        return nullcontext() if decides or self.device.type != "cpu" else quick_products(self.device, self.dtype)
 
     @property
     def norm_eps(self) -> float:

@@ -124,7 +124,9 @@ class CutStreams:
                 self._at_start(cut, stream)
         for block in walk:
             self._through(block)
-        sums = nll(self.layout.model, self.cut.values())
+        model = self.layout.model
+        with model.quick_products():
+            sums = nll(model, self.cut.values())
         losses = {cut: of_window / (self.length - 1) for cut, of_window in zip(self.cut, sums, strict=True)}
         points = {axis: [(cut.removed, losses[cut]) for cut in self.cut if cut and cut.axis == axis] for axis in POINTS}
         return {axis: LossCurve.measured(measured, losses[None]) for axis, measured in points.items()}
@@ -152,19 +154,20 @@ class CutStreams:
             if any(cut and cut.axis == name for cut in self.cut) and block.family.has(axis)
         }
         names = [name for order in orders.values() for name in order.matrices]
-        ranks = self.learning.deal.ranks
+        ranks, model = self.learning.deal.ranks, self.layout.model
         grams = input_sums(block, self.learning, names, Gram, onward=True, owners=[0] * len(names))
         for axis, order in orders.items():
             counts = sorted(cut.removed for cut in self.cut if cut and cut.axis == axis)
             found = order.weights(grams, counts) if ranks.first else iter(())
             for count in counts:
                 weight = ranks.once(next(found)[1] if ranks.first else None)
-                with block.placed({order.parameter: weight}):
+                with block.placed({order.parameter: weight}), model.quick_products():
                     block.advance(self.cut[Cut(axis, count)])
         for cut, stream in self.cut.items():
             if cut and (cut.axis in orders or (cut.axis == "blocks" and block.index not in self._left(cut))):
                 continue
-            with block.placed(self._projected(block, cut) if cut and cut.axis == "hidden" else {}):
+            changed = self._projected(block, cut) if cut and cut.axis == "hidden" else {}
+            with block.placed(changed), model.quick_products():
                 block.advance(stream)
 
     def _directions(self, cut: Cut) -> Tensor:

@@ -102,8 +102,9 @@ def sweep(
     inputs = [stream.hidden]
     for block in walks.forward:
         inputs.append(walks.scratch.hidden(f"input-{block.index + 1}"))
-        for _, after in block.outputs(stream):
-            inputs[-1].append(after)
+        with model.quick_products():
+            for _, after in block.outputs(stream):
+                inputs[-1].append(after)
         stream.hidden = inputs[-1]
     gradients = walks.scratch.hidden("gradients")
     for number, gradient in enumerate(_at_the_head(model, stream, losses)):
@@ -122,7 +123,8 @@ def _backwards(
     for number, hidden in enumerate(stream.hidden):
         hidden.requires_grad_()
         seen: Seen = {}
-        with torch.enable_grad(), block.watched(names, partial(_retain, seen=seen, side=side)):
+        watching = block.watched(names, partial(_retain, seen=seen, side=side))
+        with torch.enable_grad(), watching, block.model.quick_products():
             out = block.run(hidden, stream.calls[number][block.index])
         out.backward(gradients[number])
         yield number, seen

@@ -94,6 +94,17 @@ def test_the_last_block_gets_nearer_to_what_a_tied_head_says_by_what_is_said(
     assert by_block(outcome)["0"] == pytest.approx(float(after / before), rel=1e-3)
 
 
+@pytest.mark.parametrize("step", [SLICE, PRUNE])
+def test_a_model_that_computes_in_bf16_is_refined_to_what_its_tied_head_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: dict[str, object]
+):
+    """As on a GPU, where errors are compared in the model's own dtype, too."""
+    monkeypatch.setattr("slimlm.device.product_dtype", lambda device, dtype=torch.float32: dtype)
+    path, tokens = two_blocks("llama-tied", tmp_path / "dense"), random_tokens(120, 32)
+    _, outcome, _ = run(stream(path, torch.bfloat16), tokens, tmp_path / "refined", BATCH, **step, refine=3)
+    assert by_block(outcome)["1"] < 1
+
+
 @pytest.mark.parametrize("family", SETTINGS)
 def test_divergences_are_those_of_stock_logits_however_many_are_there_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str

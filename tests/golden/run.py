@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import slimlm
-from slimlm.model import ends
+from slimlm import device
 from slimlm.progress import Progress
 from slimlm.recipe import Recipe, make_recipe
 from slimlm.stages import compress
@@ -61,12 +61,12 @@ def model_at(place: Path, name: str) -> str:
 
 
 def recipe_of(place: Path, model: str, steps: tuple[Settings, ...], shared: Settings, output: Path) -> Recipe:
-    """Text of a model's own and refinement only where a case says so, of which older trees have none; the head's
+    """Text of a model's own and refinement only where a case says so, of which older trees have none; all
     products in fp32 on any machine."""
     with suppress(ImportError):
         unasked = importlib.import_module("slimlm.unasked")
         unasked.EPOCHS = unasked.OWN_SHARE = 0  # type: ignore[attr-defined]
-    ends.product_dtype = lambda x: x.dtype
+    device.product_dtype = lambda device, dtype=torch.float32: dtype
     files = {key: str(place / value) for key, value in shared.items() if (place / str(value)).is_file()}
     write = stepwise if FORM == "steps" else flat
     return make_recipe(write(steps, {**shared, **files, "model": model, "output_dir": str(output)}))

@@ -414,8 +414,9 @@ def test_a_pattern_leaves_nothing_to_allocate(tmp_path: Path, text: Path):
         compress(recipe_for(path, text, tmp_path / "out", method="wanda", pattern="2:4", allocation="owl"))
 
 
-def test_token_gradients_are_autograds(tmp_path: Path, text: Path):
+def test_token_gradients_are_autograds(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
     """x and delta of all tokens give the gradient of every weight, as autograd has it, but for bf16."""
+    monkeypatch.setattr("slimlm.device.product_dtype", lambda device, dtype: dtype)
     path = build_tiny(CONFIGS["llama-biased"], tmp_path / "model")
     tokens = load_windows(str(text), load_tokenizer(path), 4, 24).tokens
     model = open_model(path, torch.device("cpu"), "fast")

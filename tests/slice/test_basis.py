@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from slimlm.deal import seed_of
 from slimlm.linalg.draws import draw
 from slimlm.linalg.pca import principal_basis
-from slimlm.model import ends
 from slimlm.slice import run as slicing
 from slimlm.slice.basis import MASSIVE
 from slimlm.statistics.sweep import Losses, gradient_covariance
@@ -84,7 +83,7 @@ def test_the_gradient_covariance_is_how_the_loss_answers_when_the_stream_is_move
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Squared slopes of the loss of labels that the model draws, along a direction in units of the stream's size."""
-    monkeypatch.setattr(ends, "product_dtype", lambda x: x.dtype)  # the head's products as precise as the rest
+    monkeypatch.setattr("slimlm.device.product_dtype", lambda device, dtype: dtype)
     tokens, step, precise = random_tokens(3, 6), 1e-4, stock(tiny_llama).double()
     run = run_at(stream(tiny_llama), list(tokens.split(2)), tmp_path / "run", widths="hidden=16")
     found = gradient_covariance(run.model, Losses(run.batches, 3), walks_of(run))
@@ -110,13 +109,13 @@ def test_the_gradient_covariance_is_how_the_loss_answers_when_the_stream_is_move
     assert not list((tmp_path / "run" / "work").glob("scratch-*"))
 
 
-def test_the_gradient_covariance_hardly_changes_with_the_rounding_of_the_heads_products(
+def test_the_gradient_covariance_hardly_changes_with_the_rounding_of_products(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     tokens = random_tokens(16, 24)
 
     def covariance(dtype: torch.dtype) -> Tensor:
-        monkeypatch.setattr(ends, "product_dtype", lambda x: dtype)
+        monkeypatch.setattr("slimlm.device.product_dtype", lambda *_: dtype)
         run = run_at(stream(tiny_llama), list(tokens.split(4)), tmp_path / str(dtype), widths="hidden=16")
         return gradient_covariance(run.model, Losses(run.batches, 0, labels="text"), walks_of(run))
 

@@ -112,14 +112,22 @@ def test_candidates_have_the_size_asked_for_and_widths_that_fit_the_config(tmp_p
     assert candidates(shapes, SliceStep(model="x", sparsity=share + 0.002, budget="hidden")) == [narrower]
 
 
-def test_a_curve_is_the_loss_of_the_model_that_is_cut_so_far(tiny_llama: Path, tmp_path: Path):
+def test_a_curve_is_the_loss_of_the_model_that_is_cut_so_far(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Against the checkpoint that has the width: rotation alone does to the model what the curve says."""
     tokens = random_tokens(60, 24)
     model, settings = stream(tiny_llama), {"widths": "hidden=24", "refit": False}
     run, layout = run_at(model, list(tokens.split(4)), tmp_path / "basis", **settings), Layout(model)
+    monkeypatch.setattr("slimlm.device.product_dtype", lambda device, dtype: dtype)
     basis = slicing._new_basis(run)
     splits = [replace(layout.dense, hidden=24), replace(layout.dense, blocks=(0, 1))]
     curves = slicing._curves(run, layout, splits, basis)
+    with monkeypatch.context() as patch:
+        patch.setattr("slimlm.device.product_dtype", lambda *_: torch.bfloat16)
+        rounded = slicing._curves(run, layout, splits, basis)
+    for axis, removed in (("hidden", 8), ("blocks", 1)):
+        assert 0 < abs(rounded[axis](removed) - curves[axis](removed)) < 0.05 * curves[axis](removed)
     held = tokens[4::5]
     path, _ = sliced(model, tokens, tmp_path / "run", **settings)
     loss = lambda path: nll(logits_of(path, held), held)  # noqa: E731

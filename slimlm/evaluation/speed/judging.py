@@ -75,7 +75,7 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
         return True
     if device.type == "cuda":
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported()
-    return product_dtype(torch.empty(0, device=device)) == dtype
+    return product_dtype(device) == dtype
 
 
 def _widths(shapes: Counter[Shape]) -> Widths:
