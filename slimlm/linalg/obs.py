@@ -141,10 +141,6 @@ class _Going:
         hessian, at, *tensors = vars(self).values()
         return _Going(hessian.rows(rows), at.those(rows), *(tensor[rows] for tensor in tensors))
 
-    def small(self, tolerance: float) -> Annotated[Tensor, "rows"]:
-        """What `product`, the square of a row's error, is to come to."""
-        return (tolerance**2 * self.at.loss).maximum(self.rounding)
-
     def step(self, going: Annotated[Tensor, "rows", bool]) -> None:
         """Let those that are going take one."""
         tiny, at = torch.finfo(self.kept.dtype).tiny, self.at
@@ -185,23 +181,24 @@ def joint(
     some = _Going(hessian, solved, kept, rounding, step, (residual * step).sum(1))
     place = torch.arange(len(weight), device=weight.device)
     for _ in range(ITERATIONS):
-        going = some.product > some.small(tolerance)
+        small = (tolerance**2 * some.at.loss).maximum(some.rounding)
+        going = some.product > small
         count = int(going.sum())
         if not count:
             break
         if 2 * count <= len(place):
             solved.put(place, some.at)
-            place, some, going = place[going], some.those(going), going[going]
+            place, some, small, going = place[going], some.those(going), small[going], going[going]
         some.step(going)
     else:
-        _say_unfinished(some, tolerance, len(weight))
+        _say_unfinished(some.product, small, tolerance, len(weight))
     solved.put(place, some.at)
     return solved
 
 
-def _say_unfinished(rows: _Going, tolerance: float, count: int) -> None:
-    """count: of all rows."""
-    small, product = rows.small(tolerance), rows.product
+def _say_unfinished(product: Tensor, small: Tensor, tolerance: float, count: int) -> None:
+    """product: [rows], squares of the errors of rows that were going; small: [rows], what they were to come to. count:
+    of all rows."""
     if unfinished := int((product > small).sum()):
         reached = tolerance * float((product / small.clamp_min(torch.finfo(small.dtype).tiny)).max().sqrt())
         logger.warning(

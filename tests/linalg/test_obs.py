@@ -360,6 +360,6 @@ def test_rows_that_are_not_solved_to_the_end_are_said(monkeypatch, caplog):
     count, of, reached, wanted, after = record.args
     assert (of, wanted, after) == (6, 1e-5, 1)
     assert 0 < count <= 6
-    assert wanted < reached < 2
+    assert wanted < reached < 1
     lost = [quadratic_loss(one.found - weight, curvature).sum() for one in (whole, short)]
     assert lost[0] < lost[1]
