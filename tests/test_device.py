@@ -143,7 +143,7 @@ def test_the_api_refuses_what_the_flags_refuse(settings: dict[str, int], words: 
 
 
 @pytest.mark.parametrize(("flags", "expected"), [("fma avx512_bf16 avx2", torch.bfloat16), ("fma avx2", torch.float32)])
-def test_products_for_gradients_are_in_what_the_processor_has(monkeypatch, flags: str, expected: torch.dtype):
+def test_quick_products_are_in_what_the_processor_has(monkeypatch, flags: str, expected: torch.dtype):
     monkeypatch.setattr("slimlm.device._processor", lambda what: flags)
     assert product_dtype(torch.device("cpu")) == expected
     assert product_dtype(torch.device("meta")) == torch.float32
