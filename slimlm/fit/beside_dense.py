@@ -140,13 +140,15 @@ class Pair:
 class BlockPair:
     """A block of the dense model, its weights loaded, and the compressed one beside it.
 
-    tensors: what the compressed one has so far, by name within it; linears' weights as [out, in].
+    tensors: what the compressed one has so far, by name within it; linears' weights as [out, in]. passed: whether the
+    dense stream is behind the block.
     """
 
     pair: Pair
     dense: Block
     small: Block
     tensors: dict[str, Tensor]
+    passed: bool = False
 
     def in_order(self) -> Iterator[Norm | Writing]:
         """What is to be fitted, in the order the block computes in: the readers of a norm together, each writer alone.
@@ -155,9 +157,7 @@ class BlockPair:
         The stream behind the last writer is the one behind the block, so that one waits until the dense weights are let
         go of.
         """
-        stream, family = self.pair.streams["dense"], self.dense.family
-        ends = family.writers and not family.experts and family.writers[-1] not in family.matched
-        last = family.writers[-1] if ends else None  # experts write after it, or what it gives is not what is added
+        stream, family, last = self.pair.streams["dense"], self.dense.family, self._last
         for norm in family.norms:
             yield norm
             for name in norm.writers:
@@ -167,7 +167,8 @@ class BlockPair:
                     yield Writing(name, partial(self._given, name))
                 elif name != last:
                     yield Writing(name, partial(self._behind, name))
-        self.dense.advance(stream)
+        if not self.passed:
+            self.dense.advance(stream)
         self.dense.unload()
         if last is not None and last not in family.skipped:
             yield Writing(last, lambda number: stream.hidden[number])
@@ -182,12 +183,38 @@ class BlockPair:
         return self.dense.inputs(self.pair.streams["dense"], number, [f"{name}>"])[f"{name}>"]
 
     def _behind(self, name: str, number: int) -> Tensor:
-        hidden = self.dense.before(self.pair.streams["dense"], number, [*self._earlier(name), name])[0]
+        """The dense stream of a batch behind a writer. Where only the block's last is left to come, the block runs to
+        its end: nothing else of it is to be seen."""
+        between, stream = self.pair.between, self.pair.streams["dense"]
+        if self.passed:
+            return between[number]
+        ends, all_done = self._is_last_but_one(name), number == len(self.pair.held) - 1
+        hidden, after = self.dense.before(stream, number, [*self._earlier(name), name], "" if ends else None)
         if name in self.dense.family.between:
-            self.pair.between.replace(number, hidden)
-            if number == len(self.pair.held) - 1:
-                self.pair.between.turn()
+            between.replace(number, hidden)
+            if all_done:
+                between.turn()
+        if after is not None:
+            stream.hidden.replace(number, after)
+            if all_done:
+                self.dense.require_finite()
+                stream.hidden.turn()
+                self.passed = True
         return hidden
+
+    @property
+    def _last(self) -> str | None:
+        """The writer behind which the stream is as the block leaves it: none where experts write, too, or what it gives
+        is not what is added."""
+        family = self.dense.family
+        ends = family.writers and not family.experts and family.writers[-1] not in family.matched
+        return family.writers[-1] if ends else None
+
+    def _is_last_but_one(self, name: str) -> bool:
+        """Whether all that the dense block computes behind a writer is for the last one, from the norm that reads it."""
+        family = self.dense.family
+        ends = family.writers[-2:] == (name, self._last)
+        return ends and family.between.get(name) == family.norms[-1].name
 
     def _earlier(self, name: str) -> list[str]:
         """Writers that add to the stream before another does."""

@@ -105,10 +105,10 @@ class Block:
         out = out[0] if isinstance(out, tuple) else out
         self._finite.append(all_finite(out))
         if out.device.type == "cpu":
-            self._require_finite()
+            self.require_finite()
         return cast(Tensor, out)
 
-    def _require_finite(self) -> None:
+    def require_finite(self) -> None:
         """Raises RunFailure where anything that came out since it was asked last is not."""
         found, self._finite = self._finite, []
         if found and not torch.stack(found).all():
@@ -122,7 +122,7 @@ class Block:
         """What goes in and what comes out, [batch, time, hidden] each, batch by batch; the stream stays where it is."""
         for number, before in stream.batches():
             yield before, self.run(before, stream.calls[number][self.index])
-        self._require_finite()
+        self.require_finite()
 
     def advance(self, stream: Stream, watch: Watch = lambda before, after: None) -> None:
         """Move the stream past the block; `watch` sees what goes in and out."""
@@ -131,7 +131,7 @@ class Block:
                 after = self.run(before, stream.calls[number][self.index])
             watch(before, after)
             stream.hidden.replace(number, after)
-        self._require_finite()
+        self.require_finite()
         stream.hidden.turn()
 
     def observe(self, stream: Stream) -> None:
@@ -178,13 +178,13 @@ class Block:
         self, stream: Stream, number: int, writers: Sequence[str], reader: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream [batch, time, hidden] of batch `number` once these writers, the block's first, have added
-        to it; and what another linear gets."""
-        names = [*(f"{name}>" for name in writers), *([reader] if reader else [])]
+        to it; and what another linear gets, or as `inputs` has it."""
+        names = [*(f"{name}>" for name in writers), *([] if reader is None else [reader])]
         hidden = stream.hidden[number]
         found = self.inputs(stream, number, names, hidden) if names else {}
         for name in writers:
             hidden = hidden + found[f"{name}>"] * self.model.residual_scale
-        return hidden, found.get(reader or "")
+        return hidden, None if reader is None else found[reader]
 
 
 @dataclass(frozen=True)
