@@ -13,7 +13,7 @@ ROOT = Path(slimlm.__file__).parent
 ORDER = [
     {"errors", "imports", "plain", "shown", "started"},
     {"linalg", "families", "device", "modeling"},
-    {"ranks"},
+    {"ranks", "attention"},
     {"meeting"},
     {"deal"},
     {"pace"},

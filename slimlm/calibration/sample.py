@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimlm.calibration.decoding import decode_fast, reserve
+from slimlm.attention import attend_fast
+from slimlm.calibration.decoding import reserve
 from slimlm.calibration.openings import OPENINGS
 from slimlm.calibration.windows import Windows, start_token
 from slimlm.deal import Deal, seed_of
@@ -44,7 +45,7 @@ def sample_windows(
     Raises UserError for a tokenizer with neither BOS nor EOS.
     """
     (num_windows, length), bos = shape, start_token(tokenizer)
-    decode_fast(model)
+    attend_fast(model)
     if bos is None:
         raise UserError("--dataset self needs a tokenizer with a BOS or EOS token to start from: give a text instead")
     count = written_for(num_windows)

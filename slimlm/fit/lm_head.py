@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimlm.deal import LANES, Deal, Parts, Sum
 from slimlm.errors import RunFailure
-from slimlm.fit.beside_dense import AddOf, Pair
+from slimlm.fit.pair import AddOf, Pair
 from slimlm.fit.ridge import ridge
 from slimlm.linalg.softmax import RATE, MapFit
 from slimlm.model.result import Result

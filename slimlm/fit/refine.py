@@ -22,6 +22,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
+from slimlm.attention import attending_fast
 from slimlm.deal import Deal, Parts, Sum, seed_of
 from slimlm.device import products_in, quick_products
 from slimlm.fit.beside_dense import BlockPair
@@ -32,6 +33,9 @@ from slimlm.model.ends import divergences, head_loaded
 RATE = 0.01  # of a tensor's root mean square, what a weight moves in a step at most
 WARM_UP = 0.1  # of all steps
 BETAS = (0.9, 0.95)
+EVERY = 4  # of so many places in a window at most one is learnt from in a pass where a head reads them
+PASSES = 2  # of an epoch there
+FEWEST = 8192  # places of all windows that are
 PATIENCE = 2  # epochs in a row that may bring nothing
 Few = tuple[int, Tensor]  # number of one of this rank's batches, and numbers of windows in it
 
@@ -52,7 +56,8 @@ class Refiner:
         behind the block."""
         if self.epochs:
             descent = _Descent(block, self)
-            with head_loaded(block.pair.dense) if descent.by_head else nullcontext():
+            head = head_loaded(block.pair.dense) if descent.by_head else nullcontext()
+            with head, attending_fast(block.small.model.model):
                 descent.run()
 
 
@@ -67,17 +72,20 @@ class _Descent:
         ends = all(one is one.model.blocks[-1] for one in (block.dense, block.small))
         # Other heads are fitted to predictions themselves.
         self.by_head = ends and (self.pair.small.head_is_tied or not fits_head(self.pair.dense))
+        self.every = self._every() if self.by_head else 1
 
     def run(self) -> None:
         """Leave the best weights there were in the block's tensors."""
         before = best = self._error(self.block.tensors)
         found: dict[str, Tensor] = {}
-        worse = 0
+        worse, passes = 0, min(PASSES, self.every)
         with self._changing() as changed:
             adam = _Adam(list(changed.values()), self.how.keeps_zeros)
             for epoch in range(self.how.epochs):
-                for done, few in self._steps(epoch):
-                    adam.step(self._gradients(few, adam.changed), (epoch + done) / self.how.epochs)
+                for number in range(epoch * passes, (epoch + 1) * passes):
+                    for done, few in self._steps(number):
+                        gradients = self._gradients(few, adam.changed, number)
+                        adam.step(gradients, (number + done) / (self.how.epochs * passes))
                 now = self._error(stored := self._stored(changed))
                 worse += 1
                 if now < best:
@@ -109,28 +117,28 @@ class _Descent:
         weights = self.block.small.weights()
         return {name: weights[name].to(self.block.tensors[name].dtype, copy=True).contiguous() for name in changed}
 
-    def _steps(self, epoch: int) -> Iterator[tuple[float, list[Few | None]]]:
-        """Steps of an epoch: the share of it that is done, and a few windows of each lane that this rank has."""
+    def _steps(self, number: int) -> Iterator[tuple[float, list[Few | None]]]:
+        """Steps of a pass: the share of it that is done, and a few windows of each lane that this rank has."""
         deal = self.pair.deal
-        lanes = [self._few_of(lane, numbers, epoch) for lane, numbers in enumerate(deal.lanes)]
+        lanes = [self._few_of(lane, numbers, number) for lane, numbers in enumerate(deal.lanes)]
         count = max(map(len, lanes))
         for step, few in enumerate(zip_longest(*lanes)):
             yield step / count, [few[lane] for lane in deal.own_lanes]
 
-    def _few_of(self, lane: int, numbers: range, epoch: int) -> list[Few]:
-        """Windows of a lane's batches, in an order of the epoch's own, as many at a time as make a batch with those of
+    def _few_of(self, lane: int, numbers: range, order: int) -> list[Few]:
+        """Windows of a lane's batches, in an order of the pass's own, as many at a time as make a batch with those of
         the other lanes."""
         judging, deal, few = self.judging, self.pair.deal, list[Few]()
         size = max(1, max(map(len, judging)) // len(deal.lanes))
         generator = torch.Generator()
-        generator.manual_seed(seed_of(seed_of(seed_of(self.how.seed, self.block.dense.index), epoch), lane))
+        generator.manual_seed(seed_of(seed_of(seed_of(self.how.seed, self.block.dense.index), order), lane))
         for number in numbers:
             learned = (~judging[number]).nonzero().flatten()
             mixed = learned[torch.randperm(len(learned), generator=generator)]
             few += [(number - deal.mine.start, part) for part in mixed.split(size) if len(part)]
         return [few[index] for index in torch.randperm(len(few), generator=generator).tolist()]
 
-    def _gradients(self, few: list[Few | None], changed: list[nn.Parameter]) -> list[Tensor]:
+    def _gradients(self, few: list[Few | None], changed: list[nn.Parameter], order: int) -> list[Tensor]:
         """Of the windows' losses, all ranks' lane after lane."""
         parts = Parts(Deal(self.ranks, len(self.pair.deal.lanes)), partial(Sum, changed))
         for number, windows in enumerate(few):
@@ -138,13 +146,21 @@ class _Descent:
             if windows is not None:
                 with torch.enable_grad():
                     out = self._out(*windows)
-                    at = out.detach().requires_grad_()
-                    for loss in self._losses(at, *windows):
-                        (loss / at[..., 0].numel()).backward()
+                    at, places = out.detach().requires_grad_(), slice(order % self.every, None, self.every)
+                    for loss in self._losses(at, *windows, places):
+                        (loss / at[:, places, 0].numel()).backward()
                     part.add(torch.autograd.grad(out, changed, at.grad, allow_unused=True))
         shared = parts.shared()
         assert shared is not None
         return shared.tensors()
+
+    def _every(self) -> int:
+        """Of so many places one is to be learnt from in a pass, others in the next: the head, which reads them, is to
+        cost no more than the block, if there are enough of them."""
+        config, own = self.pair.dense.config, sum(tensor.numel() for tensor in self.block.tensors.values())
+        time = max((tokens.shape[1] for tokens in self.pair.streams["dense"].tokens), default=1)
+        places = sum(map(len, self.judging)) * time
+        return max(1, min(EVERY, int(config.vocab_size * config.hidden_size) // own, places // FEWEST, time))
 
     def _out(self, number: int, windows: Tensor) -> Tensor:
         """What the compressed block gives for some windows of a batch: [windows, time, width], or [..., hidden] where
@@ -161,9 +177,9 @@ class _Descent:
         """Inside, products for gradients are in what is fastest; errors are in the model's own dtype."""
         return (quick_products if torch.is_grad_enabled() else products_in)(like.device, like.dtype)
 
-    def _losses(self, out: Tensor, number: int, windows: Tensor) -> Iterator[Tensor]:
-        """What the block gives is off by, summed over some tokens at a time."""
-        x = self.pair.streams["dense"].hidden[number][windows]
+    def _losses(self, out: Tensor, number: int, windows: Tensor, places: slice = slice(None)) -> Iterator[Tensor]:
+        """What the block gives is off by in these places, summed over some tokens at a time."""
+        x, out = self.pair.streams["dense"].hidden[number][windows][:, places], out[:, places]
         if self.by_head:
             yield from divergences(self.pair.dense, x, out, partial(self._in_products, x))
             return

@@ -1,11 +1,13 @@
 """What a model's logits make of the tokens that came."""
 
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div
+
+from slimlm.linalg.differentiable import Context, applied
 
 TINY = 1e-6  # of probability, below which nothing is left
 CACHED, LARGE = 1 << 20, 1 << 27  # logits at a time: what stays in a CPU's cache, and what keeps a GPU busy
@@ -75,22 +77,12 @@ class Likeliest(NamedTuple):
         return (others + (rest - others.logsumexp(-1, keepdim=True))).scatter(-1, tokens, own)
 
 
-class _Context(Protocol):
-    """What autograd keeps of a function's call."""
-
-    needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[Tensor, ...]
-
-    def save_for_backward(self, *tensors: Tensor) -> None:
-        """Tensors, of any shape, for the gradient."""
-
-
 class _Divergence(torch.autograd.Function):
     """Its gradient, softmax(logits) - softmax(wanted), is made beside it, a chunk at a time: logits are the largest
     tensors there are, and autograd would keep several of their size."""
 
     @staticmethod
-    def forward(ctx: _Context, logits: Tensor, *wanted: Tensor) -> Tensor:
+    def forward(ctx: Context, logits: Tensor, *wanted: Tensor) -> Tensor:
         """wanted: logits, or what `Likeliest` holds."""
         needed, rows = ctx.needs_input_grad[0], rows_at_once(logits, CACHED)
         parts = [one.reshape(-1, one.shape[-1]).split(rows) for one in (logits, *wanted)]
@@ -107,7 +99,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, slope: Tensor) -> tuple[Tensor | None, ...]:
         """Of the logits alone."""
         (slopes,) = ctx.saved_tensors
         return slopes * slope, *[None] * (len(ctx.needs_input_grad) - 1)
@@ -120,5 +112,4 @@ def divergence(
     arXiv 1503.02531, at temperature 1). `wanted`, logits, is taken to be constant. Of `Likeliest`, what is left of
     each distribution counts as one outcome."""
     given = wanted if isinstance(wanted, Likeliest) else (wanted,)
-    total: Tensor = _Divergence.apply(logits, *given)  # type: ignore[no-untyped-call]
-    return total
+    return applied(_Divergence, logits, *given)

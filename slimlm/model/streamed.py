@@ -5,7 +5,7 @@ comes before and after the blocks), `block.py` and `walk.py` (the blocks themsel
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, count
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from slimlm.attention import attending_fast
 from slimlm.checkpoint.code import is_own_class
 from slimlm.checkpoint.hf_internals import load_tensors, module_names, release
 from slimlm.checkpoint.prefetch import Prefetch
@@ -219,11 +220,16 @@ class StreamedModel:
         finally:
             self.model.set_experts_implementation(before)
 
-    def quick_products(self) -> AbstractContextManager[None]:
-        """Inside, CPUs make products in what is fastest, for what rounding does not decide. It does in a mixture, whose
-        router would choose others, and where a token's place is added to scores (alibi)."""
+    @contextmanager
+    def quick_products(self) -> Iterator[None]:
+        """Inside, CPUs make products and attention as is fastest, for what rounding does not decide. It does in a
+        mixture, whose router would choose others, and where a token's place is added to scores (alibi)."""
         decides = self.family.experts or getattr(self.config, "alibi", self.family.alibi)
-        return nullcontext() if decides or self.device.type != "cpu" else quick_products(self.device, self.dtype)
+        if decides or self.device.type != "cpu":
+            yield
+            return
+        with quick_products(self.device, self.dtype), attending_fast(self.model):
+            yield
 
     @property
     def norm_eps(self) -> float:

@@ -8,13 +8,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from slimlm.attention import attend_fast
 from slimlm.checkpoint.skeleton import BUILDING
 from slimlm.device import placement
 from slimlm.model.streamed import StreamedModel
 
 
 def whole(model: StreamedModel, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """In eval mode, on the streamed model's device, in the checkpoint's dtype or another."""
+    """In eval mode, on the streamed model's device, in the checkpoint's dtype or another; attention is as fast as can
+    be."""
     with BUILDING:
         found = AutoModelForCausalLM.from_pretrained(
             model.checkpoint.path,
@@ -22,6 +24,7 @@ def whole(model: StreamedModel, dtype: torch.dtype | str = "auto") -> PreTrained
             trust_remote_code=model.trust_remote_code,
             device_map=placement(model.device),
         )
+    attend_fast(found)
     return found.eval()
 
 

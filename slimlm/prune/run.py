@@ -16,9 +16,10 @@ from torch import Tensor
 
 from slimlm.checkpoint.hf_internals import checkpoint_tensors
 from slimlm.errors import RunFailure
-from slimlm.fit.beside_dense import BlockPair, Pair
+from slimlm.fit.beside_dense import BlockPair
 from slimlm.fit.figures import by_kind, warn_of_starved
 from slimlm.fit.lm_head import write_fitted_head
+from slimlm.fit.pair import Pair
 from slimlm.fit.refine import Refiner
 from slimlm.linalg.gram import Squares
 from slimlm.linalg.regression import learn_and_test

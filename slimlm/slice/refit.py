@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from slimlm.families import Axis, Norm
-from slimlm.fit.beside_dense import BlockPair, Pair, Writing
+from slimlm.fit.beside_dense import BlockPair, Writing
+from slimlm.fit.pair import Pair
 from slimlm.fit.refine import Refiner
 from slimlm.linalg.regression import Regression
 from slimlm.model.block import Block

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from slimlm.checkpoint.reader import Checkpoint
 from slimlm.errors import RunFailure
-from slimlm.fit.beside_dense import Pair
 from slimlm.fit.figures import by_kind, warn_of_starved
 from slimlm.fit.lm_head import fits_head, write_fitted_head
+from slimlm.fit.pair import Pair
 from slimlm.fit.refine import Refiner
 from slimlm.linalg.regression import learn_and_test
 from slimlm.model.block import Block

@@ -1,10 +1,13 @@
 """What slicing fits its weights to, written out on stock models: dense and sliced side by side."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from slimlm.families import Norm
+from slimlm.fit.beside_dense import BlockPair, Writing
 from slimlm.linalg.ridge import GUESS
 from tests.conftest import CONFIGS, build_tiny, random_tokens, stream
 from tests.families.configs import family_config
@@ -50,3 +53,20 @@ def test_every_linear_is_the_least_squares_fit_for_what_the_sliced_model_brings_
             if was.bias is not None:
                 assert torch.allclose(linear.bias.double(), was.bias.double() @ basis, atol=1e-6)
     assert outcome.notes["refit"]["ridge"] == noted(strengths)
+
+
+@pytest.mark.parametrize("step", [{"method": "slice", "widths": "hidden=24"}, {"method": "slimlm", "sparsity": 0.5}])
+def test_attention_of_a_dense_block_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: dict[str, object]):
+    """For what is behind it, and for what comes out of the block."""
+    seen, plain = list[int](), BlockPair.in_order
+
+    def counted(self: BlockPair) -> Iterator[Norm | Writing]:
+        writer = self.dense.module.get_submodule("self_attn.o_proj")
+        handle = writer.register_forward_hook(lambda *_: seen.append(self.dense.index))
+        yield from plain(self)
+        handle.remove()
+
+    monkeypatch.setattr(BlockPair, "in_order", counted)
+    model = stream(build_tiny(CONFIGS["llama-biased"], tmp_path / "model"))
+    run(model, random_tokens(60, 16), tmp_path / "run", 4, **step)
+    assert seen == [index for index in range(3) for _ in range(60 // 4)]

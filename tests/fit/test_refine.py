@@ -1,6 +1,7 @@
 """Refinement of a block at a time: better on what was held out or nothing, and nothing that is to stay moved."""
 
 import copy
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from slimlm.linalg.regression import judging
 from slimlm.model import ends
 from slimlm.model.ends import divergences, head_loaded
 from slimlm.model.skip import skipping
+from slimlm.model.streamed import StreamedModel
 from slimlm.run import Outcome
 from tests.conftest import CONFIGS, build_tiny, logits_of, random_tokens, stream
 from tests.families.configs import SETTINGS, family_config
@@ -92,6 +94,33 @@ def test_the_last_block_gets_nearer_to_what_a_tied_head_says_by_what_is_said(
     before, after = ((wanted.exp() * (wanted - got)).sum(-1).mean() for got in (before, after))
     assert after < 0.98 * before
     assert by_block(outcome)["0"] == pytest.approx(float(after / before), rel=1e-3)
+
+
+@pytest.mark.parametrize(("fewest", "every"), [(1, 4), (2000, 2), (8192, 1)])
+def test_a_head_that_costs_more_than_the_block_reads_other_places_in_each_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fewest: int, every: int
+):
+    """Of windows of 30 tokens, if they are many, in twice as many passes; all of those that judge."""
+    read: list[torch.Tensor] = []
+
+    def seen(model: StreamedModel, x: torch.Tensor, *given: object) -> Iterator[torch.Tensor]:
+        if given[0].requires_grad:  # type: ignore[attr-defined]
+            read.append(x)
+        else:
+            assert x.shape[1] == 30
+        return divergences(model, x, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(refine, "FEWEST", fewest)
+    monkeypatch.setattr(refine, "PATIENCE", 9)
+    monkeypatch.setattr(refine, "divergences", seen)
+    path, tokens = two_blocks("llama-tied", tmp_path / "dense"), random_tokens(160, 30)
+    run(stream(path), tokens, tmp_path / "refined", BATCH, **SLICE, refine=4)
+    learned = torch.cat([x.flatten(0, 1) for x in read])
+    own = tokens[~judging(160)]
+    prefixes = {tuple(window[: 1 + place]) for window in own.tolist() for place in range(30)}  # states hang on them
+    assert {x.shape[1] for x in read} <= {30 // every, -(-30 // every)}
+    assert len(learned) == own.numel() * 4 * min(2, every) // every
+    assert len(learned.unique(dim=0)) == len(prefixes)
 
 
 @pytest.mark.parametrize("step", [SLICE, PRUNE])
