@@ -36,7 +36,7 @@ BETAS = (0.9, 0.95)
 EVERY = 4  # of so many places in a window at most one is learnt from in a pass where a head reads them
 PASSES = 2  # of an epoch there
 FEWEST = 8192  # places of all windows that are
-PATIENCE = 2  # epochs in a row that may bring nothing
+PATIENCE = 2  # epochs in a row that may each be no better than the one before: as the rate falls, they come back
 Few = tuple[int, Tensor]  # number of one of this rank's batches, and numbers of windows in it
 
 
@@ -76,7 +76,7 @@ class _Descent:
 
     def run(self) -> None:
         """Leave the best weights there were in the block's tensors."""
-        before = best = self._error(self.block.tensors)
+        before = best = latest = self._error(self.block.tensors)
         found: dict[str, Tensor] = {}
         worse, passes = 0, min(PASSES, self.every)
         with self._changing() as changed:
@@ -87,9 +87,10 @@ class _Descent:
                         gradients = self._gradients(few, adam.changed, number)
                         adam.step(gradients, (number + done) / (self.how.epochs * passes))
                 now = self._error(stored := self._stored(changed))
-                worse += 1
+                worse = 0 if now < latest else worse + 1
+                latest = now
                 if now < best:
-                    best, found, worse = now, stored, 0
+                    best, found = now, stored
                 if worse == PATIENCE or not math.isfinite(now):
                     break
         self.ranks.share(list(found.values()))  # other processors might round otherwise

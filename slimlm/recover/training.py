@@ -33,7 +33,7 @@ from slimlm.recover.text import Numbers, Text
 WARM_UP = 0.05  # of all steps
 LARGEST_NORM = 1.0  # of all gradients together
 JUDGED = 8  # times that held-out windows are looked at on the way
-PATIENCE = 3  # of them in a row that may bring nothing
+PATIENCE = 3  # of them in a row that may each be no better than the one before
 TIMED = 2  # steps that say how long one takes, after a first one
 
 
@@ -55,11 +55,13 @@ class Schedule:
 @dataclass
 class State:
     """Where a training stands. step: done so far. best_step: after which the best weights were. history: step, loss
-    since the one before, and of every kind of held-out windows the divergence, each time that these were looked at."""
+    since the one before, and of every kind of held-out windows the divergence, each time that these were looked at.
+    latest: mean of those divergences the last time. worse: how often in a row it was no better than the one before."""
 
     step: int = 0
     best_step: int = 0
     best: float = math.inf
+    latest: float = math.inf
     worse: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -99,7 +101,11 @@ class Training:
         self.state = State()
 
     def run(self, keep: Callable[[], None], progress: Progress) -> None:
-        """Train to the end, or until it brings nothing. keep: called when there is something to lose."""
+        """Train to the end, or until held-out text only gets worse. keep: called when there is something to lose.
+
+        What a large rate forgets at first comes back as it falls: a run on its way back goes on, however far from the
+        best it still is.
+        """
         state, steps = self.state, self.schedule.steps
         every = -(-steps // JUDGED)
         if not state.history:
@@ -191,9 +197,10 @@ class Training:
         last time. Raises RunFailure where the models diverge by no finite number from the start."""
         state, found = self.state, self._divergences()
         now = sum(found.values()) / len(found)
-        state.worse += 1
+        state.worse = 0 if now < state.latest else state.worse + 1
+        state.latest = now
         if now < state.best:
-            state.best, state.best_step, state.worse = now, state.step, 0
+            state.best, state.best_step = now, state.step
             self.best = {name: canonical(self.student, name).clone() for name in self.named}
         if not self.best:
             raise RunFailure(f"the model and its teacher diverge by {now} on held-out text: one of them is broken")

@@ -193,12 +193,21 @@ def test_it_gets_better_and_the_best_weights_are_the_ones_judged_best():
     assert sum(losses) / 2 == pytest.approx(found.state.best, rel=1e-4)
 
 
-def test_a_rate_that_ruins_it_stops_early_and_leaves_what_came_in():
+def test_held_out_text_that_only_gets_worse_ends_it_and_leaves_what_came_in(monkeypatch: pytest.MonkeyPatch):
+    said = iter(range(1, 100))
+    monkeypatch.setattr(Training, "_divergences", lambda self: {"a": float(next(said))})
     before = {name: weight.detach().clone() for name, weight in model(1).named_parameters()}
-    found = trained(Schedule(80, 4, 1.0, 0))
+    found = trained(Schedule(80, 4, 1e-3, 0))
     assert found.state.best_step == 0
     assert found.state.step == module.PATIENCE * 80 // module.JUDGED
     assert all(torch.equal(weight, before[name]) for name, weight in found.best.items())
+
+
+def test_a_rate_that_ruins_it_at_first_is_given_time_to_fall():
+    found = trained(Schedule(80, 4, 1.0, 0))
+    first, *later = [(one["held out a"] + one["held out b"]) / 2 for one in found.state.history]
+    assert min(later[: module.PATIENCE]) > first > later[-1]
+    assert found.state.best_step == found.state.step == 80
 
 
 def test_every_window_is_seen_once_before_any_is_again():
