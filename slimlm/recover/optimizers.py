@@ -62,11 +62,9 @@ class MFAC:
 
     remembers: ClassVar[tuple[str, ...]] = ("gradients", "products", "average")
 
-    def __init__(
-        self, parameters: Changed, count: int, damping: float, size: int = 0, momentum: float = BETAS[0]
-    ) -> None:
+    def __init__(self, parameters: Changed, count: int, damping: float, size: int = 0) -> None:
         """parameters: [...] by name. count, damping, size: of the window, which see."""
-        self.parameters, self.momentum, self.step = parameters, momentum, 0
+        self.parameters, self.step = parameters, 0
         (first, *_), length = parameters.values(), sum(one.numel() for one in parameters.values())
         self.average = torch.zeros(length, dtype=first.dtype, device=first.device)
         self.window = GradientWindow(self.average, count, damping, size)
@@ -77,7 +75,7 @@ class MFAC:
         parameters = self.parameters.values()
         gradient = torch.cat([one.grad.flatten() for one in parameters if one.grad is not None])
         inner = self.window.replace(self.step % self.window.count, gradient)
-        self.average.lerp_(self.window.times(gradient, inner), 1 - self.momentum)
+        self.average.lerp_(self.window.times(gradient, inner), 1 - BETAS[0])
         self.step += 1
         for one, change in zip(parameters, self.average.split([one.numel() for one in parameters]), strict=True):
             one.sub_(change.view_as(one), alpha=rate)

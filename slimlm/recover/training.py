@@ -143,10 +143,9 @@ class Training:
 
     def _step(self) -> float:
         """The loss before it."""
-        state, schedule = self.state, self.schedule
+        state, how = self.state, self.schedule
         loss, gradients = self._gradients(state.step)
-        done = state.step / schedule.steps
-        rate = schedule.rate * min(1.0, (state.step + 1) / (WARM_UP * schedule.steps)) * cosine(done)
+        rate = how.rate * min(1.0, (state.step + 1) / (WARM_UP * how.steps)) * cosine(state.step / how.steps)
         for (name, one), gradient in zip(self.changed.items(), gradients, strict=True):
             one.grad = gradient.masked_fill_(self.fixed[name], 0) if name in self.fixed else gradient
         nn.utils.clip_grad_norm_(self.changed.values(), LARGEST_NORM)
@@ -206,10 +205,12 @@ class Training:
             raise RunFailure(f"the model and its teacher diverge by {now} on held-out text: one of them is broken")
         if not math.isfinite(now):
             state.worse = PATIENCE
-        learned = {"loss": sum(losses) / len(losses)} if losses else {}
-        facts = {**learned, **{f"held out {name}": value for name, value in found.items()}}
-        finite = {name: value for name, value in facts.items() if math.isfinite(value)}
-        state.history.append({"step": state.step, **finite})
+        facts = {f"held out {name}": value for name, value in found.items()}
+        if losses:
+            facts = {"loss": sum(losses) / len(losses), **facts}
+        state.history.append(
+            {"step": state.step, **{name: value for name, value in facts.items() if math.isfinite(value)}}
+        )
         progress.done("recovering", f"step {state.step} of {self.schedule.steps}", seconds, **facts)
 
     @torch.no_grad()
